@@ -267,14 +267,13 @@ class ScheduleConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Adam with decoupled weight decay, as megatron-core builds it."""
+    """Adam with decoupled weight decay in megatron-core's distributed optimizer (state sharded over data-parallel ranks)."""
 
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
-    use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     # What to do with a step whose loss or gradient norm is not finite: stop the run, or skip the step.
@@ -290,9 +289,8 @@ class OptimizerConfig:
         _check_positive("optimizer.adam_eps", self.adam_eps)
         _check_choice("optimizer.on_non_finite", self.on_non_finite, NON_FINITE_ACTIONS)
         _check(self.clip_grad >= 0, f"optimizer.clip_grad ({self.clip_grad}) must not be negative; 0 turns it off.")
-        _check(not self.overlap_param_gather or (self.overlap_grad_reduce and self.use_distributed_optimizer),
-               "optimizer.overlap_param_gather (true) needs use_distributed_optimizer and overlap_grad_reduce; "
-               "set both to true.")
+        _check(not self.overlap_param_gather or self.overlap_grad_reduce,
+               "optimizer.overlap_param_gather (true) needs overlap_grad_reduce; set both to true.")
 
 
 @dataclass
@@ -404,16 +402,25 @@ class CheckpointConfig:
     resume: bool = True
     # Save every so many document tokens, besides the end of every stage; 0: only there.
     save_interval_tokens: int = 0
-    # Checkpoints kept: the last n, the k with the best validation ELBO, and the end of every stage.
+    # Checkpoints kept: the last n, the k with the best validation ELBO, every m-th (0: none for that reason).
     keep_last: int = 2
     keep_best: int = 5
+    keep_every: int = 0
+    # Write in a background process while training goes on.
+    is_async: bool = False
+    # Compare checksums of every file before loading it.
+    verify: bool = True
+    # A writer that has not finished after so many minutes is dead: the run stops with an error.
+    timeout_minutes: float = 30.0
 
     def validate(self) -> None:
         """Raise ValueError where nothing would be kept."""
         _check(self.keep_last >= 1,
                f"checkpoint.keep_last ({self.keep_last}) must be at least 1, or a run could not be resumed.")
-        _check(self.keep_best >= 0 and self.save_interval_tokens >= 0,
-               "checkpoint.keep_best and save_interval_tokens must not be negative.")
+        for name in ("keep_best", "keep_every", "save_interval_tokens"):
+            value = getattr(self, name)
+            _check(value >= 0, f"checkpoint.{name} ({value}) must not be negative; 0 turns it off.")
+        _check_positive("checkpoint.timeout_minutes", self.timeout_minutes)
 
 
 @dataclass
@@ -522,3 +529,65 @@ class TrainConfig:
             _check(stage.global_batch_size % rows == 0,
                    f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must be a multiple of "
                    f"data parallel size x micro_batch_size ({dp} x {stage.micro_batch_size} = {rows}).")
+
+
+@dataclass
+class DecodingConfig:
+    """How a block of masks becomes tokens. Lengths count tokens, probabilities lie in [0, 1]."""
+
+    # A step keeps every predicted token whose probability exceeds this, and at least `min_tokens_per_step` of them.
+    threshold: float = 0.95
+    min_tokens_per_step: int = 1
+    max_new_tokens: int = 256
+    # 0 takes the most probable token; above 0 samples, within `top_p` and `top_k` (0: the whole vocabulary).
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 1234
+
+    def validate(self) -> None:
+        """Raise ValueError for values no decoding could follow."""
+        _check(0.0 < self.threshold <= 1.0,
+               f"threshold ({self.threshold}) must lie in (0, 1]; 1 accepts min_tokens_per_step tokens a step.")
+        for name in ("min_tokens_per_step", "max_new_tokens"):
+            _check_positive(name, getattr(self, name))
+        _check(0.0 <= self.temperature < float("inf"),
+               f"temperature ({self.temperature}) must be a finite number, 0 or above; 0 takes the most probable token.")
+        _check(0.0 < self.top_p <= 1.0, f"top_p ({self.top_p}) must lie in (0, 1]; 1 keeps the whole distribution.")
+        _check(self.top_k >= 0, f"top_k ({self.top_k}) must not be negative; 0 keeps the whole vocabulary.")
+        _check(0 <= self.seed < 2**63, f"seed ({self.seed}) must lie in [0, 2^63).")
+
+
+@dataclass
+class GenerateConfig(DecodingConfig):
+    """What `megatron_dllm.generate` loads, decodes and writes."""
+
+    # An HF folder, a run folder, its checkpoints folder, or one torch_dist checkpoint folder.
+    checkpoint: str = MISSING
+    # Exactly one of the two: a text, or a file with one prompt a line (.jsonl: an object with "prompt" a line).
+    prompt: str | None = None
+    prompts_file: str | None = None
+    # JSON lines, one for each prompt; the file must not exist yet.
+    output: str | None = None
+    # Null: the folder that lies beside the weights.
+    tokenizer: str | None = None
+    # Null: what the checkpoint was trained for.
+    block_size: int | None = None
+    # Prompt and generated tokens together; null: the model's max_position_embeddings.
+    context_length: int | None = None
+    # Null: fp32 on a CPU, bf16 on a GPU.
+    precision: str | None = None
+    attention_backend: str = "auto"
+
+    def validate(self) -> None:
+        """Raise ValueError where the request is incomplete or contradicts itself; files are checked when opened."""
+        super().validate()
+        _check((self.prompt is None) != (self.prompts_file is None),
+               f"prompt ({self.prompt!r}) and prompts_file ({self.prompts_file!r}): give exactly one of the two.")
+        _check(self.prompt != "", "prompt ('') is empty; give at least one token to continue from.")
+        for name in ("block_size", "context_length"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, f"{name} ({value}) must be positive; null takes the checkpoint's.")
+        _check(self.precision is None or self.precision in PRECISIONS,
+               f"precision ({self.precision}) is not known; use one of {', '.join(PRECISIONS)}, or null.")
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)

@@ -1,0 +1,123 @@
+"""Hydra composition of the recipes onto the schema, and errors that name the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import MissingMandatoryValue, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_dllm.config import TrainConfig
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra; recipes/train.yaml starts from `train_schema`."""
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+
+
+def schema_keys(schema: type, prefix: str = "") -> list[str]:
+    """Dotted names of every field below `schema`; a dict's entries appear as `name.*`."""
+    keys: list[str] = []
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        key = prefix + item.name
+        keys.append(key)
+        hint = hints[item.name]
+        if is_dataclass(hint):
+            keys += schema_keys(hint, key + ".")  # type: ignore[arg-type]
+        elif len(get_args(hint)) == 2 and is_dataclass(get_args(hint)[1]):
+            keys += schema_keys(get_args(hint)[1], key + ".*.")
+    return keys
+
+
+def _nearest(word: str, candidates: Iterable[str]) -> str:
+    """The candidate most like `word`, comparing whole dotted names and last parts."""
+    candidates = list(candidates)
+    close = difflib.get_close_matches(word, candidates, n=1, cutoff=0.5)
+    if close:
+        return close[0]
+    by_last = {c.rsplit(".", 1)[-1]: c for c in candidates}
+    close = difflib.get_close_matches(word.rsplit(".", 1)[-1], by_last, n=1, cutoff=0.4)
+    return by_last[close[0]] if close else ""
+
+
+def _groups(recipes: Path) -> dict[str, list[str]]:
+    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in recipes.iterdir() if d.is_dir()}
+
+
+def _explain(error: Exception, overrides: Sequence[str], recipes: Path, schema: type) -> str:
+    """One sentence for a composition error: what is unknown, and the nearest name that exists."""
+    message = str(error)
+    if error.__cause__ is not None and "Error merging" in message:
+        message = f"{message}: {str(error.__cause__).splitlines()[0]}"
+    groups = _groups(recipes)
+    missing = re.search(r"Could not find '(?P<group>[\w/]+)/(?P<name>[^'/]+)'", message)
+    if missing:
+        group, name = missing["group"], missing["name"]
+        options = groups.get(group, [])
+        close = difflib.get_close_matches(name, options, n=1, cutoff=0.3)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{group} ({name}) is not a recipe; {hint}There are: {', '.join(options) or 'none'}."
+    stated = re.search(r"full_key: (\S+)", message)
+    full_key = stated[1] if stated else ""
+    names = {o.split("=", 1)[0].lstrip("+~") for o in overrides}
+    unknown = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' (?:is )?not in", message)
+    key = unknown[1] if unknown else ""
+    if not key:
+        return message.strip()
+    if full_key.endswith(key):
+        key = full_key
+    elif key not in names:
+        key = next((n for n in names if key in n), key)
+    near = _nearest(re.sub(r"stages\.[^.]+\.", "stages.*.", key), [*schema_keys(schema), *groups])
+    if not near:
+        return message.strip()
+    return f"{key} is not a key of the configuration; did you mean {near.replace('*', 'NAME')}?"
+
+
+def compose_dict(overrides: Sequence[str], config_name: str = "train", recipes: Path = RECIPES,
+                 schema: type = TrainConfig) -> Any:
+    """Compose recipes and overrides into a DictConfig.
+
+    Raises:
+        ValueError: an unknown group, recipe or key, naming the nearest valid one; a value of a wrong type.
+    """
+    register_schemas()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(recipes), version_base="1.3"):
+            return compose(config_name=config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, overrides, recipes, schema)) from error
+
+
+def to_train_config(config: Any) -> TrainConfig:
+    """Turn a composed DictConfig into the dataclass; where the DictConfig ends.
+
+    Raises:
+        ValueError: a required value is missing, named with its full key.
+    """
+    try:
+        result = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or str(error)
+        raise ValueError(f"{key} is required and has no value; set it in the recipe or on the command line.") from error
+    if not isinstance(result, TrainConfig):
+        raise ValueError("The configuration does not start from train_schema; begin its defaults with it.")
+    return result
+
+
+def compose_train_config(overrides: Sequence[str], config_name: str = "train", recipes: Path = RECIPES) -> TrainConfig:
+    """Compose and convert in one go: what the entry points and the launcher call."""
+    return to_train_config(compose_dict(overrides, config_name, recipes))

@@ -1,0 +1,44 @@
+"""Package metadata. Each dependency stands here with the reason it is needed."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+INSTALL = [
+    "torch>=2.13",  # tensors, autograd, collectives; FlexAttention on GPUs
+    "megatron-core==0.16.1",  # the engine: layers, parallelism, optimizer, schedules, checkpoints, datasets
+    "numpy>=1.26",  # Philox noise, row packing
+    "hydra-core==1.3.2",  # recipes: composition and overrides
+    "omegaconf==2.3.0",  # the strict schema behind the recipes
+    "safetensors>=0.4.3",  # HF weights, read and written without pickle
+    "tokenizers>=0.20",  # tokenizing text, training the demo's tokenizer
+    "transformers>=4.57",  # tokenizer folders; the exported folder loads through it
+    "pyarrow>=16",  # .parquet corpora
+    "zstandard>=0.22",  # .jsonl.zst corpora
+    "rich>=13",  # tables and progress bars
+    "matplotlib>=3.8",  # the pictures of the report
+    "tensorboard>=2.16",  # metrics
+    "wandb>=0.17",  # metrics, offline too
+    "psutil>=5.9",  # megatron-core's checkpoint writer dies without it
+    "pybind11>=2.12",  # megatron-core's dataset helpers
+]
+EXTRAS = {
+    "gpu": ["transformer-engine[pytorch]>=2.2"],  # TE linear layers, grouped experts, FusedAdam
+    "offload": ["deepspeed>=0.16"],  # CPU Adam for optimizer state kept in host memory
+    "slurm": ["hydra-submitit-launcher==1.2.0", "submitit>=1.5"],  # sweeps on SLURM
+    "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"],
+}
+
+setup(
+    name="megatron_dllm",
+    version="0.1.0",
+    description="Turn an autoregressive mixture-of-experts LLM into a block-diffusion LLM on megatron-core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_dllm*", "checkpoints_tools*", "launch*"]),
+    package_data={"checkpoints_tools": ["hf_files/*.py"], "launch": ["*.sh", "templates/*"]},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+)
