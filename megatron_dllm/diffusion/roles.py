@@ -39,24 +39,30 @@ def visible(query_roles: Tensor, key_roles: Tensor) -> Tensor:
 
 
 def count_visible_pairs(roles: Tensor) -> int:
-    """Number of (query, key) pairs that the mask of `roles` [b, s, 3] allows, without building the mask.
+    """Number of (query, key) pairs that the mask allows, without building the mask.
 
     Every query sees its own block of its own view, and the clean tokens of earlier blocks.
+
+    Args:
+        roles: [..., s, 3] integer roles (doc, block, view) of whole rows, in any order inside a row.
+
+    Returns:
+        The sum of `visible(roles, roles)` over all rows.
     """
-    total = 0
-    for row in roles.reshape(-1, *roles.shape[-2:]).long():
-        row = row[row[:, DOC] >= 0]
-        if not len(row):
-            continue
-        own, inverse = torch.unique(row, dim=0, return_inverse=True)
-        size = torch.bincount(inverse)
-        total += int((size * size).sum())
-        clean = torch.where(own[:, VIEW] == CLEAN_VIEW, size, torch.zeros_like(size))
-        key = own[:, DOC] * (int(own[:, BLOCK].max()) + 2) + own[:, BLOCK]
-        order = torch.argsort(key, stable=True)
-        sorted_key, sorted_clean = key[order], clean[order]
-        running = torch.cat([sorted_clean.new_zeros(1), sorted_clean.cumsum(0)])
-        before_block = running[torch.searchsorted(sorted_key, key)]
-        before_document = running[torch.searchsorted(sorted_key, own[:, DOC] * (int(own[:, BLOCK].max()) + 2))]
-        total += int((size * (before_block - before_document)).sum())
-    return total
+    rows = roles.reshape(-1, *roles.shape[-2:]).long()
+    row_ids = torch.arange(len(rows), device=roles.device).unsqueeze(-1).expand(rows.shape[:2])
+    # Sorted by (row, doc, block, view), one line for the tokens of one block in one view, with their number.
+    tokens = torch.cat([row_ids.unsqueeze(-1), rows], dim=-1)[rows[..., DOC] >= 0]
+    groups, size = torch.unique(tokens, dim=0, return_counts=True)
+    clean = torch.where(groups[:, 1 + VIEW] == CLEAN_VIEW, size, 0)
+    clean_before = torch.cat([clean.new_zeros(1), clean.cumsum(0)])
+    in_block, in_document = _first_of_run(groups[:, :3]), _first_of_run(groups[:, :2])
+    earlier = clean_before[in_block] - clean_before[in_document]
+    return int((size * (size + earlier)).sum())
+
+
+def _first_of_run(keys: Tensor) -> Tensor:
+    """[g] index of the first line equal to each line of the sorted `keys` [g, columns]."""
+    _, run, length = torch.unique_consecutive(keys, dim=0, return_inverse=True, return_counts=True)
+    first: Tensor = length.cumsum(0) - length
+    return first[run]
