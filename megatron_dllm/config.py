@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+
 ATTENTION_BACKENDS = ("auto", "dense", "chunked", "shared_prefix", "flex")
 BLOCK_ORIGINS = ("document", "row")
 FAMILIES = ("bailing_moe", "llada2_moe", "qwen3_moe", "sdar_moe", "qwen3")
@@ -552,7 +554,7 @@ class DecodingConfig:
         for name in ("min_tokens_per_step", "max_new_tokens"):
             _check_positive(name, getattr(self, name))
         _check(0.0 <= self.temperature < float("inf"),
-               f"temperature ({self.temperature}) must be a finite number, 0 or above; 0 takes the most probable token.")
+               f"temperature ({self.temperature}) must be finite and not negative; 0 takes the most probable token.")
         _check(0.0 < self.top_p <= 1.0, f"top_p ({self.top_p}) must lie in (0, 1]; 1 keeps the whole distribution.")
         _check(self.top_k >= 0, f"top_k ({self.top_k}) must not be negative; 0 keeps the whole vocabulary.")
         _check(0 <= self.seed < 2**63, f"seed ({self.seed}) must lie in [0, 2^63).")

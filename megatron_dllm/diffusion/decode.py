@@ -199,9 +199,6 @@ def _denoise(
         assert logits is not None, "a forward that commits nothing must return logits"
         places = is_masked.nonzero().squeeze(1)
         token_ids, confidence = predict(logits[0, places], contract.mask_token_id, config, generator)
-        if not bool(torch.isfinite(confidence).all()):
-            raise ValueError(f"logits of positions {start}..{start + len(block) - 1} must be finite; "
-                             "the checkpoint has broken weights or its precision overflows.")
         is_accepted = accept(confidence, config.threshold, config.min_tokens_per_step)
         block[places[is_accepted]] = token_ids[is_accepted]
         is_masked = is_masked.index_fill(0, places[is_accepted], False)
@@ -227,15 +224,21 @@ def predict(
 
     Returns:
         [m] int64 token ids, and [m] fp32 confidence.
+
+    Raises:
+        ValueError: a probability is not a number.
     """
     logits = logits.float()
+    probabilities = torch.softmax(logits, dim=1)
+    if not bool(torch.isfinite(probabilities).all()):
+        raise ValueError("logits (nan or inf) must be finite; the checkpoint has broken weights or overflows in its "
+                         "precision: compare with precision=fp32.")
     candidates = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), float("-inf"))
     if config.temperature == 0.0:
         token_ids = candidates.argmax(dim=1)
     else:
         token_ids = _sample(candidates / config.temperature, config.top_p, config.top_k, generator)
-    confidence = torch.softmax(logits, dim=1).gather(1, token_ids.unsqueeze(1)).squeeze(1)
-    return token_ids, confidence
+    return token_ids, probabilities.gather(1, token_ids.unsqueeze(1)).squeeze(1)
 
 
 def _sample(logits: Tensor, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
@@ -244,11 +247,10 @@ def _sample(logits: Tensor, top_p: float, top_k: int, generator: torch.Generator
     if top_k:
         ordered[:, top_k:] = float("-inf")
     probabilities = torch.softmax(ordered, dim=1)
-    before = probabilities.cumsum(dim=1) - probabilities
-    # The first token always stays: rounding could otherwise leave a row with nothing to draw.
-    is_outside = before >= top_p
-    is_outside[:, 0] = False
-    rank = torch.multinomial(probabilities.masked_fill(is_outside, 0.0), 1, generator=generator)
+    if top_p < 1.0:
+        before = probabilities.cumsum(dim=1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    rank = torch.multinomial(probabilities, 1, generator=generator)
     return order.gather(1, rank).squeeze(1)
 
 

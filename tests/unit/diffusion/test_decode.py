@@ -1,0 +1,332 @@
+"""Decoding against a slow reference without cache, and what each of its rules promises."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dllm.config import DecodingConfig
+from megatron_dllm.diffusion.decode import DecodingContract, Generation, accept, decode, predict
+from megatron_dllm.diffusion.roles import visible
+
+VOCAB, HIDDEN, MAX_LENGTH = 23, 16, 64
+MASK, EOS, OTHER_EOS = 22, 21, 20
+NO_EOS = 10_000
+CONTRACT = DecodingContract(block_size=4, context_length=MAX_LENGTH, mask_token_id=MASK, eos_token_ids=(NO_EOS,))
+PROMPT = [3, 1, 4, 1, 5, 9, 2]
+
+
+class ToyModel:
+    """Two layers of fixed random attention: a token's logits depend on the tokens it sees, and on theirs."""
+
+    def __init__(self, seed: int = 0, sharpness: float = 6.0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.embedding, self.position = draw(VOCAB, HIDDEN), draw(MAX_LENGTH, HIDDEN)
+        self.layers = [[gain * draw(HIDDEN, HIDDEN) / HIDDEN**0.5 for gain in (1, 1, 3)] for _ in range(2)]
+        self.head = draw(HIDDEN, VOCAB) * sharpness / HIDDEN**0.5
+
+    def logits(self, ids: Tensor, positions: Tensor, roles: Tensor) -> Tensor:
+        """[n, v] logits of n tokens that attend to one another as their roles allow."""
+        hidden = self.embedding[ids] + self.position[positions]
+        mask = visible(roles, roles)
+        for query, key, value in self.layers:
+            scores = (hidden @ query) @ (hidden @ key).T / HIDDEN**0.5
+            hidden = torch.tanh(hidden + scores.masked_fill(~mask, -math.inf).softmax(1) @ (hidden @ value))
+        return hidden @ self.head
+
+
+class CachedForward:
+    """The toy model with the cache a serving engine has: keys and values of committed tokens, per layer."""
+
+    def __init__(self, model: ToyModel) -> None:
+        self.model = model
+        self.cache = [(torch.zeros(0, HIDDEN).double(), torch.zeros(0, HIDDEN).double()) for _ in model.layers]
+        self.roles = torch.zeros(0, 3, dtype=torch.int32)
+        self.calls: list[tuple[bool, list[int], list[int], list[list[int]]]] = []
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
+        self.calls.append((commit, input_ids[0].tolist(), position_ids[0].tolist(), roles[0].tolist()))
+        hidden = self.model.embedding[input_ids[0]] + self.model.position[position_ids[0]]
+        key_roles = torch.cat([self.roles, roles[0]])
+        mask = visible(roles[0], key_roles)
+        for i, (query, key, value) in enumerate(self.model.layers):
+            keys = torch.cat([self.cache[i][0], hidden @ key])
+            values = torch.cat([self.cache[i][1], hidden @ value])
+            if commit:
+                self.cache[i] = keys, values
+            scores = (hidden @ query) @ keys.T / HIDDEN**0.5
+            hidden = torch.tanh(hidden + scores.masked_fill(~mask, -math.inf).softmax(1) @ values)
+        if commit:
+            self.roles = key_roles
+            return None
+        return (hidden @ self.model.head).unsqueeze(0)
+
+
+class ScriptedForward:
+    """Logits that depend on the position alone: `script[position]` = (token, its probability)."""
+
+    def __init__(self, script: dict[int, tuple[int, float]]) -> None:
+        self.script = script
+        self.num_commits = 0
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
+        if commit:
+            self.num_commits += 1
+            return None
+        logits = torch.empty(1, input_ids.shape[1], VOCAB)
+        for i, position in enumerate(position_ids[0].tolist()):
+            token, probability = self.script.get(position, (7, 0.99))
+            logits[0, i] = math.log((1 - probability) / (VOCAB - 1))
+            logits[0, i, token] = math.log(probability)
+        return logits
+
+
+def expected_decode(model: ToyModel, prompt: list[int], block_size: int, num_tokens: int, threshold: float
+                    ) -> tuple[list[int], list[int]]:
+    """Greedy decoding written from its description: the whole dense model over [clean blocks ; block], every step."""
+    text, steps = list(prompt), []
+    while len(text) < len(prompt) + num_tokens:
+        begin = len(text) - len(text) % block_size
+        block: list[int | None] = [text[i] if i < len(text) else None for i in range(begin, begin + block_size)]
+        steps.append(0)
+        while None in block:
+            ids = text[:begin] + [MASK if token is None else token for token in block]
+            roles = [(0, i // block_size, 0 if i < begin else 1) for i in range(len(ids))]
+            logits = model.logits(torch.tensor(ids), torch.arange(len(ids)), torch.tensor(roles))
+            proposals = {}
+            for i, token in enumerate(block):
+                if token is None:
+                    distribution = logits[begin + i].softmax(0).tolist()
+                    best = max((p, -v) for v, p in enumerate(distribution) if v != MASK)
+                    proposals[i] = (best[0], -best[1])
+            sure = [i for i, (p, _) in proposals.items() if p > threshold]
+            for i in sure or [max(proposals, key=lambda i: (proposals[i][0], -i))]:
+                block[i] = proposals[i][1]
+            steps[-1] += 1
+        text = text[:begin] + [token for token in block if token is not None]
+    return text[len(prompt):len(prompt) + num_tokens], steps
+
+
+def run(block_size: int = 4, prompt: list[int] = PROMPT, model_seed: int = 0, sharpness: float = 6.0, **options: float
+        ) -> tuple[Generation, CachedForward]:
+    forward = CachedForward(ToyModel(model_seed, sharpness))
+    config = replace(DecodingConfig(max_new_tokens=18, threshold=0.6), **options)
+    return decode(forward, prompt, config, replace(CONTRACT, block_size=block_size)), forward
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 5, 8, 32])
+@pytest.mark.parametrize("prompt_length", [1, 4, 7, 8])
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 1.0])
+def test_equals_slow_reference(block_size: int, prompt_length: int, threshold: float) -> None:
+    prompt = (PROMPT * 2)[:prompt_length]
+    for seed in range(2):
+        result, _ = run(block_size, prompt, model_seed=seed, threshold=threshold)
+        expected_ids, expected_steps = expected_decode(ToyModel(seed), prompt, block_size, 18, threshold)
+        assert result.generated_ids == expected_ids
+        assert result.steps_per_block == expected_steps
+        assert result.stop_reason == "max_new_tokens"
+
+
+def test_toy_model_is_worth_decoding() -> None:
+    """The comparison above would be empty if thresholds, blocks or committed keys made no difference."""
+    texts = {tuple(run(b, threshold=t)[0].generated_ids) for b in (1, 4, 8) for t in (0.6, 1.0)}
+    assert len(texts) == 5  # at block size 1 the threshold decides nothing
+    steps = run(4)[0].steps_per_block
+    assert any(1 < n < 4 for n in steps), steps
+
+
+def test_block_size_one_is_greedy_left_to_right() -> None:
+    model = ToyModel()
+    result, _ = run(block_size=1, threshold=0.01)
+    text = list(PROMPT)
+    for _ in range(18):
+        roles = torch.tensor([(0, i, int(i == len(text))) for i in range(len(text) + 1)])
+        logits = model.logits(torch.tensor([*text, MASK]), torch.arange(len(text) + 1), roles)[-1]
+        logits[MASK] = -math.inf
+        text.append(int(logits.argmax()))
+    assert result.generated_ids == text[len(PROMPT):]
+    assert result.steps_per_block == [1] * 18
+    assert result.tokens_per_forward == 1.0
+
+
+def test_block_as_long_as_the_context_commits_nothing() -> None:
+    result, forward = run(block_size=MAX_LENGTH)
+    assert result.num_commit_forwards == 0
+    assert all(not commit and len(ids) == MAX_LENGTH for commit, ids, _, _ in forward.calls)
+    assert len(result.generated_ids) == 18
+
+
+def test_prompt_tail_shares_the_first_block_and_stays() -> None:
+    result, forward = run()
+    commit, ids, positions, roles = forward.calls[0]
+    assert (commit, ids, positions) == (True, PROMPT[:4], [0, 1, 2, 3])
+    assert roles == [[0, 0, 0]] * 4
+    commit, ids, positions, roles = forward.calls[1]
+    assert (commit, ids, positions) == (False, [*PROMPT[4:], MASK], [4, 5, 6, 7])
+    assert roles == [[0, 1, 1]] * 4
+    commit, ids, positions, roles = forward.calls[1 + result.steps_per_block[0]]
+    assert (commit, ids, positions) == (True, PROMPT[4:] + result.generated_ids[:1], [4, 5, 6, 7])
+    assert roles == [[0, 1, 0]] * 4
+
+
+def test_prompt_of_whole_blocks_is_committed_in_one_pass_with_its_block_ids() -> None:
+    _, forward = run(prompt=[*PROMPT, 6])
+    assert forward.calls[0][0] and forward.calls[0][1] == [*PROMPT, 6]
+    assert [role[1] for role in forward.calls[0][3]] == [0] * 4 + [1] * 4
+    assert forward.calls[1][1] == [MASK] * 4 and forward.calls[1][2] == [8, 9, 10, 11]
+
+
+def test_counts_of_passes() -> None:
+    # 7 prompt tokens: positions 7 | 8..11 | 12..15 | 16..19 | 20..23 are 17 tokens in 5 blocks.
+    result, forward = run(max_new_tokens=17)
+    commits = sum(commit for commit, *_ in forward.calls)
+    assert len(result.steps_per_block) == 5
+    assert result.num_commit_forwards == commits == 1 + 4  # prompt, and every block but the last
+    assert result.num_denoising_forwards == len(forward.calls) - commits == sum(result.steps_per_block)
+    assert result.tokens_per_forward == 17 / sum(result.steps_per_block)
+
+
+def test_tokens_per_forward_counts_what_is_kept() -> None:
+    forward = ScriptedForward({8: (EOS, 0.99)})
+    result = decode(forward, [1] * 4, DecodingConfig(max_new_tokens=16), replace(CONTRACT, eos_token_ids=(EOS,)))
+    # Two blocks, one pass each; 5 of the 8 tokens survive the eos.
+    assert result == Generation([7, 7, 7, 7, EOS], "eos", [1, 1], 2)
+    assert result.tokens_per_forward == 5 / 2
+
+
+def test_threshold_accepts_above_and_falls_back_to_the_most_probable() -> None:
+    script = {4: (1, 0.5), 5: (2, 0.96), 6: (3, 0.6), 7: (4, 0.97)}
+
+    scripted, seen = ScriptedForward(script), []
+
+    def forward(input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
+        seen.append(input_ids[0].tolist())
+        return scripted(input_ids, position_ids, roles, commit)
+
+    result = decode(forward, [9] * 4, DecodingConfig(max_new_tokens=4), CONTRACT)
+    assert seen[1:] == [[MASK] * 4, [MASK, 2, MASK, 4], [MASK, 2, 3, 4]]
+    assert result.steps_per_block == [3]
+
+
+def test_accept_rules_by_hand() -> None:
+    confidence = torch.tensor([0.5, 0.95, 0.7, 0.95])
+    assert accept(confidence, 0.6, 1).tolist() == [False, True, True, True]
+    assert accept(confidence, 0.95, 1).tolist() == [False, True, False, False]  # not above; the leftmost of equals
+    assert accept(confidence, 0.95, 3).tolist() == [False, True, True, True]
+    assert accept(confidence, 0.6, 4).tolist() == [True] * 4
+    assert accept(confidence, 1.0, 9).tolist() == [True] * 4
+
+
+def test_min_tokens_per_step_bounds_the_number_of_steps() -> None:
+    result, _ = run(block_size=8, prompt=[1] * 8, threshold=1.0, min_tokens_per_step=3, max_new_tokens=16)
+    assert result.steps_per_block == [3, 3]
+
+
+def test_mask_token_is_never_generated_and_keeps_its_probability() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, MASK], logits[0, 5] = 10.0, 2.0
+    token, confidence = predict(logits, MASK, DecodingConfig(), torch.Generator())
+    assert token.item() == 5
+    assert confidence.item() == pytest.approx(math.exp(2) / (math.exp(10) + math.exp(2) + VOCAB - 2), rel=1e-5)
+    for seed in range(20):
+        token, _ = predict(logits, MASK, DecodingConfig(temperature=1.0), torch.Generator().manual_seed(seed))
+        assert token.item() != MASK
+
+
+@pytest.mark.parametrize("eos", [EOS, OTHER_EOS])
+def test_eos_ends_the_text_at_its_first_place_once_the_block_is_finished(eos: int) -> None:
+    forward = ScriptedForward({6: (eos, 0.99), 5: (3, 0.4), 7: (EOS, 0.99)})
+    result = decode(forward, [9] * 5, DecodingConfig(), replace(CONTRACT, eos_token_ids=(EOS, OTHER_EOS)))
+    assert result == Generation([3, eos], "eos", [2], 1)
+    assert forward.num_commits == 1  # the prompt; nothing reads the last block
+
+
+def test_eos_of_the_prompt_does_not_stop() -> None:
+    result = decode(ScriptedForward({}), [EOS] * 6, DecodingConfig(max_new_tokens=5),
+                    replace(CONTRACT, eos_token_ids=(EOS,)))
+    assert result.generated_ids == [7] * 5 and result.stop_reason == "max_new_tokens"
+
+
+def test_eos_past_max_new_tokens_does_not_count() -> None:
+    result = decode(ScriptedForward({6: (EOS, 0.99)}), [9] * 4, DecodingConfig(max_new_tokens=2),
+                    replace(CONTRACT, eos_token_ids=(EOS,)))
+    assert result.generated_ids == [7, 7] and result.stop_reason == "max_new_tokens"
+
+
+@pytest.mark.parametrize("context_length", [12, 10, 8])
+def test_context_ends_the_text_with_a_shorter_block_if_need_be(context_length: int) -> None:
+    forward = CachedForward(ToyModel())
+    result = decode(forward, PROMPT, DecodingConfig(), replace(CONTRACT, context_length=context_length))
+    assert len(result.generated_ids) == context_length - len(PROMPT)
+    assert result.stop_reason == "context_length"
+    assert forward.calls[-1][2][-1] == context_length - 1
+
+
+def test_sampling_is_reproducible_by_seed() -> None:
+    first, again, other = (run(sharpness=2.0, temperature=1.0, seed=seed)[0] for seed in (0, 0, 7))
+    assert first == again
+    assert other.generated_ids != first.generated_ids
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}])
+def test_narrow_sampling_is_greedy(options: dict[str, float]) -> None:
+    sampled, _ = run(**{"temperature": 1.0, **options})
+    assert sampled == run()[0]
+
+
+def test_sampling_follows_the_filtered_distribution() -> None:
+    probabilities = torch.full((VOCAB,), 1e-9)
+    probabilities[:4] = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    logits = probabilities.log().repeat(4000, 1)
+
+    def frequencies(**options: float) -> Tensor:
+        config = replace(DecodingConfig(temperature=1.0), **options)
+        tokens, confidence = predict(logits, MASK, config, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(confidence, (probabilities / probabilities.sum())[tokens])
+        return torch.bincount(tokens, minlength=VOCAB)[:4] / 4000
+
+    close = {"atol": 0.03, "rtol": 0.0}
+    torch.testing.assert_close(frequencies(), torch.tensor([0.1, 0.4, 0.3, 0.2]), **close)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([0.0, 4 / 7, 3 / 7, 0.0]), **close)
+    torch.testing.assert_close(frequencies(top_p=0.75), torch.tensor([0.0, 4 / 9, 3 / 9, 2 / 9]), **close)
+    torch.testing.assert_close(frequencies(top_p=0.65), torch.tensor([0.0, 4 / 7, 3 / 7, 0.0]), **close)
+    torch.testing.assert_close(frequencies(temperature=0.5), torch.tensor([1.0, 16.0, 9.0, 4.0]) / 30, **close)
+
+
+@pytest.mark.parametrize(("prompt", "contract", "message"), [
+    ([], {}, r"prompt \(\[\]\) is empty"),
+    ([1] * 64, {}, r"prompt \(64 tokens\) must be shorter than context_length \(64\)"),
+    ([1, 2, MASK], {}, r"mask token \(22\) at position 2"),
+    ([1], {"block_size": 0}, r"block_size \(0\) must be positive"),
+    ([1], {"context_length": -1}, r"context_length \(-1\) must be positive"),
+    ([1], {"eos_token_ids": (MASK,)}, r"mask_token_id \(22\) must not be among eos_token_ids"),
+])
+def test_impossible_prompt_or_contract_is_refused(prompt: list[int], contract: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(ScriptedForward({}), prompt, DecodingConfig(), replace(CONTRACT, **contract))
+
+
+@pytest.mark.parametrize("options", [
+    {"threshold": 0.0}, {"threshold": 1.01}, {"threshold": math.nan}, {"min_tokens_per_step": 0}, {"max_new_tokens": 0},
+    {"temperature": -0.1}, {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"seed": -1},
+])
+def test_impossible_option_is_refused_by_name(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"^{next(iter(options))} \("):
+        run(**options)
+
+
+def test_broken_logits_are_refused() -> None:
+    def forward(input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor:
+        return torch.full((1, input_ids.shape[1], VOCAB), math.nan)
+
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"logits .* must be finite"):
+            decode(forward, [1], DecodingConfig(temperature=temperature), CONTRACT)
