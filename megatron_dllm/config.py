@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.exit_codes import EXIT_FENCED as EXIT_FENCED
+from megatron_dllm.exit_codes import EXIT_NON_FINITE as EXIT_NON_FINITE
+from megatron_dllm.exit_codes import EXIT_PREEMPTED as EXIT_PREEMPTED
 
 ATTENTION_BACKENDS = ("auto", "dense", "chunked", "shared_prefix", "flex")
 BLOCK_ORIGINS = ("document", "row")

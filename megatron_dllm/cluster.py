@@ -1,0 +1,149 @@
+"""What a cluster is: its partitions, nodes, container and environment. One file of recipes/cluster/ each.
+
+Read by the launcher, which turns it into a job, and by the planner, which asks whether a run fits.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+CONTAINER_KINDS = ("none", "pyxis", "apptainer")
+LAUNCHERS = ("torchrun", "srun")
+_TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d{2}):(\d{2})$")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def time_limit_seconds(text: str) -> int:
+    """Seconds of `HH:MM:SS` or `DAYS-HH:MM:SS`.
+
+    Raises:
+        ValueError: another format.
+    """
+    match = _TIME_LIMIT.match(text)
+    _check(match is not None, f"time_limit ({text!r}) must read HH:MM:SS or DAYS-HH:MM:SS, for example 24:00:00.")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())  # type: ignore[union-attr]
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+@dataclass
+class ContainerConfig:
+    """Where the ranks run: directly on the node (none), or in an image by pyxis/enroot or apptainer."""
+
+    kind: str = "none"
+    # A file (.sqsh, .sif), or a registry address such as docker://nvcr.io#nvidia/pytorch:25.06-py3.
+    image: str | None = None
+    # HOST:CONTAINER[:ro]; the project and the run folder are mounted at their own paths by themselves.
+    mounts: list[str] = field(default_factory=list)
+    # Interpreter inside the image.
+    python: str = "python"
+
+    def validate(self) -> None:
+        """Raise ValueError for an unknown kind, a missing image, or a mount that is no HOST:CONTAINER."""
+        _check(self.kind in CONTAINER_KINDS,
+               f"cluster.container.kind ({self.kind}) is not known; use one of {', '.join(CONTAINER_KINDS)}.")
+        _check(self.kind == "none" or bool(self.image),
+               f"cluster.container.image (null) is needed with kind {self.kind}; name a file or a registry address.")
+        _check(self.kind != "none" or not self.image,
+               f"cluster.container.image ({self.image}) has no effect with kind none; set kind to pyxis or apptainer.")
+        for mount in self.mounts:
+            _check(mount.count(":") in (1, 2) and mount.startswith("/") and "," not in mount,
+                   f"cluster.container.mounts ({mount}) must read /HOST:/CONTAINER or /HOST:/CONTAINER:ro.")
+
+
+@dataclass
+class ClusterConfig:
+    """One cluster, written once and used by every run.
+
+    Times in seconds unless the name says otherwise; memory in GiB of 2^30 bytes; bandwidths in GB/s (10^9 bytes).
+    """
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    # 0: a cluster without GPUs; the ranks then run on the CPU with gloo.
+    gpus_per_node: int = 8
+    # SLURM's name of the GPU type, for --gpus-per-node=TYPE:N; null: any.
+    gpu_type: str | None = None
+    # Training processes a node; null: one per GPU.
+    ranks_per_node: int | None = None
+    cpus_per_node: int | None = None
+    # SLURM's --mem; "0" is the whole node's.
+    memory: str = "0"
+    is_exclusive: bool = True
+    # Longest time SLURM gives one job; a longer run continues in the next one by itself.
+    time_limit: str = "24:00:00"
+    # How long before the time limit a run is told to save and stop: a step, a save, and a margin of 60.
+    stop_seconds: int = 600
+    # Stages without GPUs (convert, merge, export) go here; null: the same partition.
+    cpu_partition: str | None = None
+    cpu_memory: str = "0"
+    cpu_cpus: int | None = None
+    # How ranks are started on a node: one torchrun a node, or srun with one task a rank.
+    launcher: str = "torchrun"
+    # Interpreter of the nodes; null: the one that submits. It runs the job's supervisor; without a container the ranks.
+    python: str | None = None
+    container: ContainerConfig = field(default_factory=ContainerConfig)
+    modules: list[str] = field(default_factory=list)
+    # Environment of the job, NCCL and InfiniBand settings for example.
+    environment: dict[str, str] = field(default_factory=dict)
+    # Further sbatch options, one whole option an entry: "--switches=1".
+    sbatch_options: list[str] = field(default_factory=list)
+    # Fast local folder of a node for temporary files; null: the system's.
+    scratch: str | None = None
+    # Examine every node before each start of a run: GPUs, memory, collectives, disk, clock, versions.
+    is_preflight_on: bool = True
+    # Free disk space under the run folder below which the preflight refuses, in GiB.
+    min_free_disk_gib: float = 1.0
+    # What a good node reaches; the preflight names nodes below half of it. 0: compare with the other nodes only.
+    node_bandwidth_gb_per_s: float = 0.0
+    network_bandwidth_gb_per_s: float = 0.0
+    # For the planner.
+    gpu_memory_gib: float = 0.0
+    gpu_peak_tflops: float = 0.0
+
+    @property
+    def num_ranks_per_node(self) -> int:
+        """Training processes a node."""
+        return self.ranks_per_node if self.ranks_per_node is not None else max(self.gpus_per_node, 1)
+
+    def validate(self) -> None:
+        """Raise ValueError for values that no job could be made of.
+
+        Raises:
+            ValueError: naming the field, its value, the rule and the remedy.
+        """
+        self.container.validate()
+        _check(self.launcher in LAUNCHERS,
+               f"cluster.launcher ({self.launcher}) is not known; use one of {', '.join(LAUNCHERS)}.")
+        _check(self.gpus_per_node >= 0,
+               f"cluster.gpus_per_node ({self.gpus_per_node}) must not be negative; 0 means CPU nodes.")
+        _check(self.num_ranks_per_node > 0,
+               f"cluster.ranks_per_node ({self.ranks_per_node}) must be positive; null means one per GPU.")
+        _check(self.gpus_per_node == 0 or self.num_ranks_per_node <= self.gpus_per_node,
+               f"cluster.ranks_per_node ({self.ranks_per_node}) must not exceed gpus_per_node ({self.gpus_per_node}): "
+               "every rank needs a GPU of its own.")
+        limit = time_limit_seconds(self.time_limit)
+        _check(0 < self.stop_seconds < limit,
+               f"cluster.stop_seconds ({self.stop_seconds}) must lie between 0 and the time limit ({limit} s).")
+        for name in self.environment:
+            _check(_VARIABLE.match(name) is not None,
+                   f"cluster.environment ({name!r}) is not the name of an environment variable; use letters, digits "
+                   "and underscores.")
+        for name in ("partition", "account", "qos", "constraint", "reservation", "cpu_partition", "gpu_type"):
+            value = getattr(self, name)
+            _check(value is None or (value.isprintable() and " " not in value and value != ""),
+                   f"cluster.{name} ({value!r}) must be a word without spaces; set it to null to leave it out.")
+        for option in self.sbatch_options:
+            _check(option.startswith("--") and option.isprintable(),
+                   f"cluster.sbatch_options ({option!r}) must be whole long options such as --switches=1.")
+        for module in self.modules:
+            _check(re.match(r"[A-Za-z0-9][A-Za-z0-9._/+-]*$", module) is not None,
+                   f"cluster.modules ({module!r}) is not a module's name; use letters, digits and ._/+-.")

@@ -1,0 +1,10 @@
+"""Exit codes by which a training process tells its launcher why it ended (standard library only)."""
+
+from __future__ import annotations
+
+# Asked to stop (SIGTERM, SIGUSR1): the step was finished and saved; start again to continue.
+EXIT_PREEMPTED = 85
+# The loss or the gradient norm was not finite and the run is configured to stop: starting again repeats it.
+EXIT_NON_FINITE = 86
+# A newer life of the same run holds the run folder: this one stopped without writing.
+EXIT_FENCED = 87
