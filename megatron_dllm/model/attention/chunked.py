@@ -1,0 +1,86 @@
+"""Tile by tile through torch's public scaled_dot_product_attention: any device, any dtype, no row-by-row mask.
+
+The keys of a tile are its clean prefix followed by its own blocks; the mask is as wide as the tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_dllm.model.attention.tiles import (
+    Tile,
+    TilePlan,
+    build_tile_plan,
+    restore_queries,
+    sort_keys,
+    sort_queries,
+)
+
+TILE_SIZE = 256
+# A tile with more keys than this is computed again in backward instead of keeping its copy of the keys, so
+# that what is kept grows linearly with the row.
+MAX_KEPT_KEYS = 1024
+
+
+def build_plan(query_roles: Tensor, key_roles: Tensor) -> TilePlan:
+    """Tiles of roles [b, q, 3] and [b, k, 3]."""
+    return build_tile_plan(query_roles, key_roles, TILE_SIZE)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: float) -> Tensor:
+    """Softmax attention over the visible keys.
+
+    Args:
+        query: [b, n, q, d].
+        key: [b, g, k, d], every one of the g groups serving n / g heads.
+        value: [b, g, k, d].
+        plan: see `build_plan`.
+        scale: factor on the logits.
+
+    Returns:
+        [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
+    """
+    if not plan.tiles:
+        return query * 0.0
+    # Splitting (not slicing) keeps backward linear: a slice's gradient is as long as what it was cut from.
+    queries = sort_queries(query, plan).split([tile.queries[1] - tile.queries[0] for tile in plan.tiles], dim=1)
+    keys = sort_keys(key, plan).split(plan.documents, dim=1)
+    values = sort_keys(value, plan).split(plan.documents, dim=1)
+    outs = []
+    for tile, tile_query in zip(plan.tiles, queries, strict=True):
+        inputs = (tile_query, keys[tile.document], values[tile.document], tile, scale)
+        num_keys = tile.prefix[1] - tile.prefix[0] + sum(stop - start for start, stop in tile.own)
+        if num_keys > MAX_KEPT_KEYS and torch.is_grad_enabled():
+            outs.append(checkpoint(_attend_tile, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            outs.append(_attend_tile(*inputs))
+    return restore_queries(torch.cat(outs, dim=1), plan, len(query))
+
+
+def _attend_tile(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scale: float) -> Tensor:
+    """[n, q, d] queries of a tile, [g, k, d] keys and values of its document, to [n, q, d]."""
+    spans = _merge([tile.prefix, *tile.own])
+    key = torch.cat([key[:, start:stop] for start, stop in spans], dim=1)
+    value = torch.cat([value[:, start:stop] for start, stop in spans], dim=1)
+    mask = tile.mask
+    if mask is not None:
+        mask = F.pad(mask, (tile.prefix[1] - tile.prefix[0], 0), value=True)
+    out = F.scaled_dot_product_attention(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), attn_mask=mask,
+                                         scale=scale, enable_gqa=query.shape[0] != key.shape[0])
+    return out.squeeze(0)
+
+
+def _merge(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join spans that touch: one slice is a view where two would be a copy."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if start == stop:
+            continue
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return merged

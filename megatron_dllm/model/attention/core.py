@@ -1,0 +1,172 @@
+"""The attention layer: token roles in, megatron-core's DotProductAttention replaced.
+
+The roles arrive where megatron passes its attention mask. A backend turns them into a plan once per
+micro-batch; all layers and recomputed passes share it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dllm.model.attention import chunked, dense
+from megatron_dllm.model.attention.context_parallel import gather_keys, gather_roles
+from megatron_dllm.model.attention.kv_cache import KVCache
+from megatron_dllm.model.attention.plan import PlanCache
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, ModuleType] = {"dense": dense, "chunked": chunked}
+# Shared by all layers of the process: that is its purpose. Entries die with the roles they belong to.
+PLANS = PlanCache()
+_logged_choices: set[tuple[str, str]] = set()
+
+
+def choose_backend(name: str, device: torch.device | str) -> tuple[str, str]:
+    """The attention backend to use and why.
+
+    Args:
+        name: dense, chunked, shared_prefix, flex, or auto.
+        device: where the tensors live.
+
+    Returns:
+        (backend, reason). The choice is logged once.
+
+    Raises:
+        ValueError: for a backend that is unknown or cannot run there.
+    """
+    device = torch.device(device)
+    backend, reason = _choose(name, device)
+    if (backend, reason) not in _logged_choices:
+        _logged_choices.add((backend, reason))
+        logger.info("attention backend: %s (%s)", backend, reason)
+    return backend, reason
+
+
+def _choose(name: str, device: torch.device) -> tuple[str, str]:
+    if name == "auto":
+        return "chunked", f"the public-API backend that needs no mask of the whole row, on {device.type}"
+    if name not in BACKENDS:
+        raise ValueError(f"attention_backend ({name}) is not known; use auto or one of {', '.join(BACKENDS)}.")
+    return name, "asked for by name"
+
+
+class RoleAttention(MegatronModule):
+    """Core attention whose mask is the predicate `diffusion.roles.visible`; takes DotProductAttention's place.
+
+    With a context-parallel group of more than one rank, queries stay local and see the keys of all ranks.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        """Take megatron-core's arguments.
+
+        Args:
+            config: the model's; dropout must be 0 and the softmax the plain one.
+            layer_number: 1 for the first layer.
+            attn_mask_type: ignored, the roles say what is visible.
+            attention_type: ignored.
+            attention_dropout: overrides the config's.
+            softmax_scale: factor on the logits; None: 1 / sqrt(d).
+            cp_comm_type: ignored, keys and values are gathered.
+            pg_collection: process groups; None: megatron's own.
+            backend: see `choose_backend`.
+
+        Raises:
+            ValueError: for dropout, another softmax, or an unknown backend.
+        """
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout:
+            raise ValueError(f"attention_dropout ({dropout}) must be 0; the attention backends have none.")
+        if getattr(config, "softmax_type", "vanilla") != "vanilla":
+            raise ValueError(f"softmax_type ({config.softmax_type}) is not supported; use vanilla.")
+        if backend != "auto":
+            choose_backend(backend, "cpu" if backend != "flex" else "cuda")
+        self.layer_number = max(1, layer_number)
+        self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        self.backend = backend
+        self.kv_cache: KVCache | None = None
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.cp_group = getattr(pg_collection, "cp", None)
+
+    @property
+    def context_parallel_size(self) -> int:
+        """Ranks among which the tokens of a row are split."""
+        return 1 if self.cp_group is None else self.cp_group.size()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend by roles.
+
+        Args:
+            query: [s, b, n, d] queries of this rank's heads and tokens, rotary embedding applied.
+            key: [s, b, g, d] keys.
+            value: [s, b, g, d] values.
+            attention_mask: [b, s, 3] int32 roles of these tokens.
+            attn_mask_type: ignored.
+            attention_bias: must be None.
+            packed_seq_params: must be None.
+
+        Returns:
+            [s, b, n * d]; exactly 0 for padding.
+
+        Raises:
+            ValueError: if the roles are missing or of another shape.
+        """
+        assert attention_bias is None and packed_seq_params is None, "RoleAttention reads only token roles"
+        roles = attention_mask
+        s, b, n, d = query.shape
+        if roles is None or roles.shape != (b, s, 3) or roles.dtype.is_floating_point:
+            shape = None if roles is None else tuple(roles.shape)
+            raise ValueError(f"attention_mask ({shape}) must hold the integer roles [{b}, {s}, 3] of the tokens; "
+                             "pass Batch.roles.")
+        backend, _ = choose_backend(self.backend, query.device)
+        plan, key, value = self._plan(backend, key, value, roles)
+        out = BACKENDS[backend].attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3),
+                                       plan, self.softmax_scale)
+        return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+    def _plan(self, backend: str, key: Tensor, value: Tensor, roles: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """The plan of these roles, and the keys and values of every token that they may see."""
+        build = BACKENDS[backend].build_plan
+        if self.kv_cache is not None:
+            assert self.context_parallel_size == 1, "the KV cache holds whole rows: decode without context parallelism"
+            key, value, key_roles = self.kv_cache.extend(self.layer_number, key, value, roles)
+            plan = PLANS.get(key_roles, (backend, key.device, "cached"), lambda: build(roles, key_roles))
+        elif self.context_parallel_size > 1:
+            key, value = gather_keys(key, value, self.cp_group)
+            plan = PLANS.get(roles, (backend, key.device, self.cp_group),
+                             lambda: build(roles, gather_roles(roles, self.cp_group)))
+        else:
+            plan = PLANS.get(roles, (backend, key.device), lambda: build(roles, roles))
+        return plan, key, value

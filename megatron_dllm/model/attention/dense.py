@@ -1,0 +1,32 @@
+"""The reference backend: the whole mask, given to torch's scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_dllm.diffusion.roles import visible
+
+
+def build_plan(query_roles: Tensor, key_roles: Tensor) -> Tensor:
+    """The mask [b, 1, q, k] bool of roles [b, q, 3] and [b, k, 3]."""
+    return visible(query_roles, key_roles).unsqueeze(1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float) -> Tensor:
+    """Softmax attention over the visible keys.
+
+    Args:
+        query: [b, n, q, d].
+        key: [b, g, k, d], every one of the g groups serving n / g heads.
+        value: [b, g, k, d].
+        plan: [b, 1, q, k] bool, see `build_plan`.
+        scale: factor on the logits.
+
+    Returns:
+        [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
+    """
+    has_key = plan.any(dim=-1, keepdim=True)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=plan | ~has_key, scale=scale,
+                                         enable_gqa=query.shape[1] != key.shape[1])
+    return out.masked_fill(~has_key, 0.0)
