@@ -149,7 +149,7 @@ def _rewrite_functions() -> None:
             for name, value in list(vars(owner).items()):
                 if value is torch.compile:
                     setattr(owner, name, _as_written)
-                elif hasattr(value, "_torchdynamo_orig_callable"):
+                elif isinstance(value, types.FunctionType) and hasattr(value, "_torchdynamo_orig_callable"):
                     setattr(owner, name, value._torchdynamo_orig_callable)
                 _rewrite_literals(value)
 

@@ -1,0 +1,256 @@
+"""From the configuration to megatron-core's GPTModel, by specs: our attention, norm, rotary angles and head.
+
+What differs from GPTModel: the forward pass reads a `Batch`, rotary angles follow `position_ids`, the mask is the
+token roles (in the argument `attention_mask`), and the head runs only on tokens that carry a loss. Parameters,
+their names and their checkpoints are GPTModel's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.data.batch import Batch
+from megatron_dllm.model.attention.core import RoleAttention
+from megatron_dllm.model.embedding import mask_noise_std, mean_row_norm, token_normals
+from megatron_dllm.model.head import target_cross_entropy
+from megatron_dllm.model.norm import RMSNorm
+from megatron_dllm.model.rotary import rotary_angles
+
+# The local spec writes the norm before every MLP under the name of TransformerEngine's fused layer, also where the
+# MLP is a mixture of experts. Said for both specs, it makes their checkpoints interchangeable.
+_CHECKPOINT_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def uses_transformer_engine() -> bool:
+    """Whether linear layers and norms come from TransformerEngine: it is installed and there is a GPU."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """megatron-core's configuration of the model on this layout."""
+    with warnings.catch_warnings():
+        # Meant for TransformerEngine's attention, which is not in use.
+        warnings.filterwarnings("ignore", message="(?s).*core_attn is from transformer_engine.*")
+        return TransformerConfig(**_arguments(model, parallel))
+
+
+def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    has_cuda, has_te = torch.cuda.is_available(), uses_transformer_engine()
+    dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
+    return dict(
+        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads, num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels, init_method_std=model.init_method_std,
+        normalization="RMSNorm", layernorm_epsilon=model.layernorm_epsilon, qk_layernorm=model.qk_layernorm,
+        gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=False,
+        hidden_dropout=0.0, attention_dropout=0.0,
+        # The rotary angles differ from row to row, which the fused kernel does not take.
+        apply_rope_fusion=False, bias_activation_fusion=has_cuda, bias_dropout_fusion=has_cuda,
+        persist_layer_norm=has_te, gradient_accumulation_fusion=False,
+        params_dtype=dtype, pipeline_dtype=dtype, bf16=parallel.precision == "bf16",
+        # Losses are summed over targets and divided once, by the global batch's count.
+        calculate_per_token_loss=True,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size, sequence_parallel=parallel.sequence_parallel,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
+        # A list also for models whose layers are all alike: checkpoints then name every layer by itself.
+        moe_layer_freq=[int(model.is_moe and layer >= model.num_dense_layers) for layer in range(model.num_layers)],
+        cuda_graph_scope=[],
+        **_moe_arguments(model, has_cuda, has_te), **_recompute_arguments(parallel.recompute))
+
+
+def _moe_arguments(model: ModelConfig, has_cuda: bool, has_te: bool) -> dict[str, Any]:
+    if not model.is_moe:
+        return {}
+    return dict(
+        num_moe_experts=model.num_moe_experts, moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size or None,
+        moe_router_topk=model.moe_router_topk,
+        moe_router_num_groups=model.moe_router_num_groups or None,
+        moe_router_group_topk=(model.moe_router_group_topk or None) if model.moe_router_num_groups else None,
+        moe_router_topk_scaling_factor=model.moe_router_topk_scaling_factor,
+        moe_router_score_function=model.moe_router_score_function,
+        moe_router_pre_softmax=model.moe_router_pre_softmax,
+        moe_router_enable_expert_bias=model.moe_router_enable_expert_bias,
+        moe_router_bias_update_rate=model.moe_router_bias_update_rate,
+        moe_router_dtype=model.moe_router_dtype,
+        moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff, moe_z_loss_coeff=model.moe_z_loss_coeff or None,
+        # All-to-all sends a token only where it is needed; all-gather needs no host arrays and suits gloo.
+        moe_token_dispatcher_type="alltoall" if has_cuda else "allgather",
+        moe_grouped_gemm=has_te, moe_permute_fusion=has_te)
+
+
+def _recompute_arguments(recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if recompute == "selective":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    return {}
+
+
+def _layer_spec(config: TransformerConfig, is_moe: bool, attention_backend: str) -> ModuleSpec:
+    arguments = dict(num_experts=config.num_moe_experts if is_moe else None, qk_layernorm=config.qk_layernorm,
+                     moe_grouped_gemm=is_moe and config.moe_grouped_gemm)
+    if uses_transformer_engine():
+        spec = get_gpt_layer_with_transformer_engine_spec(**arguments)
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", **arguments)
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.arbitrary}
+    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
+        module=RoleAttention, params={"backend": attention_backend})
+    spec.submodules.sharded_state_dict_keys_map = dict(_CHECKPOINT_NAMES)
+    return spec
+
+
+def block_spec(config: TransformerConfig, attention_backend: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Specs of the layers that this pipeline stage holds, and of the final norm."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    number = get_num_layers_to_build(config, vp_stage=vp_stage)
+    specs = [_layer_spec(config, bool(is_moe), attention_backend)
+             for is_moe in config.moe_layer_freq[first:first + number]]
+    layer_norm = RMSNorm
+    if uses_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm as layer_norm
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm)
+
+
+def build_model(model: ModelConfig, parallel: ParallelConfig, *, pre_process: bool, post_process: bool,
+                vp_stage: int | None = None, attention_backend: str | None = None) -> DiffusionGPTModel:
+    """This rank's part of the model, with random weights. Process groups must exist.
+
+    Args:
+        model: sizes and ids.
+        parallel: layout and precision.
+        pre_process: whether this part holds the embedding (first pipeline stage).
+        post_process: whether this part holds the head (last pipeline stage).
+        vp_stage: virtual pipeline stage, with interleaved pipelines.
+        attention_backend: overrides model.attention_backend.
+
+    Returns:
+        The model on this rank's device, in fp32 or bf16 parameters by parallel.precision.
+    """
+    config = transformer_config(model, parallel)
+    spec = block_spec(config, attention_backend or model.attention_backend, vp_stage)
+    return DiffusionGPTModel(model, config, spec, pre_process=pre_process, post_process=post_process,
+                             vp_stage=vp_stage).to(torch.cuda.current_device())
+
+
+class DiffusionGPTModel(GPTModel):
+    """GPTModel whose forward pass reads a `Batch` and returns the loss of its targets."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, spec: TransformerBlockSubmodules, *,
+                 pre_process: bool, post_process: bool, vp_stage: int | None) -> None:
+        super().__init__(
+            config=config, transformer_layer_spec=spec, vocab_size=model.vocab_size,
+            max_sequence_length=model.max_position_embeddings, pre_process=pre_process, post_process=post_process,
+            share_embeddings_and_output_weights=model.tie_word_embeddings, position_embedding_type="none",
+            vp_stage=vp_stage)
+        self.model_config = replace(model)
+
+    def forward(self, batch: Batch, mask_noise_sigma: float = 0.0,  # type: ignore[override]
+                noise_seed: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+        """Negative log-likelihood of the batch's targets.
+
+        Args:
+            batch: one micro-batch; under context parallelism this rank's shard of it.
+            mask_noise_sigma: noise on the embedding of masked tokens, as a fraction of the mean row norm;
+                only while training.
+            noise_seed: seed of that noise; another value per step gives independent noise.
+
+        Returns:
+            On the last pipeline stage nll [T] fp32 (nats) and is_correct [T] bool, else the hidden states
+            [s/(cp x tp), b, h] for the next stage (s/cp without sequence parallelism).
+        """
+        hidden = self._embed(batch, mask_noise_sigma, noise_seed) if self.pre_process else None
+        hidden = self._decode(hidden, batch.position_ids, batch.roles)
+        if not self.post_process:
+            return hidden
+        return target_cross_entropy(self._select(hidden, batch.target_positions), self._head_weight(),
+                                    batch.target_ids, self.tp_group)
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, positions: Tensor) -> Tensor:
+        """Logits of chosen tokens, on a model of one pipeline stage.
+
+        Args:
+            input_ids: [b, s] tokens.
+            position_ids: [b, s] positions in the documents.
+            roles: [b, s, 3] token roles.
+            positions: [P] indexes into the flattened [b * s] tokens.
+
+        Returns:
+            [P, v] logits, gathered over the tensor ranks.
+        """
+        assert self.pre_process and self.post_process, "logits need the whole model on one pipeline stage"
+        hidden = self._decode(self.embedding(input_ids=input_ids, position_ids=position_ids), position_ids, roles)
+        local = torch.matmul(self._select(hidden, positions), self._head_weight().t())
+        return tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)
+
+    def _embed(self, batch: Batch, mask_noise_sigma: float, noise_seed: int) -> Tensor:
+        """[s/(cp x tp), b, h] embeddings, with noise on masked tokens."""
+        hidden = self.embedding(input_ids=batch.input_ids, position_ids=batch.position_ids)
+        if mask_noise_sigma <= 0.0 or not self.training:
+            return hidden
+        tokens = slice(None)
+        if self.config.sequence_parallel:
+            length = hidden.shape[0]
+            tokens = slice(self.tp_group.rank() * length, (self.tp_group.rank() + 1) * length)
+        normals = token_normals(noise_seed, batch.row_keys, batch.roles[:, tokens], batch.position_ids[:, tokens],
+                                hidden.shape[-1])
+        norm = mean_row_norm(self.embedding.word_embeddings.weight, self.vocab_size, self.tp_group)
+        std = mask_noise_std(mask_noise_sigma, norm, hidden.shape[-1])
+        noise = torch.where(batch.is_masked[:, tokens].unsqueeze(-1), normals * std, 0.0)
+        return hidden + noise.transpose(0, 1).to(hidden.dtype)
+
+    def _decode(self, hidden: Tensor | None, position_ids: Tensor, roles: Tensor) -> Tensor:
+        """Run this stage's layers; `hidden` is None where a previous stage has set the input tensor."""
+        model = self.model_config
+        angles = rotary_angles(position_ids, model.kv_channels, model.rotary_percent, model.rotary_base)
+        return self.decoder(hidden_states=hidden, attention_mask=roles, rotary_pos_emb=angles)
+
+    def _select(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """[P, h] hidden states of flat positions in [b * s], whose gradient is summed over the tensor ranks."""
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        length, num_rows, _ = hidden.shape
+        index = positions % length * num_rows + positions // length  # hidden is [s, b, h]: rows interleave
+        chosen = hidden.flatten(0, 1).index_select(0, index)
+        if self.config.sequence_parallel:
+            return chosen  # the gather's backward pass reduces and scatters
+        return tensor_parallel.copy_to_tensor_model_parallel_region(chosen, group=self.tp_group)
+
+    def _head_weight(self) -> Tensor:
+        return (self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights
+                else self.output_layer.weight)

@@ -1,0 +1,30 @@
+"""RMSNorm for megatron-core's layer specs where TransformerEngine is missing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in fp32 inside.
+
+    megatron-core's own wrapper of torch's norm refuses sequence parallelism, and a mixture of experts with
+    tensor parallelism does not train without it. Under sequence parallelism each rank sees a part of the
+    tokens, so the weight's gradient has to be summed over the tensor ranks: the mark on the weight asks for it.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise `hidden` [..., hidden_size]; same shape and dtype."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
