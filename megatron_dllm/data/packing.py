@@ -1,0 +1,258 @@
+"""The global sequence of rows: which pieces of which documents every training row holds.
+
+The sequence is a pure function of (seed, epoch, geometry), the same whatever the parallel layout is:
+
+    documents in a shuffled order  ->  chunks of `chunk` documents  ->  pieces of at most context_length
+    ->  best fit, in order of arrival, into rows of row_length  ->  rows in the order they were opened
+
+A row is filled by what its pieces really cost: noisy views, plus the clean tokens that a later block
+reads. Only one chunk is planned at a time, so neither memory nor start-up time grows with the corpus.
+
+When the geometry changes in mid-chunk, the pieces not yet emitted are packed anew. The position is
+therefore "the n-th row under geometry A, then the m-th under B, ..." of one chunk: a few numbers, from
+which everything else is computed again. (Rows already emitted can be left out of a packing without
+moving a piece of the others, as best fit never takes a row that is absent. So a position saved anywhere
+continues exactly.)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_dllm.data.geometry import RowGeometry, clean_lengths, piece_costs, row_starts
+from megatron_dllm.data.shuffle import KeyedPermutation
+
+# Columns of a piece.
+DOCUMENT, OFFSET, LENGTH, ORDINAL = 0, 1, 2, 3
+
+Pieces = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What one row holds.
+
+    Attributes:
+        pieces: [p, 4] int64 (document, offset, length, ordinal) in the order they stand in the row;
+            `ordinal` counts the pieces of the epoch in shuffled order.
+        epoch: pass over the corpus, from 0.
+    """
+
+    pieces: Pieces
+    epoch: int
+
+
+def split_pieces(pieces: Pieces, context_length: int) -> Pieces:
+    """Cut pieces at multiples of `context_length` in their document; pieces of no tokens vanish.
+
+    Args:
+        pieces: [p, 4] pieces of any length.
+        context_length: longest piece allowed.
+
+    Returns:
+        [q, 4] pieces in the same order; parts of a piece share its ordinal.
+    """
+    pieces = pieces[pieces[:, LENGTH] > 0]
+    starts, ends = pieces[:, OFFSET], pieces[:, OFFSET] + pieces[:, LENGTH]
+    first_cut = starts // context_length
+    num_parts = (ends - 1) // context_length - first_cut + 1
+    parts = np.repeat(pieces, num_parts, axis=0)
+    part = np.arange(len(parts)) - np.repeat(np.cumsum(num_parts) - num_parts, num_parts)
+    cuts = (np.repeat(first_cut, num_parts) + part) * context_length
+    parts[:, OFFSET] = np.maximum(cuts, np.repeat(starts, num_parts))
+    parts[:, LENGTH] = np.minimum(cuts + context_length, np.repeat(ends, num_parts)) - parts[:, OFFSET]
+    return parts
+
+
+def assign_rows(geometry: RowGeometry, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Best fit: every piece, in order of arrival, goes to the fullest row that has room, else to a new row.
+
+    Args:
+        geometry: of the rows.
+        lengths: [p] tokens of the pieces, each at most context_length.
+
+    Returns:
+        [p] int64 row of each piece, rows counted in the order of opening.
+    """
+    bounds = piece_costs(geometry, lengths).tolist()
+    smallest = min(bounds, default=0)
+    filled: list[int] = []  # document tokens of every row
+    rooms: list[int] = []  # sorted: (free tokens << 32) + row
+    rows = np.empty(len(bounds), dtype=np.int64)
+    for piece, (bound, length) in enumerate(zip(bounds, lengths.tolist(), strict=True)):
+        place = bisect_left(rooms, bound << 32)
+        if place < len(rooms):
+            room, row = divmod(rooms.pop(place), 1 << 32)
+        else:
+            room, row = geometry.row_length, len(filled)
+            filled.append(0)
+        # Under the row grid a piece costs less than its bound, depending on where it comes to stand.
+        cost = bound if geometry.block_origin == "document" else geometry.num_views * length + int(
+            clean_lengths(geometry, np.array([length]), np.array([filled[row]]))[0])
+        room -= cost
+        filled[row] += length
+        rows[piece] = row
+        if room >= smallest:
+            insort(rooms, (room << 32) + row)
+    return rows
+
+
+class RowStream:
+    """The global sequence of rows, from any position on.
+
+    Every rank holds one and plans every row; planning reads document lengths, never tokens. Epochs
+    follow each other without end.
+
+    Args:
+        document_lengths: [d] tokens of every document, e.g. memory-mapped; documents of 0 tokens are skipped.
+        seed: chooses the order of the documents, a different one in every epoch.
+        chunk: documents that are packed together.
+        shuffle: false keeps the documents in their own order (validation).
+    """
+
+    def __init__(self, document_lengths: NDArray[Any], seed: int, chunk: int, shuffle: bool = True) -> None:
+        if len(document_lengths) == 0:
+            raise ValueError("document_lengths (0 documents) must not be empty; tokenize a corpus with text in it.")
+        if chunk < 1:
+            raise ValueError(f"packing_chunk ({chunk}) must be at least 1; 1024 fills rows well.")
+        self._lengths = document_lengths
+        self._identity = {"num_documents": len(document_lengths), "seed": seed, "chunk": chunk, "shuffle": shuffle}
+        self._seed, self._chunk, self._shuffle = seed, chunk, shuffle
+        self._num_chunks = -(-len(document_lengths) // chunk)
+        self._epoch, self._chunk_index, self._num_pieces_before = 0, 0, 0
+        self._emitted: list[tuple[RowGeometry, int]] = []  # of this chunk: rows under each geometry, in order
+        self._planned: tuple[RowGeometry, list[Pieces]] | None = None  # rows left in this chunk, last one first
+
+    def next(self, geometry: RowGeometry) -> RowPlan:
+        """The next row of the sequence, under `geometry`.
+
+        Raises:
+            ValueError: where every document of the corpus is empty.
+        """
+        rows = self._rows_left(geometry)
+        num_tries = 0
+        while not rows:
+            if num_tries > self._num_chunks:
+                raise ValueError(f"document_lengths (all {len(self._lengths)} are 0) must hold tokens; "
+                                 "tokenize a corpus with text in it.")
+            num_tries += 1
+            self._next_chunk(geometry)
+            rows = self._rows_left(geometry)
+        if self._emitted and self._emitted[-1][0] == geometry:
+            self._emitted[-1] = (geometry, self._emitted[-1][1] + 1)
+        else:
+            self._emitted.append((geometry, 1))
+        return RowPlan(pieces=rows.pop(), epoch=self._epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position as plain numbers, fit for JSON; its size does not depend on the corpus."""
+        return {
+            "epoch": self._epoch,
+            "chunk_index": self._chunk_index,
+            "num_pieces_before": self._num_pieces_before,
+            "emitted": [{"geometry": asdict(geometry), "num_rows": rows} for geometry, rows in self._emitted],
+            "identity": dict(self._identity),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the last row that was emitted before `state_dict` was called.
+
+        Raises:
+            ValueError: where the position belongs to another corpus, seed or chunk.
+        """
+        for name, value in self._identity.items():
+            if state["identity"][name] != value:
+                raise ValueError(
+                    f"{name} ({value}) differs from the saved data position's ({state['identity'][name]}): the rows "
+                    "would not continue; restore the setting, or start a new run from the checkpoint's weights.")
+        self._epoch, self._chunk_index = int(state["epoch"]), int(state["chunk_index"])
+        self._num_pieces_before = int(state["num_pieces_before"])
+        self._emitted = [(RowGeometry(**entry["geometry"]), int(entry["num_rows"])) for entry in state["emitted"]]
+        self._planned = None
+
+    def copy(self) -> RowStream:
+        """An independent stream at the same position (the lengths are shared)."""
+        other = RowStream(self._lengths, self._seed, self._chunk, self._shuffle)
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def _rows_left(self, geometry: RowGeometry) -> list[Pieces]:
+        if self._planned is None or self._planned[0] != geometry:
+            pieces = self._chunk_pieces(self._context_length_at_start(geometry))
+            for earlier, num_rows in self._emitted:
+                pieces = split_pieces(pieces, earlier.context_length)
+                pieces = pieces[assign_rows(earlier, pieces[:, LENGTH]) >= num_rows]
+            pieces = split_pieces(pieces, geometry.context_length)
+            rows = assign_rows(geometry, pieces[:, LENGTH])
+            order = np.argsort(rows, kind="stable")
+            plans = np.split(pieces[order], np.cumsum(np.bincount(rows))[:-1]) if len(rows) else []
+            self._planned = (geometry, plans[::-1])
+        return self._planned[1]
+
+    def _context_length_at_start(self, geometry: RowGeometry) -> int:
+        return self._emitted[0][0].context_length if self._emitted else geometry.context_length
+
+    def _chunk_pieces(self, context_length: int) -> Pieces:
+        """[p, 4] all pieces of the current chunk, in order of arrival."""
+        size = len(self._lengths)
+        places = np.arange(self._chunk_index * self._chunk, min((self._chunk_index + 1) * self._chunk, size))
+        documents = KeyedPermutation(size, (self._seed, self._epoch))(places) if self._shuffle else places
+        whole = np.zeros((len(documents), 4), dtype=np.int64)
+        whole[:, DOCUMENT], whole[:, LENGTH] = documents, self._lengths[documents]
+        pieces = split_pieces(whole, context_length)
+        pieces[:, ORDINAL] = self._num_pieces_before + np.arange(len(pieces))
+        return pieces
+
+    def _next_chunk(self, geometry: RowGeometry) -> None:
+        self._num_pieces_before += len(self._chunk_pieces(self._context_length_at_start(geometry)))
+        self._chunk_index += 1
+        if self._chunk_index == self._num_chunks:
+            self._epoch, self._chunk_index, self._num_pieces_before = self._epoch + 1, 0, 0
+        self._emitted, self._planned = [], None
+
+
+@dataclass(frozen=True)
+class RowFill:
+    """Means over rows, in tokens: of the corpus, seen by the model, and padding left."""
+
+    document_tokens: float
+    forward_tokens: float
+    padding_tokens: float
+
+
+def row_forward_tokens(geometry: RowGeometry, lengths: Sequence[int] | NDArray[np.int64]) -> int:
+    """Tokens that pieces of these lengths take together in one row: what the model sees, padding apart."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    return int((geometry.num_views * lengths + clean_lengths(geometry, lengths, row_starts(lengths))).sum())
+
+
+def estimate_fill(document_lengths: NDArray[Any], geometry: RowGeometry, *, seed: int, chunk: int,
+                  num_chunks: int = 4) -> RowFill:
+    """How full the rows of a stage are, from the first chunks of the corpus.
+
+    Args:
+        document_lengths: [d] tokens of every document.
+        geometry: of the stage.
+        seed: of the run.
+        chunk: documents that are packed together.
+        num_chunks: chunks to look at, at most one epoch.
+    """
+    documents = min(len(document_lengths), num_chunks * chunk)
+    stream = RowStream(document_lengths, seed, chunk)
+    document_tokens = forward_tokens = num_rows = 0
+    while True:
+        plan = stream.next(geometry)
+        state = stream.state_dict()
+        if num_rows and (state["epoch"] > 0 or state["chunk_index"] * chunk >= documents):
+            break
+        document_tokens += int(plan.pieces[:, LENGTH].sum())
+        forward_tokens += row_forward_tokens(geometry, plan.pieces[:, LENGTH])
+        num_rows += 1
+    padding = geometry.row_length - forward_tokens / num_rows
+    return RowFill(document_tokens / num_rows, forward_tokens / num_rows, padding)
