@@ -44,7 +44,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: flo
         [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
     """
     if not plan.tiles:
-        return query * 0.0
+        return torch.zeros_like(query)
     # Splitting (not slicing) keeps backward linear: a slice's gradient is as long as what it was cut from.
     queries = sort_queries(query, plan).split([tile.queries[1] - tile.queries[0] for tile in plan.tiles], dim=1)
     keys = sort_keys(key, plan).split(plan.documents, dim=1)
@@ -57,7 +57,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: flo
             outs.append(checkpoint(_attend_tile, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
             outs.append(_attend_tile(*inputs))
-    return restore_queries(torch.cat(outs, dim=1), plan, len(query))
+    return restore_queries(torch.cat(outs, dim=1), plan, len(query), query.shape[2])
 
 
 def _attend_tile(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scale: float) -> Tensor:

@@ -18,14 +18,14 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dllm.model.attention import chunked, dense
+from megatron_dllm.model.attention import chunked, dense, shared_prefix
 from megatron_dllm.model.attention.context_parallel import gather_keys, gather_roles
 from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.attention.plan import PlanCache
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"dense": dense, "chunked": chunked}
+BACKENDS: dict[str, ModuleType] = {"dense": dense, "chunked": chunked, "shared_prefix": shared_prefix}
 # Shared by all layers of the process: that is its purpose. Entries die with the roles they belong to.
 PLANS = PlanCache()
 _logged_choices: set[tuple[str, str]] = set()

@@ -43,7 +43,6 @@ class TilePlan:
 
     Attributes:
         query_order: [Q] int64, flat token (row * q + place) of each sorted query that sees a key.
-        query_places: [b * q] int64, place of each token among the sorted queries; Q where it sees no key.
         key_order: [K] int64, flat token of each sorted key; None where it is 0, 1, .. K - 1.
         num_keys: K, keys that are not padding.
         documents: number of keys of each document, in order; they add up to K.
@@ -51,7 +50,6 @@ class TilePlan:
     """
 
     query_order: Tensor
-    query_places: Tensor
     key_order: Tensor | None
     num_keys: int
     documents: tuple[int, ...]
@@ -104,10 +102,8 @@ def build_tile_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int) -> T
             order.append(token)
             done += len(token)
     query_order = torch.from_numpy(np.concatenate(order) if order else np.zeros(0, np.int64))
-    places = torch.full((flat_query_roles.shape[0],), done)
-    places[query_order] = torch.arange(done)
     is_sorted = np.array_equal(key_order, np.arange(len(key_order)))
-    return TilePlan(query_order=query_order.to(device), query_places=places.to(device),
+    return TilePlan(query_order=query_order.to(device),
                     key_order=None if is_sorted else torch.from_numpy(key_order).to(device),
                     num_keys=len(key_order), documents=documents, tiles=tuple(tiles))
 
@@ -204,16 +200,16 @@ def _shift(span: Span, base: int) -> Span:
 
 def sort_queries(query: Tensor, plan: TilePlan) -> Tensor:
     """[b, n, q, d] to [n, Q, d]: the queries in the order of the tiles."""
-    return query.transpose(0, 1).flatten(1, 2)[:, plan.query_order]
+    return query.transpose(0, 1).flatten(1, 2).index_select(1, plan.query_order)
 
 
 def sort_keys(key: Tensor, plan: TilePlan) -> Tensor:
     """[b, g, k, d] to [g, K, d]: the keys in sorted order; a view of `key` where it is sorted already."""
     flat = key.transpose(0, 1).flatten(1, 2)
-    return flat[:, :plan.num_keys] if plan.key_order is None else flat[:, plan.key_order]
+    return flat[:, :plan.num_keys] if plan.key_order is None else flat.index_select(1, plan.key_order)
 
 
-def restore_queries(out: Tensor, plan: TilePlan, num_rows: int) -> Tensor:
+def restore_queries(out: Tensor, plan: TilePlan, num_rows: int, row_length: int) -> Tensor:
     """[n, Q, d] in the order of the tiles back to [b, n, q, d], 0 where a query sees no key."""
-    padded = torch.cat([out, out.new_zeros(out.shape[0], 1, out.shape[2])], dim=1)
-    return padded[:, plan.query_places].unflatten(1, (num_rows, -1)).transpose(0, 1)
+    flat = out.new_zeros(out.shape[0], num_rows * row_length, out.shape[2]).index_copy(1, plan.query_order, out)
+    return flat.unflatten(1, (num_rows, row_length)).transpose(0, 1)

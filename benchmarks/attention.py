@@ -1,0 +1,214 @@
+"""Time and memory of the attention backends, forward and backward, as a ratio to the dense mask of the same run.
+
+    python benchmarks/attention.py                                  # all of it; long
+    python benchmarks/attention.py --lengths 1024 --blocks 32       # quick
+
+A row is [x_t; x_0]: every document with one noisy view and its whole clean copy, 2 x length tokens. The limit
+beside the ratios is the share of (query, key) pairs that the mask allows. CPU times are CPU seconds, the least
+over repetitions that take the backends in turn; on CUDA they come from events. Memory on CPU counts the tensors
+that torch operations return, not what kernels use inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_dllm.diffusion.roles import count_visible_pairs
+from megatron_dllm.model.attention.core import BACKENDS
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("length", "documents", "block", "limit", "backend", "seconds", "ratio", "plan_seconds", "peak_mib",
+           "kept_mib", "peak_ratio")
+
+
+class LiveMemory(TorchDispatchMode):
+    """Bytes of all tensors returned by operations and still alive, and their greatest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[StorageWeakRef, int] = {}
+        self.known: set[StorageWeakRef] = set()
+        self.peak = 0
+
+    def ignore(self, *tensors: Tensor) -> None:
+        """Do not count these, whose memory is there anyway."""
+        self.known.update(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+
+    def now(self) -> int:
+        """Bytes alive at present."""
+        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
+        return sum(self.storages.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operation and count what it returned."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                ref = StorageWeakRef(tensor.untyped_storage())
+                if ref not in self.known:
+                    self.storages[ref] = tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, self.now())
+        return result
+
+
+def document_lengths(length: int, kind: str, seed: int = 0) -> list[int]:
+    """One document, or log-normal lengths (mean length / 8, sigma 1) cut to add up to `length`."""
+    if kind == "one":
+        return [length]
+    generator = torch.Generator().manual_seed(seed)
+    lengths: list[int] = []
+    while sum(lengths) < length:
+        size = int(torch.exp(torch.randn((), generator=generator)) * length / 8 * 0.607)
+        lengths.append(min(max(size, 1), length - sum(lengths)))
+    return lengths
+
+
+def build_roles(lengths: list[int], block: int) -> Tensor:
+    """Roles [1, 2 * sum(lengths), 3] int32 of documents laid out as [noisy; clean] each."""
+    rows = []
+    for doc, size in enumerate(lengths):
+        for view in (1, 0):
+            rows.append(torch.stack([torch.full((size,), doc), torch.arange(size) // block,
+                                     torch.full((size,), view)], dim=1))
+    return torch.cat(rows).int().unsqueeze(0)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def clock(device: torch.device) -> float:
+    """Seconds: of this process on CPU (other processes do not count), of the wall on CUDA after it is done."""
+    synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def measure_memory(run: Callable[[], Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[int, int]:
+    """Peak bytes of a forward and backward, and those kept between the two (less nothing: output included)."""
+    if inputs[0].device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = run()
+        kept = torch.cuda.memory_allocated() - before
+        torch.autograd.grad(out, inputs, grad)
+        return torch.cuda.max_memory_allocated() - before, kept
+    with LiveMemory() as memory:
+        memory.ignore(*inputs, grad)
+        out = run()
+        kept = memory.now()
+        grads = torch.autograd.grad(out, inputs, grad)
+        assert all(tensor is not None for tensor in grads)
+    return memory.peak, kept
+
+
+def measure(args: argparse.Namespace, length: int, documents: str, block: int, device: torch.device) -> list[dict]:
+    """All backends on one mask: a list of table rows."""
+    roles = build_roles(document_lengths(length, documents), block).to(device)
+    dtype = getattr(torch, args.dtype)
+    generator = torch.Generator().manual_seed(0)
+    query, grad = (torch.randn(1, args.heads, 2 * length, args.head_dim, generator=generator) for _ in range(2))
+    key, value = (torch.randn(1, args.groups, 2 * length, args.head_dim, generator=generator) for _ in range(2))
+    inputs = tuple(tensor.to(device, dtype).requires_grad_() for tensor in (query, key, value))
+    grad = grad.to(device, dtype)
+    limit = count_visible_pairs(roles.cpu()) / (2 * length) ** 2
+    runs, rows = {}, {}
+    for backend in args.backends:
+        module = BACKENDS[backend]
+        started = clock(device)
+        plan = module.build_plan(roles, roles)
+        plan_seconds = clock(device) - started
+        runs[backend] = lambda module=module, plan=plan: module.attend(*inputs, plan, args.head_dim**-0.5)
+        torch.autograd.grad(runs[backend](), inputs, grad)
+        peak, kept = measure_memory(runs[backend], inputs, grad)
+        rows[backend] = dict(length=length, documents=documents, block=block, limit=round(limit, 4), backend=backend,
+                             seconds=float("inf"), plan_seconds=round(plan_seconds, 4),
+                             peak_mib=round(peak / 2**20, 1), kept_mib=round(kept / 2**20, 1))
+    for _ in range(args.repeats):
+        for backend, run in runs.items():
+            started = clock(device)
+            torch.autograd.grad(run(), inputs, grad)
+            rows[backend]["seconds"] = min(rows[backend]["seconds"], clock(device) - started)
+    base = rows[args.backends[0]]
+    for row in rows.values():
+        row["ratio"] = round(row["seconds"] / base["seconds"], 4)
+        row["peak_ratio"] = round(row["peak_mib"] / base["peak_mib"], 4)
+        row["seconds"] = round(row["seconds"], 4)
+    return list(rows.values())
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What the numbers were taken on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+                            cwd=Path(__file__).parent).stdout.strip()
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, commit=commit,
+                date=time.strftime("%Y-%m-%d"), command="python " + " ".join(sys.argv))
+
+
+def write(output: Path, about: dict, rows: list[dict]) -> None:
+    """The JSON file and, beside it, a markdown table."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    lines = ["# Attention backends, forward and backward", ""]
+    lines += [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()]
+    lines += ["", "ratio and peak_ratio are against the first backend of the same mask; limit is the share of visible "
+              "pairs.", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(str(row[name]) for name in COLUMNS) + " |" for row in rows]
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="context lengths")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 32, 512, 0], help="block sizes; 0: the length")
+    parser.add_argument("--documents", nargs="+", default=["one", "lognormal"], choices=["one", "lognormal"])
+    parser.add_argument("--backends", nargs="+", choices=sorted(BACKENDS), help="the first is the base of the ratios")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--groups", type=int, default=2)
+    parser.add_argument("--head_dim", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="without suffix; default: benchmarks/results/attention_DEVICE")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if args.backends is None:
+        args.backends = ["dense", "flex"] if device.type == "cuda" else ["dense", "chunked", "shared_prefix"]
+    output = args.output or RESULTS / f"attention_{device.type}"
+    about = machine(device) | dict(heads=args.heads, groups=args.groups, head_dim=args.head_dim, dtype=args.dtype,
+                                   repeats=args.repeats)
+    rows: list[dict] = []
+    for length in args.lengths:
+        for documents in args.documents:
+            for block in dict.fromkeys(block or length for block in args.blocks):
+                if block > length:
+                    continue
+                rows += measure(args, length, documents, block, device)
+                for row in rows[-len(args.backends):]:
+                    print({name: row[name] for name in COLUMNS}, flush=True)
+                write(output, about, rows)
+
+
+if __name__ == "__main__":
+    main()
