@@ -121,3 +121,17 @@ def to_train_config(config: Any) -> TrainConfig:
 def compose_train_config(overrides: Sequence[str], config_name: str = "train", recipes: Path = RECIPES) -> TrainConfig:
     """Compose and convert in one go: what the entry points and the launcher call."""
     return to_train_config(compose_dict(overrides, config_name, recipes))
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Compose once before Hydra does, so that a typo ends in one sentence that names the nearest key.
+
+    Runs that bring their own configuration (`--config-dir`, `--config-name`) and Hydra's own flags are left to Hydra.
+    """
+    overrides = [a for a in arguments if not a.startswith("-")]
+    if any(a.startswith("-") for a in arguments) or any(o.startswith("hydra") for o in overrides):
+        return
+    try:
+        compose_dict(overrides)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None

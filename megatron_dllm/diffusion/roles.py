@@ -49,7 +49,7 @@ def count_visible_pairs(roles: Tensor) -> int:
     Returns:
         The sum of `visible(roles, roles)` over all rows.
     """
-    rows = roles.reshape(-1, *roles.shape[-2:]).long()
+    rows = roles.reshape(roles.shape[:-2].numel(), *roles.shape[-2:]).long()
     row_ids = torch.arange(len(rows), device=roles.device).unsqueeze(-1).expand(rows.shape[:2])
     # Sorted by (row, doc, block, view), one line for the tokens of one block in one view, with their number.
     tokens = torch.cat([row_ids.unsqueeze(-1), rows], dim=-1)[rows[..., DOC] >= 0]

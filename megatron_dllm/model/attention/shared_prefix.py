@@ -28,7 +28,7 @@ from megatron_dllm.model.attention.tiles import (
     sort_queries,
 )
 
-TILE_SIZE = 256
+TILE_SIZE = 64
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

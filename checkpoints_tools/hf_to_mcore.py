@@ -1,0 +1,164 @@
+"""Convert a Hugging Face folder into a torch_dist checkpoint: python -m checkpoints_tools.hf_to_mcore
+
+Streams safetensors to the checkpoint piece by piece; needs no GPU, no process group, and a few hundred
+megabytes whatever the model's size. The result loads on any tensor, pipeline and expert parallel size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.command import main_guard
+from checkpoints_tools.hf_config import SourceConfig, read_hf_config
+from checkpoints_tools.mcore_folder import TOKENIZER, new_contract, write_json_files
+from checkpoints_tools.output_folder import check_output, output_folder
+from checkpoints_tools.param_map import WeightMap, extra_state_keys, is_fp32, key_aliases, weight_map
+from checkpoints_tools.safetensors_io import SafetensorsFolder
+from checkpoints_tools.streaming import MAX_PIECE_BYTES, Task, run, split_rows
+from checkpoints_tools.tokenizer_files import TokenizerFiles, copy_tokenizer, settle_mask_id
+from checkpoints_tools.torch_dist_write import TorchDistWriter
+from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+DEFAULT_BLOCK_SIZE = 32
+
+
+def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer: Path | None = None) -> None:
+    """Convert one folder.
+
+    Args:
+        hf: folder with config.json and safetensors.
+        output: checkpoint folder to make; must not exist.
+        mask_token_id: None: from config.json, the reserved id of a known vocabulary, or the tokenizer.
+        tokenizer: folder to take the tokenizer from; None: `hf`.
+
+    Raises:
+        ValueError: anything wrong with the input, naming file and tensor; nothing is left behind.
+    """
+    source = read_hf_config(hf)
+    files = TokenizerFiles(tokenizer or hf)
+    model = _with_token_ids(source.model, files, mask_token_id, hf)
+    folder = SafetensorsFolder(hf)
+    has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in folder.tensors)
+    names = weight_map(model, has_stacked_experts=has_stacked_experts)
+    dtypes = _check_tensors(folder, names, model)
+    total_bytes = sum(tensor.num_bytes for name, tensor in folder.tensors.items() if name in names.hf_shapes)
+    check_output(output, total_bytes)
+    with output_folder(output, total_bytes) as temporary:
+        writer = TorchDistWriter(temporary)
+        try:
+            for key, shape in names.mcore_shapes.items():
+                writer.add(key, dtypes[key], shape)
+            run(_tasks(folder, names, writer), total_bytes, "hf_to_mcore")
+            for key, alias in key_aliases(model).items():
+                writer.alias(key, alias)
+            writer.add_empty_objects(list(extra_state_keys(model)))
+            checksums = writer.close()
+        finally:
+            writer.abandon()
+            folder.close()
+        if files.exists:
+            copy_tokenizer(files, temporary / TOKENIZER, model.mask_token_id, model.vocab_size)
+        contract = _contract(model, source, hf, files.exists)
+        write_json_files(temporary, {folders.CONTRACT: contract}, checksums)
+
+
+def _with_token_ids(model: ModelConfig, files: TokenizerFiles, wanted: int | None, hf: Path) -> ModelConfig:
+    """Fill in what config.json does not say about special tokens."""
+    eos = model.eos_token_id if model.eos_token_id >= 0 else files.eos_id()
+    pad = model.pad_token_id if model.pad_token_id >= 0 else files.special_id("pad_token")
+    if eos is None:
+        eos = pad  # LLaDA2 states its end-of-text token as pad_token_id alone.
+    if eos is None:
+        raise ValueError(f"{hf / 'config.json'} and the tokenizer of {files.folder} name no eos_token_id; add it to either.")
+    if not files.exists:
+        logger.warning("%s has no tokenizer files; the checkpoint will have none either", files.folder)
+    mask = settle_mask_id(files, model.vocab_size, model.mask_token_id, wanted)
+    model = replace(model, eos_token_id=eos, pad_token_id=eos if pad is None else pad, mask_token_id=mask)
+    model.validate()
+    return model
+
+
+def _check_tensors(folder: SafetensorsFolder, names: WeightMap, model: ModelConfig) -> dict[str, torch.dtype]:
+    """Compare the folder's tensors with the model's; returns the dtype of every megatron tensor."""
+    expected = names.hf_shapes
+    missing = [name for name in expected if name not in folder.tensors]
+    if missing:
+        raise ValueError(f"{folder.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found "
+                         f"{len(folder.tensors)} of {len(expected)}); the folder is incomplete or config.json is another "
+                         "model's.")
+    extra = [name for name in folder.tensors if name not in expected]
+    if extra:
+        tensor = folder.tensors[extra[0]]
+        remedy = ("it is tied to the embedding: set tie_word_embeddings to false or remove it"
+                  if extra[0] == "lm_head.weight" else "our model has no place for it, so it would be lost")
+        raise ValueError(f"{tensor.path}: tensor {extra[0]} ({list(tensor.shape)}) and {len(extra) - 1} more are not part of "
+                         f"a {model.family} with this config.json; {remedy}.")
+    dtypes: dict[str, torch.dtype] = {}
+    for name, shape in expected.items():
+        tensor = folder.tensors[name]
+        if tensor.shape != shape:
+            raise ValueError(f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
+                             f"{list(shape)}; one of the two belongs to another model.")
+        if is_fp32(name) and tensor.dtype != torch.float32:
+            logger.warning("%s: %s is stored as %s; what was lost by rounding it is lost", tensor.path, name, tensor.dtype)
+    for piece in names.pieces:
+        stored = folder.tensors[piece.hf_name].dtype
+        if not stored.is_floating_point:
+            raise ValueError(f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}; weights must "
+                             "be floating point: dequantize the checkpoint first.")
+        dtype = torch.float32 if is_fp32(piece.hf_name) else stored
+        if dtypes.setdefault(piece.mcore_key, dtype) != dtype:
+            raise ValueError(f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}, others of "
+                             f"{piece.mcore_key} have {dtypes[piece.mcore_key]}; store them alike.")
+    return dtypes
+
+
+def _tasks(folder: SafetensorsFolder, names: WeightMap, writer: TorchDistWriter) -> Iterator[Task]:
+    for piece in names.pieces:
+        dtype = folder.tensors[piece.hf_name].dtype
+        for first, offsets, sizes in split_rows(piece.offsets, piece.sizes, MAX_PIECE_BYTES // dtype.itemsize):
+            num_elements = 1
+            for size in sizes:
+                num_elements *= size
+            yield Task(f"{folder.tensors[piece.hf_name].path}: {piece.hf_name}", num_elements, dtype,
+                       partial(folder.read, piece.hf_name, piece.hf_start + first),
+                       partial(_write, writer, piece.mcore_key, offsets, sizes))
+
+
+def _write(writer: TorchDistWriter, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], data: Tensor) -> None:
+    box = data.view(sizes)
+    writer.write(key, offsets, box.float() if is_fp32(key) else box)
+
+
+def _contract(model: ModelConfig, source: SourceConfig, hf: Path, has_tokenizer: bool) -> dict[str, object]:
+    block_size = (source.block_size or DEFAULT_BLOCK_SIZE) if source.is_diffusion else 1
+    contract = new_contract(model, shift=not source.is_diffusion, block_size=block_size,
+                            context_length=model.max_position_embeddings, has_tokenizer=has_tokenizer)
+    return contract | {"source": str(hf.absolute())}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder (config.json, *.safetensors)")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to make; must not exist")
+    parser.add_argument("--mask_token_id", default="auto", help="id of the mask token, or auto (default)")
+    parser.add_argument("--tokenizer", type=Path, help="take the tokenizer from this folder instead")
+    arguments = parser.parse_args()
+    with main_guard(parser):
+        wanted = None if arguments.mask_token_id == "auto" else int(arguments.mask_token_id)
+        convert(arguments.hf, arguments.output, wanted, arguments.tokenizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The `.metadata` of a torch_dist checkpoint, read without running anything that a pickle may carry.
+
+`.metadata` is a pickle by torch's own definition of the format. It is read by an unpickler that knows
+the names of the records torch writes there, and turns each into an inert record of our own; any other
+name is refused, and no class or function of another library is ever called.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METADATA_NAME = ".metadata"
+CONFIG_NAME = "metadata.json"
+COMMON_NAME = "common.pt"
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_PLANNER = "torch.distributed.checkpoint.planner"
+_RECORDS = {
+    *((_METADATA, name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+    *((_PLANNER, name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+}
+
+
+class _Record:
+    """What every pickled object becomes: its arguments and its state."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.state.get(name, default)
+
+
+class _TensorRecord(_Record):
+    """A TensorStorageMetadata; other entries of the state dict hold objects."""
+
+
+def _size(*arguments: Any) -> tuple[int, ...]:
+    return tuple(arguments[0]) if arguments else ()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch", "Size"):
+            return _size
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in _RECORDS:
+            # A class of this call's own: a pickle that writes into it changes nothing outside.
+            base = _TensorRecord if name == "TensorStorageMetadata" else _Record
+            return type(name, (base,), {})
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, and the bytes (a `torch.save` archive) that hold it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file_name: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class DistTensor:
+    """One tensor of the checkpoint with all its chunks."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole tensor."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class DistMetadata:
+    """What a torch_dist checkpoint holds: tensors by key, and the keys of other objects."""
+
+    tensors: dict[str, DistTensor]
+    object_keys: frozenset[str]
+
+
+def read_metadata(folder: Path) -> DistMetadata:
+    """Read a checkpoint's table of contents.
+
+    Raises:
+        ValueError: the folder is no torch_dist checkpoint, is half-written, or its metadata is damaged
+            or holds anything but DCP records.
+    """
+    path = folder / METADATA_NAME
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no directory; name a torch_dist checkpoint folder.")
+    for name in (CONFIG_NAME, METADATA_NAME):
+        if not (folder / name).is_file():
+            found = sorted(entry.name for entry in folder.iterdir())[:8]
+            raise ValueError(f"{folder} is no complete torch_dist checkpoint: {name} is missing (found {found}); "
+                             "name the step folder itself, or save again.")
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        return _tables(folder, metadata)
+    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not a torch_dist table of contents ({error!r}); "
+                         "it is not read further.") from error
+
+
+def _tables(folder: Path, metadata: _Record) -> DistMetadata:
+    places: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
+    for index, info in metadata.get("storage_data").items():
+        if info.get("transform_descriptors"):
+            raise ValueError(f"{folder}: {index.get('fqn')} is stored compressed; save without stream transforms.")
+        places[index.get("fqn"), index.get("offset")] = (info.get("relative_path"), info.get("offset"), info.get("length"))
+    tensors, objects = {}, set()
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    for key, entry in metadata.get("state_dict_metadata").items():
+        if not isinstance(entry, _TensorRecord):
+            objects.add(key)
+            continue
+        dtype = entry.get("properties").state[0]
+        chunks = tuple(_chunk(folder, key, chunk, places, sizes) for chunk in entry.get("chunks"))
+        tensors[key] = DistTensor(dtype, tuple(entry.get("size")), chunks)
+    return DistMetadata(tensors, frozenset(objects))
+
+
+def _chunk(folder: Path, key: str, record: _Record, places: dict[Any, Any], sizes: dict[str, int]) -> Chunk:
+    offsets = tuple(record.get("offsets"))
+    if (key, offsets) not in places:
+        raise ValueError(f"{folder}: tensor {key} has no data for its part at {list(offsets)}; the checkpoint is damaged.")
+    file_name, start, length = places[key, offsets]
+    if file_name not in sizes:
+        raise ValueError(f"{folder / file_name} is missing: it holds tensor {key}; copy the whole folder.")
+    if start + length > sizes[file_name]:
+        raise ValueError(f"{folder / file_name} is truncated: tensor {key} ends at byte {start + length}, the file at "
+                         f"{sizes[file_name]}; copy or save it again.")
+    return Chunk(offsets, tuple(record.get("sizes")), file_name, start, length)

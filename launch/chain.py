@@ -1,0 +1,272 @@
+"""What is to be run: the schema of a chain, its composition, and its stages resolved to commands.
+
+A chain is a list of stages, each its own job: a training run (`experiment`) or a tool (`module` with
+`arguments`). A plain experiment is a chain of one stage.
+
+    recipes/chain/NAME.yaml        stages in order; `${root}/${name}` is the chain's folder
+    recipes/experiment/NAME.yaml   one training run
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
+from megatron_dllm.compose import RECIPES, compose_dict, to_train_config
+from megatron_dllm.config import TrainConfig
+
+LAUNCH_KEYS = ("cluster", "experiment", "name", "root", "nodes", "min_nodes", "stages", "requeue", "train_module")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def check_name(key: str, name: str) -> None:
+    """Raise ValueError unless `name` is a plain folder name that no shell or scheduler can misread."""
+    plain = bool(name) and name.isascii() and all(c.isalnum() or c in "._-" for c in name) and name[0] not in ".-"
+    _check(plain, f"{key} ({name!r}) must be letters, digits, '.', '_' or '-', not starting with '.' or '-'; "
+                  "it names a folder and a job.")
+
+
+@dataclass
+class StageSpec:
+    """One stage of a chain as a recipe gives it: `experiment` or `module`, never both."""
+
+    # A training run: recipes/experiment/NAME.yaml and what differs from it.
+    experiment: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    # A tool: python -m MODULE ARGUMENTS.
+    module: str | None = None
+    arguments: list[str] = field(default_factory=list)
+    # What the tool writes. An output that exists after the tool was started is complete: tools rename at the end.
+    output: str | None = None
+    # Stages that must be finished before; null: the one listed before this one.
+    after: list[str] | None = None
+    nodes: int = 1
+    # A restart may run on fewer nodes, down to this many; null: always on `nodes`.
+    min_nodes: int | None = None
+    is_cpu_only: bool = False
+    # null: the cluster's.
+    time_limit: str | None = None
+
+    def validate(self, name: str, earlier: list[str]) -> None:
+        """Raise ValueError for a stage that is neither or both, or that waits for a stage that is not there."""
+        check_name("stages", name)
+        _check((self.experiment is None) != (self.module is None),
+               f"stages.{name} must have either experiment ({self.experiment}) or module ({self.module}); "
+               "set exactly one.")
+        _check(self.experiment is not None or not self.overrides,
+               f"stages.{name}.overrides {self.overrides} have no effect on a tool; use arguments.")
+        _check(self.module is not None or not self.arguments,
+               f"stages.{name}.arguments {self.arguments} have no effect on a training run; use overrides.")
+        _check(self.module is None or all(part.isidentifier() for part in self.module.split(".")),
+               f"stages.{name}.module ({self.module!r}) must be the dotted name of a Python module.")
+        _check(self.nodes > 0 and (self.min_nodes is None or 0 < self.min_nodes <= self.nodes),
+               f"stages.{name}.nodes, min_nodes ({self.nodes}, {self.min_nodes}) must satisfy 0 < min_nodes <= nodes.")
+        _check(self.module is None or self.nodes == 1,
+               f"stages.{name}.nodes ({self.nodes}) must be 1 for a tool: it is one process.")
+        if self.time_limit is not None:
+            time_limit_seconds(self.time_limit)
+        for other in self.after or []:
+            _check(other in earlier,
+                   f"stages.{name}.after ({other}) must name a stage listed before it: {', '.join(earlier) or 'none'}.")
+
+
+@dataclass
+class RequeueConfig:
+    """When a stage that ended without finishing is started again. A stop for time or preemption always is."""
+
+    # Crashes in a row without a new checkpoint after which it stays down.
+    max_crashes_without_progress: int = 3
+    # Crashes in all, however much progress lies between them.
+    max_crashes: int = 20
+
+    def validate(self) -> None:
+        """Raise ValueError for bounds below one."""
+        _check(self.max_crashes_without_progress >= 1 and self.max_crashes >= 1,
+               f"requeue.max_crashes_without_progress, max_crashes ({self.max_crashes_without_progress}, "
+               f"{self.max_crashes}) must be at least 1; 1 never starts again after a crash.")
+
+
+@dataclass
+class LaunchConfig:
+    """A chain on a cluster."""
+
+    # The chain's folder is root/name; a single experiment takes both from its run.root and run.name.
+    name: str = MISSING
+    root: str = "runs"
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    stages: dict[str, StageSpec] = field(default_factory=dict)
+    requeue: RequeueConfig = field(default_factory=RequeueConfig)
+    # Started by torchrun for every training stage; another one must keep the same exit codes and run folder.
+    train_module: str = "megatron_dllm.train"
+
+    def validate(self) -> None:
+        """Raise ValueError where the chain or the cluster is impossible."""
+        check_name("name", self.name)
+        self.cluster.validate()
+        self.requeue.validate()
+        _check(len(self.stages) > 0, "stages ({}) must name at least one stage.")
+        names = list(self.stages)
+        for position, (name, spec) in enumerate(self.stages.items()):
+            spec.validate(name, names[:position])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage resolved: what runs, where it writes, and a hash over all that its result depends on.
+
+    Args:
+        name: of the stage.
+        spec: as the recipe gave it.
+        after: names of the stages it waits for.
+        arguments: of the interpreter, `-m module ...`; a training stage gets its frozen config's path when started.
+        config: resolved configuration of a training stage, else None.
+        config_text: the same as YAML that Hydra reads back.
+        run_folder: where a training stage writes, else None.
+        digest: sha256 over command, configuration and the digests of the stages before.
+    """
+
+    name: str
+    spec: StageSpec
+    after: tuple[str, ...]
+    arguments: tuple[str, ...]
+    config: TrainConfig | None
+    config_text: str
+    run_folder: Path | None
+    digest: str
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it is a training run (torchrun) rather than a tool (one process)."""
+        return self.config is not None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """All stages in order, and the folder that the chain keeps its books in."""
+
+    config: LaunchConfig
+    folder: Path
+    stages: tuple[Stage, ...]
+
+    def stage_folder(self, stage: Stage) -> Path:
+        """Frozen command, job script, attempts and logs of a stage."""
+        return self.folder / "launch" / stage.name
+
+
+def split_overrides(overrides: list[str]) -> tuple[dict[str, str], list[str], list[str]]:
+    """Sort command line words into what selects, what configures the launch, and what goes to training.
+
+    Returns:
+        `experiment`, `nodes` and `min_nodes` by name; overrides of the launch; overrides of every training stage.
+
+    Raises:
+        ValueError: a word without `=`.
+    """
+    selected: dict[str, str] = {}
+    launch: list[str] = []
+    train: list[str] = []
+    for word in overrides:
+        key, separator, value = word.partition("=")
+        _check(separator == "=", f"{word!r} is not of the form key=value.")
+        top = key.lstrip("+~").split(".", 1)[0]
+        if key in ("experiment", "nodes", "min_nodes"):
+            selected[key] = value
+        elif top in LAUNCH_KEYS:
+            launch.append(word)
+        else:
+            train.append(word)
+    return selected, launch, train
+
+
+def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
+    """Compose what the command line asks for.
+
+    Raises:
+        ValueError: an unknown experiment, cluster, key, or an impossible chain; nothing has been written.
+    """
+    ConfigStore.instance().store(name="launch_schema", node=LaunchConfig)
+    selected, launch_overrides, train_overrides = split_overrides(overrides)
+    chains = sorted(path.stem for path in (recipes / "chain").glob("*.yaml"))
+    experiments = sorted(path.stem for path in (recipes / "experiment").glob("*.yaml"))
+    name = selected.get("experiment", "")
+    _check(name in chains or name in experiments,
+           f"experiment ({name!r}) is not a recipe; there are: {', '.join(sorted({*chains, *experiments}))}.")
+    is_chain = name in chains
+    choice = [f"chain={name}"] if is_chain else []
+    composed = compose_dict([*choice, *launch_overrides], "launch", recipes, LaunchConfig)
+    if is_chain:
+        _check("nodes" not in selected and "min_nodes" not in selected,
+               "nodes has no effect on a chain, whose stages have their own; use stages.NAME.nodes.")
+        misplaced = [word for word in train_overrides if word.startswith(("run.name=", "run.root="))]
+        _check(not misplaced, f"{misplaced} would put every stage into one folder; use name= and root=.")
+    else:
+        run = to_train_config(_compose_train(name, train_overrides, recipes)).run
+        composed.name, composed.root = run.name, run.root
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, LaunchConfig), "recipes/launch.yaml must start from launch_schema"
+    if not is_chain:
+        config.stages = {"train": StageSpec(experiment=name, nodes=_integer(selected, "nodes") or 1,
+                                            min_nodes=_integer(selected, "min_nodes"))}
+    config.validate()
+    folder = Path(config.root) / config.name
+    stages: list[Stage] = []
+    for stage_name in config.stages:
+        home = [f"run.root={json.dumps(str(folder))}", f"run.name={stage_name}"] if is_chain else []
+        stages.append(_resolve(stage_name, config, home, train_overrides, stages, recipes))
+    return Chain(config, folder, tuple(stages))
+
+
+def _integer(selected: dict[str, str], key: str) -> int | None:
+    value = selected.get(key)
+    _check(value is None or value.isdecimal(), f"{key} ({value}) must be a whole number.")
+    return None if value is None else int(value)
+
+
+def _compose_train(experiment: str, overrides: list[str], recipes: Path) -> Any:
+    return compose_dict([f"experiment={experiment}", *overrides], "train", recipes)
+
+
+def _resolve(name: str, config: LaunchConfig, home: list[str], train_overrides: list[str], earlier: list[Stage],
+             recipes: Path) -> Stage:
+    """Turn one stage of the recipe into a command."""
+    spec = config.stages[name]
+    after = tuple(spec.after) if spec.after is not None else tuple(s.name for s in earlier[-1:])
+    train: TrainConfig | None = None
+    text = ""
+    run_folder = None
+    arguments = ("-m", spec.module or config.train_module, *spec.arguments)
+    if spec.experiment is not None:
+        try:
+            composed = _compose_train(spec.experiment, [*home, *spec.overrides, *train_overrides], recipes)
+            train = to_train_config(composed)
+        except ValueError as error:
+            raise ValueError(f"stage {name}: {error}") from error
+        train.run.validate()
+        run_folder = Path(train.run.root) / train.run.name
+        text = frozen_yaml(composed, recipes)
+    upstream = [stage.digest for stage in earlier if stage.name in after]
+    content = json.dumps([arguments, text, upstream])
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return Stage(name, spec, after, arguments, train, text, run_folder, digest)
+
+
+def frozen_yaml(composed: Any, recipes: Path) -> str:
+    """The resolved configuration as a primary Hydra config: values only, still bound to the schema.
+
+    Hydra's own settings are taken along, so that a rerun from the frozen file also writes no `outputs/` folders.
+    """
+    hydra = OmegaConf.to_container(OmegaConf.load(recipes / "train.yaml")).get("hydra", {})  # type: ignore[union-attr]
+    frozen = {"defaults": ["train_schema", "_self_"], **OmegaConf.to_container(composed, resolve=True),
+              "hydra": hydra}  # type: ignore[dict-item]
+    return OmegaConf.to_yaml(frozen)

@@ -1,0 +1,66 @@
+"""Which rank failed first and what it said last, gathered from the ranks' exit records and logs into one place."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from launch.record import last_lines, read_json
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+
+# Codes with which a rank ends on purpose.
+ORDERLY = (0, EXIT_PREEMPTED, EXIT_FENCED)
+# A rank that the launcher killed because another had failed is not the cause.
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM)
+
+
+def exit_records(start_folder: Path) -> list[dict[str, Any]]:
+    """The exit records of one start, by time of end."""
+    found = [read_json(path) for path in start_folder.glob("exit_*.json")]
+    return sorted((entry for entry in found if entry), key=lambda entry: entry["ended"])
+
+
+def failed_first(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first rank that failed by itself, or else the first that was killed; None if none failed."""
+    failed = [entry for entry in records if entry["code"] not in ORDERLY]
+    by_itself = [entry for entry in failed if entry["code"] not in _KILLED]
+    return next(iter(by_itself or failed), None)
+
+
+def overall_code(records: list[dict[str, Any]], ranks: int) -> int | None:
+    """One code for a start: the failure's, else fenced, else preempted, else 0; None where ranks left no record."""
+    failure = failed_first(records)
+    if failure:
+        return int(failure["code"])
+    codes = {entry["code"] for entry in records}
+    for code in (EXIT_FENCED, EXIT_PREEMPTED):
+        if code in codes:
+            return code
+    return 0 if len(records) == ranks else None
+
+
+def describe_code(code: int) -> str:
+    """An exit code in words."""
+    if code == EXIT_NON_FINITE:
+        return "the loss or gradient norm was not finite"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def collect_failure(start_folder: Path, count: int = 40) -> str | None:
+    """Write START/failure.txt: the failing rank, its host, and the last lines of its log.
+
+    Returns:
+        Its text, or None if no rank failed.
+    """
+    failure = failed_first(exit_records(start_folder))
+    if failure is None:
+        return None
+    rank = failure["rank"]
+    path = start_folder / f"rank_{rank:05d}.log"
+    text = "\n".join([f"rank {rank} on {failure['host']}: {describe_code(failure['code'])}; last lines of {path}:",
+                      *last_lines(path, count)]) + "\n"
+    (start_folder / "failure.txt").write_text(text, encoding="utf-8")
+    return text

@@ -1,0 +1,116 @@
+"""What makes a run repeatable: its code, its configuration and its packages, copied beside its results.
+
+    CHAIN/launch/code_0a1b2c/    the source tree as it was, so a job in the queue does not see later edits
+    CHAIN/launch/commit.txt, diff.patch, packages.txt
+    CHAIN/launch/STAGE/stage.json, config.yaml
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.chain import Chain, Stage
+from launch.record import write_json
+from megatron_dllm.cluster import ClusterConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+# Larger files are data, not source.
+MAX_SOURCE_BYTES = 1 << 20
+_PACKAGES = ("megatron_dllm", "checkpoints_tools", "launch", "recipes")
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the project, or None where the project is no git checkout."""
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else None
+
+
+def installed_packages() -> list[str]:
+    """`name==version` of every installed distribution, sorted."""
+    found = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return [f"python=={sys.version.split()[0]}", *sorted(found, key=str.lower)]
+
+
+def _source_files() -> list[Path]:
+    """Tracked and new source files relative to the project, without what git ignores."""
+    listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if listed is not None:
+        names = [Path(name) for name in listed.split("\0") if name]
+    else:
+        names = [p.relative_to(ROOT) for package in _PACKAGES for p in (ROOT / package).rglob("*")
+                 if "__pycache__" not in p.parts]
+    return sorted(n for n in names if (ROOT / n).is_file() and (ROOT / n).stat().st_size <= MAX_SOURCE_BYTES)
+
+
+def freeze_code(launch_folder: Path) -> Path:
+    """Copy the source tree under a name made of its content's hash; an equal copy is used again.
+
+    Returns:
+        The copy's absolute path, to be put first on PYTHONPATH.
+    """
+    files = _source_files()
+    digest = hashlib.sha256()
+    for name in files:
+        digest.update(str(name).encode() + b"\0" + (ROOT / name).read_bytes() + b"\0")
+    target = launch_folder.absolute() / f"code_{digest.hexdigest()[:12]}"
+    if not target.exists():
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        for name in files:
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, temporary / name)
+        os.replace(temporary, target)
+    return target
+
+
+def freeze_environment(launch_folder: Path) -> None:
+    """Write the git commit, the difference to it, and the package list."""
+    commit = (_git("rev-parse", "HEAD") or "not a git checkout").strip()
+    (launch_folder / "commit.txt").write_text(commit + "\n", encoding="utf-8")
+    (launch_folder / "diff.patch").write_text(_git("diff", "HEAD") or "", encoding="utf-8")
+    (launch_folder / "packages.txt").write_text("\n".join(installed_packages()) + "\n", encoding="utf-8")
+
+
+def rank_arguments(chain: Chain, stage: Stage) -> list[str]:
+    """The interpreter's arguments of one rank; a training stage reads its frozen configuration."""
+    if not stage.is_training:
+        return list(stage.arguments)
+    folder = chain.stage_folder(stage).absolute()
+    return [*stage.arguments, "--config-dir", str(folder), "--config-name", "config"]
+
+
+def freeze_stage(chain: Chain, stage: Stage, **details: Any) -> Path:
+    """Write a stage's configuration and command; the folder they lie in.
+
+    Args:
+        chain: the chain.
+        stage: one of its stages.
+        details: what else the job's supervisor has to know (valid_nodes, container, ...).
+    """
+    folder = chain.stage_folder(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    if stage.is_training:
+        text = f"# Frozen by the launcher; the run reads this file whenever it is started again.\n{stage.config_text}"
+        temporary = folder / ".config.yaml.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / "config.yaml")
+    cluster: ClusterConfig = chain.config.cluster
+    write_json(folder / "stage.json", {
+        "chain": chain.config.name,
+        "name": stage.name,
+        "digest": stage.digest,
+        "is_training": stage.is_training,
+        "arguments": rank_arguments(chain, stage),
+        "run_folder": str(stage.run_folder.absolute()) if stage.run_folder else None,
+        "output": stage.spec.output,
+        "nodes": stage.spec.nodes,
+        "ranks_per_node": cluster.num_ranks_per_node if stage.is_training else 1,
+        **details,
+    })
+    return folder

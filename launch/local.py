@@ -1,0 +1,147 @@
+"""Run a chain on this machine, stage after stage: the same stages that launch/submit.py gives to SLURM.
+
+    python launch/local.py experiment=NAME key=value ...
+
+Finished stages are skipped; Ctrl-C finishes the training step, saves and stops (twice: stops at once), and the same
+command continues. Times lie in CHAIN/chain.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch import record  # noqa: E402
+from launch.chain import Chain, Stage, compose_chain  # noqa: E402
+from launch.failure import collect_failure, exit_records, overall_code  # noqa: E402
+from launch.freeze import freeze_environment, freeze_stage, rank_arguments  # noqa: E402
+from launch.node import rendezvous_options, run, torchrun_command  # noqa: E402
+from launch.progress import Progress, progress_of  # noqa: E402
+from launch.rank import RUN_VARIABLE, SHOW_VARIABLE  # noqa: E402
+from megatron_dllm.compose import RECIPES  # noqa: E402
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED  # noqa: E402
+from megatron_dllm.lease import LEASE_VARIABLE, Lease  # noqa: E402
+
+log = logging.getLogger("launch")
+EXIT_INTERRUPTED = 130
+
+
+def world_size(chain: Chain, stage: Stage) -> int:
+    """Ranks of a training stage: as many as on the cluster, so that the layout and the numbers are the same."""
+    return stage.spec.nodes * chain.config.cluster.num_ranks_per_node
+
+
+def next_start(folder: Path) -> Path:
+    """A new folder for the logs of one start of a stage."""
+    number = len(list(folder.glob("start_*"))) + 1
+    start = folder / f"start_{number:04d}"
+    start.mkdir()
+    return start
+
+
+def _environment(chain: Chain) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    # One thread a rank: several ranks share this machine's cores.
+    return {"OMP_NUM_THREADS": "1", **os.environ, **chain.config.cluster.environment, "PYTHONPATH": path}
+
+
+def run_stage(chain: Chain, stage: Stage) -> int:
+    """Run one stage in the foreground; its exit code, EXIT_PREEMPTED where it stopped in order."""
+    folder = freeze_stage(chain, stage)
+    record.append_event(folder, "start", digest=stage.digest, host=os.uname().nodename)
+    environment = _environment(chain)
+    arguments = rank_arguments(chain, stage)
+    if not stage.is_training:
+        try:
+            return subprocess.run([sys.executable, "-u", *arguments], env=environment, check=False).returncode
+        except KeyboardInterrupt:
+            return EXIT_PREEMPTED
+    assert stage.run_folder is not None, "a training stage has a run folder"
+    start = next_start(folder)
+    lease = Lease.take_next(stage.run_folder)
+    environment |= {SHOW_VARIABLE: "1", RUN_VARIABLE: str(stage.run_folder), LEASE_VARIABLE: str(lease.generation)}
+    command = torchrun_command(sys.executable, world_size(chain, stage), rendezvous_options({}), start,
+                               [sys.executable, "-u", *arguments])
+    return_code = run(command, environment)
+    code = overall_code(exit_records(start), world_size(chain, stage))
+    failure = collect_failure(start)
+    if failure:
+        log.error("%s", failure)
+    return code if code is not None else (return_code or 1)
+
+
+_MEANING = {
+    EXIT_PREEMPTED: "stopped in order; the same command continues it",
+    EXIT_NON_FINITE: "stopped at a loss or gradient norm that is not finite; starting it again repeats that",
+    EXIT_FENCED: "was superseded by another start of the same run and stopped without writing",
+}
+
+
+def run_chain(chain: Chain, allow_changes: bool) -> int:
+    """Run every unfinished stage in order; 0 if all have finished, else the first failure's exit code."""
+    chain.folder.mkdir(parents=True, exist_ok=True)
+    (chain.folder / "launch").mkdir(exist_ok=True)
+    freeze_environment(chain.folder / "launch")
+    book: dict[str, Any] = record.read_json(chain.folder / "chain.json") or {}
+    book = {**book, "name": chain.config.name, "stages": book.get("stages", {})}
+    total = len(chain.stages)
+    for number, stage in enumerate(chain.stages, 1):
+        folder = chain.stage_folder(stage)
+        state = progress_of(chain, stage, allow_changes)
+        if state is Progress.FINISHED:
+            log.info("[%d/%d] %s: finished before, skipped", number, total, stage.name)
+            continue
+        what = stage.spec.experiment or stage.spec.module
+        log.info("[%d/%d] %s: %s (%s)", number, total, stage.name, what, state.value)
+        began = time.time()
+        code = run_stage(chain, stage)
+        seconds = time.time() - began
+        entry = book["stages"].setdefault(stage.name, {"seconds": 0.0})
+        entry |= {"seconds": round(entry["seconds"] + seconds, 2), "ended": time.time(), "exit_code": code,
+                  "digest": stage.digest}
+        record.append_event(folder, "end", code=code, seconds=round(seconds, 2))
+        if code == 0:
+            record.mark_done(folder, stage.digest, seconds=entry["seconds"])
+        record.write_json(chain.folder / "chain.json", book)
+        if code != 0:
+            meaning = _MEANING.get(code, f"failed with exit code {code}; its logs are in {folder}")
+            log.error("[%d/%d] %s %s", number, total, stage.name, meaning)
+            return EXIT_INTERRUPTED if code == EXIT_PREEMPTED else (code if 0 < code < 256 else 1)
+        log.info("[%d/%d] %s: done in %.1f s", number, total, stage.name, entry["seconds"])
+    log.info("all %d stages of %s have finished; the books are in %s", total, chain.config.name, chain.folder)
+    return 0
+
+
+def main(words: list[str] | None = None) -> int:
+    """Parse the command line and run the chain."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="+", metavar="key=value", help="experiment=NAME, then what differs")
+    parser.add_argument("--allow_changes", action="store_true",
+                        help="continue an unfinished stage although its configuration has changed since it started")
+    parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of recipes (default: the project's)")
+    arguments = parser.parse_args(words)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        chain = compose_chain(arguments.overrides, arguments.recipes.absolute())
+        for stage in chain.stages:
+            if stage.config is not None:
+                stage.config.validate(world_size(chain, stage))
+            progress_of(chain, stage, arguments.allow_changes)
+        return run_chain(chain, arguments.allow_changes)
+    except ValueError as error:
+        log.error("%s", error)
+        return 2
+    except KeyboardInterrupt:
+        log.error("interrupted; the same command continues")
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

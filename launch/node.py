@@ -1,0 +1,100 @@
+"""The ranks of one node under torchrun, with stop signals that torchrun leaves to them.
+
+    python launch/node.py STAGE_FOLDER START_FOLDER          (one srun task a node)
+
+torchrun kills its workers on SIGTERM and dies of SIGUSR1. Preemption sends SIGTERM to whatever srun started, so this
+process stands in between: torchrun ignores both signals, and the rank wrappers get SIGUSR1 directly.
+
+Standard library only, apart from torchrun itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from launch.rank import PIDS_VARIABLE, die_with_parent  # noqa: E402
+from launch.record import read_json  # noqa: E402
+
+# Seconds torchrun gives the other ranks of a node after one has failed: enough to write their own tracebacks.
+SHUTDOWN_SECONDS = 10
+
+
+def rendezvous_options(environment: Mapping[str, str]) -> list[str]:
+    """torchrun's options for this node: a fixed master on SLURM, a port of its own on one machine."""
+    if "MASTER_ADDR" not in environment:
+        return ["--standalone", "--nnodes=1"]
+    return [f"--nnodes={environment['MEGATRON_DLLM_NODES']}", f"--node-rank={environment['SLURM_NODEID']}",
+            f"--master-addr={environment['MASTER_ADDR']}", f"--master-port={environment['MASTER_PORT']}"]
+
+
+def torchrun_command(python: str, ranks: int, rendezvous: Sequence[str], start_folder: Path,
+                     command: Sequence[str]) -> list[str]:
+    """One torchrun that starts `command` under the rank wrapper, `ranks` times.
+
+    Args:
+        python: interpreter with torch.
+        ranks: processes on this node.
+        rendezvous: from rendezvous_options.
+        start_folder: where logs and exit records go.
+        command: of a rank, the interpreter included.
+    """
+    return [python, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={ranks}",
+            "--max-restarts=0", "--monitor-interval=0.5", "--signals-to-handle=SIGHUP",
+            f"--shutdown-timeout={SHUTDOWN_SECONDS}", "--no-python",
+            python, str(ROOT / "launch" / "rank.py"), str(start_folder), "--", *command]
+
+
+def _prepare_torchrun() -> None:
+    die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run torchrun, turning SIGTERM, SIGUSR1 and Ctrl-C into an orderly stop of its ranks; its return code.
+
+    A second Ctrl-C kills the ranks at once.
+    """
+    interrupts = 0
+    with tempfile.TemporaryDirectory(prefix="megatron_dllm_") as pids:
+
+        def send(number: signal.Signals) -> None:
+            for pid in os.listdir(pids):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), number)
+
+        def pass_on(received: int, _: object) -> None:
+            nonlocal interrupts
+            interrupts += received == signal.SIGINT
+            send(signal.SIGKILL if interrupts > 1 else signal.SIGUSR1)
+
+        previous = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        try:
+            process = subprocess.Popen(list(command), env={**environment, PIDS_VARIABLE: pids},
+                                       preexec_fn=_prepare_torchrun)
+            return process.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def main() -> int:
+    """Start the node's ranks as the stage's frozen command says."""
+    stage = read_json(Path(sys.argv[1]) / "stage.json")
+    python = stage["rank_python"] or sys.executable
+    command = torchrun_command(python, stage["ranks_per_node"], rendezvous_options(os.environ), Path(sys.argv[2]),
+                               [python, "-u", *stage["arguments"]])
+    return run(command, os.environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Wrapper of one rank: its log, its signals, its exit record, and its end when the run has moved on.
+
+    python launch/rank.py START_FOLDER -- COMMAND ...
+
+Started by torchrun or by srun, it starts COMMAND and writes START_FOLDER/rank_00003.log and exit_00003.json.
+SIGTERM and SIGUSR1 reach COMMAND as SIGUSR1, again every few seconds, because one that comes before the handler is
+installed is ignored. A rank that was asked to stop and did (EXIT_PREEMPTED) looks like success to torchrun and srun,
+so that neither kills the ranks that are still saving; the exit record has the true code.
+
+Standard library only: it also wraps tools that know nothing of training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from launch.record import write_json  # noqa: E402
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_PREEMPTED  # noqa: E402
+from megatron_dllm.lease import LEASE_VARIABLE, newest_generation  # noqa: E402
+
+REPEAT_SECONDS = 5.0
+LEASE_SECONDS = 3.0
+# Folder in which the wrappers of a node leave their process numbers, for launch/node.py to pass signals on.
+PIDS_VARIABLE = "MEGATRON_DLLM_PIDS"
+# Run folder whose lease is watched; unset: none.
+RUN_VARIABLE = "MEGATRON_DLLM_RUN"
+# "1": rank 0's output also goes to this process's own.
+SHOW_VARIABLE = "MEGATRON_DLLM_SHOW"
+_PR_SET_PDEATHSIG = 1
+
+
+def adopt_slurm_ranks(environment: dict[str, str]) -> None:
+    """Where srun starts the ranks, set the variables that torchrun would have set."""
+    if "RANK" in environment or "SLURM_PROCID" not in environment:
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    environment["LOCAL_WORLD_SIZE"] = environment["SLURM_NTASKS_PER_NODE"]
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends: no rank outlives its launcher."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _prepare_child() -> None:
+    """Die with the wrapper, and survive stop signals until the command handles them."""
+    die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+class RankProcess:
+    """The running command, and what has been asked of it."""
+
+    def __init__(self, command: list[str], log: Path, is_shown: bool) -> None:
+        self.is_stopping = False
+        self.is_fenced = False
+        self._log = open(log, "ab", buffering=0)  # noqa: SIM115 - as long as the process
+        output = subprocess.PIPE if is_shown else self._log
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask_to_stop)
+        # The user's Ctrl-C reaches the whole terminal; the launcher turns it into an orderly stop.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_prepare_child)
+        self._copier = threading.Thread(target=self._copy, daemon=True) if is_shown else None
+        if self._copier:
+            self._copier.start()
+
+    def _copy(self) -> None:
+        assert self.process.stdout is not None, "a shown rank writes into a pipe"
+        while chunk := os.read(self.process.stdout.fileno(), 65536):
+            self._log.write(chunk)
+            with contextlib.suppress(OSError):
+                os.write(1, chunk)
+
+    def _ask_to_stop(self, *_: object) -> None:
+        self.is_stopping = True
+
+    def wait(self, run_folder: str | None, generation: int) -> int:
+        """Wait for the end, passing on stop requests and watching the lease; the command's return code."""
+        next_signal = next_look = 0.0
+        while self.process.poll() is None:
+            now = time.monotonic()
+            if self.is_stopping and now >= next_signal:
+                self.process.send_signal(signal.SIGUSR1)
+                next_signal = now + REPEAT_SECONDS
+            if run_folder and now >= next_look:
+                next_look = now + LEASE_SECONDS
+                if newest_generation(Path(run_folder) / "lease") > generation:
+                    self.is_fenced = True
+                    self.process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.5)
+        if self._copier:
+            self._copier.join(5.0)
+        return EXIT_FENCED if self.is_fenced else self.process.returncode
+
+
+def main() -> int:
+    """Run the command and report; returns what torchrun or srun is told."""
+    start_folder, separator, *command = sys.argv[1:]
+    assert separator == "--", "usage: rank.py START_FOLDER -- COMMAND ..."
+    die_with_parent()
+    adopt_slurm_ranks(os.environ)  # type: ignore[arg-type]
+    rank = int(os.environ.get("RANK", "0"))
+    folder = Path(start_folder)
+    if PIDS_VARIABLE in os.environ:
+        (Path(os.environ[PIDS_VARIABLE]) / str(os.getpid())).touch()
+    is_shown = os.environ.get(SHOW_VARIABLE) == "1" and rank == 0
+    began = time.time()
+    process = RankProcess(command, folder / f"rank_{rank:05d}.log", is_shown)
+    code = process.wait(os.environ.get(RUN_VARIABLE), int(os.environ.get(LEASE_VARIABLE, "0")))
+    write_json(folder / f"exit_{rank:05d}.json",
+               {"rank": rank, "host": socket.gethostname(), "code": code, "began": began, "ended": time.time()})
+    if code in (0, EXIT_PREEMPTED):
+        return 0
+    return code if code > 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The books of a stage: events, markers and exit records, as small files written atomically.
+
+Standard library only: the job's supervisor runs under the node's own Python.
+
+    STAGE/stage.json        what is frozen: command, hash, nodes, container
+    STAGE/events.jsonl      starts and ends, one JSON object a line
+    STAGE/done.json         written when the stage has finished, with the hash of what ran
+    STAGE/start_0001/       logs, exit records and the collected failure of one start
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole: readers see the old content or the new, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None where there is no file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+
+
+def append_event(stage_folder: Path, kind: str, **details: Any) -> None:
+    """Add one line to the stage's events, in a single write."""
+    line = json.dumps({"time": round(time.time(), 3), "event": kind, **details}) + "\n"
+    descriptor = os.open(stage_folder / "events.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All complete JSON lines of a file; a torn last line (its writer died) is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
+def events(stage_folder: Path) -> list[dict[str, Any]]:
+    """The stage's events in order."""
+    return read_lines(stage_folder / "events.jsonl")
+
+
+def mark_done(stage_folder: Path, digest: str, **details: Any) -> None:
+    """Write the marker that lets a later submission skip the stage."""
+    write_json(stage_folder / "done.json", {"digest": digest, "time": time.time(), **details})
+
+
+def done_digest(stage_folder: Path) -> str | None:
+    """Hash of what a finished stage ran, or None if it has not finished."""
+    marker = read_json(stage_folder / "done.json")
+    return None if marker is None else marker["digest"]
+
+
+def output_exists(output: str | None) -> bool:
+    """Whether a tool's output is there: a file, a folder, or a corpus prefix with its .idx."""
+    return output is not None and (os.path.exists(output) or os.path.exists(output + ".idx"))
+
+
+def latest_checkpoint(run_folder: Path) -> str | None:
+    """Name of the run's newest complete checkpoint, or None."""
+    try:
+        return (run_folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip() or None
+    except FileNotFoundError:
+        return None
+
+
+def last_lines(path: Path, count: int = 40) -> list[str]:
+    """The last lines of a log, reading only its end."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 65536))
+            return file.read().decode("utf-8", "replace").splitlines()[-count:]
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,175 @@
+"""What a checkpoint folder is on disk: complete or absent, described by JSON, checked by checksums.
+
+    checkpoints/latest                 name of the newest complete checkpoint
+    checkpoints/step_0000100/
+        contract.json                  model, contract (shift, block grid, mask token, block size), position
+        state.json                     where the run continues: data position, schedule, optimizer step
+        manifest.json                  size and sha256 of every file; written last
+        validation.json                ELBO per block size, once evaluated
+        .metadata metadata.json common.pt __0_0.distcp ...     megatron-core's torch_dist files
+
+Pure standard library: tools read it without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+CONTRACT, STATE, MANIFEST, VALIDATION, LATEST = (
+    "contract.json", "state.json", "manifest.json", "validation.json", "latest")
+TEMPORARY_PREFIX = ".tmp-"
+_CHUNK = 1 << 22
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return checkpoints / f"step_{step:07d}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old content or the new, never a part."""
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        ValueError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {path.parent} is not a complete checkpoint; choose another one.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); choose another checkpoint.") from None
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def payload_files(folder: Path) -> list[str]:
+    """Names of the files that the manifest covers, sorted."""
+    return sorted(f.name for f in folder.iterdir() if f.is_file() and f.name not in (MANIFEST, VALIDATION))
+
+
+def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str], hash_content: bool = True) -> list[str]:
+    """One sentence for each of `names` that is missing, truncated or altered."""
+    problems = []
+    for name in names:
+        path = folder / name
+        expected = manifest[name]
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != expected["size"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes instead of {expected['size']}")
+        elif hash_content and checksum(path)["sha256"] != expected["sha256"]:
+            problems.append(f"{path} does not have the checksum it was written with")
+    return problems
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file is there with its size (contents are compared when loading)."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except ValueError:
+        return False
+    return not damaged_files(folder, manifest, manifest, hash_content=False)
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    return [f for f in sorted(checkpoints.glob("step_*")) if f.is_dir() and is_complete(f)]
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint that `latest` names, or the newest complete one if that is gone; None if there is none."""
+    pointer = checkpoints / LATEST
+    if pointer.is_file():
+        named = checkpoints / pointer.read_text(encoding="utf-8").strip()
+        if is_complete(named):
+            return named
+    complete = list_checkpoints(checkpoints)
+    return complete[-1] if complete else None
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the latest of a run folder.
+
+    Raises:
+        ValueError: there is no complete checkpoint.
+    """
+    if (path / CONTRACT).is_file():
+        return path
+    for checkpoints in (path / "checkpoints", path):
+        found = latest_checkpoint(checkpoints)
+        if found is not None:
+            return found
+    raise ValueError(f"{path} holds no complete checkpoint; give a run folder or one of its step_* folders.")
+
+
+def validation_elbo(folder: Path) -> float | None:
+    """ELBO at the target block size in nats per token, or None where the checkpoint was not evaluated."""
+    if not (folder / VALIDATION).is_file():
+        return None
+    validation = read_json(folder / VALIDATION)
+    value = validation["elbo"].get(str(validation["target_block_size"]))
+    return None if value is None else float(value)
+
+
+def clean_temporary(checkpoints: Path) -> list[Path]:
+    """Delete what an interrupted writer left behind; returns what was deleted."""
+    left = list(checkpoints.glob(f"{TEMPORARY_PREFIX}*")) if checkpoints.is_dir() else []
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return left
+
+
+def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -> list[Path]:
+    """Delete checkpoints that no rule keeps; returns the deleted folders.
+
+    Kept: the last `keep_last`, the `keep_best` with the lowest validation ELBO, every one whose step is a
+    multiple of `keep_every`, every stage's end, and always the one `latest` names. An incomplete folder
+    never counts as one that is kept.
+    """
+    complete = list_checkpoints(checkpoints)
+    kept = set(complete[-keep_last:])
+    ranked = sorted((elbo, f) for f in complete if (elbo := validation_elbo(f)) is not None)
+    kept |= {f for _, f in ranked[:keep_best]}
+    newest = latest_checkpoint(checkpoints)
+    deleted = []
+    for folder in complete:
+        contract = read_json(folder / CONTRACT)
+        is_multiple = keep_every > 0 and contract["step"] % keep_every == 0
+        if folder in kept or folder == newest or is_multiple or contract.get("is_stage_end", False):
+            continue
+        doomed = folder.with_name(TEMPORARY_PREFIX + folder.name)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+        deleted.append(folder)
+    return deleted

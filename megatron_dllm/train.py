@@ -1,0 +1,56 @@
+"""Train: `torchrun --nproc_per_node N -m megatron_dllm.train experiment=NAME key=value ...`.
+
+Everything a user can get wrong is refused before a process group starts. Exit codes: `exit_codes`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import hydra
+
+from megatron_dllm.compose import RECIPES, check_command_line, register_schemas, to_train_config
+from megatron_dllm.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig) -> int:
+    """Run one training process; returns its exit code.
+
+    Raises:
+        ValueError: for a configuration, a corpus or a checkpoint that cannot work, before training starts.
+    """
+    config.validate(int(os.environ.get("WORLD_SIZE", "1")))
+    from megatron_dllm import parallel
+    from megatron_dllm.host import prepare_host
+
+    prepare_host()
+    from megatron_dllm.training.loop import Trainer, check_inputs
+
+    check_inputs(config)
+    parallel.initialize(config.parallel, config.run)
+    try:
+        return Trainer(config).run()
+    finally:
+        parallel.destroy()
+
+
+@hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="train")
+def _main(config: Any) -> None:
+    try:
+        code = train(to_train_config(config))
+    except ValueError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            log.error("%s", error)
+        code = 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    register_schemas()
+    check_command_line(sys.argv[1:])
+    _main()

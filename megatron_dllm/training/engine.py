@@ -1,0 +1,90 @@
+"""Model chunks, their data-parallel wrapper and the optimizer: what one rank trains with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.module import Float16Module
+from torch import nn
+
+from megatron_dllm.config import OptimizerConfig, TrainConfig
+from megatron_dllm.model.gpt import build_model
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The local part of the model and its optimizer."""
+
+    chunks: list[nn.Module]
+    optimizer: MegatronOptimizer
+
+    @property
+    def transformer_config(self):  # noqa: ANN201 - megatron's own type
+        """megatron-core's TransformerConfig of the chunks."""
+        return self.chunks[0].config
+
+
+def build_chunks(config: TrainConfig) -> list[nn.Module]:
+    """The model chunks of this pipeline rank (several with virtual stages), in the training precision."""
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(virtual or 1):
+        vp_stage = stage if virtual else None
+        chunk = build_model(
+            config.model, config.parallel, vp_stage=vp_stage,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage))
+        if torch.cuda.is_available():
+            chunk.cuda(torch.cuda.current_device())
+        chunks.append(chunk)
+    if config.parallel.precision == "bf16":
+        return [Float16Module(chunk.config, chunk) for chunk in chunks]
+    return chunks
+
+
+def build_engine(config: TrainConfig) -> Engine:
+    """Build model, data-parallel wrapper and distributed optimizer, with weights not loaded yet."""
+    chunks = build_chunks(config)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True,
+        overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        overlap_param_gather=config.optimizer.overlap_param_gather)
+    wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
+               for i, chunk in enumerate(chunks)]
+    optimizer = get_megatron_optimizer(
+        _megatron_config(config.optimizer, config.parallel.precision), wrapped,
+        use_gloo_process_groups=False)
+    transformer_config = wrapped[0].config
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.grad_scale_func = None
+    if config.optimizer.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        start = [chunk.start_grad_sync for chunk in wrapped]
+        transformer_config.no_sync_func = no_sync[0] if len(wrapped) == 1 else no_sync
+        if config.parallel.virtual_pipeline_model_parallel_size:
+            transformer_config.grad_sync_func = start
+    return Engine(wrapped, optimizer)
+
+
+def _megatron_config(optimizer: OptimizerConfig, precision: str) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
+        optimizer="adam", lr=1.0, min_lr=0.0, weight_decay=optimizer.weight_decay, adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2, adam_eps=optimizer.adam_eps, clip_grad=optimizer.clip_grad,
+        bf16=precision == "bf16", params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        use_distributed_optimizer=True, overlap_param_gather=optimizer.overlap_param_gather,
+        log_num_zeros_in_grad=False)
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate

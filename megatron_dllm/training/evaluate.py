@@ -1,0 +1,95 @@
+"""Validation: the ELBO of a held-out corpus at given block sizes, or the exact NLL of an AR model.
+
+The rows and the noise are the same for every checkpoint, so differences between checkpoints are
+differences between models. The mask count of each block is drawn evenly from 1..B, which estimates the
+ELBO over all noise levels without bias and with less variance than drawing t (see `diffusion.noise`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+from torch import nn
+
+from megatron_dllm.config import TrainConfig
+from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.dataset import BatchLoader, RowDataset
+from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.packing import RowStream
+from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.training.step import LOSS, MASKABLE, run_schedule
+
+AR = "ar"
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Nats per token at each block size ("ar" for the AR objective), over `num_tokens` document tokens."""
+
+    nats_per_token: dict[str, float]
+    tokens_per_byte: float
+    num_tokens: int
+    target_block_size: int
+
+    def bits_per_byte(self, name: str) -> float:
+        """The same in bits per byte of UTF-8 text, comparable between tokenizers."""
+        return self.nats_per_token[name] * self.tokens_per_byte / math.log(2.0)
+
+    def to_json(self) -> dict[str, object]:
+        """What is written beside a checkpoint as validation.json."""
+        return {"elbo": self.nats_per_token,
+                "bits_per_byte": {name: self.bits_per_byte(name) for name in self.nats_per_token},
+                "target_block_size": self.target_block_size, "num_tokens": self.num_tokens}
+
+
+def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:
+    """Rows of the evaluation called `name`: a block size, or "ar"."""
+    is_ar = name == AR
+    return RowGeometry(
+        objective="ar" if is_ar else "block_diffusion", block_size=1 if is_ar else int(name),
+        context_length=config.schedule.context_length, row_length=config.schedule.tokens_per_row,
+        num_views=0 if is_ar else 1, block_origin=config.data.block_origin, prune_clean=config.data.prune_clean)
+
+
+@torch.no_grad()
+def evaluate(chunks: list[nn.Module], config: TrainConfig, corpus: Corpus, names: list[str],
+             device: torch.device) -> Validation:
+    """Measure the NLL bound of the local model (a collective) on the first `num_rows` rows of the corpus.
+
+    Args:
+        names: block sizes as text, or "ar". The first one is reported as the target.
+    """
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    num_tokens = 0
+    nats: dict[str, float] = {}
+    for name in names:
+        loss, maskable, tokens = 0.0, 0.0, 0
+        for step in _loader(config, corpus, name):
+            sums = run_schedule(chunks, step.micro_batches, device, forward_only=True)
+            loss, maskable = loss + float(sums[LOSS]), maskable + float(sums[MASKABLE])
+            tokens += step.num_document_tokens
+        num_tokens = num_tokens or tokens
+        nats[name] = loss / max(maskable, 1.0)
+    for chunk, training in zip(chunks, was_training, strict=True):
+        chunk.train(training)
+    tokens_per_byte = corpus.num_tokens / corpus.num_bytes if corpus.num_bytes else math.nan
+    target = AR if names == [AR] else str(config.evaluation.block_sizes[0])
+    return Validation(nats, tokens_per_byte, num_tokens, 0 if target == AR else int(target))
+
+
+def _loader(config: TrainConfig, corpus: Corpus, name: str) -> BatchLoader:
+    geometry = validation_geometry(config, name)
+    ranks = parallel_state.get_data_parallel_world_size()
+    rows = config.evaluation.micro_batch_size
+    dataset = RowDataset(corpus, geometry, None if name == AR else NoiseSpec.for_validation(), _SEED,
+                         config.model.mask_token_id, config.model.pad_token_id)
+    stream = RowStream(corpus.document_lengths, _SEED, config.data.packing_chunk, shuffle=False)
+    return BatchLoader(dataset, stream, global_batch_size=rows * ranks, micro_batch_size=rows,
+                       data_parallel_rank=parallel_state.get_data_parallel_rank(), data_parallel_size=ranks,
+                       num_rows=config.evaluation.num_rows)

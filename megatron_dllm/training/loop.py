@@ -1,0 +1,346 @@
+"""The training loop: stages of the schedule, checkpoints, validation, metrics, signals.
+
+A run is a pure function of its configuration and start weights. Its state is what `state.json` holds
+(consumed tokens, step, data position) plus weights and optimizer; noise and order of the data need none.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from omegaconf import OmegaConf
+
+from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.checkpoint import CheckpointWriter, check_identity, load_run, load_weights
+from megatron_dllm.config import StageConfig, TrainConfig
+from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.dataset import BatchLoader, GlobalStep, RowDataset
+from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.packing import RowStream
+from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
+from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.lease import Lease, LeaseLost
+from megatron_dllm.training.engine import Engine, build_engine, set_learning_rate
+from megatron_dllm.training.evaluate import AR, Validation, evaluate
+from megatron_dllm.training.metrics import MetricsWriter, peak_memory_gib, step_record, trim_metrics
+from megatron_dllm.training.progress import Progress, print_stage_table
+from megatron_dllm.training.replay import dump_step
+from megatron_dllm.training.router_load import RouterLoad, imbalance
+from megatron_dllm.training.step import EmbeddingNoise, StepResult, train_step
+
+log = logging.getLogger(__name__)
+_SPIKE_WINDOW = 101
+
+
+@dataclass
+class RunState:
+    """Where a run is: everything besides weights and optimizer that a checkpoint restores."""
+
+    step: int = 0
+    optimizer_step: int = 0
+    consumed_tokens: int = 0
+    stream: dict[str, Any] = field(default_factory=dict)
+    grad_norms: list[float] = field(default_factory=list)
+
+
+class _StopRequest:
+    """Turns SIGTERM and SIGUSR1 into a request that is looked at between steps."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        self._is_set = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop (a collective: all ranks stop at the same step)."""
+        flag = torch.tensor([int(self._is_set)], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+class Trainer:
+    """One run on this rank, from its configuration to its last checkpoint."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Open data and run folder, build the model, load weights or resume. Process groups must exist."""
+        self.config = config
+        self.folder = Path(config.run.root) / config.run.name
+        self.checkpoints = self.folder / "checkpoints"
+        self.is_rank_zero = dist.get_rank() == 0
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else (
+            torch.device("cpu"))
+        self.schedule = BlockSchedule.from_config(config.schedule)
+        self.corpus = Corpus(config.data.train, config.model, config.data.tokenizer)
+        self.validation = (Corpus(config.data.validation, config.model, config.data.tokenizer)
+                           if config.data.validation and config.evaluation.num_rows else None)
+        self.stream = RowStream(self.corpus.document_lengths, config.run.seed, config.data.packing_chunk)
+        self.stop = _StopRequest()
+        self.lease = Lease.acquire(self.folder) if self.is_rank_zero else None
+        self._prepare_folder()
+        self.engine = build_engine(config)
+        self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.is_async, config.checkpoint.timeout_minutes,
+                                       self.lease.check if self.lease else None)
+        self.state = RunState(stream=self.stream.state_dict())
+        self._load()
+        model = config.model
+        self.router = (RouterLoad(self.engine.chunks, model.num_layers, model.num_moe_experts,
+                                  config.parallel.recompute == "full") if model.is_moe else None)
+        self.metrics = MetricsWriter(self.folder, config) if self.is_rank_zero else None
+        self.progress = Progress(self.schedule, self.is_rank_zero)
+
+    # ---- start -------------------------------------------------------------------------------
+
+    def _prepare_folder(self) -> None:
+        if self.is_rank_zero:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for left in folders.clean_temporary(self.checkpoints):
+                log.warning("removed %s, which an interrupted writer left behind", left)
+            folders.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+            folders.write_text(self.folder / "git.txt", _git_state())
+            tokenizer = self.folder / "tokenizer"
+            if self.config.data.tokenizer and not tokenizer.exists():
+                shutil.copytree(self.config.data.tokenizer, tokenizer)
+            print_stage_table(self.schedule, self.config, self.corpus)
+        dist.barrier()
+
+    def _load(self) -> None:
+        config = self.config
+        found: list[Path | None] = [None]
+        if config.checkpoint.resume and self.is_rank_zero:
+            found = [folders.latest_checkpoint(self.checkpoints)]
+        dist.broadcast_object_list(found)
+        latest = found[0]
+        if latest is not None:
+            stored = check_identity(latest, config.model, self._run_contract())
+            state = load_run(latest, self.engine.chunks, self.engine.optimizer, config.checkpoint.verify)
+            self.state = RunState(**{k: state[k] for k in RunState.__dataclass_fields__})
+            self.stream.load_state_dict(self.state.stream)
+            if self.is_rank_zero:
+                trim_metrics(self.folder, self.state.step)
+                log.warning("resumed %s: step %d of stage %s, %d tokens consumed", latest, self.state.step,
+                            stored["stage"], self.state.consumed_tokens)
+        elif config.checkpoint.load:
+            start = folders.resolve_checkpoint(Path(config.checkpoint.load))
+            check_identity(start, config.model)
+            load_weights(start, self.engine.chunks, config.checkpoint.verify)
+            self.engine.optimizer.reload_model_params()
+            if self.is_rank_zero:
+                log.warning("started from the weights of %s", start)
+
+    def _run_contract(self) -> dict[str, Any]:
+        """The part of the contract that may not change inside one run."""
+        return {"block_origin": self.config.data.block_origin, "mask_token_id": self.config.model.mask_token_id,
+                "context_length": self.config.schedule.context_length}
+
+    # ---- training ----------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train to the end of the schedule; returns the process's exit code."""
+        try:
+            return self._run()
+        except LeaseLost as error:
+            log.error("%s", error)
+            return EXIT_FENCED
+        finally:
+            self.progress.close()
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def _run(self) -> int:
+        if self.state.step == 0 and self.validation is not None and self.config.checkpoint.load:
+            self._validate(self.schedule.stages[0], is_stage_end=True)
+        while not self.schedule.is_finished(self.state.consumed_tokens):
+            stage = self.schedule.stage_at(self.state.consumed_tokens)
+            for step in self._loader(stage.config):
+                started = time.perf_counter()
+                code = self._step(stage, step, started)
+                if code is not None:
+                    return code
+                if self.schedule.is_finished(self.state.consumed_tokens) or (
+                        self.schedule.stage_at(self.state.consumed_tokens) != stage):
+                    break
+        self.writer.finish()
+        return 0
+
+    def _loader(self, stage: StageConfig) -> Iterator[GlobalStep]:
+        config = self.config
+        geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
+        noise = None if stage.objective == "ar" else NoiseSpec.for_stage(config.noise, stage)
+        dataset = RowDataset(self.corpus, geometry, noise, config.run.seed, config.model.mask_token_id,
+                             config.model.pad_token_id)
+        return iter(BatchLoader(
+            dataset, self.stream, global_batch_size=stage.global_batch_size, micro_batch_size=stage.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(), num_workers=config.data.num_workers))
+
+    def _step(self, stage: Stage, step: GlobalStep, started: float) -> int | None:
+        """One optimizer step with everything around it; an exit code where the run must end."""
+        state, config = self.state, self.config
+        learning_rate = stage.learning_rate(state.consumed_tokens)
+        set_learning_rate(self.engine.optimizer, learning_rate)
+        is_logged = (state.step + 1) % config.logging.interval_steps == 0
+        result = self._train_step(step, is_logged)
+        before = state.consumed_tokens
+        if not result.is_applied:
+            dump_step(self.folder, state.step, step.micro_batches, asdict(config), result.reason)
+            if config.optimizer.on_non_finite == "stop":
+                log.error("step %d: %s; the batch is in %s", state.step, result.reason, self.folder / "replay")
+                return EXIT_NON_FINITE
+            log.warning("step %d skipped: %s", state.step, result.reason)
+        state.step += 1
+        state.optimizer_step += int(result.is_applied)
+        state.consumed_tokens += step.num_document_tokens
+        state.stream = step.stream_state
+        if result.is_applied:
+            state.grad_norms = [*state.grad_norms, result.grad_norm][-_SPIKE_WINDOW:]
+        seconds = time.perf_counter() - started
+        self.progress.advance(stage, state.step, state.consumed_tokens, result.loss, learning_rate,
+                              step.num_document_tokens / seconds)
+        finished = self.schedule.finished_stage(before, state.consumed_tokens)
+        if is_logged or finished is not None:
+            self._log(stage, result, learning_rate, step, seconds)
+        self.writer.poll()
+        must_stop = self.stop.agreed(self.device)
+        interval = config.checkpoint.save_interval_tokens
+        is_due = interval > 0 and before // interval != state.consumed_tokens // interval
+        if finished is not None or is_due or must_stop:
+            self._save(stage, is_stage_end=finished is not None, is_validated=finished is not None or is_due)
+        if must_stop and not self.schedule.is_finished(state.consumed_tokens):
+            self.writer.finish()
+            log.warning("asked to stop: saved at step %d", state.step)
+            return EXIT_PREEMPTED
+        return None
+
+    def _train_step(self, step: GlobalStep, is_logged: bool) -> StepResult:
+        model, state = self.config.model, self.state
+        share = max(0.0, 1.0 - state.step / model.mask_embedding_noise_steps) if model.mask_embedding_noise_steps else 0
+        noise = EmbeddingNoise(model.mask_embedding_noise * share, self.config.run.seed * 1000003 + state.step)
+        limit = math.inf
+        if self.config.optimizer.spike_factor > 0 and len(state.grad_norms) >= _SPIKE_WINDOW // 2:
+            limit = self.config.optimizer.spike_factor * sorted(state.grad_norms)[len(state.grad_norms) // 2]
+        if self.router is None or not is_logged:
+            return train_step(self.engine, step.micro_batches, self.device, noise, spike_limit=limit)
+        with self.router.counting():
+            return train_step(self.engine, step.micro_batches, self.device, noise, self.router.observe, limit)
+
+    def _log(self, stage: Stage, result: StepResult, learning_rate: float, step: GlobalStep, seconds: float) -> None:
+        load = self.router.totals(self.device) if self.router is not None else None
+        norm = self._mask_embedding_norm()
+        if self.metrics is None:
+            return
+        record: dict[str, Any] = {
+            "stage": stage.name, "stage_index": stage.index, "block_size": stage.config.block_size,
+            "consumed_tokens": self.state.consumed_tokens, "learning_rate": learning_rate, **step_record(result),
+            "tokens_per_second": step.num_document_tokens / seconds,
+            "forward_tokens_per_second": step.num_forward_tokens / seconds, "step_seconds": seconds,
+            "mask_embedding_norm": norm, "peak_memory_gib": peak_memory_gib()}
+        if load is not None and load.sum() > 0:
+            record |= {f"router_imbalance/{role}": value for role, value in imbalance(load).items()}
+            record["router_load"] = load.sum(0).tolist()
+        self.metrics.write(self.state.step, record)
+
+    def _mask_embedding_norm(self) -> float:
+        """L2 norm of the mask token's embedding row (a collective)."""
+        square = torch.zeros(1, dtype=torch.float64, device=self.device)
+        for chunk in self.engine.chunks:
+            model = chunk.module.module if hasattr(chunk.module, "module") else chunk.module
+            if model.pre_process:
+                embedding = model.embedding.word_embeddings
+                local = self.config.model.mask_token_id - embedding.vocab_start_index
+                is_owner = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+                if is_owner and 0 <= local < embedding.weight.shape[0]:
+                    square += embedding.weight[local].detach().double().square().sum()
+        dist.all_reduce(square)
+        return float(square.sqrt())
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def _save(self, stage: Stage, is_stage_end: bool, is_validated: bool) -> None:
+        overlap = self.config.optimizer.overlap_param_gather
+        if overlap:
+            for chunk in self.engine.chunks:
+                chunk.disable_forward_pre_hook(param_sync=True)
+        folder = self.writer.save(self.state.step, self.engine.chunks, self.engine.optimizer,
+                                  self._contract(stage, is_stage_end), asdict(self.state))
+        validation = self._validate(stage, is_stage_end) if is_validated and self.validation is not None else None
+        if overlap:
+            for chunk in self.engine.chunks:
+                chunk.enable_forward_pre_hook()
+        if validation is not None:
+            self.writer.finish()
+            if self.is_rank_zero:
+                folders.write_json(folder / folders.VALIDATION, validation.to_json())
+        if self.is_rank_zero:
+            rules = self.config.checkpoint
+            folders.retire(self.checkpoints, rules.keep_last, rules.keep_best, rules.keep_every)
+        dist.barrier()
+
+    def _validate(self, stage: Stage, is_stage_end: bool) -> Validation:
+        """Target block size at every checkpoint, all of them at a stage's end; AR models by their exact NLL."""
+        sizes = [str(size) for size in self.config.evaluation.block_sizes]
+        names = [AR] if stage.config.objective == AR else (sizes if is_stage_end else sizes[:1])
+        self.progress.note("validating")
+        result = evaluate(self.engine.chunks, self.config, self.validation, names, self.device)
+        if self.metrics is not None:
+            self.metrics.write(self.state.step, {
+                "validation": True, "stage": stage.name, "consumed_tokens": self.state.consumed_tokens,
+                "is_stage_end": is_stage_end,
+                **{f"validation_elbo/{name}": value for name, value in result.nats_per_token.items()},
+                **{f"validation_bits_per_byte/{name}": result.bits_per_byte(name) for name in result.nats_per_token}})
+        return result
+
+    def _contract(self, stage: Stage, is_stage_end: bool) -> dict[str, Any]:
+        config = self.config
+        return {
+            "format": folders.FORMAT, "model": asdict(config.model),
+            "contract": {**self._run_contract(), "shift": stage.config.objective == AR,
+                         "block_size": stage.config.block_size},
+            "step": self.state.step, "consumed_tokens": self.state.consumed_tokens, "stage": stage.name,
+            "is_stage_end": is_stage_end, "layout": asdict(config.parallel), "world_size": dist.get_world_size(),
+            "tokenizer": "../../tokenizer" if config.data.tokenizer else None}
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Open what the run reads, before a process group starts.
+
+    Raises:
+        ValueError: a corpus, tokenizer, schedule or start checkpoint that cannot work, saying why.
+    """
+    schedule = BlockSchedule.from_config(config.schedule)
+    corpus = Corpus(config.data.train, config.model, config.data.tokenizer)
+    for stage in schedule.stages:
+        corpus.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
+    if config.data.validation and config.evaluation.num_rows:
+        Corpus(config.data.validation, config.model, config.data.tokenizer)
+    checkpoints = Path(config.run.root) / config.run.name / "checkpoints"
+    if config.checkpoint.load and not (config.checkpoint.resume and folders.latest_checkpoint(checkpoints)):
+        check_identity(folders.resolve_checkpoint(Path(config.checkpoint.load)), config.model)
+
+
+def _git_state() -> str:
+    """Commit and uncommitted changes of the code that runs."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        parts = [subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20,
+                                check=True).stdout for arguments in (["rev-parse", "HEAD"], ["diff", "HEAD"])]
+    except (OSError, subprocess.SubprocessError):
+        return "no git repository\n"
+    return "\n".join(parts)

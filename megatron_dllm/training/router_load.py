@@ -1,0 +1,87 @@
+"""How the router spreads tokens over experts, apart for masked, visible and clean tokens.
+
+Masked tokens all read the same embedding and tend to crowd on few experts, which a load averaged over
+all tokens hides. Counts are taken by forward hooks on megatron-core's routers while a step is logged.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, VIEW
+
+ROLES = ("masked", "visible", "clean")
+_PADDING = len(ROLES)
+
+
+def token_roles(batch: Batch) -> Tensor:
+    """[s * b] int64: index into ROLES of every token, in the router's order; padding is len(ROLES)."""
+    roles = torch.where(batch.roles[..., VIEW] == CLEAN_VIEW, 2, torch.where(batch.is_masked, 0, 1))
+    roles = torch.where(batch.roles[..., DOC] < 0, _PADDING, roles)
+    return roles.transpose(0, 1).reshape(-1)
+
+
+class RouterLoad:
+    """Counts of tokens per layer, role and expert over the micro-batches of one step."""
+
+    def __init__(self, chunks: Sequence[nn.Module], num_layers: int, num_experts: int, is_recomputed: bool) -> None:
+        """Args: `is_recomputed` says that layers run first without gradient and once more in the backward pass."""
+        self._is_recomputed = is_recomputed
+        self._routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+        self._shape = (num_layers, len(ROLES) + 1, num_experts)
+        self._counts: Tensor | None = None
+        self._roles: Tensor | None = None
+
+    def observe(self, batch: Batch) -> None:
+        """Tell which micro-batch the next forward pass is of."""
+        roles = token_roles(batch)
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        self._roles = roles.chunk(size)[rank] if size > 1 else roles
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count while the block runs."""
+        hooks = [router.register_forward_hook(self._count) for router in self._routers]
+        self._counts = None
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _count(self, router: TopKRouter, _inputs: object, output: tuple[Tensor, Tensor]) -> None:
+        if torch.is_grad_enabled() == self._is_recomputed:
+            return  # the second pass of recomputation: tokens count once, while their roles are at hand
+        routing_map = output[1].reshape(-1, self._shape[2])
+        if self._counts is None:
+            self._counts = torch.zeros(self._shape, dtype=torch.float64, device=routing_map.device)
+        one_hot = nn.functional.one_hot(self._roles, _PADDING + 1).double()
+        self._counts[router.layer_number - 1] += one_hot.t() @ routing_map.double()
+
+    def totals(self, device: torch.device) -> Tensor:
+        """[layers, 3, experts] fp64 tokens per layer, role and expert over all ranks (a collective)."""
+        counts = self._counts
+        if counts is None:
+            counts = torch.zeros(self._shape, dtype=torch.float64, device=device)
+        dist.all_reduce(counts)
+        return counts[:, :_PADDING].cpu()
+
+
+def imbalance(totals: Tensor) -> dict[str, float]:
+    """Per role, the load of the busiest expert over the mean, averaged over the layers that have experts."""
+    result = {}
+    for index, role in enumerate(ROLES):
+        load = totals[:, index]
+        load = load[load.sum(-1) > 0]
+        if len(load):
+            result[role] = float((load.max(-1).values / load.mean(-1)).mean())
+    return result

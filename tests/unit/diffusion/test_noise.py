@@ -1,0 +1,412 @@
+"""The noise is pure, and its weighted loss is the ELBO: checked against the sum over every mask, integrated over t."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from fractions import Fraction
+from math import comb
+
+import numpy as np
+import pytest
+
+from megatron_dllm.config import NoiseConfig, StageConfig
+from megatron_dllm.diffusion.noise import NoiseSpec, PieceNoise, _first_masked, sample_noise
+
+SINGLE = NoiseSpec(t_unit="block", is_stratified=True, at_least_one=True, loss_weight="elbo", t_min=0.0, t_max=1.0,
+                   num_views=1)
+PAIR = replace(SINGLE, num_views=2)
+COUNT = NoiseSpec.for_validation()
+
+
+def draw(spec: NoiseSpec, block_ids, loss_mask=None, **key) -> PieceNoise:
+    block_ids = np.asarray(block_ids, dtype=np.int64)
+    loss_mask = np.ones(len(block_ids), bool) if loss_mask is None else np.asarray(loss_mask, dtype=bool)
+    key = {"seed": 7, "epoch": 0, "sample_id": 11, "ordinal": 3, "row_key": 5} | key
+    return sample_noise(spec, block_ids=block_ids, loss_mask=loss_mask, **key)
+
+
+def blocks_of(size: int, count: int) -> np.ndarray:
+    return np.repeat(np.arange(count), size)
+
+
+def nll_table(size: int) -> np.ndarray:
+    """[2^size, size] an NLL for every token under every mask of a block, bit i of the row being token i."""
+    return np.random.default_rng(size).uniform(0.5, 4.0, (2**size, size))
+
+
+def all_masks(size: int) -> np.ndarray:
+    """[2^size, size] bool, every mask of a block."""
+    return np.arange(2**size)[:, None] >> np.arange(size) & 1 == 1
+
+
+def expected_block_elbo(table: np.ndarray, t_min: float, t_max: float) -> float:
+    """Mean over t in [t_min, t_max] of (1/t) sum over masks P(mask | t) sum of masked NLLs: exact, in fractions."""
+    size, low, high = table.shape[1], Fraction(t_min), Fraction(t_max)
+    total = 0.0
+    for mask, nll in zip(all_masks(size), table, strict=True):
+        num = int(mask.sum())
+        if num == 0:
+            continue
+        # t^(num-1) (1-t)^(size-num), expanded and integrated term by term.
+        integral = sum(comb(size - num, j) * (-1) ** j * (high ** (num + j) - low ** (num + j)) / (num + j)
+                       for j in range(size - num + 1))
+        total += float(integral / (high - low)) * nll[mask].sum()
+    return total
+
+
+def block_losses(noise: PieceNoise, size: int, table: np.ndarray) -> np.ndarray:
+    """[blocks] sum over views of the weighted NLL of every block."""
+    total = np.zeros(noise.is_masked.shape[1] // size)
+    for masked, weights in zip(noise.is_masked, noise.loss_weights, strict=True):
+        masks = masked.reshape(-1, size)
+        nll = table[masks @ (1 << np.arange(size))]
+        total += (weights.reshape(-1, size) * nll * masks).sum(axis=1)
+    return total
+
+
+def assert_mean(values: np.ndarray, expected: float) -> None:
+    """The mean equals `expected` within 5 standard errors, which must be small enough to tell a wrong weight."""
+    error = values.std() / len(values) ** 0.5
+    assert error < 0.02 * abs(expected)
+    assert abs(values.mean() - expected) < 5 * error + 1e-6 * abs(expected)
+
+
+# --- the estimator ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("t_range", [(0.0, 1.0), (0.3, 0.8)])
+@pytest.mark.parametrize("unit", ["block-stratified", "block-iid"])
+@pytest.mark.parametrize("at_least_one", [True, False])
+def test_single_view_is_the_elbo(size, t_range, unit, at_least_one):
+    # Without at_least_one the variance diverges at t -> 0: the default t_min keeps it finite.
+    t_min, t_max = t_range if at_least_one else (max(t_range[0], 0.001), t_range[1])
+    spec = replace(SINGLE, at_least_one=at_least_one, t_min=t_min, t_max=t_max,
+                   is_stratified=unit == "block-stratified")
+    table = nll_table(size)
+    noise = draw(spec, blocks_of(size, 100_000))
+    assert_mean(block_losses(noise, size, table), expected_block_elbo(table, t_min, t_max))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("t_range", [(0.001, 0.999), (0.2, 0.8)])
+def test_complementary_pair_is_twice_the_elbo(size, t_range):
+    table = nll_table(size)
+    noise = draw(replace(PAIR, t_min=t_range[0], t_max=t_range[1]), blocks_of(size, 100_000))
+    assert_mean(block_losses(noise, size, table), 2 * expected_block_elbo(table, *t_range))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5])
+def test_count_noise_is_the_elbo(size):
+    table = nll_table(size)
+    losses = block_losses(draw(COUNT, blocks_of(size, 60_000)), size, table)
+    assert_mean(losses, expected_block_elbo(table, 0.0, 1.0))
+
+
+def test_count_noise_has_less_variance_than_bernoulli_noise():
+    size, table = 4, nll_table(4)
+    variances = [block_losses(draw(spec, blocks_of(size, 20_000)), size, table).var() for spec in (COUNT, SINGLE)]
+    assert variances[0] < 0.5 * variances[1]
+
+
+def test_units_shared_by_a_piece_are_the_elbo_over_many_samples():
+    size, table, num_samples = 2, nll_table(2), 4000
+    for unit, spread in (("document", "ordinal"), ("row", "row_key")):
+        spec = replace(SINGLE, t_unit=unit)
+        losses = [block_losses(draw(spec, blocks_of(size, 8), sample_id=i, **{spread: i}), size, table).mean()
+                  for i in range(num_samples)]
+        assert_mean(np.array(losses), expected_block_elbo(table, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("at_least_one", [True, False])
+def test_distribution_of_masks_given_t(at_least_one):
+    size, t, count = 3, 0.35, 200_000
+    spec = replace(SINGLE, at_least_one=at_least_one, t_min=t, t_max=t)
+    masks = draw(spec, blocks_of(size, count)).is_masked[0].reshape(-1, size)
+    frequency = np.bincount(masks @ (1 << np.arange(size)), minlength=2**size) / count
+    num = all_masks(size).sum(axis=1)
+    expected = t**num * (1 - t) ** (size - num)
+    if at_least_one:
+        expected[0] = 0.0
+        expected /= expected.sum()
+    np.testing.assert_allclose(frequency, expected, atol=5 * (0.25 / count) ** 0.5)
+
+
+@pytest.mark.parametrize("t", [0.0, 1e-9, 0.2, 0.9, 1.0])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_first_masked_token_inverts_the_truncated_geometric(t, size):
+    grid = 20_000
+    u = (np.arange(grid) + 0.5) / grid
+    first = _first_masked(np.full(grid, t), u, np.full(grid, size))
+    if t == 0.0:
+        expected = np.full(size, 1 / size)
+    else:
+        expected = np.array([t * (1 - t) ** i for i in range(size)])
+        expected /= expected.sum()
+    np.testing.assert_allclose(np.bincount(first, minlength=size) / grid, expected, atol=2 / grid + 1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 4, 32])
+@pytest.mark.parametrize("spec", [SINGLE, replace(SINGLE, at_least_one=False, t_min=0.05),
+                                  replace(PAIR, t_min=0.05, t_max=0.95)], ids=["at_least_one", "iid", "pair"])
+def test_constant_nll_in_expectation(spec, size):
+    noise = draw(spec, blocks_of(size, 200_000 // size))
+    per_token = noise.loss_weights.sum(axis=0).reshape(-1, size).mean(axis=1) / spec.num_views
+    assert_mean(3.7 * per_token, 3.7)
+
+
+@pytest.mark.parametrize("spec", [COUNT, replace(SINGLE, loss_weight="realised"),
+                                  replace(SINGLE, loss_weight="realised", t_unit="document"),
+                                  replace(PAIR, loss_weight="realised"),
+                                  replace(PAIR, loss_weight="realised", t_unit="row")])
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_constant_nll_exactly(spec, size):
+    loss_mask = np.random.default_rng(0).random(64) < 0.7
+    for sample_id in range(50):
+        noise = draw(spec, blocks_of(size, 64 // size), loss_mask, sample_id=sample_id, ordinal=sample_id)
+        assert noise.loss_weights.sum() == pytest.approx(spec.num_views * loss_mask.sum(), rel=1e-6)
+
+
+def test_realised_weight_without_at_least_one_falls_short_by_the_empty_block():
+    size, table = 3, nll_table(3)
+    spec = replace(SINGLE, loss_weight="realised", at_least_one=False)
+    losses = block_losses(draw(spec, blocks_of(size, 100_000)), size, table)
+    assert_mean(losses, size / (size + 1) * expected_block_elbo(table, 0.0, 1.0))
+
+
+def test_uniform_weight_is_one_where_masked():
+    noise = draw(replace(SINGLE, loss_weight="uniform"), blocks_of(4, 16))
+    np.testing.assert_array_equal(noise.loss_weights, noise.is_masked.astype(np.float32))
+
+
+def test_block_of_one_token_is_the_sequential_nll():
+    noise = draw(SINGLE, np.arange(1000))
+    assert noise.is_masked.all()
+    np.testing.assert_array_equal(noise.loss_weights, 1.0)
+
+
+# --- the masks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [replace(SINGLE, at_least_one=False), PAIR], ids=["single", "pair"])
+@pytest.mark.parametrize("unit", ["block", "document"])
+def test_tokens_are_masked_with_probability_t(spec, unit):
+    deviations = []
+    for sample_id in range(200):
+        noise = draw(replace(spec, t_unit=unit), blocks_of(8, 32), sample_id=sample_id, ordinal=sample_id)
+        deviations.append((noise.is_masked - noise.t.astype(np.float64)).mean(axis=1))
+        assert np.isclose(noise.t.sum(axis=0), 1.0).all() or spec.num_views == 1
+    error = np.std(deviations, axis=0) / len(deviations) ** 0.5
+    assert (error < 0.01).all() and (np.abs(np.mean(deviations, axis=0)) < 5 * error).all()
+
+
+def test_complementary_masks_partition_the_loss_mask():
+    loss_mask = np.random.default_rng(1).random(256) < 0.6
+    for sample_id in range(20):
+        noise = draw(PAIR, blocks_of(32, 8), loss_mask, sample_id=sample_id)
+        np.testing.assert_array_equal(noise.is_masked.sum(axis=0), loss_mask)
+        np.testing.assert_allclose(noise.t.sum(axis=0)[loss_mask], 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [SINGLE, replace(SINGLE, t_unit="document"), COUNT])
+def test_every_block_has_a_masked_token(spec):
+    loss_mask = np.random.default_rng(2).random(400) < 0.5
+    block_ids = blocks_of(4, 100)
+    has_maskable = np.bincount(block_ids, loss_mask) > 0
+    for sample_id in range(50):
+        noise = draw(spec, block_ids, loss_mask, sample_id=sample_id, ordinal=sample_id)
+        np.testing.assert_array_equal(np.bincount(block_ids, noise.is_masked[0]) > 0, has_maskable)
+
+
+@pytest.mark.parametrize("spec", [SINGLE, PAIR, COUNT, replace(SINGLE, loss_weight="realised")])
+def test_tokens_outside_the_loss_mask_are_left_alone(spec):
+    loss_mask = np.random.default_rng(3).random(128) < 0.5
+    noise = draw(spec, blocks_of(8, 16), loss_mask)
+    assert not noise.is_masked[:, ~loss_mask].any()
+    assert not noise.t[:, ~loss_mask].any()
+    np.testing.assert_array_equal(noise.loss_weights > 0, noise.is_masked)
+
+
+def test_weight_counts_only_the_maskable_tokens_of_a_partial_block():
+    # Row grid: the piece starts inside block 7 and ends inside block 9; one token of block 8 is a prompt.
+    block_ids, loss_mask = [7, 7, 8, 8, 8, 8, 9], [1, 1, 0, 1, 1, 1, 1]
+    noise = draw(SINGLE, block_ids, loss_mask)
+    for block, size in ((7, 2), (8, 3), (9, 1)):
+        tokens = (np.array(block_ids) == block) & noise.is_masked[0]
+        t = noise.t[0, tokens].astype(np.float64)
+        np.testing.assert_allclose(noise.loss_weights[0, tokens], (1 - (1 - t) ** size) / t, rtol=1e-5)
+    assert noise.loss_weights[0, 6] == 1.0
+
+
+def test_only_the_grouping_of_block_ids_matters():
+    shifted = draw(SINGLE, blocks_of(4, 8) + 1000)
+    np.testing.assert_array_equal(draw(SINGLE, blocks_of(4, 8)).loss_weights, shifted.loss_weights)
+
+
+def test_count_noise_draws_every_count_and_subset_alike():
+    size, count = 3, 60_000
+    masks = draw(COUNT, blocks_of(size, count)).is_masked[0].reshape(-1, size)
+    num = masks.sum(axis=1)
+    # Stratified: the numbers 1..3 come equally often, to within one block.
+    assert np.abs(np.bincount(num, minlength=4)[1:] - count // size).max() <= 1
+    np.testing.assert_allclose(masks[num == 1].mean(axis=0), 1 / 3, atol=0.02)
+    np.testing.assert_allclose(masks[num == 2].mean(axis=0), 2 / 3, atol=0.02)
+
+
+# --- t ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_blocks", [1, 5, 128])
+def test_one_t_in_every_stratum(num_blocks):
+    spec = replace(SINGLE, t_min=0.2, t_max=0.7)
+    loss_mask = np.arange(4 * num_blocks) % 4 != 0
+    for sample_id in range(10):
+        noise = draw(spec, blocks_of(4, num_blocks), loss_mask, sample_id=sample_id, ordinal=sample_id)
+        per_block = noise.t[0].reshape(num_blocks, 4)[:, 1:].astype(np.float64)
+        assert (per_block == per_block[:, :1]).all()
+        strata = np.floor((per_block[:, 0] - 0.2) / 0.5 * num_blocks + 1e-4).astype(int)
+        # A float32 on a boundary may fall on either side; offsets are shared, so gaps are equal.
+        np.testing.assert_allclose(np.diff(np.sort(per_block[:, 0])), 0.5 / num_blocks, atol=1e-6)
+        assert sorted(strata) == list(range(num_blocks))
+
+
+def test_strata_without_maskable_tokens_are_not_wasted():
+    loss_mask = np.repeat([False, True, False, True], 4)
+    noise = draw(SINGLE, blocks_of(4, 4), loss_mask)
+    low, high = sorted(noise.t[0, [4, 12]])
+    assert low < 0.5 <= high
+
+
+def test_strata_are_dealt_at_random():
+    first_block = [draw(SINGLE, blocks_of(4, 4), sample_id=i).t[0, 0] for i in range(400)]
+    counts = np.bincount((np.array(first_block) * 4).astype(int), minlength=4)
+    assert (np.abs(counts - 100) < 50).all()
+
+
+@pytest.mark.parametrize("start", [0, 12_345, 10**12])
+def test_consecutive_ordinals_spread_evenly(start):
+    spec = replace(SINGLE, t_unit="document")
+    levels = [draw(spec, [0, 0], sample_id=9, ordinal=start + i).t[0, 0] for i in range(64)]
+    levels = np.sort(np.array(levels, dtype=np.float64))
+    gaps = np.diff(levels, append=levels[0] + 1)
+    # 64 independent draws leave a gap of about 0.07; the golden ratio leaves none above 0.026.
+    assert gaps.max() < 0.03 and gaps.min() > 0.005
+
+
+def test_t_is_shared_by_its_unit():
+    ids = blocks_of(4, 16)
+    document = replace(SINGLE, t_unit="document")
+    row = replace(SINGLE, t_unit="row")
+    assert len(np.unique(draw(document, ids).t)) == 1
+    assert len(np.unique(draw(replace(document, is_stratified=False), ids).t)) == 1
+    assert len(np.unique(draw(SINGLE, ids).t)) == 16
+    assert draw(row, ids, sample_id=1, ordinal=1).t[0, 0] == draw(row, ids, sample_id=2, ordinal=2).t[0, 0]
+    assert draw(row, ids, row_key=1).t[0, 0] != draw(row, ids, row_key=2).t[0, 0]
+    assert draw(document, ids, row_key=1).t[0, 0] == draw(document, ids, row_key=2).t[0, 0]
+
+
+@pytest.mark.parametrize("is_stratified", [True, False])
+@pytest.mark.parametrize("unit", ["block", "document", "row"])
+def test_t_is_uniform_over_its_range(unit, is_stratified):
+    spec = replace(SINGLE, t_unit=unit, is_stratified=is_stratified, t_min=0.25, t_max=0.75)
+    levels = np.array([draw(spec, blocks_of(1, 4), sample_id=i, ordinal=i, row_key=i).t[0, 0] for i in range(2000)])
+    assert levels.min() >= 0.25 and levels.max() <= 0.75
+    np.testing.assert_allclose(np.histogram(levels, 5, (0.25, 0.75))[0] / 2000, 0.2, atol=0.05)
+
+
+# --- purity -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [SINGLE, PAIR, COUNT])
+def test_same_key_same_noise_whatever_was_drawn_before(spec):
+    ids = blocks_of(4, 64)
+    first = draw(spec, ids)
+    np.random.seed(0)
+    draw(PAIR, blocks_of(2, 9), seed=99, sample_id=1)
+    np.random.random(100)
+    second = draw(spec, ids.copy())
+    for name in ("is_masked", "loss_weights", "t"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
+@pytest.mark.parametrize("spec", [SINGLE, PAIR, COUNT])
+def test_every_part_of_the_key_matters(spec):
+    ids = blocks_of(4, 64)
+    keys = [{}, {"seed": 8}, {"epoch": 1}, {"sample_id": 12}, {"seed": 0, "epoch": 7},
+            {"sample_id": 2**40}, {"seed": 2**62}]
+    masks = [draw(spec, ids, **key).is_masked[0] for key in keys]
+    for one, other in itertools.combinations(masks, 2):
+        # Unrelated masks differ in a good share of 256 tokens, not in a few.
+        assert (one != other).sum() > 60
+
+
+def test_masks_of_samples_are_independent():
+    spec = replace(SINGLE, at_least_one=False, t_min=0.5, t_max=0.5)
+    masks = np.stack([draw(spec, blocks_of(64, 4), sample_id=i, ordinal=i).is_masked[0] for i in range(500)])
+    correlation = np.corrcoef(masks.T)[np.triu_indices(256, 1)]
+    assert np.abs(correlation).max() < 6 / 500**0.5
+    across = np.corrcoef(masks)[np.triu_indices(500, 1)]
+    assert np.abs(across).max() < 6 / 256**0.5
+
+
+def test_known_values_do_not_drift():
+    """A checkpoint resumed with another version must continue with the same noise."""
+    noise = draw(SINGLE, blocks_of(4, 3))
+    assert noise.is_masked[0].astype(int).tolist() == [1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 1]
+    np.testing.assert_allclose(noise.t[0, ::4], [0.90872514, 0.57539183, 0.24205847], rtol=1e-6)
+    assert draw(COUNT, blocks_of(4, 3)).is_masked[0].astype(int).tolist() == [1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 0]
+
+
+# --- edges ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_weight", ["elbo", "uniform", "realised"])
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("at_least_one", [True, False])
+@pytest.mark.parametrize("t", [0.0, 1e-300, 1e-17, 1.0 - 2**-53, 1.0])
+def test_extreme_levels_are_finite(t, at_least_one, num_views, loss_weight):
+    spec = replace(SINGLE, at_least_one=at_least_one, num_views=num_views, t_min=t, t_max=t, loss_weight=loss_weight)
+    with np.errstate(all="raise", under="ignore"):
+        noise = draw(spec, [0, 0, 0, 1, 1, 2], [1, 1, 1, 1, 0, 0])
+    assert np.isfinite(noise.loss_weights).all() and np.isfinite(noise.t).all()
+    if num_views == 2:
+        np.testing.assert_array_equal(noise.is_masked.sum(axis=0), [1, 1, 1, 1, 0, 0])
+    elif at_least_one and t < 0.5:
+        assert noise.is_masked[0].tolist()[3:] == [True, False, False] and noise.is_masked[0, :3].sum() == 1
+    elif t < 0.5:
+        assert not noise.is_masked.any()
+    else:
+        assert noise.is_masked[0].tolist() == [True, True, True, True, False, False]
+    if at_least_one and num_views == 1 and loss_weight == "elbo":
+        # The limits of (1 - (1-t)^B) / t: B at 0 and 1 at 1.
+        size = np.array([3, 3, 3, 1, 0, 0])
+        expected_weights = size if t < 0.5 else np.ones(6)
+        np.testing.assert_allclose(noise.loss_weights[0], np.where(noise.is_masked[0], expected_weights, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [SINGLE, PAIR, COUNT, replace(SINGLE, loss_weight="realised")])
+@pytest.mark.parametrize("length", [0, 5])
+def test_nothing_maskable(spec, length):
+    noise = draw(spec, np.zeros(length), np.zeros(length))
+    for array, dtype in ((noise.is_masked, np.bool_), (noise.loss_weights, np.float32), (noise.t, np.float32)):
+        assert array.shape == (spec.num_views, length) and array.dtype == dtype and not array.any()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"t_unit": "token"}, "t_unit"), ({"loss_weight": "mean"}, "loss_weight"), ({"t_min": 0.9, "t_max": 0.1}, "t_min"),
+    ({"t_max": 1.5}, "t_max"), ({"num_views": 0}, "num_views"), ({"is_count": True, "num_views": 2}, "is_count")])
+def test_impossible_specifications_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SINGLE, **changes)
+
+
+def test_decreasing_block_ids_are_a_programming_error():
+    with pytest.raises(AssertionError, match="block_ids"):
+        draw(SINGLE, [1, 1, 0])
+
+
+def test_specification_of_a_stage():
+    stage = StageConfig(t_min=0.2, t_max=0.8, is_complementary=True)
+    spec = NoiseSpec.for_stage(NoiseConfig(t_unit="row", loss_weight="uniform", is_stratified=False), stage)
+    assert spec == NoiseSpec("row", False, True, "uniform", 0.2, 0.8, 2)
