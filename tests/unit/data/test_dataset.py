@@ -8,7 +8,6 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from tests.unit.data.conftest import MASK, PAD, random_documents
 
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.batch import Batch
@@ -17,6 +16,7 @@ from megatron_dllm.data.dataset import BatchLoader, GlobalStep, RowDataset
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.diffusion.noise import NoiseSpec
+from tests.unit.data.conftest import MASK, PAD, random_documents
 
 GEOMETRY = RowGeometry("block_diffusion", 4, 32, 64, 1)
 AR = RowGeometry("ar", 1, 32, 64, 0)
@@ -92,12 +92,12 @@ def test_workers_change_nothing(dataset: RowDataset) -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_resume_at_any_step_continues_bitwise(dataset: RowDataset, num_workers: int) -> None:
-    expected_steps = take(dataset, new_stream(dataset), 12)  # several epochs
+    expected_steps = take(dataset, new_stream(dataset), 24)  # more than an epoch
     assert expected_steps[-1].stream_state["epoch"] >= 1
     for step in (1, 7):
         stream = new_stream(dataset)
         stream.load_state_dict(expected_steps[step - 1].stream_state)
-        assert_same(take(dataset, stream, 12 - step, num_workers=num_workers), expected_steps[step:])
+        assert_same(take(dataset, stream, 24 - step, num_workers=num_workers), expected_steps[step:])
 
 
 def test_next_stage_continues_with_the_same_stream(dataset: RowDataset) -> None:
