@@ -69,7 +69,7 @@ def run_stage(chain: Chain, stage: Stage) -> int:
     environment |= {SHOW_VARIABLE: "1", RUN_VARIABLE: str(stage.run_folder), LEASE_VARIABLE: str(lease.generation)}
     command = torchrun_command(sys.executable, world_size(chain, stage), rendezvous_options({}), start,
                                [sys.executable, "-u", *arguments])
-    return_code = run(command, environment)
+    return_code = run(command, environment, start / "torchrun_0.log")
     code = overall_code(exit_records(start), world_size(chain, stage))
     failure = collect_failure(start)
     if failure:
@@ -126,7 +126,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--allow_changes", action="store_true",
                         help="continue an unfinished stage although its configuration has changed since it started")
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of recipes (default: the project's)")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         chain = compose_chain(arguments.overrides, arguments.recipes.absolute())

@@ -59,10 +59,11 @@ def _prepare_torchrun() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
     """Run torchrun, turning SIGTERM, SIGUSR1 and Ctrl-C into an orderly stop of its ranks; its return code.
 
-    A second Ctrl-C kills the ranks at once.
+    A second Ctrl-C kills the ranks at once. torchrun's own messages go to `log`: what matters in them is told
+    better by the ranks' exit records.
     """
     interrupts = 0
     with tempfile.TemporaryDirectory(prefix="megatron_dllm_") as pids:
@@ -79,8 +80,9 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
         previous = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         try:
-            process = subprocess.Popen(list(command), env={**environment, PIDS_VARIABLE: pids},
-                                       preexec_fn=_prepare_torchrun)
+            with open(log, "ab") as messages:
+                process = subprocess.Popen(list(command), env={**environment, PIDS_VARIABLE: pids}, stderr=messages,
+                                           preexec_fn=_prepare_torchrun)
             return process.wait()
         finally:
             for number, handler in previous.items():
@@ -91,9 +93,10 @@ def main() -> int:
     """Start the node's ranks as the stage's frozen command says."""
     stage = read_json(Path(sys.argv[1]) / "stage.json")
     python = stage["rank_python"] or sys.executable
-    command = torchrun_command(python, stage["ranks_per_node"], rendezvous_options(os.environ), Path(sys.argv[2]),
+    start = Path(sys.argv[2])
+    command = torchrun_command(python, stage["ranks_per_node"], rendezvous_options(os.environ), start,
                                [python, "-u", *stage["arguments"]])
-    return run(command, os.environ)
+    return run(command, os.environ, start / f"torchrun_{os.environ['SLURM_NODEID']}.log")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,12 @@ class RankProcess:
                 self.process.wait(0.5)
         if self._copier:
             self._copier.join(5.0)
-        return EXIT_FENCED if self.is_fenced else self.process.returncode
+        if self.is_fenced:
+            return EXIT_FENCED
+        # Python gives up its handlers while it exits: a repeated request that kills it then finds the work done.
+        if self.is_stopping and self.process.returncode == -signal.SIGUSR1:
+            return EXIT_PREEMPTED
+        return self.process.returncode
 
 
 def main() -> int:
