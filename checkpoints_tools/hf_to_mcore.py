@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -67,6 +68,7 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
             writer.abandon()
             folder.close()
         if files.exists:
+            (temporary / TOKENIZER).mkdir()
             copy_tokenizer(files, temporary / TOKENIZER, model.mask_token_id, model.vocab_size)
         contract = _contract(model, source, hf, files.exists)
         write_json_files(temporary, {folders.CONTRACT: contract}, checksums)
@@ -127,10 +129,7 @@ def _tasks(folder: SafetensorsFolder, names: WeightMap, writer: TorchDistWriter)
     for piece in names.pieces:
         dtype = folder.tensors[piece.hf_name].dtype
         for first, offsets, sizes in split_rows(piece.offsets, piece.sizes, MAX_PIECE_BYTES // dtype.itemsize):
-            num_elements = 1
-            for size in sizes:
-                num_elements *= size
-            yield Task(f"{folder.tensors[piece.hf_name].path}: {piece.hf_name}", num_elements, dtype,
+            yield Task(f"{folder.tensors[piece.hf_name].path}: {piece.hf_name}", prod(sizes), dtype,
                        partial(folder.read, piece.hf_name, piece.hf_start + first),
                        partial(_write, writer, piece.mcore_key, offsets, sizes))
 

@@ -112,14 +112,13 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
 
     Args:
         files: the source.
-        target: an empty folder, created.
+        target: an existing folder.
         mask_id: from `settle_mask_id`.
         vocab_size: rows of the embedding.
 
     Returns:
         Names of the files written.
     """
-    target.mkdir()
     names = [name for name in _FILES if (files.folder / name).is_file()]
     for name in names:
         shutil.copyfile(files.folder / name, target / name)
@@ -134,7 +133,8 @@ def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) 
     """Write the mask token into the copied files, at exactly `mask_id`."""
     old = files.texts.get(mask_id)
     entry = {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    if files.tokenizer:
+    if files.tokenizer and {"id": mask_id, "content": text} not in [
+            {"id": item["id"], "content": item["content"]} for item in files.tokenizer.get("added_tokens") or []]:
         tokenizer = json.loads(json.dumps(files.tokenizer))
         added = [item for item in tokenizer.get("added_tokens") or [] if item["id"] != mask_id]
         tokenizer["added_tokens"] = sorted([*added, {"id": mask_id, **entry}], key=lambda item: item["id"])

@@ -1,0 +1,153 @@
+"""Convert a torch_dist checkpoint into a Hugging Face folder: python -m checkpoints_tools.mcore_to_hf
+
+Reads the checkpoint of any layout, a run's or a converter's, and writes a folder that is complete in
+itself: safetensors shards, config.json as serving engines read it, tokenizer, the modeling code where
+transformers has none of its own, and a README that says where the weights come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints_tools.command import main_guard
+from checkpoints_tools.hf_config import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCHITECTURES, to_hf_config
+from checkpoints_tools.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
+from checkpoints_tools.model_card import model_card
+from checkpoints_tools.output_folder import check_output, output_folder
+from checkpoints_tools.param_map import WeightMap, is_fp32, key_aliases, weight_map
+from checkpoints_tools.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
+from checkpoints_tools.streaming import MAX_PIECE_BYTES, Task, run, split_rows
+from checkpoints_tools.tokenizer_files import TokenizerFiles, copy_tokenizer
+from checkpoints_tools.torch_dist_read import TorchDistReader
+from megatron_dllm.checkpoint_folder import resolve_checkpoint
+
+logger = logging.getLogger(__name__)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
+# Architectures whose code transformers lacks: the folder carries ours.
+_CODE = {"llada2_moe": ("configuration_llada2_moe.py", "modeling_llada2_moe.py")}
+
+
+def convert(checkpoint: Path, output: Path, architecture: str | None = None, dtype: str | None = None,
+            tokenizer: Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Convert one checkpoint.
+
+    Args:
+        checkpoint: a step folder, or a run folder (its latest checkpoint).
+        output: folder to make; must not exist.
+        architecture: None: the diffusion architecture of the family for a diffusion model, else the family itself.
+        dtype: "bf16" or "fp32"; None: as stored. expert_bias is fp32 in any case.
+        tokenizer: folder to take the tokenizer from; None: the one the checkpoint names.
+        max_shard_bytes: of the safetensors files.
+
+    Raises:
+        ValueError: anything wrong with the input, naming file and tensor; nothing is left behind.
+    """
+    checkpoint = resolve_checkpoint(checkpoint)
+    contract, reader = open_checkpoint(checkpoint)
+    architecture = architecture or default_architecture(contract)
+    if architecture in DIFFUSION_ARCHITECTURES and not contract.is_diffusion:
+        logger.warning("%s predicts the next token (shift), %s serves diffusion models: train it before you serve it",
+                       checkpoint, architecture)
+    names = weight_map(contract.model, architecture)
+    keys = _check_keys(reader, names, contract)
+    stored = {key: reader.metadata.tensors[keys[key]].dtype for key in names.mcore_shapes}
+    wanted = DTYPES[dtype] if dtype else None
+    tensors = {piece.hf_name: (torch.float32 if is_fp32(piece.hf_name) else wanted or stored[piece.mcore_key],
+                               names.hf_shapes[piece.hf_name]) for piece in names.pieces}
+    main_dtype = next(iter(tensors.values()))[0]
+    config = to_hf_config(contract.model, architecture, _DTYPE_NAMES[main_dtype], contract.block_size)
+    files = TokenizerFiles(tokenizer or tokenizer_folder(checkpoint, contract) or checkpoint)
+    if not files.exists:
+        logger.warning("%s names no tokenizer; give --tokenizer for a folder that serves by itself", checkpoint)
+    num_bytes = sum(prod(shape) * kind.itemsize for kind, shape in tensors.values())
+    check_output(output, num_bytes)
+    with output_folder(output, num_bytes) as temporary:
+        writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
+        try:
+            read_bytes = sum(prod(shape) * stored[key].itemsize for key, shape in names.mcore_shapes.items())
+            run(_tasks(reader, names, keys, stored, tensors, writer), read_bytes, "mcore_to_hf")
+            writer.close()
+        finally:
+            writer.abandon()
+            reader.close()
+        _write_json(temporary / "config.json", config)
+        _write_json(temporary / "generation_config.json", {
+            "eos_token_id": contract.model.eos_token_id, "pad_token_id": contract.model.pad_token_id})
+        copy_tokenizer(files, temporary, contract.model.mask_token_id, contract.model.vocab_size)
+        for name in _CODE.get(architecture, ()):
+            shutil.copyfile(Path(__file__).parent / "hf_files" / name, temporary / name)
+        (temporary / "README.md").write_text(model_card(checkpoint, contract, architecture, _DTYPE_NAMES[main_dtype]))
+
+
+def default_architecture(contract: Contract) -> str:
+    """The first architecture of the family that means what the checkpoint means: next token or same token."""
+    family = contract.model.family
+    choices = ARCHITECTURES_OF_FAMILY[family]
+    return next((choice for choice in choices if (choice in DIFFUSION_ARCHITECTURES) == contract.is_diffusion), family)
+
+
+def _check_keys(reader: TorchDistReader, names: WeightMap, contract: Contract) -> dict[str, str]:
+    """Compare the checkpoint's tensors with the model's; returns the key under which each is stored."""
+    found = reader.metadata.tensors
+    aliases = key_aliases(contract.model)
+    keys = {key: key if key in found else aliases.get(key, key) for key in names.mcore_shapes}
+    missing = [key for key in keys.values() if key not in found]
+    if missing:
+        raise ValueError(f"{reader.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found {len(found)}: "
+                         f"{sorted(found)[:3]} ...); the checkpoint is not one of the model in its contract.json.")
+    known = set(names.mcore_shapes) | set(aliases.values())
+    extra = [key for key in model_keys(reader) if key not in known]
+    if extra:
+        raise ValueError(f"{reader.folder}: tensor {extra[0]} and {len(extra) - 1} more have no place in a "
+                         f"{contract.model.family} with this contract.json; they would be lost.")
+    for key, shape in names.mcore_shapes.items():
+        if found[keys[key]].shape != shape:
+            raise ValueError(f"{reader.folder}: tensor {keys[key]} has shape {list(found[keys[key]].shape)}, contract.json asks "
+                             f"for {list(shape)}; one of the two belongs to another model.")
+    return keys
+
+
+def _tasks(reader: TorchDistReader, names: WeightMap, keys: dict[str, str], stored: dict[str, torch.dtype],
+           tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], writer: SafetensorsWriter) -> Iterator[Task]:
+    for piece in names.pieces:
+        key, dtype = keys[piece.mcore_key], stored[piece.mcore_key]
+        target = tensors[piece.hf_name][0]
+        for first, offsets, sizes in split_rows(piece.offsets, piece.sizes, MAX_PIECE_BYTES // dtype.itemsize):
+            yield Task(f"{reader.folder}: {key}", prod(sizes), dtype, partial(reader.read, key, offsets, sizes),
+                       partial(_write, writer, piece.hf_name, piece.hf_start + first, target))
+
+
+def _write(writer: SafetensorsWriter, name: str, start: int, dtype: torch.dtype, data: Tensor) -> None:
+    writer.write(name, start, data.to(dtype))
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, or run folder (its latest)")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES_OF_FAMILY), help="default: by family and contract")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
+    parser.add_argument("--tokenizer", type=Path, help="take the tokenizer from this folder instead")
+    arguments = parser.parse_args()
+    with main_guard(parser):
+        convert(arguments.checkpoint, arguments.output, arguments.architecture, arguments.dtype, arguments.tokenizer)
+
+
+if __name__ == "__main__":
+    main()
