@@ -31,18 +31,21 @@ class Validation:
     """Nats per token at each block size ("ar" for the AR objective), over `num_tokens` document tokens."""
 
     nats_per_token: dict[str, float]
-    tokens_per_byte: float
+    tokens_per_byte: float | None
     num_tokens: int
     target_block_size: int
 
-    def bits_per_byte(self, name: str) -> float:
-        """The same in bits per byte of UTF-8 text, comparable between tokenizers."""
-        return self.nats_per_token[name] * self.tokens_per_byte / math.log(2.0)
+    @property
+    def bits_per_byte(self) -> dict[str, float]:
+        """The same in bits per byte of UTF-8 text, comparable between tokenizers; empty if bytes are unknown."""
+        if self.tokens_per_byte is None:
+            return {}
+        return {name: nats * self.tokens_per_byte / math.log(2.0) for name, nats in self.nats_per_token.items()}
 
     def to_json(self) -> dict[str, object]:
         """What is written beside a checkpoint as validation.json."""
         return {"elbo": self.nats_per_token,
-                "bits_per_byte": {name: self.bits_per_byte(name) for name in self.nats_per_token},
+                "bits_per_byte": self.bits_per_byte,
                 "target_block_size": self.target_block_size, "num_tokens": self.num_tokens}
 
 
@@ -78,7 +81,7 @@ def evaluate(chunks: list[nn.Module], config: TrainConfig, corpus: Corpus, names
         nats[name] = loss / max(maskable, 1.0)
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
-    tokens_per_byte = corpus.num_tokens / corpus.num_bytes if corpus.num_bytes else math.nan
+    tokens_per_byte = corpus.num_tokens / corpus.num_bytes if corpus.num_bytes else None
     target = AR if names == [AR] else str(config.evaluation.block_sizes[0])
     return Validation(nats, tokens_per_byte, num_tokens, 0 if target == AR else int(target))
 

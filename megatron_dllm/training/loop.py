@@ -304,7 +304,7 @@ class Trainer:
                 "validation": True, "stage": stage.name, "consumed_tokens": self.state.consumed_tokens,
                 "is_stage_end": is_stage_end,
                 **{f"validation_elbo/{name}": value for name, value in result.nats_per_token.items()},
-                **{f"validation_bits_per_byte/{name}": result.bits_per_byte(name) for name in result.nats_per_token}})
+                **{f"validation_bits_per_byte/{name}": value for name, value in result.bits_per_byte.items()}})
         return result
 
     def _contract(self, stage: Stage, is_stage_end: bool) -> dict[str, Any]:

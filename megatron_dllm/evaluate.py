@@ -1,0 +1,85 @@
+"""Measure the validation ELBO of a checkpoint: a merged one, say, or an old one at other block sizes.
+
+    python -m megatron_dllm.evaluate experiment=NAME checkpoint.load=DIR [evaluation.block_sizes=[32,4]] ...
+
+The experiment names model, corpus and rows; it runs on one process or under torchrun. The result is printed and
+written beside the checkpoint as validation.json.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from rich.console import Console
+from rich.table import Table
+
+from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.compose import RECIPES, check_command_line, register_schemas, to_train_config
+from megatron_dllm.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
+    """Load `checkpoint.load` and measure it; returns what validation.json holds.
+
+    Raises:
+        ValueError: nothing to load, no validation rows, or a checkpoint of another model.
+    """
+    config.validate(int(os.environ.get("WORLD_SIZE", "1")))
+    if not config.checkpoint.load or not config.evaluation.num_rows or config.data.validation is None:
+        raise ValueError(f"checkpoint.load ({config.checkpoint.load}), evaluation.num_rows "
+                         f"({config.evaluation.num_rows}) and data.validation ({config.data.validation}) must be set: "
+                         "name the checkpoint, how many rows to measure, and the held-out corpus.")
+    from megatron_dllm import parallel
+    from megatron_dllm.host import prepare_host
+
+    prepare_host()
+    import torch
+
+    from megatron_dllm.checkpoint import check_identity, load_weights
+    from megatron_dllm.data.corpus import Corpus
+    from megatron_dllm.training.engine import build_chunks
+    from megatron_dllm.training.evaluate import AR, evaluate
+
+    folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
+    contract = check_identity(folder, config.model)["contract"]
+    corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
+    parallel.initialize(config.parallel, config.run)
+    try:
+        chunks = build_chunks(config)
+        load_weights(folder, chunks, config.checkpoint.verify)
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        names = [AR] if contract["shift"] else [str(size) for size in config.evaluation.block_sizes]
+        result = evaluate(chunks, config, corpus, names, device).to_json()
+        if parallel.is_rank_zero():
+            folders.write_json(folder / folders.VALIDATION, result)
+    finally:
+        parallel.destroy()
+    return result
+
+
+@hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="train")
+def _main(config: Any) -> None:
+    try:
+        result = evaluate_checkpoint(to_train_config(config))
+    except ValueError as error:
+        log.error("%s", error)
+        sys.exit(2)
+    if int(os.environ.get("RANK", "0")) == 0:
+        table = Table("block size", "nats/token", "bits/byte")
+        for name, value in result["elbo"].items():
+            bits = result["bits_per_byte"].get(name)
+            table.add_row(name, f"{value:.4f}", "-" if bits is None else f"{bits:.4f}")
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    register_schemas()
+    check_command_line(sys.argv[1:])
+    _main()
