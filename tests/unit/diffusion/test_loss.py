@@ -22,7 +22,7 @@ def test_gradient_is_the_weight():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sum_is_fp32_whatever_the_nll(dtype):
     # 1024 x 1.5 is lost in bfloat16, whose integers end at 256.
-    total = weighted_nll(torch.full((1025,), 1.5, dtype=dtype), torch.ones(1025))
+    total = weighted_nll(torch.full((1025,), 1.5, dtype=dtype), torch.ones(1025, dtype=dtype))
     assert total.dtype == torch.float32 and total.shape == () and total.item() == 1537.5
 
 

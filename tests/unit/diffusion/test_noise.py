@@ -175,6 +175,16 @@ def test_realised_weight_without_at_least_one_falls_short_by_the_empty_block():
     assert_mean(losses, size / (size + 1) * expected_block_elbo(table, 0.0, 1.0))
 
 
+def test_realised_weight_is_counted_over_the_unit_of_t():
+    loss_mask = np.arange(64) % 3 != 0
+    for unit, span in (("block", 8), ("document", 64), ("row", 64)):
+        noise = draw(replace(SINGLE, loss_weight="realised", t_unit=unit), blocks_of(8, 8), loss_mask)
+        spans = zip(noise.is_masked[0].reshape(-1, span), noise.loss_weights[0].reshape(-1, span),
+                    loss_mask.reshape(-1, span), strict=True)
+        for masked, weights, maskable in spans:
+            np.testing.assert_allclose(weights[masked], maskable.sum() / masked.sum(), rtol=1e-6)
+
+
 def test_uniform_weight_is_one_where_masked():
     noise = draw(replace(SINGLE, loss_weight="uniform"), blocks_of(4, 16))
     np.testing.assert_array_equal(noise.loss_weights, noise.is_masked.astype(np.float32))
