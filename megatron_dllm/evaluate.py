@@ -37,8 +37,9 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
                          f"({config.evaluation.num_rows}) and data.validation ({config.data.validation}) must be set: "
                          "name the checkpoint, how many rows to measure, and the held-out corpus.")
     from megatron_dllm import parallel
-    from megatron_dllm.host import prepare_host
+    from megatron_dllm.host import prepare_host, quiet_libraries
 
+    quiet_libraries()
     prepare_host()
     import torch
 

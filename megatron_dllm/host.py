@@ -204,3 +204,14 @@ def _give_split_sizes_as_lists() -> None:
         return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
 
     dispatcher.maybe_move_tensor_to_cpu = to_host
+
+
+def quiet_libraries() -> None:
+    """Keep the engine's notes to its own developers off a user's terminal. For entry points, before they import it.
+
+    What they say is that optional packages are not installed and that torch functions will be renamed; errors and
+    this project's own warnings still show.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"contextlib")

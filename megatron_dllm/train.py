@@ -26,8 +26,9 @@ def train(config: TrainConfig) -> int:
     """
     config.validate(int(os.environ.get("WORLD_SIZE", "1")))
     from megatron_dllm import parallel
-    from megatron_dllm.host import prepare_host
+    from megatron_dllm.host import prepare_host, quiet_libraries
 
+    quiet_libraries()
     prepare_host()
     from megatron_dllm.training.loop import Trainer, check_inputs
 
