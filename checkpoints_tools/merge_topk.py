@@ -1,0 +1,122 @@
+"""Average the best checkpoints of a run: python -m checkpoints_tools.merge_topk
+
+The mean of the k checkpoints with the lowest validation ELBO (LLaDA2.0 section 4.4), of an explicit list,
+or of the last n; of torch_dist checkpoints or of Hugging Face folders. Weights only: no optimizer state.
+Streams: memory holds a piece of each input, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from checkpoints_tools.averaging import WEIGHTS, merge_weights
+from checkpoints_tools.command import main_guard
+from checkpoints_tools.merge_inputs import MergeInput, check_alike, open_input
+from checkpoints_tools.merge_stream import merge_into
+from megatron_dllm import checkpoint_folder as folders
+
+logger = logging.getLogger(__name__)
+METRICS = ("elbo", "bits_per_byte")
+FORMATS = ("auto", "torch_dist", "hf")
+
+
+def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None, block_size: int | None = None) -> list[Path]:
+    """The k best checkpoints of a run, oldest first.
+
+    Candidates share the contract (objective, block size) of the run's last checkpoint.
+
+    Args:
+        run: run folder.
+        k: how many.
+        metric: one of METRICS; lower is better.
+        last_n: only among the last n candidates.
+        block_size: at which the metric was measured; None: the run's target block size.
+
+    Raises:
+        ValueError: too few evaluated checkpoints.
+    """
+    complete = folders.list_checkpoints(run / "checkpoints") or folders.list_checkpoints(run)
+    if not complete:
+        raise ValueError(f"run ({run}) holds no complete checkpoint; name a run folder.")
+    contracts = {folder: folders.read_json(folder / folders.CONTRACT)["contract"] for folder in complete}
+    alike = [folder for folder in complete if contracts[folder] == contracts[complete[-1]]]
+    if len(alike) < len(complete):
+        logger.info("%d of %d checkpoints were trained with another objective or block size and stay out",
+                    len(complete) - len(alike), len(complete))
+    candidates = alike[-last_n:] if last_n else alike
+    scored = [(score, folder) for folder in candidates if (score := _score(folder, metric, block_size)) is not None]
+    if last_n and k >= len(candidates) and k <= last_n:
+        scored = [(score if score is not None else float("inf"), folder) for folder in candidates
+                  for score in [_score(folder, metric, block_size)]]
+    ranking = sorted(scored, key=lambda item: item[0])
+    for number, (score, folder) in enumerate(ranking):
+        logger.info("%s %2d. %s  %s %.5f", "*" if number < k else " ", number + 1, folder.name, metric, score)
+    if len(ranking) < k:
+        raise ValueError(f"k ({k}) must not exceed the checkpoints of {run} with {metric} in validation.json ({len(ranking)} of "
+                         f"{len(candidates)}); lower k, evaluate more checkpoints, or list them with --checkpoints.")
+    return sorted(folder for _, folder in ranking[:k])
+
+
+def _score(folder: Path, metric: str, block_size: int | None) -> float | None:
+    if not (folder / folders.VALIDATION).is_file():
+        return None
+    validation = folders.read_json(folder / folders.VALIDATION)
+    value = (validation.get(metric) or {}).get(str(block_size or validation["target_block_size"]))
+    return None if value is None else float(value)
+
+
+def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input_format: str = "auto") -> None:
+    """Average checkpoints.
+
+    Args:
+        checkpoints: folders, oldest first.
+        output: folder to make; must not exist.
+        weights: one of WEIGHTS.
+        input_format: one of FORMATS; auto: torch_dist where there is a contract.json.
+
+    Raises:
+        ValueError: the inputs are not the same model; nothing is left behind.
+    """
+    if len(checkpoints) < 2:
+        raise ValueError(f"checkpoints ({len(checkpoints)}) must be at least 2 to have a mean; name more.")
+    inputs: list[MergeInput] = [open_input(folder, input_format) for folder in checkpoints]
+    try:
+        check_alike(inputs)
+        values = merge_weights(weights, len(inputs))
+        provenance = {
+            "tool": "merge_topk", "weights": weights,
+            "inputs": [{"checkpoint": str(item.folder.absolute()), "weight": value, "step": item.step,
+                        "elbo": folders.validation_elbo(item.folder)} for item, value in zip(inputs, values, strict=True)],
+        }
+        merge_into(inputs, values, output, provenance)
+    finally:
+        for item in inputs:
+            item.close()
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="run folder: its best checkpoints")
+    source.add_argument("--checkpoints", type=Path, nargs="+", help="these folders, oldest first")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
+    parser.add_argument("--k", type=int, help="how many of a run (default 5, or last_n)")
+    parser.add_argument("--metric", choices=METRICS, default="elbo", help="of validation.json; lower is better")
+    parser.add_argument("--block_size", type=int, help="at which the metric was measured (default: the target)")
+    parser.add_argument("--last_n", type=int, help="only the last n checkpoints; alone: all of them, evaluated or not")
+    parser.add_argument("--weights", choices=WEIGHTS, default="uniform", help="uniform, or imitating a decay (WSM)")
+    parser.add_argument("--input_format", choices=FORMATS, default="auto")
+    arguments = parser.parse_args()
+    with main_guard(parser):
+        checkpoints = arguments.checkpoints
+        if checkpoints is None:
+            k = arguments.k or arguments.last_n or 5
+            checkpoints = choose(arguments.run, k, arguments.metric, arguments.last_n, arguments.block_size)
+        merge(checkpoints, arguments.output, arguments.weights, arguments.input_format)
+
+
+if __name__ == "__main__":
+    main()
