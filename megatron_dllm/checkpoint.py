@@ -12,7 +12,6 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,12 @@ from megatron.core.utils import unwrap_model
 from torch import nn
 
 from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.config import ModelConfig
+from megatron_dllm.checkpoint_folder import check_identity as check_identity
 
 log = logging.getLogger(__name__)
 
 # Model-space optimizer state with keys that do not depend on how many optimizers are chained.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-# Fields of the model that decide what its tensors mean; others may change between runs.
-_IDENTITY = (
-    "family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "vocab_size", "qk_layernorm", "layernorm_epsilon", "rotary_base", "rotary_percent", "tie_word_embeddings",
-    "num_dense_layers", "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-    "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
-    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_enable_expert_bias", "mask_token_id",
-)
 
 
 def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
@@ -203,28 +194,6 @@ def verify(folder: Path, hash_content: bool) -> None:
     except ValueError as caught:
         error = caught
     _raise_together(error)
-
-
-def check_identity(folder: Path, model: ModelConfig, contract: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Refuse a checkpoint of another model or, with `contract`, of another contract; returns its contract.json.
-
-    Raises:
-        ValueError: naming the first field that differs, both values, and the remedy.
-    """
-    stored = folders.read_json(folder / folders.CONTRACT)
-    if stored.get("format") != folders.FORMAT:
-        raise ValueError(f"{folder / folders.CONTRACT}: format ({stored.get('format')}) is not {folders.FORMAT}; "
-                         "convert the checkpoint with the version that wrote it.")
-    ours = asdict(model)
-    for name in _IDENTITY:
-        if stored["model"].get(name) != ours[name]:
-            raise ValueError(f"model.{name} ({ours[name]}) differs from the checkpoint {folder} "
-                             f"({stored['model'].get(name)}); choose the model recipe it was made with.")
-    for name, value in (contract or {}).items():
-        if stored["contract"].get(name) != value:
-            raise ValueError(f"contract: {name} ({value}) differs from the checkpoint {folder} "
-                             f"({stored['contract'].get(name)}); continue with the value it was trained with.")
-    return stored
 
 
 def load_weights(folder: Path, chunks: Sequence[nn.Module], hash_content: bool = True) -> None:

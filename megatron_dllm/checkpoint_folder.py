@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ CONTRACT, STATE, MANIFEST, VALIDATION, LATEST = (
     "contract.json", "state.json", "manifest.json", "validation.json", "latest")
 TEMPORARY_PREFIX = ".tmp-"
 _CHUNK = 1 << 22
+# Fields of the model that decide what its tensors mean; others may change between runs.
+_IDENTITY = (
+    "family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "vocab_size", "qk_layernorm", "layernorm_epsilon", "rotary_base", "rotary_percent", "tie_word_embeddings",
+    "num_dense_layers", "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
+    "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
+    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_enable_expert_bias", "mask_token_id",
+)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -131,6 +140,28 @@ def resolve_checkpoint(path: Path) -> Path:
         if found is not None:
             return found
     raise ValueError(f"{path} holds no complete checkpoint; give a run folder or one of its step_* folders.")
+
+
+def check_identity(folder: Path, model: Any, contract: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Refuse a checkpoint of another model or, with `contract`, of another contract; returns its contract.json.
+
+    Raises:
+        ValueError: naming the first field that differs, both values, and the remedy.
+    """
+    stored = read_json(folder / CONTRACT)
+    if stored.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONTRACT}: format ({stored.get('format')}) is not {FORMAT}; "
+                         "convert the checkpoint with the version that wrote it.")
+    ours = asdict(model)
+    for name in _IDENTITY:
+        if stored["model"].get(name) != ours[name]:
+            raise ValueError(f"model.{name} ({ours[name]}) differs from the checkpoint {folder} "
+                             f"({stored['model'].get(name)}); choose the model recipe it was made with.")
+    for name, value in (contract or {}).items():
+        if stored["contract"].get(name) != value:
+            raise ValueError(f"contract: {name} ({value}) differs from the checkpoint {folder} "
+                             f"({stored['contract'].get(name)}); continue with the value it was trained with.")
+    return stored
 
 
 def validation_elbo(folder: Path) -> float | None:
