@@ -1,5 +1,7 @@
 """What makes a run repeatable: its code, its configuration and its packages, copied beside its results.
 
+These lie in the chain's folder:
+
     CHAIN/launch/code_0a1b2c/    the source tree as it was, so a job in the queue does not see later edits
     CHAIN/launch/commit.txt, diff.patch, packages.txt
     CHAIN/launch/STAGE/stage.json, config.yaml

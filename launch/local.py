@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch import record  # noqa: E402
-from launch.chain import Chain, Stage, compose_chain  # noqa: E402
-from launch.failure import collect_failure, exit_records, overall_code  # noqa: E402
-from launch.freeze import freeze_environment, freeze_stage, rank_arguments  # noqa: E402
-from launch.node import rendezvous_options, run, torchrun_command  # noqa: E402
-from launch.progress import Progress, progress_of  # noqa: E402
-from launch.rank import RUN_VARIABLE, SHOW_VARIABLE  # noqa: E402
-from megatron_dllm.compose import RECIPES  # noqa: E402
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED  # noqa: E402
-from megatron_dllm.lease import LEASE_VARIABLE, Lease  # noqa: E402
+from launch import record
+from launch.chain import Chain, Stage, compose_chain
+from launch.failure import collect_failure, exit_records, overall_code
+from launch.freeze import freeze_environment, freeze_stage, rank_arguments
+from launch.node import rendezvous_options, run, torchrun_command
+from launch.progress import Progress, progress_of
+from launch.rank import RUN_VARIABLE, SHOW_VARIABLE
+from megatron_dllm.compose import RECIPES
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.lease import LEASE_VARIABLE, Lease
 
 log = logging.getLogger("launch")
 EXIT_INTERRUPTED = 130

@@ -29,7 +29,7 @@ SHUTDOWN_SECONDS = 10
 
 
 def rendezvous_options(environment: Mapping[str, str]) -> list[str]:
-    """torchrun's options for this node: a fixed master on SLURM, a port of its own on one machine."""
+    """Torchrun's options for this node: a fixed master on SLURM, a port of its own on one machine."""
     if "MASTER_ADDR" not in environment:
         return ["--standalone", "--nnodes=1"]
     return [f"--nnodes={environment['MEGATRON_DLLM_NODES']}", f"--node-rank={environment['SLURM_NODEID']}",

@@ -26,7 +26,7 @@ LEASE_VARIABLE = "MEGATRON_DLLM_LEASE"
 _GENERATION = re.compile(r"generation_(\d+)$")
 
 
-class LeaseLost(RuntimeError):  # noqa: N818 - it reads as what happened
+class LeaseLost(RuntimeError):
     """A newer life of the run owns the folder; the process must end with EXIT_FENCED and write nothing."""
 
 
