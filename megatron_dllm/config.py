@@ -586,6 +586,7 @@ class GenerateConfig(DecodingConfig):
     def validate(self) -> None:
         """Raise ValueError where the request is incomplete or contradicts itself; files are checked when opened."""
         super().validate()
+        _check(self.checkpoint not in ("", MISSING), "checkpoint (not given) is required: name an HF or a run folder.")
         _check((self.prompt is None) != (self.prompts_file is None),
                f"prompt ({self.prompt!r}) and prompts_file ({self.prompts_file!r}): give exactly one of the two.")
         _check(self.prompt != "", "prompt ('') is empty; give at least one token to continue from.")

@@ -21,17 +21,19 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+from tokenizers import Tokenizer
 
+from megatron_dllm.checkpoint_source import CheckpointSource, read_source
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import GenerateConfig
-from megatron_dllm.diffusion.decode import Generation, decode
+from megatron_dllm.diffusion.decode import Generation, check_prompt, decode
 
 log = logging.getLogger(__name__)
+_AS_TYPED = ("checkpoint", "prompt", "prompts_file", "output", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -74,21 +76,26 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
     prompts = read_prompts(config)
     if config.output is not None and Path(config.output).exists():
         raise ValueError(f"output ({config.output}) exists; nothing is overwritten: name a new file.")
-    # Imports megatron-core, seconds that a wrong key or an empty file should not cost.
-    from megatron_dllm.decoder import load_decoder, read_source, single_rank
-
     source = read_source(config)
+    tokenizer = load_tokenizer(source.tokenizer)
+    prompt_ids = encode_prompts(tokenizer, prompts, source)
+    # megatron-core takes seconds to import, which a wrong key or an empty file should not cost.
+    from megatron_dllm.host import prepare_host
+
+    prepare_host()
+    from megatron_dllm.decoder import CachedForward, load_model, single_rank
+
+    results = []
     with single_rank(config.seed):
-        decoder = load_decoder(config, source)
-        encoded = [decoder.encode(prompt) for prompt in prompts]
-        results = []
-        for index, (prompt, ids) in enumerate(track(list(zip(prompts, encoded, strict=True)), "decoding",
-                                                    console=Console(stderr=True), transient=True)):
+        model = load_model(source, config.precision, config.attention_backend)
+        device = next(model.parameters()).device
+        for index in track(range(len(prompts)), "decoding", console=Console(stderr=True), transient=True):
             start = time.perf_counter()
-            generation = decode(decoder.forward(), ids, replace(config, seed=config.seed + index), decoder.contract,
-                                decoder.device)
-            results.append(PromptResult(prompt, decoder.decode(generation.generated_ids), generation,
-                                        time.perf_counter() - start))
+            generation = decode(CachedForward(model), prompt_ids[index], replace(config, seed=config.seed + index),
+                                source.contract, device)
+            seconds = time.perf_counter() - start
+            text = tokenizer.decode(generation.generated_ids, skip_special_tokens=True)
+            results.append(PromptResult(prompts[index], text, generation, seconds))
     if config.output is not None:
         write_results(Path(config.output), results)
     return results
@@ -126,6 +133,42 @@ def _json_prompt(line: str, place: str) -> str:
     return prompt
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read tokenizer.json.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"tokenizer ({path}) cannot be read: {error}; copy it again.") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], source: CheckpointSource) -> list[list[int]]:
+    """Token ids of every prompt. None is added, but special tokens that stand in the text (chat markers) count as such.
+
+    Raises:
+        ValueError: naming the prompt that cannot be decoded, before any is.
+    """
+    vocab_size = source.model.vocab_size
+    encoded = []
+    for number, prompt in enumerate(prompts, start=1):
+        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+        if ids and max(ids) >= vocab_size:
+            raise ValueError(f"tokenizer ({source.tokenizer}) gives token {max(ids)}, the model's vocabulary ends at "
+                             f"{vocab_size - 1}; name the tokenizer that belongs to the checkpoint.")
+        try:
+            check_prompt(ids, source.contract)
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of {len(prompts)} ({prompt[:40]!r}): {error}") from None
+        encoded.append(ids)
+    return encoded
+
+
 def write_results(path: Path, results: Sequence[PromptResult]) -> None:
     """Write one JSON object a line, to a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,30 +196,32 @@ def show_results(results: Sequence[PromptResult]) -> None:
     total_forwards = sum(result.generation.num_denoising_forwards for result in results)
     console = Console(stderr=True)
     console.print(table)
-    console.print(f"TPF (generated tokens / denoising forwards, commits not counted): {total_tokens} / {total_forwards} "
-                  f"= {total_tokens / total_forwards:.2f}")
+    console.print("TPF (generated tokens / denoising forwards, commits not counted): "
+                  f"{total_tokens} / {total_forwards} = {total_tokens / total_forwards:.2f}")
 
 
 def parse_arguments(arguments: Sequence[str]) -> GenerateConfig:
     """Compose recipes/generate.yaml with `key=value` arguments.
 
-    A prompt is taken as it is typed: Hydra's grammar would read commas, brackets and equal signs in it.
+    Texts and paths are taken as they are typed: Hydra's grammar would read commas, brackets and equal signs
+    in a prompt, and takes `checkpoint=` for a choice among recipes/checkpoint.
 
     Raises:
-        ValueError: an unknown key, a value of a wrong type, or a missing required one.
+        ValueError: an unknown key, or a value of a wrong type.
     """
-    prompts = [argument.removeprefix("prompt=") for argument in arguments if argument.startswith("prompt=")]
-    if len(prompts) > 1:
-        raise ValueError(f"prompt ({len(prompts)} times) may be given once; use prompts_file for several.")
-    others = [argument for argument in arguments if not argument.startswith("prompt=")]
+    texts: dict[str, str] = {}
+    others: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in _AS_TYPED:
+            others.append(argument)
+        elif key in texts:
+            raise ValueError(f"{key} ({value[:80]}) is given twice; prompts_file takes several prompts.")
+        else:
+            texts[key] = value
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    composed = compose_dict(others, config_name="generate", schema=GenerateConfig)
-    try:
-        config = OmegaConf.to_object(composed)
-    except MissingMandatoryValue as error:
-        raise ValueError(f"{error.full_key} is required and has no value; set it on the command line.") from error
-    assert isinstance(config, GenerateConfig), "recipes/generate.yaml starts from generate_schema"
-    return replace(config, prompt=prompts[0]) if prompts else config
+    composed = OmegaConf.to_container(compose_dict(others, config_name="generate", schema=GenerateConfig), resolve=True)
+    return GenerateConfig(**(composed | texts))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if "-h" in arguments or "--help" in arguments:
         defaults = "\n".join(f"    {f.name}={f.default}" for f in fields(GenerateConfig))
-        Console(highlight=False).print(Text(f"{__doc__}\n{defaults}"))
+        Console(highlight=False, soft_wrap=True).print(Text(f"{__doc__}\n{defaults}"))
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_dllm").setLevel(logging.INFO)

@@ -123,7 +123,7 @@ def decode(
     """
     config.validate()
     contract.validate()
-    _check_prompt(prompt_ids, contract)
+    check_prompt(prompt_ids, contract)
     generator = torch.Generator(device=device).manual_seed(config.seed)
     block_size, context_length = contract.block_size, contract.context_length
     ids, steps_per_block, num_commits = list(prompt_ids), [], 0
@@ -153,7 +153,8 @@ def decode(
     return Generation(generated_ids, stop_reason, steps_per_block, num_commits)
 
 
-def _check_prompt(prompt_ids: Sequence[int], contract: DecodingContract) -> None:
+def check_prompt(prompt_ids: Sequence[int], contract: DecodingContract) -> None:
+    """Raise ValueError for a prompt that is empty, fills the context, or holds the mask token."""
     if not len(prompt_ids):
         raise ValueError("prompt ([]) is empty; give at least one token to continue from.")
     if len(prompt_ids) >= contract.context_length:

@@ -1,0 +1,261 @@
+"""From a checkpoint on disk to text: cached against uncached passes, torch_dist against HF, the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dllm.config import DecodingConfig, GenerateConfig, ModelConfig, ParallelConfig
+from megatron_dllm.diffusion.decode import DecodingContract, decode
+from megatron_dllm.generate import PromptResult, generate, parse_arguments
+from megatron_dllm.host import prepare_host
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+EOS, PAD, MASK = "<|eos|>", "<|pad|>", "<|mask|>"
+VOCAB = [EOS, PAD, MASK, *LETTERS]
+MODEL = ModelConfig(
+    family="llada2_moe", num_layers=3, hidden_size=48, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
+    kv_channels=16, vocab_size=32, max_position_embeddings=128, rotary_base=10000.0, rotary_percent=0.5,
+    num_dense_layers=1, num_moe_experts=8, moe_ffn_hidden_size=16, moe_shared_expert_intermediate_size=16,
+    moe_router_topk=4, moe_router_num_groups=4, moe_router_group_topk=2, moe_router_topk_scaling_factor=2.5,
+    eos_token_id=0, pad_token_id=1, mask_token_id=2)
+QWEN = replace(
+    MODEL, family="sdar_moe", rotary_percent=1.0, num_dense_layers=0, moe_shared_expert_intermediate_size=0,
+    moe_router_num_groups=0, moe_router_group_topk=0, moe_router_topk_scaling_factor=1.0,
+    moe_router_score_function="softmax", moe_router_enable_expert_bias=False)
+PROMPTS = ["the cat", "a", "once upon a time there was."]
+SETTINGS = GenerateConfig(threshold=0.5, max_new_tokens=24, block_size=8)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    prepare_host()
+    from megatron_dllm.decoder import single_rank
+
+    with single_rank(0):
+        yield
+
+
+def write_tokenizer(folder: Path) -> None:
+    """One token a letter."""
+    folder.mkdir(parents=True)
+    special = [{"id": i, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": False} for i, text in enumerate(VOCAB[:3])]
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+        "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": {text: i for i, text in enumerate(VOCAB)}, "unk_token": PAD}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"mask_token": MASK, "eos_token": EOS, "pad_token": PAD}))
+
+
+def save_run(run: Path, model: ModelConfig, shift: bool = False, seed: int = 0) -> Path:
+    """A run folder with one checkpoint of a random model whose predictions are sharp and depend on the context."""
+    from megatron_dllm.checkpoint import CheckpointWriter
+    from megatron_dllm.model.gpt import build_model
+
+    module = build_model(model, ParallelConfig(), pre_process=True, post_process=True)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1:
+                gain = 4.0 if name.startswith("output_layer") else 1.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain / parameter.shape[-1] ** 0.5)
+        for name, buffer in module.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+    contract = {"shift": shift, "block_origin": "document", "mask_token_id": 2, "block_size": 8, "context_length": 64}
+    CheckpointWriter(run / "checkpoints").save(
+        5, [module], None, {"format": 1, "model": asdict(model), "contract": contract, "step": 5, "consumed_tokens": 0,
+                            "stage": "decay", "is_stage_end": True, "tokenizer": "../../tokenizer"}, {})
+    write_tokenizer(run / "tokenizer")
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_run(tmp_path_factory.mktemp("runs") / "bailing", MODEL)
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+def without_time(results: list[PromptResult]) -> list[PromptResult]:
+    return [replace(result, seconds=0.0) for result in results]
+
+
+class UncachedForward:
+    """Runs everything committed so far again in every pass, in one dense forward of the whole model."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.committed: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
+        if commit:
+            self.committed.append((input_ids, position_ids, roles))
+            return None
+        ids, positions, all_roles = (torch.cat(parts, 1) for parts in
+                                     zip(*self.committed, (input_ids, position_ids, roles), strict=True))
+        chosen = torch.arange(ids.shape[1] - input_ids.shape[1], ids.shape[1])
+        return self.model.logits(ids, positions, all_roles, chosen).unsqueeze(0)
+
+
+@pytest.mark.parametrize(("block_size", "threshold"), [(1, 0.5), (4, 0.5), (8, 0.5), (64, 1.0)])
+def test_cached_decoding_equals_uncached(run: Path, block_size: int, threshold: float) -> None:
+    from megatron_dllm.checkpoint_source import read_source
+    from megatron_dllm.decoder import CachedForward, load_model
+
+    source = read_source(replace(SETTINGS, checkpoint=str(run), prompt="x"))
+    cached, dense = (load_model(source, "fp32", backend) for backend in ("auto", "dense"))
+    contract = DecodingContract(block_size, 64, MODEL.mask_token_id, (-1,))
+    config = DecodingConfig(threshold=threshold, max_new_tokens=24)
+    texts = set()
+    for prompt in ([5, 6, 7], [9] * 8, list(range(3, 26))):
+        result = decode(CachedForward(cached), prompt, config, contract)
+        assert result == decode(UncachedForward(dense), prompt, config, contract)
+        texts.add(tuple(result.generated_ids))
+        # Random weights, yet no constant text: the comparison says something.
+        assert len(set(result.generated_ids)) > 1
+    assert len(texts) == 3
+
+
+@pytest.mark.parametrize(("model", "precision"), [(MODEL, "fp32"), (MODEL, "bf16"), (QWEN, "fp32")],
+                         ids=["llada2_moe", "llada2_moe_bf16", "sdar_moe"])
+def test_hf_folder_gives_the_text_of_the_torch_dist_checkpoint(
+        one_rank: None, model: ModelConfig, precision: str, prompts_file: Path, tmp_path: Path) -> None:
+    from checkpoints_tools.mcore_to_hf import convert
+
+    run = save_run(tmp_path / "run", model)
+    convert(run, tmp_path / "hf")
+    config = replace(SETTINGS, prompts_file=str(prompts_file), precision=precision)
+    expected = generate(replace(config, checkpoint=str(run)))
+    results = generate(replace(config, checkpoint=str(tmp_path / "hf")))
+    assert without_time(results) == without_time(expected)
+    assert [result.prompt for result in results] == PROMPTS
+    assert len({result.text for result in results}) == 3
+
+
+def test_step_folder_and_run_folder_are_the_same_checkpoint(run: Path) -> None:
+    config = replace(SETTINGS, prompt="the cat")
+    expected = generate(replace(config, checkpoint=str(run)))
+    for folder in (run / "checkpoints", run / "checkpoints" / "step_0000005"):
+        assert without_time(generate(replace(config, checkpoint=str(folder)))) == without_time(expected)
+
+
+def test_block_size_of_the_checkpoint_is_the_default(run: Path) -> None:
+    config = replace(SETTINGS, checkpoint=str(run), prompt="the cat")
+    assert without_time(generate(replace(config, block_size=None))) == without_time(generate(config))
+    assert without_time(generate(replace(config, block_size=1))) != without_time(generate(config))
+
+
+def test_sampled_text_depends_on_the_seed_and_the_place_of_the_prompt(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "the cat"}\n\n{"prompt": "the cat", "id": 3}\n')
+    config = replace(SETTINGS, checkpoint=str(run), prompts_file=str(tmp_path / "p.jsonl"), temperature=2.0)
+    first, second = generate(config)
+    assert first.text != second.text
+    later, _ = generate(replace(config, seed=config.seed + 1))
+    assert later.text == second.text
+
+
+def test_output_is_written_once(run: Path, prompts_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "texts.jsonl"
+    config = replace(SETTINGS, checkpoint=str(run), prompts_file=str(prompts_file), output=str(output))
+    results = generate(config)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert lines == [result.to_dict() for result in results]
+    for line in lines:
+        assert line["tokens_per_forward"] == len(line["generated_ids"]) / sum(line["steps_per_block"])
+    with pytest.raises(ValueError, match=r"output \(.*\) exists"):
+        generate(config)
+
+
+def test_autoregressive_checkpoint_is_refused(one_rank: None, tmp_path: Path) -> None:
+    run = save_run(tmp_path / "ar", replace(MODEL, family="bailing_moe"), shift=True)
+    with pytest.raises(ValueError, match=r"contract\.shift \(true\)"):
+        generate(replace(SETTINGS, checkpoint=str(run), prompt="a"))
+    from checkpoints_tools.mcore_to_hf import convert
+
+    convert(run, tmp_path / "hf")
+    with pytest.raises(ValueError, match=r"model_type \(bailing_moe\) predicts the next token"):
+        generate(replace(SETTINGS, checkpoint=str(tmp_path / "hf"), prompt="a"))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"prompt": f"a{MASK}b"}, r"prompt 1 of 1 .* holds the mask token \(2\) at position 1"),
+    ({"prompt": "a" * 128}, r"prompt \(128 tokens\) must be shorter than context_length \(128\)"),
+    ({"prompt": "abc", "context_length": 3}, r"must be shorter than context_length \(3\)"),
+    ({"prompt": "a", "context_length": 129}, r"context_length \(129\) must not exceed"),
+    ({"prompt": "a", "tokenizer": "/nope"}, r"tokenizer \(/nope\) has no tokenizer\.json"),
+    ({"prompt": "a", "checkpoint": "/nope"}, r"checkpoint \(/nope\) is not a folder"),
+    ({"prompts_file": "/nope"}, r"prompts_file \(/nope\) is not a file"),
+    ({"prompt": "a", "prompts_file": "/nope"}, r"exactly one of the two"),
+    ({}, r"exactly one of the two"),
+    ({"prompt": "a", "block_size": 0}, r"block_size \(0\) must be positive"),
+    ({"prompt": "a", "attention_backend": "magic"}, r"attention_backend \(magic\) is not known"),
+    ({"prompt": "a", "precision": "fp8"}, r"precision \(fp8\) is not known"),
+])
+def test_what_a_user_gets_wrong_is_a_value_error(run: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(replace(GenerateConfig(checkpoint=str(run)), **options))
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("{", r":2 is no JSON"), ('"a"', r":2 .* must be an object"), ('{"prompt": ""}', r":2 .* non-empty"),
+    ('{"text": "a"}', r":2 .* must be an object")])
+def test_bad_line_of_prompts_is_named(run: Path, tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        generate(replace(SETTINGS, checkpoint=str(run), prompts_file=str(tmp_path / "p.jsonl")))
+
+
+def test_damaged_tokenizer_is_named(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer \(.*tokenizer\.json\) cannot be read"):
+        generate(replace(SETTINGS, checkpoint=str(run), prompt="a", tokenizer=str(tmp_path)))
+
+
+def test_hf_folder_with_a_missing_tensor_is_refused(run: Path, tmp_path: Path) -> None:
+    from checkpoints_tools.mcore_to_hf import convert
+
+    convert(run, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    with pytest.raises(ValueError, match=r"tensors do not fit its config\.json; model\.layers\.3"):
+        generate(replace(SETTINGS, checkpoint=str(tmp_path / "hf"), prompt="a"))
+
+
+def test_arguments_take_texts_as_typed() -> None:
+    config = parse_arguments(["checkpoint=/a,b=[c]", "prompt=Hello, ${x} [1]={2}=", "threshold=0.9", "top_k=3"])
+    assert config == GenerateConfig(checkpoint="/a,b=[c]", prompt="Hello, ${x} [1]={2}=", threshold=0.9, top_k=3)
+    with pytest.raises(ValueError, match="thresold is not a key of the configuration; did you mean threshold"):
+        parse_arguments(["checkpoint=a", "prompt=b", "thresold=1"])
+    with pytest.raises(ValueError, match=r"prompt \(b\) is given twice"):
+        parse_arguments(["checkpoint=a", "prompt=a", "prompt=b"])
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        parse_arguments(["checkpoint=a", "prompt=a", "max_new_tokens=many"])
+
+
+def test_command_line(run: Path) -> None:
+    command = [sys.executable, "-m", "megatron_dllm.generate", "prompt=the cat", "threshold=0.5", "max_new_tokens=24"]
+    done = subprocess.run([*command, f"checkpoint={run}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected, = generate(replace(SETTINGS, checkpoint=str(run), prompt="the cat"))
+    assert done.stdout == f"the cat{expected.text}\n"
+    assert f"= {expected.generation.tokens_per_forward:.2f}" in done.stderr
+    failed = subprocess.run([*command, "checkpoint=/nope"], capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2 and "checkpoint (/nope) is not a folder" in failed.stderr
+    assert "Traceback" not in failed.stderr
