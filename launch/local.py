@@ -25,6 +25,7 @@ from launch.freeze import freeze_environment, freeze_stage, rank_arguments
 from launch.node import rendezvous_options, run, torchrun_command
 from launch.progress import Progress, progress_of
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE
+from launch.validate import check_chain
 from megatron_dllm.compose import RECIPES
 from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.lease import LEASE_VARIABLE, Lease
@@ -130,10 +131,9 @@ def main(words: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         chain = compose_chain(arguments.overrides, arguments.recipes.absolute())
-        for stage in chain.stages:
-            if stage.config is not None:
-                stage.config.validate(world_size(chain, stage))
-            progress_of(chain, stage, arguments.allow_changes)
+        problems = check_chain(chain, arguments.allow_changes)
+        if problems:
+            raise ValueError("\n".join(problems))
         return run_chain(chain, arguments.allow_changes)
     except ValueError as error:
         log.error("%s", error)

@@ -1,0 +1,175 @@
+"""A stage as a SLURM job: sbatch's options, the script, and what the job's supervisor needs to know.
+
+Nothing a user writes is ever shell code: sbatch's options are passed as separate words, the script gets its few
+values quoted, and everything else lies in stage.json.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.chain import Chain, Stage
+from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
+
+# Seconds before SLURM's limit at which an unfinished stop is given up and the job requeued: limits are checked only
+# every 30 seconds, and the requeue itself needs time.
+REQUEUE_MARGIN = 60
+
+
+def valid_nodes(chain: Chain, stage: Stage) -> list[int]:
+    """Numbers of nodes on which the stage can run, from its largest down.
+
+    Raises:
+        ValueError: it does not fit on its full number of nodes.
+    """
+    spec, ranks = stage.spec, chain.config.cluster.num_ranks_per_node
+    if stage.config is None:
+        return [1]
+    stage.config.validate(spec.nodes * ranks)
+    counts = [spec.nodes]
+    for count in range(spec.nodes - 1, (spec.min_nodes or spec.nodes) - 1, -1):
+        try:
+            stage.config.validate(count * ranks)
+        except ValueError:
+            continue
+        counts.append(count)
+    return counts
+
+
+def tasks_per_node(cluster: ClusterConfig, stage: Stage) -> int:
+    """Tasks srun starts on a node: one torchrun, or one per rank."""
+    return cluster.num_ranks_per_node if stage.is_training and cluster.launcher == "srun" else 1
+
+
+def _time(seconds: int) -> str:
+    minutes, second = divmod(seconds, 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
+
+
+def sbatch_options(chain: Chain, stage: Stage, project: Path) -> list[str]:
+    """The options of sbatch for a stage, without its dependency."""
+    cluster, spec = chain.config.cluster, stage.spec
+    folder = chain.stage_folder(stage).absolute()
+    counts = valid_nodes(chain, stage)
+    seconds = time_limit_seconds(spec.time_limit or cluster.time_limit)
+    nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
+    options = [
+        f"--job-name={chain.config.name}.{stage.name}", f"--nodes={nodes}",
+        f"--ntasks-per-node={tasks_per_node(cluster, stage)}", f"--time={_time(seconds)}",
+        f"--signal=B:USR1@{stop_seconds(cluster, seconds)}", "--requeue", "--open-mode=append",
+        f"--output={folder / 'slurm.log'}", f"--chdir={project}",
+    ]
+    is_on_cpu = spec.is_cpu_only or not stage.is_training
+    partition = cluster.cpu_partition or cluster.partition if is_on_cpu else cluster.partition
+    named = {"partition": partition, "account": cluster.account, "qos": cluster.qos,
+             "reservation": cluster.reservation, "constraint": None if is_on_cpu else cluster.constraint,
+             "mem": cluster.cpu_memory if is_on_cpu else cluster.memory}
+    options += [f"--{name}={value}" for name, value in named.items() if value is not None]
+    if not is_on_cpu and cluster.gpus_per_node:
+        kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
+        options.append(f"--gpus-per-node={kind}{cluster.gpus_per_node}")
+    cpus = cpus_per_task(cluster, stage)
+    if cpus:
+        options.append(f"--cpus-per-task={cpus}")
+    if cluster.is_exclusive and not is_on_cpu:
+        options.append("--exclusive")
+    return options + cluster.sbatch_options
+
+
+def stop_seconds(cluster: ClusterConfig, limit: int) -> int:
+    """How long before the time limit the stop request comes; at most half of a short job's time."""
+    return min(cluster.stop_seconds, max(limit // 2, 1))
+
+
+def cpus_per_task(cluster: ClusterConfig, stage: Stage) -> int | None:
+    """CPUs of one srun task, or None to leave it to the site."""
+    if not stage.is_training:
+        return cluster.cpu_cpus
+    return cluster.cpus_per_node // tasks_per_node(cluster, stage) if cluster.cpus_per_node else None
+
+
+def container_words(cluster: ClusterConfig, folders: list[Path]) -> tuple[list[str], list[str]]:
+    """What a container adds: options of srun (pyxis), and words before the command (apptainer).
+
+    Args:
+        cluster: the cluster.
+        folders: mounted at their own paths: project, run folders, code.
+    """
+    container = cluster.container
+    mounts = [*container.mounts, *(f"{path}:{path}" for path in dict.fromkeys(folders))]
+    if container.kind == "pyxis":
+        return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}",
+                "--no-container-mount-home"], []
+    if container.kind == "apptainer":
+        binds = [word for mount in mounts for word in ("--bind", mount)]
+        return [], ["apptainer", "exec", *(["--nv"] if cluster.gpus_per_node else []), *binds, str(container.image)]
+    return [], []
+
+
+def supervisor_details(chain: Chain, stage: Stage, code: Path, project: Path) -> dict[str, Any]:
+    """What the job's supervisor needs beyond the frozen command."""
+    cluster = chain.config.cluster
+    seconds = time_limit_seconds(stage.spec.time_limit or cluster.time_limit)
+    writes = [project, chain.folder.absolute(), *([stage.run_folder.absolute()] if stage.run_folder else [])]
+    srun, prefix = container_words(cluster, writes)
+    cpus = cpus_per_task(cluster, stage)
+    if cpus:
+        srun.append(f"--cpus-per-task={cpus}")
+    has_container = cluster.container.kind != "none"
+    return {
+        "code": str(code),
+        "valid_nodes": valid_nodes(chain, stage),
+        "launcher": cluster.launcher if stage.is_training else "srun",
+        "tasks_per_node": tasks_per_node(cluster, stage),
+        "srun_options": srun,
+        "command_prefix": prefix,
+        "rank_python": cluster.container.python if has_container else job_python(cluster),
+        "give_up_seconds": max(stop_seconds(cluster, seconds) - REQUEUE_MARGIN, stop_seconds(cluster, seconds) // 2),
+        "max_crashes_without_progress": chain.config.requeue.max_crashes_without_progress,
+        "max_crashes": chain.config.requeue.max_crashes,
+        "preflight": {
+            "is_on": cluster.is_preflight_on and stage.is_training,
+            "gpus": cluster.gpus_per_node,
+            "min_free_disk_gib": cluster.min_free_disk_gib,
+            "node_bandwidth_gb_per_s": cluster.node_bandwidth_gb_per_s,
+            "network_bandwidth_gb_per_s": cluster.network_bandwidth_gb_per_s,
+        },
+        "packages": str(chain.folder.absolute() / "launch" / "packages.txt"),
+    }
+
+
+def job_python(cluster: ClusterConfig) -> str:
+    """Interpreter of the nodes: the cluster's, or the one that submits."""
+    return cluster.python or sys.executable
+
+
+def job_script(chain: Chain, stage: Stage, code: Path, project: Path) -> str:
+    """The script given to sbatch: modules, environment, then the supervisor in the shell's place.
+
+    `exec` matters: SLURM sends the signal before the time limit to the batch shell alone, and that process has then
+    become the supervisor.
+    """
+    cluster = chain.config.cluster
+    environment = {**cluster.environment, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+    if cluster.scratch:
+        environment["TMPDIR"] = cluster.scratch
+    lines = [
+        "#!/bin/bash",
+        f"# {chain.config.name}.{stage.name}, written by launch/submit.py; its settings are in stage.json beside it.",
+    ]
+    if cluster.modules:
+        lines += [
+            "# shellcheck disable=SC1091",
+            "type module >/dev/null 2>&1 || . /etc/profile",
+            "module load " + " ".join(shlex.quote(name) for name in cluster.modules) + " || exit 1",
+        ]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    lines += [
+        f"cd -- {shlex.quote(str(project))} || exit 1",
+        "exec " + " ".join(shlex.quote(word) for word in [
+            job_python(cluster), str(code / "launch" / "supervise.py"), str(chain.stage_folder(stage).absolute())]),
+    ]
+    return "\n".join(lines) + "\n"

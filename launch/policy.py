@@ -1,0 +1,62 @@
+"""Whether a stage that has ended is started again: a pure function of its events.
+
+Orderly stops (time limit, preemption) are always continued. Crashes are continued as long as checkpoints advance:
+a number of crashes in a row without a new one, or too many in all, end it. A new submission starts counting afresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Ends of a start that count as crashes. `vanished`: nothing was written at all, as when the node itself is lost.
+CRASHES = ("crashed", "vanished", "overran")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Start again or not, and the sentence for people."""
+
+    again: bool
+    reason: str
+
+
+def since_submission(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The events after the last submission."""
+    places = [number for number, event in enumerate(events) if event["event"] == "submitted"]
+    return list(events[places[-1] + 1:] if places else events)
+
+
+def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crashes: int) -> Verdict:
+    """Judge the last end.
+
+    Args:
+        events: of the stage, the last being an `end` with `how` and `checkpoint` (the newest one then).
+        max_without_progress: crashes in a row without a new checkpoint at which it stays down.
+        max_crashes: crashes in all at which it stays down.
+    """
+    in_a_row = in_all = 0
+    checkpoint = None
+    for event in since_submission(events):
+        if event["event"] == "start":
+            checkpoint = event.get("checkpoint")
+        elif event["event"] == "end":
+            if event.get("checkpoint") != checkpoint:
+                in_a_row = 0
+            elif event["how"] in CRASHES:
+                in_a_row += 1
+            in_all += event["how"] in CRASHES
+    how = events[-1].get("how") if events else None
+    if how == "non_finite":
+        return Verdict(False, "not started again: the loss or gradient norm was not finite, and a restart repeats it")
+    if how not in CRASHES:
+        return Verdict(True, "continues")
+    if in_a_row >= max_without_progress:
+        return Verdict(False, f"not started again: {in_a_row} crashes without a new checkpoint (the limit is "
+                              f"requeue.max_crashes_without_progress = {max_without_progress})")
+    if in_all >= max_crashes:
+        return Verdict(False, f"not started again: {in_all} crashes in all (the limit is requeue.max_crashes = "
+                              f"{max_crashes})")
+    return Verdict(True, f"started again: crash {in_all} of at most {max_crashes}, {in_a_row} of at most "
+                         f"{max_without_progress} without a new checkpoint")

@@ -1,0 +1,142 @@
+"""Everything that can be refused before a job exists: layout, data, checkpoint, folders, container.
+
+Each check yields sentences; a submission shows all of them at once and submits nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from launch.chain import Chain, Stage
+from launch.job import valid_nodes
+from launch.progress import Progress, progress_of
+from launch.record import read_json
+from megatron_dllm import checkpoint_folder
+from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
+from megatron_dllm.config import TrainConfig
+
+_IDX_MAGIC = b"MMIDIDX\x00\x00"
+
+
+def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
+    """Problems of everything that is still to run, each a sentence with its remedy; empty if there are none."""
+    problems = [*container_problems(chain.config.cluster), *folder_problems(chain.folder)]
+    for number, stage in enumerate(chain.stages):
+        try:
+            if progress_of(chain, stage, allow_changes) is Progress.FINISHED:
+                continue
+            valid_nodes(chain, stage)
+        except ValueError as error:
+            problems.append(f"stage {stage.name}: {error}")
+            continue
+        produced = [name for earlier in chain.stages[:number] for name in produced_by(earlier)]
+        problems += [f"stage {stage.name}: {text}" for text in stage_problems(stage, produced, chain.config.cluster)]
+    return problems
+
+
+def produced_by(stage: Stage) -> list[str]:
+    """Paths below which a stage writes: what a later stage finds there cannot be checked yet."""
+    named = [stage.spec.output, str(stage.run_folder) if stage.run_folder else None]
+    # A tool's --output says the same where the recipe names no output.
+    words = stage.spec.arguments
+    named += [words[number + 1] for number, word in enumerate(words[:-1]) if word == "--output"]
+    return [name for name in named if name]
+
+
+def _is_produced(path: str, produced: list[str]) -> bool:
+    wanted = Path(os.path.abspath(path))
+    for name in produced:
+        made = Path(os.path.abspath(name))
+        if wanted == made or made in wanted.parents or made.with_suffix("") == wanted:
+            return True
+    return False
+
+
+def stage_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) -> Iterator[str]:
+    """Problems of one stage's inputs and outputs."""
+    config = stage.config
+    if stage.spec.time_limit and time_limit_seconds(stage.spec.time_limit) < 60:
+        yield f"time_limit ({stage.spec.time_limit}) must be at least a minute: SLURM counts whole minutes."
+    if config is None:
+        return
+    for key, prefix in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if prefix and not _is_produced(prefix, produced):
+            yield from corpus_problems(key, prefix, config)
+    tokenizer = config.data.tokenizer
+    if tokenizer and not _is_produced(tokenizer, produced) and not Path(tokenizer).is_dir():
+        yield f"data.tokenizer ({tokenizer}) is not a folder; give the folder that holds tokenizer.json."
+    if config.checkpoint.load and not _is_produced(config.checkpoint.load, produced):
+        try:
+            folder = checkpoint_folder.resolve_checkpoint(Path(config.checkpoint.load))
+            checkpoint_folder.check_identity(folder, config.model)
+        except ValueError as error:
+            yield f"checkpoint.load ({config.checkpoint.load}): {error}"
+    assert stage.run_folder is not None, "a training stage has a run folder"
+    yield from folder_problems(stage.run_folder)
+    yield from memory_problems(stage.run_folder, cluster)
+
+
+def corpus_problems(key: str, prefix: str, config: TrainConfig) -> Iterator[str]:
+    """A corpus that is missing, damaged, or of another vocabulary."""
+    paths = [Path(prefix + suffix) for suffix in (".bin", ".idx")]
+    missing = [str(path) for path in paths if not path.is_file() or path.stat().st_size == 0]
+    if missing:
+        yield (f"{key} ({prefix}) has no {' and no '.join(missing)}; tokenize the text with "
+               f"python -m megatron_dllm.data.tokenize --output {prefix}.")
+        return
+    with open(paths[1], "rb") as file:
+        header = file.read(struct.calcsize("<9sQB"))
+    if not header.startswith(_IDX_MAGIC):
+        yield f"{key} ({prefix}): {paths[1]} is not a Megatron index; tokenize the text again."
+    description = read_json(Path(prefix + ".json")) or {}
+    largest = description.get("max_token_id", 0)
+    if largest >= config.model.vocab_size:
+        yield (f"{key} ({prefix}) holds token {largest}, which must lie below model.vocab_size "
+               f"({config.model.vocab_size}); tokenize the text with the model's own tokenizer.")
+    stated = description.get("mask_token_id")
+    if stated is not None and stated != config.model.mask_token_id:
+        yield (f"model.mask_token_id ({config.model.mask_token_id}) differs from the corpus {prefix} ({stated}); "
+               "tokenize the text with the model's own tokenizer, or correct the model's id.")
+
+
+def folder_problems(folder: Path) -> Iterator[str]:
+    """Whether files can be made in a folder that may not exist yet: tried, not asked."""
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except OSError as error:
+        yield f"{folder} cannot be written ({place}: {error.strerror}); choose another run.root (root= for a chain)."
+
+
+def container_problems(cluster: ClusterConfig) -> Iterator[str]:
+    """An image or a mounted folder that is not there."""
+    container = cluster.container
+    if container.kind == "none" or container.image is None:
+        return
+    is_file = container.image.startswith(("/", "./")) or container.image.endswith((".sqsh", ".sif"))
+    if is_file and not Path(container.image).exists():
+        yield (f"cluster.container.image ({container.image}) does not exist; build it (docs/slurm.md) or correct "
+               "the path.")
+    for mount in container.mounts:
+        host = mount.split(":")[0]
+        if not Path(host).exists():
+            yield f"cluster.container.mounts ({mount}): {host} does not exist on this machine; correct the path."
+
+
+def memory_problems(run_folder: Path, cluster: ClusterConfig) -> Iterator[str]:
+    """What a plan beside the run says about memory, where there is one."""
+    plan = read_json(run_folder / "plan.json")
+    if not isinstance(plan, dict) or not cluster.gpu_memory_gib:
+        return
+    needed = plan.get("peak_memory_gib", 0.0)
+    if needed > cluster.gpu_memory_gib:
+        yield (f"the plan ({run_folder / 'plan.json'}) needs {needed:.1f} GiB a GPU, which has "
+               f"{cluster.gpu_memory_gib:g} (cluster.gpu_memory_gib); choose another layout with "
+               "python -m megatron_dllm.plan.")
