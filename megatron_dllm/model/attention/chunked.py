@@ -19,7 +19,7 @@ from megatron_dllm.model.attention.tiles import (
     sort_queries,
 )
 
-TILE_SIZE = 64
+TILE_SIZE = 128
 # A tile with more keys than this is computed again in backward instead of keeping its copy of the keys, so
 # that what is kept grows linearly with the row.
 MAX_KEPT_KEYS = 1024

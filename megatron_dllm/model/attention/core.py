@@ -17,15 +17,16 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils._triton import has_triton
 
-from megatron_dllm.model.attention import chunked, dense, shared_prefix
+from megatron_dllm.model.attention import chunked, dense, flex, shared_prefix
 from megatron_dllm.model.attention.context_parallel import gather_keys, gather_roles
 from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.attention.plan import PlanCache
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"dense": dense, "chunked": chunked, "shared_prefix": shared_prefix}
+BACKENDS: dict[str, ModuleType] = {"dense": dense, "chunked": chunked, "shared_prefix": shared_prefix, "flex": flex}
 # Shared by all layers of the process: that is its purpose. Entries die with the roles they belong to.
 PLANS = PlanCache()
 _logged_choices: set[tuple[str, str]] = set()
@@ -53,11 +54,20 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[str, str]:
 
 
 def _choose(name: str, device: torch.device) -> tuple[str, str]:
-    if name == "auto":
-        return "chunked", f"the public-API backend that needs no mask of the whole row, on {device.type}"
-    if name not in BACKENDS:
+    if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend ({name}) is not known; use auto or one of {', '.join(BACKENDS)}.")
-    return name, "asked for by name"
+    if name == "shared_prefix" and device.type != "cpu":
+        raise ValueError(f"attention_backend (shared_prefix) calls a kernel of the CPU and the tensors are on "
+                         f"{device.type}; use auto, flex or chunked.")
+    if name == "flex" and device.type == "cuda" and not has_triton():
+        raise ValueError("attention_backend (flex) needs Triton and a GPU that it supports; use chunked.")
+    if name != "auto":
+        return name, "asked for by name"
+    if device.type == "cuda":
+        return ("flex", "fastest on CUDA") if has_triton() else ("chunked", "no Triton here, which flex needs")
+    if device.type == "cpu":
+        return "shared_prefix", "fastest on CPU"
+    return "chunked", f"the only one without a mask of the whole row that runs on {device.type}"
 
 
 class RoleAttention(MegatronModule):
@@ -101,8 +111,8 @@ class RoleAttention(MegatronModule):
             raise ValueError(f"attention_dropout ({dropout}) must be 0; the attention backends have none.")
         if getattr(config, "softmax_type", "vanilla") != "vanilla":
             raise ValueError(f"softmax_type ({config.softmax_type}) is not supported; use vanilla.")
-        if backend != "auto":
-            choose_backend(backend, "cpu" if backend != "flex" else "cuda")
+        if backend != "auto" and backend not in BACKENDS:
+            choose_backend(backend, "cpu")
         self.layer_number = max(1, layer_number)
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.backend = backend
@@ -151,6 +161,8 @@ class RoleAttention(MegatronModule):
             raise ValueError(f"attention_mask ({shape}) must hold the integer roles [{b}, {s}, 3] of the tokens; "
                              "pass Batch.roles.")
         backend, _ = choose_backend(self.backend, query.device)
+        if backend == "flex" and self.kv_cache is not None:
+            backend = "chunked"  # The number of keys grows with every block: flex would compile each time.
         plan, key, value = self._plan(backend, key, value, roles)
         out = BACKENDS[backend].attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3),
                                        plan, self.softmax_scale)

@@ -1,0 +1,241 @@
+"""FlexAttention on CUDA: one block-sparse kernel, its tiles computed from the roles in closed form.
+
+With sorted keys a query sees at most two intervals of them (see `plan`). Their ends are all that the kernel's
+mask reads, and the tiles follow by counting, in O(row + tiles) without a host synchronisation; torch's own
+create_block_mask looks at every pair. All shapes are those of the row, so there is one compilation per shape.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from megatron_dllm.model.attention import dense
+from megatron_dllm.model.attention.plan import PADDING_CODE, find_intervals
+
+TILE_SIZE = 128
+MAX_SHAPES = 64
+
+
+@dataclass(frozen=True)
+class FlexPlan:
+    """The kernel's mask, and the orders of the tokens it is written in.
+
+    Attributes:
+        block_mask: over sorted queries and keys, both padded to whole tiles.
+        sees_key: [b, 1, q, 1] bool over the queries in their own order.
+        query_order: [b, q] int64, the query at each sorted place; None: sorted already.
+        key_order: [b, k] int64, the key at each sorted place; None: sorted already.
+    """
+
+    block_mask: BlockMask
+    sees_key: Tensor
+    query_order: Tensor | None
+    key_order: Tensor | None
+
+
+def build_plan(query_roles: Tensor, key_roles: Tensor) -> FlexPlan:
+    """The mask of roles [b, q, 3] and [b, k, 3].
+
+    Where queries and keys are the same tensor, CUDA rows must be sorted as `data.batch` lays them out: finding
+    out would stall the device, so a device-side assertion guards it. Other tokens are sorted.
+    """
+    found = find_intervals(query_roles, key_roles)
+    if query_roles.is_cuda and query_roles is key_roles:
+        torch._assert_async(found.is_sorted, "attention: rows must be laid out document by document as "
+                            "[view 1][view 2]..[clean], padding last")
+        is_sorted = True
+    else:
+        is_sorted = not query_roles.is_cuda and query_roles is key_roles and bool(found.is_sorted)
+    ranges = _merge_intervals(found.own_start, found.own_stop, found.clean_start, found.clean_stop)
+    is_empty = (ranges[0] >= ranges[1]) & (ranges[2] >= ranges[3])
+    sees_key = ~is_empty & (found.query_codes != PADDING_CODE)
+    query_order = None
+    if not is_sorted:
+        query_order = torch.argsort(found.query_codes, dim=-1, stable=True)
+        ranges = ranges.gather(2, query_order.expand(4, -1, -1))
+    return FlexPlan(
+        block_mask=build_block_mask(ranges, key_roles.shape[1], TILE_SIZE),
+        sees_key=sees_key[:, None, :, None],
+        query_order=query_order,
+        key_order=None if is_sorted else found.key_order,
+    )
+
+
+def _merge_intervals(own_start: Tensor, own_stop: Tensor, clean_start: Tensor, clean_stop: Tensor) -> Tensor:
+    """[4, b, q] int32 starts and stops; intervals that touch become one, so that a tile inside both is full."""
+    has_both = (own_start < own_stop) & (clean_start < clean_stop)
+    is_behind = has_both & (clean_stop == own_start)
+    is_before = has_both & (own_stop == clean_start)
+    merged = torch.stack([
+        torch.where(is_behind, clean_start, own_start),
+        torch.where(is_before, clean_stop, own_stop),
+        torch.where(is_behind | is_before, 0, clean_start),
+        torch.where(is_behind | is_before, 0, clean_stop),
+    ])
+    return merged.int()
+
+
+def build_block_mask(ranges: Tensor, num_keys: int, tile_size: int) -> BlockMask:
+    """Tiles and element mask of queries that see at most two intervals of keys; no host synchronisation.
+
+    Args:
+        ranges: [4, b, q] int32 (start, stop, start, stop) of each query's intervals, disjoint.
+        num_keys: number of keys.
+        tile_size: edge of a tile.
+
+    Returns:
+        The mask over q and num_keys rounded up to whole tiles. A query that sees nothing gets the key at its own
+        place (softmax over nothing has no gradient that kernels agree on); its output is to be discarded.
+    """
+    query_tiles, key_tiles = -(-ranges.shape[2] // tile_size), -(-num_keys // tile_size)
+    ranges = F.pad(ranges, (0, query_tiles * tile_size - ranges.shape[2]))
+    place = torch.arange(ranges.shape[2], device=ranges.device, dtype=torch.int32).clamp(max=num_keys - 1)
+    sees_none = (ranges[0] >= ranges[1]) & (ranges[2] >= ranges[3])
+    ranges = torch.stack([torch.where(sees_none, place, ranges[0]), torch.where(sees_none, place + 1, ranges[1]),
+                          ranges[2], ranges[3]])
+    starts, stops = ranges[0::2], ranges[1::2]
+    touched = _count_covering(starts // tile_size, -(-stops // tile_size), starts < stops, tile_size, key_tiles)
+    inside = _count_covering(-(-starts // tile_size), stops // tile_size, starts < stops, tile_size, key_tiles)
+    is_full = inside == tile_size
+    partial_num, partial_indices = _list_tiles((touched > 0) & ~is_full)
+    full_num, full_indices = _list_tiles(is_full)
+    return BlockMask.from_kv_blocks(partial_num, partial_indices, full_num, full_indices, BLOCK_SIZE=tile_size,
+                                    mask_mod=_interval_mask(*(tensor.contiguous() for tensor in ranges)),
+                                    seq_lengths=(query_tiles * tile_size, key_tiles * tile_size))
+
+
+def _interval_mask(start_1: Tensor, stop_1: Tensor, start_2: Tensor, stop_2: Tensor) -> Callable[..., Tensor]:
+    """The element mask; each tensor [b, q] int32."""
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return ((key >= start_1[b, query]) & (key < stop_1[b, query])) | \
+            ((key >= start_2[b, query]) & (key < stop_2[b, query]))
+
+    return mask_mod
+
+
+def _count_covering(first: Tensor, last: Tensor, is_used: Tensor, tile_size: int, key_tiles: int) -> Tensor:
+    """How many intervals [2, b, q] of the queries of a tile cover each tile of keys from `first` to before `last`.
+
+    Returns:
+        [b, query tiles, key tiles] int32.
+    """
+    is_used = (is_used & (first < last)).int().flatten(2)
+    rows, queries = first.shape[1:]
+    query_tiles = queries // tile_size
+    change = torch.zeros(rows, query_tiles * (key_tiles + 1), dtype=torch.int32, device=first.device)
+    line = torch.arange(queries, device=first.device) // tile_size * (key_tiles + 1)
+    for interval in range(2):
+        change.scatter_add_(1, line + first[interval].clamp(max=key_tiles), is_used[interval])
+        change.scatter_add_(1, line + last[interval].clamp(max=key_tiles), -is_used[interval])
+    return change.unflatten(1, (query_tiles, key_tiles + 1)).cumsum(-1, dtype=torch.int32)[..., :-1]
+
+
+def _list_tiles(is_listed: Tensor) -> tuple[Tensor, Tensor]:
+    """[b, r, c] bool to the number of marked columns [b, 1, r] and the columns [b, 1, r, c], marked ones first."""
+    order = torch.argsort(is_listed.int(), dim=-1, descending=True, stable=True).int()
+    return is_listed.sum(-1, dtype=torch.int32).unsqueeze(1), order.unsqueeze(1)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """Compiled once a shape; fullgraph, because uncompiled flex_attention builds the whole score matrix."""
+    # Training, evaluation and decoding bring more shapes than torch's default limit of 8 recompilations.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_SHAPES)
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, scale: float) -> Tensor:
+    """Softmax attention over the visible keys.
+
+    Args:
+        query: [b, n, q, d].
+        key: [b, g, k, d], every one of the g groups serving n / g heads.
+        value: [b, g, k, d].
+        plan: see `build_plan`.
+        scale: factor on the logits.
+
+    Returns:
+        [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
+
+    Raises:
+        ValueError: on CPU where gradients are asked for.
+    """
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if needs_grad and query.device.type == "cpu":
+        raise ValueError("attention_backend (flex) has no backward on the CPU; use shared_prefix or auto.")
+    num_queries = query.shape[2]
+    query_length, key_length = plan.block_mask.seq_lengths
+    query = _pad(_reorder(query, plan.query_order), query_length)
+    key, value = (_pad(_reorder(tensor, plan.key_order), key_length) for tensor in (key, value))
+    out = _compiled()(query, key, value, block_mask=plan.block_mask, scale=scale,
+                      enable_gqa=query.shape[1] != key.shape[1])[:, :, :num_queries]
+    if plan.query_order is not None:
+        index = plan.query_order[:, None, :, None].expand_as(out)
+        out = torch.zeros_like(out).scatter(2, index, out)
+    return out.masked_fill(~plan.sees_key, 0.0)
+
+
+def _reorder(tensor: Tensor, order: Tensor | None) -> Tensor:
+    """[b, n, s, d] with the tokens of each row in `order` [b, s]."""
+    if order is None:
+        return tensor
+    return tensor.gather(2, order[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+
+def _pad(tensor: Tensor, length: int) -> Tensor:
+    """[b, n, s, d] with zeros up to `length` tokens."""
+    return tensor if tensor.shape[2] == length else F.pad(tensor, (0, 0, 0, length - tensor.shape[2]))
+
+
+def check_gradients(device: torch.device | str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> None:
+    """Run the kernel once, forward and backward, against the dense reference; to be called at start-up.
+
+    Args:
+        device: a CUDA device.
+        dtype: of the model's activations.
+        head_dim: of the model.
+
+    Raises:
+        RuntimeError: if an output or gradient is off by more than rounding explains.
+    """
+    generator = torch.Generator().manual_seed(0)
+    roles = _test_roles().to(device)
+    length = roles.shape[1]
+    query, grad = (torch.randn(1, 4, length, head_dim, generator=generator) for _ in range(2))
+    key, value = (torch.randn(1, 2, length, head_dim, generator=generator) for _ in range(2))
+    inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (query, key, value)]
+    exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    grad = grad.to(device, dtype)
+    scale = head_dim**-0.5
+    out = attend(*inputs, build_plan(roles, roles), scale)
+    expected = dense.attend(*exact, dense.build_plan(roles, roles), scale)
+    pairs = zip(("output", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, inputs, grad)),
+                (expected, *torch.autograd.grad(expected, exact, grad.float())), strict=True)
+    # Rounding of inputs and of the probabilities, some units in the last place.
+    tolerance = 8 * torch.finfo(dtype).eps
+    for name, got, want in pairs:
+        error = float((got.float() - want).norm() / want.norm())
+        if not error < tolerance:
+            raise RuntimeError(f"attention_backend (flex): {name} is off by {error:.1e} on {device}, at most "
+                               f"{tolerance:.1e} is expected of {dtype}; use attention_backend chunked.")
+
+
+def _test_roles() -> Tensor:
+    """[1, 1024, 3]: documents of several lengths with two views and pruned clean copies, then padding."""
+    rows, used = [], 0
+    for doc, (size, block) in enumerate([(130, 32), (17, 4), (64, 64), (150, 32), (3, 1)]):
+        blocks = torch.arange(size) // block
+        for view in (1, 2, 0):
+            kept = blocks if view else blocks[blocks < blocks[-1]]
+            rows.append(torch.stack([torch.full_like(kept, doc), kept, torch.full_like(kept, view)], dim=1))
+            used += len(kept)
+    rows.append(torch.tensor([[-1, 0, 0]]).expand(1024 - used, 3))
+    return torch.cat(rows).int().unsqueeze(0)
