@@ -6,7 +6,6 @@ themselves, when a piece is read: nothing here reads the whole corpus.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from dataclasses import dataclass
@@ -19,17 +18,10 @@ from numpy.typing import NDArray
 
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.tokenizer import tokenizer_fingerprint
 
 _IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
-
-
-def tokenizer_fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a tokenizer folder's tokenizer.json: equal for equal tokenizers, wherever they lie."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"tokenizer ({folder}) must be a folder with a tokenizer.json (a HF fast tokenizer).")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Corpus:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.data.corpus import Corpus, tokenizer_fingerprint
+from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.tokenizer import tokenizer_fingerprint
 from tests.unit.data.conftest import EOS, MASK, random_documents
 
 DOCUMENTS = [[5, 6, 7, EOS], [8, EOS], [9, 10, 11, 12, 13, EOS]]
