@@ -44,7 +44,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: flo
         [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
     """
     if not plan.tiles:
-        return torch.zeros_like(query)
+        # Zeros that autograd still connects with all inputs: a row of padding has gradients, of 0.
+        nothing = sort_queries(query, plan) + key[:, :, :0].sum() + value[:, :, :0].sum()
+        return restore_queries(nothing, plan, len(query), query.shape[2])
     # Splitting (not slicing) keeps backward linear: a slice's gradient is as long as what it was cut from.
     queries = sort_queries(query, plan).split([tile.queries[1] - tile.queries[0] for tile in plan.tiles], dim=1)
     keys = sort_keys(key, plan).split(plan.documents, dim=1)

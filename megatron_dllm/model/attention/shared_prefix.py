@@ -121,8 +121,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: PiecePlan, scale: fl
     Returns:
         [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
     """
-    if not plan.pieces:
-        return torch.zeros_like(query)
     out = _AttendPieces.apply(sort_queries(query, plan.tiles), sort_keys(key, plan.tiles),
                               sort_keys(value, plan.tiles), plan, scale)
     return restore_queries(out, plan.tiles, len(query), query.shape[2])

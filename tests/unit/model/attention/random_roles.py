@@ -1,0 +1,77 @@
+"""Random rows of token roles, and attention problems made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoleCase:
+    """What kind of rows to draw."""
+
+    num_views: int = 1
+    block_size: int = 4
+    is_pruned: bool = True
+    has_clean: bool = True
+    is_row_grid: bool = False
+    num_rows: int = 2
+    row_length: int = 120
+    max_document: int = 40
+
+
+CASES = {
+    "one view": RoleCase(),
+    "unpruned": RoleCase(is_pruned=False),
+    "two views": RoleCase(num_views=2, block_size=8),
+    "block of one": RoleCase(block_size=1),
+    "row grid": RoleCase(is_row_grid=True, block_size=6),
+    "mdlm": RoleCase(block_size=1000),
+    "mdlm two views": RoleCase(block_size=1000, num_views=2),
+    "large block, clean kept": RoleCase(block_size=1000, is_pruned=False),
+    "ar": RoleCase(num_views=0, block_size=1, is_pruned=False),
+    "noisy only": RoleCase(has_clean=False, block_size=4),
+    "one long document": RoleCase(row_length=150, max_document=10_000, num_rows=1),
+    "tiny documents": RoleCase(max_document=3, block_size=2),
+}
+
+
+def draw_roles(case: RoleCase, seed: int) -> Tensor:
+    """[num_rows, row_length, 3] int32 roles, documents laid out as their views and then their clean tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([_draw_row(case, generator) for _ in range(case.num_rows)])
+
+
+def _draw_row(case: RoleCase, generator: torch.Generator) -> Tensor:
+    rows: list[Tensor] = []
+    used = before = 0
+    copies = case.num_views + 1
+    for doc in range(case.row_length):
+        length = int(torch.randint(1, min(case.max_document, case.row_length // copies) + 1, (), generator=generator))
+        if case.max_document > case.row_length:
+            length = case.row_length // copies - 1
+        blocks = (torch.arange(length) + (before if case.is_row_grid else 0)) // case.block_size
+        before += length
+        parts = [(view, blocks) for view in range(1, case.num_views + 1)]
+        if case.has_clean:
+            parts.append((0, blocks[blocks < blocks[-1]] if case.is_pruned else blocks))
+        row = torch.cat([torch.stack([torch.full_like(kept, doc), kept, torch.full_like(kept, view)], dim=1)
+                         for view, kept in parts])
+        if used + len(row) > case.row_length:
+            break
+        rows.append(row)
+        used += len(row)
+    padding = torch.tensor([[-1, 0, 0]]).expand(case.row_length - used, 3)
+    return torch.cat([*rows, padding]).int()
+
+
+def draw_inputs(roles_q: Tensor, roles_k: Tensor, heads: int = 4, groups: int = 2, head_dim: int = 8,
+                dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Leaf tensors query, key, value for these roles and a gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    (b, q), k = roles_q.shape[:2], roles_k.shape[1]
+    shapes = [(b, heads, q, head_dim), (b, groups, k, head_dim), (b, groups, k, head_dim), (b, heads, q, head_dim)]
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [tensor.requires_grad_() for tensor in drawn[:3]], drawn[3]

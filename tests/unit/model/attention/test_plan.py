@@ -1,0 +1,73 @@
+"""The plan: two intervals per query, cached by the memory of the roles, tiles that cover every query once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_dllm.diffusion.roles import visible
+from megatron_dllm.model.attention.plan import PlanCache, find_intervals
+from megatron_dllm.model.attention.tiles import build_tile_plan
+from tests.unit.model.attention.random_roles import CASES, draw_roles
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_intervals_are_the_visible_keys(name: str) -> None:
+    roles = draw_roles(CASES[name], 0)
+    shuffled = roles[:, torch.randperm(roles.shape[1], generator=torch.Generator().manual_seed(0))]
+    found = find_intervals(roles, shuffled)
+    place = torch.arange(roles.shape[1])
+    got = torch.zeros_like(visible(roles, shuffled))
+    for start, stop in ((found.own_start, found.own_stop), (found.clean_start, found.clean_stop)):
+        got |= (place >= start.unsqueeze(-1)) & (place < stop.unsqueeze(-1))
+    expected = visible(roles, torch.stack([row[order] for row, order in zip(shuffled, found.key_order, strict=True)]))
+    assert torch.equal(got, expected)
+
+
+def test_rows_laid_out_document_by_document_are_sorted() -> None:
+    roles = draw_roles(CASES["two views"], 0)
+    assert find_intervals(roles, roles).is_sorted
+    assert not find_intervals(roles, roles.flip(1)).is_sorted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tiles_cover_every_query_once_and_stay_small(name: str) -> None:
+    roles = draw_roles(CASES[name], 0)
+    plan = build_tile_plan(roles, roles, 8)
+    assert sorted(plan.query_order.tolist()) == torch.nonzero(roles.reshape(-1, 3)[:, 0] >= 0).flatten().tolist()
+    edges = [edge for tile in plan.tiles for edge in tile.queries]
+    assert edges[0] == 0 and edges[-1] == len(plan.query_order) and edges[1:-1:2] == edges[2::2]
+    for tile in plan.tiles:
+        assert tile.mask is None or tile.mask.numel() <= (8 * 3) ** 2
+
+
+def test_tokens_with_roles_out_of_range_are_refused() -> None:
+    roles = torch.tensor([[[0, 0, 31]]], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="view in"):
+        find_intervals(roles, roles)
+
+
+def test_cache_builds_once_for_layers_and_recomputation() -> None:
+    cache, built = PlanCache(), []
+    roles = torch.zeros(1, 4, 3, dtype=torch.int32)
+    for tensor in (roles, roles, roles.detach(), roles.view(1, 4, 3)):
+        assert cache.get(tensor, "dense", lambda: built.append(1) or len(built)) == 1
+    assert cache.get(roles, "chunked", lambda: "another") == "another"
+
+
+def test_cache_tells_apart_slices_writes_and_new_memory() -> None:
+    cache = PlanCache()
+    roles = torch.zeros(2, 4, 3, dtype=torch.int32)
+    assert cache.get(roles[:1], "k", lambda: "first row") == "first row"
+    assert cache.get(roles[1:], "k", lambda: "second row") == "second row"
+    roles[0, 0, 0] = 1
+    assert cache.get(roles[:1], "k", lambda: "written") == "written"
+
+
+def test_cache_forgets_with_the_roles() -> None:
+    cache = PlanCache()
+    for number in range(5):
+        roles = torch.full((1, 4, 3), number, dtype=torch.int32)
+        assert cache.get(roles, "k", lambda number=number: number) == number
+        del roles
+    assert len(cache) <= 1
