@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 TESTED_VERSION = "0.16.1"
 _PREPARED_MARK = "_megatron_dllm_host_prepared"
 _LITERALS = {
@@ -59,31 +61,28 @@ def prepare_host() -> None:
         RuntimeError: for a megatron-core other than 0.16, or a missing psutil (without it the process that
             writes a checkpoint dies and the save waits for it for ever).
     """
-    core = _import_quietly("megatron.core")
+    core = importlib.import_module("megatron.core")
     if getattr(core, _PREPARED_MARK, False):
         return
     _check_installation(core.__version__)
     for name in _LAZY_MODULES:
-        _import_quietly(name)
+        importlib.import_module(name)
     moe_utils = sys.modules["megatron.core.transformer.moe.moe_utils"]
     # 0.16.1 asks `te_general_gemm is not None` without having bound it where TransformerEngine is missing.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("transformer_engine") is None:
+            logger.warning("TransformerEngine is not installed: torch's linear layers, norms and Adam are used, "
+                           "which are slower on a GPU.")
+    else:
+        # Advice for overlapping communication with computation on a GPU.
+        warnings.filterwarnings("ignore", message="(?s).*CUDA_DEVICE_MAX_CONNECTIONS.*")
         _answer_cuda_calls()
         _rewrite_functions()
         _use_cpu_random_state()
         _give_split_sizes_as_lists()
     setattr(core, _PREPARED_MARK, True)
-
-
-def _import_quietly(name: str) -> types.ModuleType:
-    """Import without the notes that Apex and TransformerEngine are missing: our layers replace what they would add."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(Apex|Transformer Engine|transformer_engine).*")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=FutureWarning)
-        return importlib.import_module(name)
 
 
 def _check_installation(version: str) -> None:
@@ -196,7 +195,7 @@ def _use_cpu_random_state() -> None:
 
 
 def _give_split_sizes_as_lists() -> None:
-    """gloo's all_to_all_single wants lists of int where NCCL takes host arrays."""
+    """Gloo's all_to_all_single wants lists of int where NCCL takes host arrays."""
     dispatcher: Any = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

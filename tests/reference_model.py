@@ -114,8 +114,8 @@ def _attention(model: ModelConfig, weights: Weights, prefix: str, hidden: Tensor
 
 def _mlp(model: ModelConfig, weights: Weights, prefix: str, hidden: Tensor) -> Tensor:
     del model
-    inner = F.silu(hidden @ weights[prefix + "gate_proj.weight"].t()) * (hidden @ weights[prefix + "up_proj.weight"].t())
-    return inner @ weights[prefix + "down_proj.weight"].t()
+    gate, up = (hidden @ weights[f"{prefix}{name}_proj.weight"].t() for name in ("gate", "up"))
+    return F.silu(gate) * up @ weights[prefix + "down_proj.weight"].t()
 
 
 def _moe(model: ModelConfig, weights: Weights, prefix: str, hidden: Tensor) -> Tensor:

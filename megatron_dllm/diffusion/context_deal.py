@@ -107,7 +107,8 @@ def _deal_chunks(costs: NDArray[np.float64], num_ranks: int) -> IntArray:
 
 def _exchange_chunks(costs: NDArray[np.float64], owner: IntArray, num_ranks: int) -> None:
     """Swap single chunks between the rank with the most of a cost and another, while the worst cost falls."""
-    loads = np.stack([np.bincount(owner, weights=row, minlength=num_ranks) for row in costs])
+    loads: NDArray[np.float64] = np.stack(
+        [np.bincount(owner, weights=row, minlength=num_ranks) for row in costs]).astype(np.float64)
     for _ in range(MAX_SWAPS):
         if not _swap_once(costs, owner, loads):
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -65,7 +66,9 @@ def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, wo
     with open(stack_file, "w", encoding="utf-8") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         try:
-            sender.send((True, function(*args)))
+            result = function(*args)
+            # As bytes: multiprocessing would share a tensor's memory, which ends with this process.
+            sender.send((True, pickle.dumps(result)))
         except BaseException:
             sender.send((False, traceback.format_exc()))
         finally:
@@ -91,7 +94,7 @@ def _collect(pipes: list[Connection], processes: list[Any], stacks: list[Path], 
                 succeeded, value = False, f"the process ended without a result, exit code {processes[rank].exitcode}"
             if not succeeded:
                 raise RuntimeError(f"rank {rank} of {len(pipes)} failed:\n{value}")
-            results[rank] = value
+            results[rank] = pickle.loads(value)
     return [results[rank] for rank in range(len(pipes))]
 
 

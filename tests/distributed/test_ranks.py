@@ -44,7 +44,7 @@ def test_a_failing_rank_shows_its_traceback_and_ends_the_others() -> None:
 
 
 def test_a_rank_that_dies_is_named() -> None:
-    with pytest.raises(RuntimeError, match="rank 0 of 1 failed.*\n.*exit code 3"):
+    with pytest.raises(RuntimeError, match=r"rank 0 of 1 failed.*\n.*exit code 3"):
         run_ranks(_exit_without_result, 1)
 
 

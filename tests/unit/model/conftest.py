@@ -10,7 +10,7 @@ from megatron_dllm.config import ParallelConfig, RunConfig
 from megatron_dllm.host import prepare_host
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_rank() -> Iterator[None]:
     """megatron-core on this process alone."""
     prepare_host()
