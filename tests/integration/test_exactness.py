@@ -1,0 +1,168 @@
+"""Numbers a user relies on, through the real data path and the real model: ELBO, pruning, both grids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dllm.config import (
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    StageConfig,
+    TrainConfig,
+)
+from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.packing import RowStream
+from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.host import prepare_host
+from tests.reference_model import random_weights, tiny_model, to_megatron
+
+CONTEXT, ROW = 16, 48
+
+
+@pytest.fixture(scope="module")
+def model_config() -> ModelConfig:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    prepare_host()
+    from megatron_dllm import parallel
+
+    parallel.initialize(ParallelConfig(), RunConfig(name="test"))
+    yield
+    parallel.destroy()
+
+
+@pytest.fixture(scope="module")
+def built(one_rank: None, model_config: ModelConfig) -> Any:
+    from megatron_dllm.model.gpt import build_model
+
+    model = build_model(model_config, ParallelConfig(), pre_process=True, post_process=True)
+    model.load_state_dict(to_megatron(model_config, random_weights(model_config)), strict=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def corpus(one_rank: None, model_config: ModelConfig, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Documents from 1 token to beyond the context."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from megatron_dllm.data.corpus import Corpus
+
+    prefix = str(tmp_path_factory.mktemp("corpus") / "text")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    generator = torch.Generator().manual_seed(3)
+    for length in [1, 5, 16, 40, 7, 12, 3, 33, 16, 2, 20, 9]:
+        builder.add_document(torch.randint(model_config.vocab_size - 4, (length,), generator=generator), [length])
+    builder.finalize(prefix + ".idx")
+    return Corpus(prefix, model_config)
+
+
+def _config(model: ModelConfig, corpus: Any, **data: Any) -> TrainConfig:
+    stage = StageConfig(block_size=4, num_tokens=1000, global_batch_size=1, learning_rate=1e-3)
+    return TrainConfig(
+        run=RunConfig(name="test"), model=model, data=DataConfig(train=corpus.prefix, packing_chunk=4, **data),
+        schedule=ScheduleConfig(context_length=CONTEXT, row_length=ROW, stages={"only": stage}),
+        evaluation=EvaluationConfig(block_sizes=[1], num_rows=6))
+
+
+def _pieces(config: TrainConfig, corpus: Any, name: str) -> list[tuple[int, int, int]]:
+    """(document, offset, length) of the pieces that validation reads."""
+    from megatron_dllm.training.evaluate import validation_geometry
+
+    stream = RowStream(corpus.document_lengths, 0, config.data.packing_chunk, shuffle=False)
+    geometry = validation_geometry(config, name)
+    return [tuple(piece[:3]) for _ in range(config.evaluation.num_rows) for piece in stream.next(geometry).pieces]
+
+
+def _sequential_nll(model: Any, tokens: Tensor, mask_token_id: int) -> float:
+    """Exact NLL left to right: for each position one dense pass over the clean prefix and one mask token."""
+    total = 0.0
+    for place in range(len(tokens)):
+        ids = torch.cat([tokens[:place], torch.tensor([mask_token_id])])[None]
+        blocks = torch.arange(place + 1)
+        view = torch.zeros_like(blocks)
+        view[-1] = 1
+        roles = torch.stack([torch.zeros_like(blocks), blocks, view], -1).int()[None]
+        logits = model.logits(ids, blocks[None], roles, torch.tensor([place]))
+        total -= float(logits.double().log_softmax(-1)[0, tokens[place]])
+    return total
+
+
+@torch.no_grad()
+def test_elbo_at_block_size_1_is_the_exact_sequential_nll(built: Any, corpus: Any, model_config: ModelConfig) -> None:
+    from megatron_dllm.training.evaluate import evaluate
+
+    config = _config(model_config, corpus)
+    result = evaluate([built], config, corpus, ["1"], torch.device("cpu"))
+    pieces = _pieces(config, corpus, "1")
+    expected_nll = sum(_sequential_nll(built, torch.from_numpy(corpus.read(*piece)), model_config.mask_token_id)
+                       for piece in pieces)
+    num_tokens = sum(length for _, _, length in pieces)
+    assert result.num_tokens == num_tokens > 40
+    assert result.nats_per_token["1"] == pytest.approx(expected_nll / num_tokens, rel=1e-5)
+
+
+@torch.no_grad()
+def test_elbo_bounds_the_block_wise_likelihood(built: Any, corpus: Any, model_config: ModelConfig) -> None:
+    """The same rows and noise give the same ELBO again, and another block size gives another one."""
+    from megatron_dllm.training.evaluate import evaluate
+
+    config = _config(model_config, corpus)
+    first, again = (evaluate([built], config, corpus, ["1", "8"], torch.device("cpu")) for _ in range(2))
+    assert first == again
+    assert first.nats_per_token["1"] != first.nats_per_token["8"]
+
+
+def _loss_and_gradients(model: Any, config: TrainConfig, corpus: Any, stage: StageConfig,
+                        rows: int) -> tuple[float, dict[str, Tensor], int]:
+    from megatron_dllm.data.batch import collate
+    from megatron_dllm.data.dataset import RowDataset
+
+    geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
+    dataset = RowDataset(corpus, geometry, NoiseSpec.for_stage(config.noise, stage), 7, config.model.mask_token_id,
+                         config.model.pad_token_id)
+    stream = RowStream(corpus.document_lengths, 7, 4, shuffle=False)
+    model.zero_grad(set_to_none=True)
+    total, forward_tokens, documents = 0.0, 0, 0
+    while documents < rows:
+        plan = stream.next(geometry)
+        documents += len({int(d) for d in plan.pieces[:, 0]})
+        batch = collate([dataset[plan]])
+        nll, _ = model(batch)
+        loss = (nll * batch.loss_weights).sum()
+        loss.backward()
+        total, forward_tokens = total + float(loss), forward_tokens + int(batch.num_forward_tokens)
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, forward_tokens
+
+
+@pytest.mark.parametrize("origin", ["document", "row"])
+@pytest.mark.parametrize("is_complementary", [False, True])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_pruning_clean_blocks_changes_no_number(built: Any, corpus: Any, model_config: ModelConfig, origin: str,
+                                                is_complementary: bool, block_size: int) -> None:
+    """A clean block that no later block reads may be left out: same loss, same gradients, fewer tokens."""
+    stage = StageConfig(block_size=block_size, num_tokens=1000, global_batch_size=1, learning_rate=1e-3,
+                        is_complementary=is_complementary, t_min=0.0)
+    config = _config(model_config, corpus, block_origin=origin)
+    config.schedule.row_length = corpus.num_tokens * stage.num_views  # so that a chunk's pieces share one row, always
+    loss, gradients, tokens = _loss_and_gradients(built, config, corpus, stage, 4)
+    whole = replace(config, data=replace(config.data, prune_clean=False))
+    expected_loss, expected_gradients, expected_tokens = _loss_and_gradients(built, whole, corpus, stage, 4)
+    assert tokens < expected_tokens or block_size == 16
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name, expected in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()) + 1e-9)
