@@ -25,6 +25,8 @@ ARCHITECTURES_OF_FAMILY = {
     "qwen3_moe": ("qwen3_moe", "sdar_moe"), "sdar_moe": ("sdar_moe", "qwen3_moe"), "qwen3": ("qwen3",),
 }
 DIFFUSION_ARCHITECTURES = ("llada2_moe", "sdar_moe")
+# Tokens that LLaDA2's and SGLang's decoding denoise together.
+DEFAULT_BLOCK_SIZE = 32
 # Settings that change the function and that our model does not have: key -> the only value we can express.
 _MUST_BE = {
     "use_bias": False, "use_qkv_bias": False, "attention_bias": False, "use_sliding_window": False,
@@ -43,7 +45,7 @@ class SourceConfig:
 
     Attributes:
         model: the sizes; the token ids are what the file says, -1 where it says nothing.
-        num_blocks: block size of a diffusion model, or None.
+        block_size: block size of a diffusion model, or None.
         is_diffusion: position i predicts token i (LLaDA2, SDAR) instead of token i + 1.
     """
 
@@ -89,7 +91,7 @@ def from_hf_config(config: dict[str, Any], source: str = "config.json") -> Sourc
     else:
         model = _qwen3_moe(reader, model)
     _validate_sizes(model, source)
-    block_size = config.get("block_size")
+    block_size = config.get("block_length", config.get("block_size"))
     return SourceConfig(model, block_size if isinstance(block_size, int) else None, family in DIFFUSION_ARCHITECTURES)
 
 
@@ -147,10 +149,8 @@ def to_hf_config(model: ModelConfig, architecture: str, dtype_name: str, block_s
             "norm_head": False, "norm_softmax": False,
         }
     if architecture in DIFFUSION_ARCHITECTURES:
-        config["mask_token_id"] = model.mask_token_id
-        if architecture == "sdar_moe" and block_size is not None:
-            # Not for llada2_moe: SGLang takes it there as a sign of routing by block.
-            config["block_size"] = block_size
+        # Not "block_size": in llada2_moe SGLang takes that as a sign of routing by block.
+        config |= {"mask_token_id": model.mask_token_id, "block_length": block_size or DEFAULT_BLOCK_SIZE}
     return config
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.command import main_guard
-from checkpoints_tools.hf_config import SourceConfig, read_hf_config
+from checkpoints_tools.hf_config import DEFAULT_BLOCK_SIZE, SourceConfig, read_hf_config
 from checkpoints_tools.mcore_folder import TOKENIZER, new_contract, write_json_files
 from checkpoints_tools.output_folder import check_output, output_folder
 from checkpoints_tools.param_map import WeightMap, extra_state_keys, is_fp32, key_aliases, weight_map
@@ -30,7 +30,6 @@ from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.config import ModelConfig
 
 logger = logging.getLogger(__name__)
-DEFAULT_BLOCK_SIZE = 32
 
 
 def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer: Path | None = None) -> None:
