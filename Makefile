@@ -31,3 +31,6 @@ check: install
 
 clean:
 	rm -rf runs/demo
+
+study: demo
+	$(BIN)/python launch/local.py experiment=tiny_study
