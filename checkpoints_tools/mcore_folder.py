@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints_tools.param_map import key_aliases
 from checkpoints_tools.torch_dist_read import TorchDistReader
 from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.config import ModelConfig
@@ -67,9 +68,16 @@ def open_checkpoint(folder: Path) -> tuple[Contract, TorchDistReader]:
     return contract, TorchDistReader(folder)
 
 
-def model_keys(reader: TorchDistReader) -> list[str]:
-    """Keys of the model's tensors, without those of the optimizer, in the order they are stored in."""
-    return [key for key in reader.metadata.tensors if key.startswith(_MODEL_PREFIXES)]
+def model_keys(model: ModelConfig, reader: TorchDistReader) -> dict[str, str]:
+    """The model's tensors in a checkpoint, without those of the optimizer.
+
+    Returns:
+        {key in the local spec: key under which it is stored}, in the order in which they are stored.
+    """
+    local = {alias: key for key, alias in key_aliases(model).items()}
+    stored = reader.metadata.tensors
+    return {local.get(key, key): key for key in stored
+            if key.startswith(_MODEL_PREFIXES) and not (key in local and local[key] in stored)}
 
 
 def new_contract(model: ModelConfig, *, shift: bool, block_size: int, context_length: int,

@@ -24,7 +24,7 @@ from checkpoints_tools.hf_config import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCHI
 from checkpoints_tools.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
 from checkpoints_tools.model_card import model_card
 from checkpoints_tools.output_folder import check_output, output_folder
-from checkpoints_tools.param_map import WeightMap, is_fp32, key_aliases, weight_map
+from checkpoints_tools.param_map import WeightMap, is_fp32, weight_map
 from checkpoints_tools.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 from checkpoints_tools.streaming import MAX_PIECE_BYTES, Task, run, split_rows
 from checkpoints_tools.tokenizer_files import TokenizerFiles, copy_tokenizer
@@ -100,14 +100,12 @@ def default_architecture(contract: Contract) -> str:
 def _check_keys(reader: TorchDistReader, names: WeightMap, contract: Contract) -> dict[str, str]:
     """Compare the checkpoint's tensors with the model's; returns the key under which each is stored."""
     found = reader.metadata.tensors
-    aliases = key_aliases(contract.model)
-    keys = {key: key if key in found else aliases.get(key, key) for key in names.mcore_shapes}
-    missing = [key for key in keys.values() if key not in found]
+    keys = model_keys(contract.model, reader)
+    missing = [key for key in names.mcore_shapes if key not in keys]
     if missing:
-        raise ValueError(f"{reader.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found {len(found)}: "
-                         f"{sorted(found)[:3]} ...); the checkpoint is not one of the model in its contract.json.")
-    known = set(names.mcore_shapes) | set(aliases.values())
-    extra = [key for key in model_keys(reader) if key not in known]
+        raise ValueError(f"{reader.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found {len(keys)} of "
+                         f"{len(names.mcore_shapes)}); the checkpoint is not one of the model in its contract.json.")
+    extra = [key for key in keys if key not in names.mcore_shapes]
     if extra:
         raise ValueError(f"{reader.folder}: tensor {extra[0]} and {len(extra) - 1} more have no place in a "
                          f"{contract.model.family} with this contract.json; they would be lost.")

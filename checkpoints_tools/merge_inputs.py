@@ -56,11 +56,12 @@ class TorchDistInput(MergeInput):
         self.reader: TorchDistReader
         self.contract, self.reader = open_checkpoint(folder)
         self.step = self.contract.content.get("step")
-        self.tensors = {key: (self.reader.metadata.tensors[key].dtype, self.reader.metadata.tensors[key].shape)
-                        for key in model_keys(self.reader)}
+        self.keys = model_keys(self.contract.model, self.reader)
+        stored = self.reader.metadata.tensors
+        self.tensors = {key: (stored[name].dtype, stored[name].shape) for key, name in self.keys.items()}
 
     def read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
-        self.reader.read(name, offsets, sizes, out)
+        self.reader.read(self.keys[name], offsets, sizes, out)
 
     def description(self) -> dict[str, Any]:
         """Model, contract and tokenizer."""

@@ -68,22 +68,17 @@ def _merge_torch_dist(inputs: list[TorchDistInput], weights: list[float], folder
                       provenance: dict[str, Any]) -> None:
     last = inputs[-1]
     model = last.contract.model
-    aliases = {alias: key for key, alias in key_aliases(model).items()
-               if key in last.tensors and alias in last.tensors}
     writer = TorchDistWriter(folder)
     mean = _Mean(inputs, weights)
-    boxes = {key: [(chunk.offsets, chunk.sizes) for chunk in last.reader.metadata.tensors[key].chunks]
-             for key in last.tensors if key not in aliases}
+    boxes = {key: [(chunk.offsets, chunk.sizes) for chunk in last.reader.metadata.tensors[name].chunks]
+             for key, name in last.keys.items()}
     try:
         for key in boxes:
             writer.add(key, *last.tensors[key])
         run(mean.tasks(boxes, lambda key, first, offsets, sizes: partial(_write_box, writer, key, offsets, sizes)),
             total_bytes, "merge")
         for key, alias in key_aliases(model).items():
-            if key in boxes:
-                writer.alias(key, alias)
-            else:
-                writer.alias(alias, key)
+            writer.alias(key, alias)
         writer.add_empty_objects(list(extra_state_keys(model)))
         checksums = writer.close()
     finally:
