@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from megatron_dllm.model.attention import chunked, dense, flex, shared_prefix
-from megatron_dllm.model.attention.context_parallel import gather_keys, gather_roles
+from megatron_dllm.model.attention.context_parallel import KeyExchange, plan_exchange
 from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.attention.plan import PlanCache
 
@@ -176,9 +177,13 @@ class RoleAttention(MegatronModule):
             key, value, key_roles = self.kv_cache.extend(self.layer_number, key, value, roles)
             plan = PLANS.get(key_roles, (backend, key.device, "cached"), lambda: build(roles, key_roles))
         elif self.context_parallel_size > 1:
-            key, value = gather_keys(key, value, self.cp_group)
-            plan = PLANS.get(roles, (backend, key.device, self.cp_group),
-                             lambda: build(roles, gather_roles(roles, self.cp_group)))
+            exchange, plan = PLANS.get(roles, (backend, key.device, self.cp_group),
+                                       lambda: self._plan_exchange(roles, build))
+            key, value = exchange.exchange(key, value)
         else:
             plan = PLANS.get(roles, (backend, key.device), lambda: build(roles, roles))
         return plan, key, value
+
+    def _plan_exchange(self, roles: Tensor, build: Callable[[Tensor, Tensor], Any]) -> tuple[KeyExchange, Any]:
+        exchange = plan_exchange(roles, self.cp_group)
+        return exchange, build(roles, exchange.key_roles)
