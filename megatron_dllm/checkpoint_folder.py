@@ -66,7 +66,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {path.parent} is not a complete checkpoint; choose another one.") from None
+        raise ValueError(f"{path} is missing: {path.parent} is not a complete checkpoint; "
+                         "choose another one.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged ({error}); choose another checkpoint.") from None
 

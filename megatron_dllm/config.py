@@ -20,8 +20,10 @@ from megatron_dllm.exit_codes import EXIT_PREEMPTED as EXIT_PREEMPTED
 
 ATTENTION_BACKENDS = ("auto", "dense", "chunked", "shared_prefix", "flex")
 BLOCK_ORIGINS = ("document", "row")
+CONTEXT_PARALLEL_METHODS = ("gather", "ulysses")
 FAMILIES = ("bailing_moe", "llada2_moe", "qwen3_moe", "sdar_moe", "qwen3")
 LOSS_WEIGHTS = ("elbo", "uniform", "realised")
+TOKEN_DISPATCHERS = ("auto", "allgather", "alltoall")
 LR_SHAPES = ("constant", "linear", "cosine")
 NON_FINITE_ACTIONS = ("stop", "skip")
 OBJECTIVES = ("ar", "block_diffusion")
@@ -271,7 +273,7 @@ class ScheduleConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Adam with decoupled weight decay in megatron-core's distributed optimizer (state sharded over data-parallel ranks)."""
+    """AdamW in megatron-core's distributed optimizer, its state sharded over the data-parallel ranks."""
 
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -310,6 +312,11 @@ class ParallelConfig:
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
     sequence_parallel: bool = False
+    # How attention sees the tokens of the other context-parallel ranks. gather: every rank gets all keys and values
+    # and keeps its queries; ulysses: every rank gets all tokens of some heads.
+    context_parallel_method: str = "gather"
+    # How tokens reach their experts; auto: alltoall with CUDA (sends only what is needed), allgather without.
+    moe_token_dispatcher: str = "auto"
     precision: str = "fp32"
     # none | selective (core attention) | full (every layer's input only is kept).
     recompute: str = "none"
@@ -331,11 +338,14 @@ class ParallelConfig:
             _check_positive(f"parallel.{name}", getattr(self, name))
         _check_choice("parallel.precision", self.precision, PRECISIONS)
         _check_choice("parallel.recompute", self.recompute, ("none", "selective", "full"))
+        _check_choice("parallel.context_parallel_method", self.context_parallel_method, CONTEXT_PARALLEL_METHODS)
+        _check_choice("parallel.moe_token_dispatcher", self.moe_token_dispatcher, TOKEN_DISPATCHERS)
         _check(world_size % self.model_parallel_size == 0,
                f"parallel: tensor x pipeline x context ({self.tensor_model_parallel_size} x "
                f"{self.pipeline_model_parallel_size} x {self.context_parallel_size} = {self.model_parallel_size}) must "
                f"divide the number of ranks ({world_size}); start a multiple of {self.model_parallel_size} ranks.")
         self._validate_tensor(model)
+        self._validate_context(model)
         self._validate_pipeline(model)
         self._validate_experts(world_size, model)
 
@@ -350,10 +360,21 @@ class ParallelConfig:
                f"parallel.tensor_model_parallel_size ({tp}) must divide model.num_query_groups ({groups}) "
                "or be a multiple of it.")
         _check(not self.sequence_parallel or tp > 1,
-               f"parallel.sequence_parallel (true) needs tensor_model_parallel_size above 1 (it is {tp}); set it false.")
+               f"parallel.sequence_parallel (true) needs tensor_model_parallel_size above 1 (it is {tp}); "
+               "set it to false.")
         _check(not (model.is_moe and tp > 1) or self.sequence_parallel,
                f"parallel.sequence_parallel (false) must be true for a mixture of experts with "
                f"tensor_model_parallel_size {tp}: megatron-core does not train it otherwise.")
+
+    def _validate_context(self, model: ModelConfig) -> None:
+        cp, tp = self.context_parallel_size, self.tensor_model_parallel_size
+        if self.context_parallel_method != "ulysses" or cp == 1:
+            return
+        heads, groups = model.num_attention_heads // tp, max(1, model.num_query_groups // tp)
+        _check(heads % cp == 0 and (groups % cp == 0 or cp % groups == 0),
+               f"parallel.context_parallel_size ({cp}) must divide the {heads} attention heads of a tensor rank, and "
+               f"divide its {groups} query groups or be a multiple of them, with context_parallel_method ulysses; "
+               "use a smaller size, or gather.")
 
     def _validate_pipeline(self, model: ModelConfig) -> None:
         pp = self.pipeline_model_parallel_size
@@ -433,14 +454,15 @@ class EvaluationConfig:
 
     # Block sizes at which the ELBO is measured; the first is the target that ranks checkpoints.
     block_sizes: list[int] = field(default_factory=lambda: [32])
-    # Rows per block size; 0: no validation.
-    num_rows: int = 0
+    # Document tokens of held-out text, the same whole documents at every block size; 0: no validation.
+    num_tokens: int = 0
     micro_batch_size: int = 1
 
     def validate(self, context_length: int, has_validation: bool) -> None:
-        """Raise ValueError for block sizes that do not fit, or rows without a corpus."""
-        _check(self.num_rows == 0 or has_validation,
-               f"evaluation.num_rows ({self.num_rows}) needs data.validation; name a held-out corpus or set it to 0.")
+        """Raise ValueError for block sizes that do not fit, or tokens without a corpus."""
+        _check(self.num_tokens == 0 or has_validation,
+               f"evaluation.num_tokens ({self.num_tokens}) needs data.validation; "
+               "name a held-out corpus or set it to 0.")
         _check(len(self.block_sizes) > 0, "evaluation.block_sizes ([]) must name at least the target block size.")
         for block_size in self.block_sizes:
             _check(block_size > 0 and context_length % block_size == 0,

@@ -32,17 +32,17 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
         ValueError: nothing to load, no validation rows, or a checkpoint of another model.
     """
     config.validate(int(os.environ.get("WORLD_SIZE", "1")))
-    if not config.checkpoint.load or not config.evaluation.num_rows or config.data.validation is None:
-        raise ValueError(f"checkpoint.load ({config.checkpoint.load}), evaluation.num_rows "
-                         f"({config.evaluation.num_rows}) and data.validation ({config.data.validation}) must be set: "
-                         "name the checkpoint, how many rows to measure, and the held-out corpus.")
-    from megatron_dllm import parallel
+    if not config.checkpoint.load or not config.evaluation.num_tokens or config.data.validation is None:
+        raise ValueError(f"checkpoint.load ({config.checkpoint.load}), evaluation.num_tokens "
+                         f"({config.evaluation.num_tokens}) and data.validation ({config.data.validation}) must be "
+                         "set: name the checkpoint, how many tokens to measure, and the held-out corpus.")
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()
     prepare_host()
     import torch
 
+    from megatron_dllm import parallel
     from megatron_dllm.checkpoint import check_identity, load_weights
     from megatron_dllm.data.corpus import Corpus
     from megatron_dllm.training.engine import build_chunks

@@ -28,7 +28,7 @@ class Engine:
     optimizer: MegatronOptimizer
 
     @property
-    def transformer_config(self):  # noqa: ANN201 - megatron's own type
+    def transformer_config(self):
         """megatron-core's TransformerConfig of the chunks."""
         return self.chunks[0].config
 

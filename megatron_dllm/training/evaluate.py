@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
+from numpy.typing import NDArray
 from torch import nn
 
 from megatron_dllm.config import TrainConfig
@@ -61,38 +64,61 @@ def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:
 @torch.no_grad()
 def evaluate(chunks: list[nn.Module], config: TrainConfig, corpus: Corpus, names: list[str],
              device: torch.device) -> Validation:
-    """Measure the NLL bound of the local model (a collective) on the first `num_rows` rows of the corpus.
+    """Measure the NLL bound of the local model on `evaluation.num_tokens` tokens of the corpus (a collective).
 
     Args:
+        chunks: the local model.
+        config: of the run.
+        corpus: held-out documents; the same ones are measured under every name.
         names: block sizes as text, or "ar". The first one is reported as the target.
+        device: where to compute.
     """
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
-    num_tokens = 0
+    lengths = validation_lengths(corpus.document_lengths, config.evaluation.num_tokens)
     nats: dict[str, float] = {}
     for name in names:
-        loss, maskable, tokens = 0.0, 0.0, 0
-        for step in _loader(config, corpus, name):
+        loss, maskable = 0.0, 0.0
+        for step in _loader(config, corpus, lengths, name):
             sums = run_schedule(chunks, step.micro_batches, device, forward_only=True)
             loss, maskable = loss + float(sums[LOSS]), maskable + float(sums[MASKABLE])
-            tokens += step.num_document_tokens
-        num_tokens = num_tokens or tokens
         nats[name] = loss / max(maskable, 1.0)
     for chunk, training in zip(chunks, was_training, strict=True):
         chunk.train(training)
     tokens_per_byte = corpus.num_tokens / corpus.num_bytes if corpus.num_bytes else None
     target = AR if names == [AR] else str(config.evaluation.block_sizes[0])
-    return Validation(nats, tokens_per_byte, num_tokens, 0 if target == AR else int(target))
+    return Validation(nats, tokens_per_byte, int(lengths.sum()), 0 if target == AR else int(target))
 
 
-def _loader(config: TrainConfig, corpus: Corpus, name: str) -> BatchLoader:
+def validation_lengths(document_lengths: NDArray[Any], num_tokens: int) -> NDArray[np.int64]:
+    """[d] lengths of the documents that are measured, 0 for the others.
+
+    Whole documents in an order drawn once from a fixed seed, until they hold `num_tokens` tokens (or all do).
+    """
+    order = np.random.default_rng(_SEED).permutation(len(document_lengths))
+    total = np.cumsum(np.asarray(document_lengths, dtype=np.int64)[order])
+    chosen = order[:int(np.searchsorted(total, num_tokens)) + 1]
+    lengths = np.zeros(len(document_lengths), dtype=np.int64)
+    lengths[chosen] = np.asarray(document_lengths)[chosen]
+    return lengths
+
+
+def _count_rows(stream: RowStream, geometry: RowGeometry) -> int:
+    """Rows of the stream's first epoch."""
+    stream, count = stream.copy(), 0
+    while stream.next(geometry).epoch == 0:
+        count += 1
+    return count
+
+
+def _loader(config: TrainConfig, corpus: Corpus, lengths: NDArray[np.int64], name: str) -> BatchLoader:
     geometry = validation_geometry(config, name)
     ranks = parallel_state.get_data_parallel_world_size()
     rows = config.evaluation.micro_batch_size
     dataset = RowDataset(corpus, geometry, None if name == AR else NoiseSpec.for_validation(), _SEED,
                          config.model.mask_token_id, config.model.pad_token_id)
-    stream = RowStream(corpus.document_lengths, _SEED, config.data.packing_chunk, shuffle=False)
+    stream = RowStream(lengths, _SEED, config.data.packing_chunk, shuffle=False)
     return BatchLoader(dataset, stream, global_batch_size=rows * ranks, micro_batch_size=rows,
                        data_parallel_rank=parallel_state.get_data_parallel_rank(), data_parallel_size=ranks,
-                       num_rows=config.evaluation.num_rows)
+                       num_rows=_count_rows(stream, geometry))

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import signal
 import subprocess
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +33,7 @@ from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.lease import Lease, LeaseLost
-from megatron_dllm.training.engine import Engine, build_engine, set_learning_rate
+from megatron_dllm.training.engine import build_engine, set_learning_rate
 from megatron_dllm.training.evaluate import AR, Validation, evaluate
 from megatron_dllm.training.metrics import MetricsWriter, peak_memory_gib, step_record, trim_metrics
 from megatron_dllm.training.progress import Progress, print_stage_table
@@ -90,7 +88,7 @@ class Trainer:
         self.schedule = BlockSchedule.from_config(config.schedule)
         self.corpus = Corpus(config.data.train, config.model, config.data.tokenizer)
         self.validation = (Corpus(config.data.validation, config.model, config.data.tokenizer)
-                           if config.data.validation and config.evaluation.num_rows else None)
+                           if config.data.validation and config.evaluation.num_tokens else None)
         self.stream = RowStream(self.corpus.document_lengths, config.run.seed, config.data.packing_chunk)
         self.stop = _StopRequest()
         self.lease = Lease.acquire(self.folder) if self.is_rank_zero else None
@@ -328,7 +326,7 @@ def check_inputs(config: TrainConfig) -> None:
     corpus = Corpus(config.data.train, config.model, config.data.tokenizer)
     for stage in schedule.stages:
         corpus.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
-    if config.data.validation and config.evaluation.num_rows:
+    if config.data.validation and config.evaluation.num_tokens:
         Corpus(config.data.validation, config.model, config.data.tokenizer)
     checkpoints = Path(config.run.root) / config.run.name / "checkpoints"
     if config.checkpoint.load and not (config.checkpoint.resume and folders.latest_checkpoint(checkpoints)):

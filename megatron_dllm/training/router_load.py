@@ -6,8 +6,8 @@ all tokens hides. Counts are taken by forward hooks on megatron-core's routers w
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist

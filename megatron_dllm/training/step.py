@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.loss import bucket_sums, weighted_nll
+from megatron_dllm.parallel import take_context_shard
 from megatron_dllm.training.engine import Engine
 
 # Layout of the vector of sums that one forward pass contributes: the weighted loss, the unweighted
@@ -78,7 +79,7 @@ def _forward_step(noise: EmbeddingNoise, observe: Callable[[Batch], None] | None
 def _local_batches(micro_batches: Sequence[Batch], device: torch.device) -> list[Batch]:
     rank = parallel_state.get_context_parallel_rank()
     size = parallel_state.get_context_parallel_world_size()
-    return [(take_context_shard(batch, rank, size) if size > 1 else batch).to(device) for batch in micro_batches]
+    return [take_context_shard(batch, rank, size).to(device) for batch in micro_batches]
 
 
 def run_schedule(chunks: list[nn.Module], micro_batches: Sequence[Batch], device: torch.device, *, forward_only: bool,
@@ -110,6 +111,11 @@ def train_step(engine: Engine, micro_batches: Sequence[Batch], device: torch.dev
     """Forward, backward and update. The update is withheld if loss or gradient norm is not finite or too large.
 
     Args:
+        engine: model and optimizer of this rank.
+        micro_batches: this rank's part of the global batch.
+        device: where to compute.
+        noise: on the embeddings of masked tokens.
+        observe: told each micro-batch before its forward pass.
         spike_limit: largest gradient norm that is applied.
 
     Returns:

@@ -1,0 +1,74 @@
+"""A number that says what a step was trained on: the order of its samples, their masks and noise levels.
+
+Data and noise are pure functions of the seed, so the number is the same on every rank, in every layout and after a
+resume. Where two runs differ, the first step with another number is where their data went apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.roles import DOC
+
+_DIGEST_BYTES = 32
+
+
+def row_digests(batch: Batch) -> list[bytes]:
+    """SHA-256 of every row of a micro-batch of whole rows: sample ids, tokens, masks, targets, weights and t."""
+    num_rows, length = batch.input_ids.shape
+    pieces = (batch.roles[..., DOC].max(dim=1).values + 1).tolist()
+    samples = batch.sample_ids.split(pieces)
+    row_of_target = batch.target_positions // length
+    digests = []
+    for row in range(num_rows):
+        mine = row_of_target == row
+        parts = (samples[row], batch.row_keys[row], batch.input_ids[row], batch.is_masked[row],
+                 batch.target_positions[mine] - row * length, batch.target_ids[mine], batch.target_t[mine],
+                 batch.loss_weights[mine])
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(np.ascontiguousarray(part.cpu().numpy()).tobytes())
+        digests.append(digest.digest())
+    return digests
+
+
+def step_fingerprint(micro_batches: Sequence[Batch]) -> str:
+    """SHA-256 (hex) of a global batch, its rows in their global order (a collective of the data-parallel group).
+
+    Args:
+        micro_batches: this data-parallel rank's, before they are split over context-parallel ranks.
+
+    Returns:
+        The same text on every rank, whatever data-parallel size and micro-batch size are.
+    """
+    local = np.frombuffer(b"".join(digest for batch in micro_batches for digest in row_digests(batch)), np.uint8)
+    rows = micro_batches[0].input_ids.shape[0]
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    mine = torch.from_numpy(local.copy()).to(device)
+    group = parallel_state.get_data_parallel_group()
+    gathered = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(gathered, mine, group=group)
+    # Row k of micro-batch j of rank r is row (j * ranks + r) * rows + k of the global batch.
+    by_rank = torch.stack(gathered).cpu().view(group.size(), len(micro_batches), rows, _DIGEST_BYTES)
+    return hashlib.sha256(by_rank.transpose(0, 1).contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_agreement(fingerprint: str) -> None:
+    """Compare a fingerprint over all ranks (a collective).
+
+    Raises:
+        RuntimeError: on every rank, naming the ranks that stand apart from the first.
+    """
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, fingerprint)
+    apart = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
+    if apart:
+        raise RuntimeError(f"ranks {apart} train on other samples, masks or noise levels than rank 0; "
+                           "they must read the same corpus with the same seed.")
