@@ -48,6 +48,11 @@ def _all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered
 
 
+def gather_roles(roles: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Roles [b, s/cp, 3] of every rank, in rank order: [b, s, 3]."""
+    return _all_gather(roles.transpose(0, 1), group).transpose(0, 1).contiguous()
+
+
 @dataclass(frozen=True)
 class KeyExchange:
     """Which keys of this rank's s/cp tokens the other ranks get, the same number m on every rank.
@@ -88,9 +93,9 @@ def plan_exchange(roles: Tensor, group: dist.ProcessGroup) -> KeyExchange:
         The same decision on every rank.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    # [cp, b, s/cp, 3], on the host: the number of keys that travel is the shape of a tensor.
-    every = _all_gather(roles, group).unflatten(0, (size, -1)).cpu()
-    whole_roles = every.transpose(0, 1).flatten(1, 2)
+    # On the host: the number of keys that travel is the shape of a tensor.
+    whole_roles = gather_roles(roles, group).cpu()
+    every = whole_roles.unflatten(1, (size, -1)).transpose(0, 1)
     is_clean = (every[..., VIEW] == CLEAN_VIEW) & (every[..., DOC] > PADDING_DOC)
     length = roles.shape[1]
     step = max(1, length // SENT_STEPS)

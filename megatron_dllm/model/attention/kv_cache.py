@@ -91,4 +91,5 @@ class KVCache:
         if self.is_committing and not bool(is_storable.all()):
             raise ValueError("KVCache: only clean tokens can be stored; run the finished block again with "
                              "view 0 and commit that pass.")
-        return roles if self.roles is None else torch.cat([self.roles, roles], dim=1)
+        # A copy: the caller may write the next block's roles over these.
+        return roles.clone() if self.roles is None else torch.cat([self.roles, roles], dim=1)

@@ -123,7 +123,9 @@ class PlanCache:
             What `build` returned.
         """
         storage = StorageWeakRef(roles.untyped_storage())
-        place = (storage, roles.storage_offset(), tuple(roles.shape), tuple(roles.stride()), roles._version, key)
+        # Tensors made in inference mode count no writes: only their content tells.
+        version = roles.cpu().numpy().tobytes() if roles.is_inference() else roles._version
+        place = (storage, roles.storage_offset(), tuple(roles.shape), tuple(roles.stride()), version, key)
         if place not in self._plans:
             self._plans = {place: entry for place, entry in self._plans.items() if not entry[0].expired()}
             self._plans[place] = (storage, build())

@@ -71,3 +71,12 @@ def test_cache_forgets_with_the_roles() -> None:
         assert cache.get(roles, "k", lambda number=number: number) == number
         del roles
     assert len(cache) <= 1
+
+
+def test_cache_takes_roles_made_in_inference_mode() -> None:
+    cache = PlanCache()
+    with torch.inference_mode():
+        roles = torch.zeros(1, 4, 3, dtype=torch.int32)
+        assert [cache.get(roles, "k", lambda number=number: number) for number in range(2)] == [0, 0]
+        roles[0, 0, 0] = 1
+        assert cache.get(roles, "k", lambda: "written") == "written"
