@@ -43,7 +43,7 @@ from megatron_dllm.data.tokenizer import TextTokenizer
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_dllm.data.tokenize")  # also where this module runs as __main__
 
 _NUM_BAD_SHOWN = 20
 _BATCHES_PER_WORKER = 4
@@ -280,7 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of unreadable documents allowed")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logger.setLevel(logging.INFO)
     try:
         counts = tokenize_corpus(
             options.input, options.tokenizer, options.output, num_workers=options.num_workers,

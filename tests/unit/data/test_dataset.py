@@ -80,6 +80,9 @@ def test_global_batch_is_the_same_rows_in_every_layout(dataset: RowDataset, size
         assert rows_of(in_order) == rows_of(expected_step.micro_batches)
         for name in ("num_maskable", "num_document_tokens", "num_forward_tokens"):
             assert sum(getattr(b, name) for b in in_order) == sum(getattr(b, name) for b in expected_step.micro_batches)
+        for name in ("num_document_tokens", "num_forward_tokens"):
+            expected_total = sum(int(getattr(batch, name)) for batch in in_order)
+            assert {getattr(step, name) for step in steps} == {expected_total}
 
 
 def test_workers_change_nothing(dataset: RowDataset) -> None:
