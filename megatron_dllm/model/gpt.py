@@ -79,15 +79,18 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1,
         context_parallel_size=parallel.context_parallel_size,
+        # megatron-core's names of the two methods; RoleAttention gets them as its cp_comm_type.
+        cp_comm_type={"gather": "all_gather", "ulysses": "a2a"}[parallel.context_parallel_method],
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
         # A list also for models whose layers are all alike: checkpoints then name every layer by itself.
         moe_layer_freq=[int(model.is_moe and layer >= model.num_dense_layers) for layer in range(model.num_layers)],
         cuda_graph_scope=[],
-        **_moe_arguments(model, has_cuda, has_te), **_recompute_arguments(parallel.recompute))
+        **_moe_arguments(model, parallel.moe_token_dispatcher, has_cuda, has_te),
+        **_recompute_arguments(parallel.recompute))
 
 
-def _moe_arguments(model: ModelConfig, has_cuda: bool, has_te: bool) -> dict[str, Any]:
+def _moe_arguments(model: ModelConfig, dispatcher: str, has_cuda: bool, has_te: bool) -> dict[str, Any]:
     if not model.is_moe:
         return {}
     return dict(
@@ -105,7 +108,7 @@ def _moe_arguments(model: ModelConfig, has_cuda: bool, has_te: bool) -> dict[str
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff, moe_z_loss_coeff=model.moe_z_loss_coeff or None,
         # All-to-all sends a token only where it is needed; all-gather needs no host arrays and suits gloo.
-        moe_token_dispatcher_type="alltoall" if has_cuda else "allgather",
+        moe_token_dispatcher_type=dispatcher if dispatcher != "auto" else "alltoall" if has_cuda else "allgather",
         moe_grouped_gemm=has_te, moe_permute_fusion=has_te)
 
 

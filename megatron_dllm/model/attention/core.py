@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from megatron_dllm.model.attention import chunked, dense, flex, shared_prefix
-from megatron_dllm.model.attention.context_parallel import KeyExchange, plan_exchange
+from megatron_dllm.model.attention.context_parallel import KeyExchange, gather_roles, plan_exchange
+from megatron_dllm.model.attention.head_exchange import heads_to_tokens, tokens_to_heads
 from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.attention.plan import PlanCache
 
@@ -74,7 +75,8 @@ def _choose(name: str, device: torch.device) -> tuple[str, str]:
 class RoleAttention(MegatronModule):
     """Core attention whose mask is the predicate `diffusion.roles.visible`; takes DotProductAttention's place.
 
-    With a context-parallel group of more than one rank, queries stay local and see the keys of all ranks.
+    With a context-parallel group of more than one rank, queries stay local and see the keys of all ranks, or
+    (cp_comm_type "a2a") each rank attends with some heads of all tokens.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class RoleAttention(MegatronModule):
             attention_type: ignored.
             attention_dropout: overrides the config's.
             softmax_scale: factor on the logits; None: 1 / sqrt(d).
-            cp_comm_type: ignored, keys and values are gathered.
+            cp_comm_type: "a2a" exchanges tokens for heads; else keys and values are gathered.
             pg_collection: process groups; None: megatron's own.
             backend: see `choose_backend`.
 
@@ -121,6 +123,7 @@ class RoleAttention(MegatronModule):
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.cp_group = getattr(pg_collection, "cp", None)
+        self.exchanges_heads = cp_comm_type == "a2a" and self.context_parallel_size > 1
 
     @property
     def context_parallel_size(self) -> int:
@@ -164,10 +167,15 @@ class RoleAttention(MegatronModule):
         backend, _ = choose_backend(self.backend, query.device)
         if backend == "flex" and self.kv_cache is not None:
             backend = "chunked"  # The number of keys grows with every block: flex would compile each time.
+        if self.exchanges_heads:
+            query, key, value = tokens_to_heads(query, key, value, self.cp_group)
         plan, key, value = self._plan(backend, key, value, roles)
         out = BACKENDS[backend].attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3),
                                        plan, self.softmax_scale)
-        return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+        out = out.permute(2, 0, 1, 3)
+        if self.exchanges_heads:
+            out = heads_to_tokens(out, self.cp_group)
+        return out.reshape(s, b, n * d)
 
     def _plan(self, backend: str, key: Tensor, value: Tensor, roles: Tensor) -> tuple[Any, Tensor, Tensor]:
         """The plan of these roles, and the keys and values of every token that they may see."""
@@ -176,6 +184,8 @@ class RoleAttention(MegatronModule):
             assert self.context_parallel_size == 1, "the KV cache holds whole rows: decode without context parallelism"
             key, value, key_roles = self.kv_cache.extend(self.layer_number, key, value, roles)
             plan = PLANS.get(key_roles, (backend, key.device, "cached"), lambda: build(roles, key_roles))
+        elif self.exchanges_heads:
+            plan = PLANS.get(roles, (backend, key.device, "heads"), lambda: self._plan_whole(roles, build))
         elif self.context_parallel_size > 1:
             exchange, plan = PLANS.get(roles, (backend, key.device, self.cp_group),
                                        lambda: self._plan_exchange(roles, build))
@@ -187,3 +197,7 @@ class RoleAttention(MegatronModule):
     def _plan_exchange(self, roles: Tensor, build: Callable[[Tensor, Tensor], Any]) -> tuple[KeyExchange, Any]:
         exchange = plan_exchange(roles, self.cp_group)
         return exchange, build(roles, exchange.key_roles)
+
+    def _plan_whole(self, roles: Tensor, build: Callable[[Tensor, Tensor], Any]) -> Any:
+        whole = gather_roles(roles, self.cp_group)
+        return build(whole, whole)
