@@ -3,22 +3,29 @@
 Everything is stored in model space (a tensor per parameter, whatever the layout), so a checkpoint made
 on one TP/PP/CP/EP/DP layout loads on any other, optimizer state included. A checkpoint is written under
 a temporary name, described by a manifest with checksums, and renamed when all ranks have finished.
+
+What is read: JSON, tensors (`torch.load` with weights_only), and `.metadata`, a pickle by torch's own format, which
+is looked through by an unpickler that knows the format's classes and no others before torch reads it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
+import pickle
 import threading
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
@@ -27,17 +34,28 @@ from torch import nn
 
 from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.checkpoint_folder import check_identity as check_identity
+from megatron_dllm.checkpoint_process import BackgroundWrite, Written, hand_over, use_local_results, write_now
+from megatron_dllm.lease import LeaseLost
 
 log = logging.getLogger(__name__)
 
 # Model-space optimizer state with keys that do not depend on how many optimizers are chained.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_POLL_SECONDS = 0.05
+# Errors that keep their kind on the ranks where they did not occur.
+_KINDS: tuple[type[Exception], ...] = (ValueError, LeaseLost)
 
 
 def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """Sharded state dict of all local model chunks; the tensors' keys are global names."""
-    return {f"chunk{i}": unwrap_model(chunk).sharded_state_dict(metadata=dict(_METADATA))
-            for i, chunk in enumerate(chunks)}
+    """Sharded state dict of all local model chunks, tensors only; their keys are global names.
+
+    Objects (modules' `_extra_state`, empty in this model) are left out: loading them would unpickle.
+    """
+    states = [unwrap_model(chunk).sharded_state_dict(metadata=dict(_METADATA)) for chunk in chunks]
+    tensors = {f"chunk{i}": {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
+               for i, state in enumerate(states)}
+    assert not any(isinstance(value, ShardedObject) for value in nested_values(tensors)), "an object lies deeper"
+    return tensors
 
 
 def _optimizers(optimizer: MegatronOptimizer) -> list[Any]:
@@ -47,18 +65,27 @@ def _optimizers(optimizer: MegatronOptimizer) -> list[Any]:
 
 
 def _optimizer_state(optimizer: MegatronOptimizer, model_sharded_state: dict[str, Any], is_loading: bool) -> dict:
+    """Sharded moments and main weights. Their keys are global names; the place in the chain is this rank's affair."""
     return {i: part.sharded_param_state_fully_reshardable(model_sharded_state, is_loading, dict(_METADATA))
             for i, part in enumerate(_optimizers(optimizer))}
 
 
-def _raise_together(error: Exception | None) -> None:
-    """Raise on every rank what went wrong on any, naming the rank: no rank is left waiting for another."""
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
-    failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
-    if failed:
-        rank, text = failed[0]
-        raise RuntimeError(f"checkpoint: rank {rank} of {len(errors)} failed: {text}") from error
+def raise_together(error: Exception | None) -> None:
+    """Raise on every rank what went wrong on any, naming the rank: no rank is left waiting for another.
+
+    ValueError and LeaseLost stay what they are, anything else becomes a RuntimeError.
+    """
+    mine = None if error is None else (type(error).__name__, str(error))
+    errors: list[tuple[str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, mine)
+    failed = [(rank, *entry) for rank, entry in enumerate(errors) if entry is not None]
+    if not failed:
+        return
+    rank, kind, text = failed[0]
+    for known in _KINDS:
+        if known.__name__ == kind:
+            raise known(text) from error
+    raise RuntimeError(f"checkpoint: rank {rank} of {len(errors)} failed: {kind}: {text}") from error
 
 
 class _Deadline:
@@ -67,7 +94,8 @@ class _Deadline:
     def __init__(self, minutes: float, what: str) -> None:
         self._timer = threading.Timer(60.0 * minutes, self._expire)
         self._timer.daemon = True
-        self._message = f"{what} did not finish within {minutes:g} minutes; the writer is taken for dead."
+        self._message = (f"{what} did not finish within checkpoint.timeout_minutes ({minutes:g}); a rank or its "
+                         "storage is taken for dead.")
 
     def _expire(self) -> None:
         log.critical(self._message)
@@ -81,6 +109,17 @@ class _Deadline:
         self._timer.cancel()
 
 
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint on its way: megatron-core's request and what will be written beside the tensors."""
+
+    temporary: Path
+    final: Path
+    request: AsyncRequest
+    contract: dict[str, Any]
+    state: dict[str, Any]
+
+
 class CheckpointWriter:
     """Writes checkpoints of one run, one after the other, synchronously or behind training."""
 
@@ -91,11 +130,12 @@ class CheckpointWriter:
         self._is_async = is_async
         self._timeout = timeout_minutes
         self._before_publish = before_publish
-        self._queue = AsyncCallsQueue() if is_async else None
+        self._background: tuple[_Save, BackgroundWrite] | None = None
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         if group.size() > 1:
             self._strategy = FullyParallelSaveStrategyWrapper(self._strategy, group, True)
+        use_local_results()
 
     def save(self, step: int, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None,
              contract: dict[str, Any], state: dict[str, Any]) -> Path:
@@ -109,26 +149,58 @@ class CheckpointWriter:
             sharded: dict[str, Any] = dict(model)
             if optimizer is not None:
                 sharded["optimizer"] = _optimizer_state(optimizer, model, is_loading=False)
-            request = dist_checkpointing.save(sharded, str(temporary), self._strategy,
-                                              async_sharded_save=self._is_async)
-            if self._queue is None:
-                self._publish(temporary, final, contract, state)
+            request = dist_checkpointing.save(sharded, str(temporary), self._strategy, async_sharded_save=True)
+            assert request is not None, "an asynchronous save must return a request"
+            save = _Save(temporary, final, request, contract, state)
+            if self._is_async:
+                self._background = (save, BackgroundWrite(request, self._timeout))
                 return final
-        assert request is not None, "an asynchronous save must return a request"
-        request.add_finalize_fn(lambda: self._publish(temporary, final, contract, state))
-        self._queue.schedule_async_request(request)
+            error: Exception | None = None
+            written = Written()
+            try:
+                written = write_now(request)
+            except Exception as caught:
+                error = caught
+            raise_together(error)
+            self._complete(save, written)
         return final
 
     def poll(self) -> None:
-        """Publish an asynchronous checkpoint whose writers have finished."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        """Complete an asynchronous checkpoint when all ranks' writers have finished (a collective while one is due).
+
+        Raises:
+            RuntimeError: on every rank, when a rank's writer failed, died, or took too long.
+        """
+        if self._background is None:
+            return
+        save, process = self._background
+        written: Written | None = None
+        error: Exception | None = None
+        try:
+            written = process.poll()
+        except (RuntimeError, TimeoutError) as caught:
+            error = caught
+        # 2: failed, 1: busy, 0: done; the worst of all ranks.
+        status = torch.tensor([2 if error is not None else int(written is None)],
+                              device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(status, op=dist.ReduceOp.MAX)
+        if status.item() == 2:
+            process.kill()
+            self._background = None
+            raise_together(error)
+        if status.item() == 0:
+            assert written is not None, "done on all ranks means done on this one"
+            self._background = None
+            with _Deadline(self._timeout, f"Completing {save.final}"):
+                self._complete(save, written)
 
     def finish(self) -> None:
         """Wait for an asynchronous checkpoint in flight."""
-        if self._queue is not None:
-            with _Deadline(self._timeout, "The checkpoint written in the background"):
-                self._queue.maybe_finalize_async_calls(blocking=True)
+        with _Deadline(self._timeout, "The checkpoint written in the background"):
+            while self._background is not None:
+                self.poll()
+                if self._background is not None:
+                    time.sleep(_POLL_SECONDS)
 
     def _prepare_folder(self, temporary: Path) -> None:
         error: Exception | None = None
@@ -136,53 +208,51 @@ class CheckpointWriter:
             try:
                 if self._before_publish is not None:
                     self._before_publish()
-                if temporary.exists():
-                    shutil.rmtree(temporary)
+                folders.remove(temporary)
                 temporary.mkdir(parents=True)
             except Exception as caught:
                 error = caught
-        _raise_together(error)
+        raise_together(error)
 
-    def _publish(self, temporary: Path, final: Path, contract: dict[str, Any], state: dict[str, Any]) -> None:
+    def _complete(self, save: _Save, written: Written) -> None:
         """Describe, verify and rename a folder whose tensor files all ranks have written."""
-        rank = dist.get_rank()
-        error: Exception | None = None
-        mine: dict[str, Any] = {}
-        try:
-            if rank == 0:
-                folders.write_json(temporary / folders.CONTRACT, contract)
-                folders.write_json(temporary / folders.STATE, state)
-            own = f"__{rank}_"
-            for path in sorted(temporary.iterdir()):
-                if path.name.startswith(own) or (rank == 0 and not path.name.startswith("__")):
-                    mine[path.name] = folders.checksum(path)
-        except Exception as caught:
-            error = caught
-        _raise_together(error)
+        hand_over(save.request, written)
+        for finalize in save.request.finalize_fns:
+            finalize()
         parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, mine)
-        if rank == 0:
+        dist.all_gather_object(parts, written.checksums)
+        error: Exception | None = None
+        if dist.get_rank() == 0:
             try:
-                manifest = {name: entry for part in parts for name, entry in part.items()}
-                folders.write_json(temporary / folders.MANIFEST, manifest)
-                if not folders.is_complete(temporary):
-                    raise OSError(f"{temporary} is not what was written to it")
-                if self._before_publish is not None:
-                    self._before_publish()
-                if final.exists():
-                    shutil.rmtree(final)
-                os.replace(temporary, final)
-                folders.write_text(self._checkpoints / folders.LATEST, final.name + "\n")
+                self._publish(save, {name: entry for part in parts for name, entry in part.items()})
             except Exception as caught:
                 error = caught
-        _raise_together(error)
+        raise_together(error)
+
+    def _publish(self, save: _Save, manifest: dict[str, Any]) -> None:
+        """On rank 0: write the descriptions beside the tensors, look everything over, rename."""
+        folders.write_json(save.temporary / folders.CONTRACT, save.contract)
+        folders.write_json(save.temporary / folders.STATE, save.state)
+        for name in folders.payload_files(save.temporary):
+            if name not in manifest:
+                manifest[name] = folders.checksum(save.temporary / name)
+        folders.write_json(save.temporary / folders.MANIFEST, manifest)
+        problems = folders.damaged_files(save.temporary, manifest, manifest, hash_content=False)
+        if problems:
+            raise OSError(f"what was written is not there: {problems[0]}")
+        if self._before_publish is not None:
+            self._before_publish()
+        folders.publish(save.temporary, save.final)
 
 
-def verify(folder: Path, hash_content: bool) -> None:
-    """Compare every file with the manifest, the ranks sharing the work.
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def verify(folder: Path, hash_content: bool = True) -> None:
+    """Compare every file with the manifest, the ranks sharing the work, and look through the pickled metadata.
 
     Raises:
-        RuntimeError: on all ranks, naming the file that is missing, truncated or altered.
+        ValueError: on all ranks, naming the file that is missing, truncated or altered.
     """
     error: Exception | None = None
     try:
@@ -190,10 +260,45 @@ def verify(folder: Path, hash_content: bool) -> None:
         names = sorted(manifest)[dist.get_rank()::dist.get_world_size()]
         problems = folders.damaged_files(folder, manifest, names, hash_content)
         if problems:
-            error = ValueError("; ".join(problems))
-    except ValueError as caught:
-        error = caught
-    _raise_together(error)
+            error = ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
+        elif dist.get_rank() == 0:
+            check_metadata(folder)
+    except (ValueError, OSError) as caught:
+        error = ValueError(str(caught))
+    raise_together(error)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes of torch's checkpoint metadata; any other name in the pickle is an error."""
+
+    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner",
+                "torch.distributed.checkpoint.filesystem")
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class of that name, if the format has it."""
+        is_own = module in self._MODULES and "." not in name
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_own or is_dtype or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")):
+            found = super().find_class(module, name)
+            # Not what the module has merely imported, such as `os`.
+            if not is_own or (isinstance(found, type) and found.__module__ == module):
+                return found
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+
+
+def check_metadata(folder: Path) -> None:
+    """Refuse a `.metadata` that names anything but the classes of torch's checkpoint format.
+
+    Raises:
+        ValueError: naming what it would have run, or that it cannot be read.
+    """
+    path = folder / ".metadata"
+    try:
+        with open(path, "rb") as stream:
+            _MetadataUnpickler(stream).load()
+    except Exception as error:
+        raise ValueError(f"{path} is not the metadata of a torch_dist checkpoint ({error}); it was not loaded. Take "
+                         "checkpoints from people you trust, or convert their safetensors.") from error
 
 
 def load_weights(folder: Path, chunks: Sequence[nn.Module], hash_content: bool = True) -> None:
@@ -210,10 +315,8 @@ def _load_chunk(chunk: nn.Module, state: dict[str, Any]) -> None:
     assert not missing and not unexpected, f"missing {missing[:3]}, unexpected {unexpected[:3]}"
 
 
-def load_run(folder: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer,
-             hash_content: bool = True) -> dict[str, Any]:
-    """Load weights and optimizer state of any layout into this one; returns the run's state.json."""
-    verify(folder, hash_content)
+def load_run(folder: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Load weights and optimizer state of any layout from a verified folder; returns the run's state.json."""
     state = folders.read_json(folder / folders.STATE)
     for part in _optimizers(optimizer):
         part._init_optimizer_states_with_dummy_values()

@@ -1,12 +1,14 @@
 """What a checkpoint folder is on disk: complete or absent, described by JSON, checked by checksums.
 
-    checkpoints/latest                 name of the newest complete checkpoint
+    checkpoints/latest                 name of the checkpoint written last
     checkpoints/step_0000100/
         contract.json                  model, contract (shift, block grid, mask token, block size), position
         state.json                     where the run continues: data position, schedule, optimizer step
         manifest.json                  size and sha256 of every file; written last
         validation.json                ELBO per block size, once evaluated
         .metadata metadata.json common.pt __0_0.distcp ...     megatron-core's torch_dist files
+    checkpoints/.tmp-*                 being written, or left by a writer that was interrupted
+    checkpoints/damaged-step_0000200/  set aside by a run that found it damaged when resuming
 
 Pure standard library: tools read it without torch.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -26,6 +29,7 @@ FORMAT = 1
 CONTRACT, STATE, MANIFEST, VALIDATION, LATEST = (
     "contract.json", "state.json", "manifest.json", "validation.json", "latest")
 TEMPORARY_PREFIX = ".tmp-"
+DAMAGED_PREFIX = "damaged-"
 _CHUNK = 1 << 22
 # Fields of the model that decide what its tensors mean; others may change between runs.
 _IDENTITY = (
@@ -81,6 +85,39 @@ def checksum(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def _sync(path: Path) -> None:
+    """Have what was written to a file, or renamed in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there. A checkpoint is renamed first: half of one must not look like one."""
+    if path.is_dir():
+        doomed = path
+        if not path.name.startswith(TEMPORARY_PREFIX):
+            doomed = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, doomed)
+        shutil.rmtree(doomed)
+    elif path.exists():
+        path.unlink()
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into its place, instead of what lies there, and point `latest` at it."""
+    for name in payload_files(temporary):
+        _sync(temporary / name)
+    _sync(temporary)
+    remove(final)
+    os.replace(temporary, final)
+    _sync(final.parent)
+    write_text(final.parent / LATEST, final.name + "\n")
+
+
 def payload_files(folder: Path) -> list[str]:
     """Names of the files that the manifest covers, sorted."""
     return sorted(f.name for f in folder.iterdir() if f.is_file() and f.name not in (MANIFEST, VALIDATION))
@@ -101,31 +138,49 @@ def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str], 
     return problems
 
 
+def check_complete(folder: Path) -> None:
+    """Refuse a folder with a file missing or cut short; contents are compared when loading.
+
+    Raises:
+        ValueError: naming the files.
+    """
+    manifest = read_json(folder / MANIFEST)
+    problems = damaged_files(folder, manifest, manifest, hash_content=False)
+    if problems:
+        raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
+
+
 def is_complete(folder: Path) -> bool:
     """Whether every file is there with its size (contents are compared when loading)."""
     try:
-        manifest = read_json(folder / MANIFEST)
+        check_complete(folder)
     except ValueError:
         return False
-    return not damaged_files(folder, manifest, manifest, hash_content=False)
+    return True
+
+
+def step_folders(checkpoints: Path) -> list[Path]:
+    """Every checkpoint folder, whole or not, oldest first."""
+    return [f for f in sorted(checkpoints.glob("step_*")) if f.is_dir()] if checkpoints.is_dir() else []
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    if not checkpoints.is_dir():
-        return []
-    return [f for f in sorted(checkpoints.glob("step_*")) if f.is_dir() and is_complete(f)]
+    return [folder for folder in step_folders(checkpoints) if is_complete(folder)]
 
 
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint that `latest` names, or the newest complete one if that is gone; None if there is none."""
-    pointer = checkpoints / LATEST
-    if pointer.is_file():
-        named = checkpoints / pointer.read_text(encoding="utf-8").strip()
-        if is_complete(named):
-            return named
-    complete = list_checkpoints(checkpoints)
-    return complete[-1] if complete else None
+    """The newest complete checkpoint, or None; `latest` names the one written last, for people and scripts."""
+    return next((folder for folder in reversed(step_folders(checkpoints)) if is_complete(folder)), None)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it counts no more and can still be looked at; returns its new place."""
+    aside = folder.with_name(DAMAGED_PREFIX + folder.name)
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.replace(folder, aside)
+    return aside
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -178,7 +233,7 @@ def clean_temporary(checkpoints: Path) -> list[Path]:
     """Delete what an interrupted writer left behind; returns what was deleted."""
     left = list(checkpoints.glob(f"{TEMPORARY_PREFIX}*")) if checkpoints.is_dir() else []
     for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)
     return left
 
 
@@ -186,22 +241,19 @@ def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -
     """Delete checkpoints that no rule keeps; returns the deleted folders.
 
     Kept: the last `keep_last`, the `keep_best` with the lowest validation ELBO, every one whose step is a
-    multiple of `keep_every`, every stage's end, and always the one `latest` names. An incomplete folder
-    never counts as one that is kept.
+    multiple of `keep_every`, and every stage's end. An incomplete folder never counts as one that is kept,
+    so the newest complete checkpoint always stays.
     """
     complete = list_checkpoints(checkpoints)
-    kept = set(complete[-keep_last:])
-    ranked = sorted((elbo, f) for f in complete if (elbo := validation_elbo(f)) is not None)
+    kept = set(complete[-max(keep_last, 1):])
+    ranked = sorted((elbo, f) for f in complete if (elbo := validation_elbo(f)) is not None and math.isfinite(elbo))
     kept |= {f for _, f in ranked[:keep_best]}
-    newest = latest_checkpoint(checkpoints)
     deleted = []
     for folder in complete:
         contract = read_json(folder / CONTRACT)
         is_multiple = keep_every > 0 and contract["step"] % keep_every == 0
-        if folder in kept or folder == newest or is_multiple or contract.get("is_stage_end", False):
+        if folder in kept or is_multiple or contract.get("is_stage_end", False):
             continue
-        doomed = folder.with_name(TEMPORARY_PREFIX + folder.name)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        remove(folder)
         deleted.append(folder)
     return deleted

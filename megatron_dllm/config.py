@@ -202,6 +202,11 @@ class StageConfig:
     t_max: float = 1.0
     # Two noisy views with opposite masks that share one clean copy (LLaDA2.0 section 5.1).
     is_complementary: bool = False
+    # Layout of this stage alone; null: the run's `parallel`. A run ends where the layout changes, and its next start
+    # takes the next stage's (docs/runs.md).
+    parallel: ParallelConfig | None = None
+    # Ranks this stage needs, where they differ from the run's other stages; null: as many as it is started with.
+    world_size: int | None = None
 
     @property
     def num_views(self) -> int:
@@ -532,29 +537,41 @@ class TrainConfig:
         self.noise.validate()
         self.schedule.validate()
         self.optimizer.validate()
-        self.parallel.validate(world_size, self.model)
         self.checkpoint.validate()
         self.evaluation.validate(self.schedule.context_length, self.data.validation is not None)
         self.logging.validate()
-        self._validate_rows()
-        self._validate_batches(world_size)
-
-    def _validate_rows(self) -> None:
         _check(self.schedule.context_length <= self.model.max_position_embeddings,
                f"schedule.context_length ({self.schedule.context_length}) must not exceed "
                f"model.max_position_embeddings ({self.model.max_position_embeddings}).")
-        split = self.parallel.tensor_model_parallel_size * self.parallel.context_parallel_size
+        for name, stage in self.schedule.stages.items():
+            self._validate_stage_layout(name, stage, world_size)
+
+    def layout_of(self, stage: StageConfig) -> ParallelConfig:
+        """The parallel layout in which a stage runs."""
+        return stage.parallel if stage.parallel is not None else self.parallel
+
+    def _validate_stage_layout(self, name: str, stage: StageConfig, run_world_size: int) -> None:
+        if stage.world_size is not None:
+            _check_positive(f"schedule.stages.{name}.world_size", stage.world_size)
+        layout, world_size = self.layout_of(stage), stage.world_size or run_world_size
+        _check(layout.precision == self.parallel.precision,
+               f"schedule.stages.{name}.parallel.precision ({layout.precision}) must be the run's "
+               f"({self.parallel.precision}); a run keeps its precision.")
+        try:
+            layout.validate(world_size, self.model)
+        except ValueError as error:
+            if layout is self.parallel and world_size == run_world_size:
+                raise
+            raise ValueError(f"schedule.stages.{name}, on {world_size} ranks: {error}") from None
+        split = layout.tensor_model_parallel_size * layout.context_parallel_size
         _check(self.schedule.tokens_per_row % split == 0,
                f"schedule.row_length ({self.schedule.tokens_per_row}) must be a multiple of tensor x context "
-               f"parallel size ({split}).")
-
-    def _validate_batches(self, world_size: int) -> None:
-        dp = self.parallel.data_parallel_size(world_size)
-        for name, stage in self.schedule.stages.items():
-            rows = dp * stage.micro_batch_size
-            _check(stage.global_batch_size % rows == 0,
-                   f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must be a multiple of "
-                   f"data parallel size x micro_batch_size ({dp} x {stage.micro_batch_size} = {rows}).")
+               f"parallel size ({split}) in stage {name}.")
+        dp = layout.data_parallel_size(world_size)
+        rows = dp * stage.micro_batch_size
+        _check(stage.global_batch_size % rows == 0,
+               f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must be a multiple of "
+               f"data parallel size x micro_batch_size ({dp} x {stage.micro_batch_size} = {rows}).")
 
 
 @dataclass

@@ -8,3 +8,5 @@ EXIT_PREEMPTED = 85
 EXIT_NON_FINITE = 86
 # A newer life of the same run holds the run folder: this one stopped without writing.
 EXIT_FENCED = 87
+# A stage has ended and the next one has a layout of its own: saved; start again (with that many ranks) to continue.
+EXIT_LAYOUT = 88

@@ -30,15 +30,11 @@ def is_rank_zero() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def initialize(parallel: ParallelConfig, run: RunConfig) -> None:
-    """Start the process group, megatron-core's groups for this layout, and the random seeds.
+def start_process_group(run: RunConfig) -> None:
+    """Start the process group of all ranks, unless it has been started.
 
     Ranks, addresses and ports come from the launcher's environment variables; without a launcher the run is
-    one rank. Weights initialised afterwards differ between layouts: a comparison starts from a checkpoint.
-
-    Args:
-        parallel: sizes of the layout, already validated.
-        run: backend, timeout and seed.
+    one rank.
     """
     prepare_host()
     backend = run.distributed_backend
@@ -53,6 +49,18 @@ def initialize(parallel: ParallelConfig, run: RunConfig) -> None:
         else:
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def initialize(parallel: ParallelConfig, run: RunConfig) -> None:
+    """Start the process group, megatron-core's groups for this layout, and the random seeds.
+
+    Weights initialised afterwards differ between layouts: a comparison starts from a checkpoint.
+
+    Args:
+        parallel: sizes of the layout, already validated.
+        run: backend, timeout and seed.
+    """
+    start_process_group(run)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

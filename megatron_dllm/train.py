@@ -24,20 +24,28 @@ def train(config: TrainConfig) -> int:
     Raises:
         ValueError: for a configuration, a corpus or a checkpoint that cannot work, before training starts.
     """
-    config.validate(int(os.environ.get("WORLD_SIZE", "1")))
-    from megatron_dllm import parallel
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    config.validate(world_size)
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()
     prepare_host()
+    from megatron_dllm import parallel
     from megatron_dllm.training.loop import Trainer, check_inputs
+    from megatron_dllm.training.resume import check_world_size, choose_layout
 
     check_inputs(config)
-    parallel.initialize(config.parallel, config.run)
+    check_world_size(config, world_size)
+    layout = choose_layout(config)
+    parallel.initialize(layout, config.run)
+    trainer = Trainer(config, layout)
     try:
-        return Trainer(config).run()
-    finally:
-        parallel.destroy()
+        code = trainer.run()
+    except ValueError as error:  # no user's mistake any more: keep the traceback
+        raise RuntimeError(f"training failed: {error}") from error
+    # After an error the groups are left as they are: taking them down may wait for a rank that has gone.
+    parallel.destroy()
+    return code
 
 
 @hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="train")

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,23 @@ from megatron.core import parallel_state
 from omegaconf import OmegaConf
 
 from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.checkpoint import CheckpointWriter, check_identity, load_run, load_weights
-from megatron_dllm.config import StageConfig, TrainConfig
+from megatron_dllm.checkpoint import CheckpointWriter, check_identity, load_weights
+from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.dataset import BatchLoader, GlobalStep, RowDataset
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.diffusion.noise import NoiseSpec
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.lease import Lease, LeaseLost
 from megatron_dllm.training.engine import build_engine, set_learning_rate
 from megatron_dllm.training.evaluate import AR, Validation, evaluate
+from megatron_dllm.training.fingerprint import step_fingerprint
 from megatron_dllm.training.metrics import MetricsWriter, peak_memory_gib, step_record, trim_metrics
 from megatron_dllm.training.progress import Progress, print_stage_table
 from megatron_dllm.training.replay import dump_step
+from megatron_dllm.training.resume import changes_layout, load_newest, run_checkpoints, run_contract
 from megatron_dllm.training.router_load import RouterLoad, imbalance
 from megatron_dllm.training.step import EmbeddingNoise, StepResult, train_step
 
@@ -77,8 +79,15 @@ class _StopRequest:
 class Trainer:
     """One run on this rank, from its configuration to its last checkpoint."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        """Open data and run folder, build the model, load weights or resume. Process groups must exist."""
+    def __init__(self, config: TrainConfig, layout: ParallelConfig | None = None) -> None:
+        """Open data and run folder, build the model, load weights or resume. Process groups must exist.
+
+        Args:
+            config: of the run.
+            layout: in which the process groups were made; None: the run's own. A stage may have another one.
+        """
+        self.given_config = config
+        config = replace(config, parallel=layout or config.parallel)
         self.config = config
         self.folder = Path(config.run.root) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
@@ -97,6 +106,7 @@ class Trainer:
         self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.is_async, config.checkpoint.timeout_minutes,
                                        self.lease.check if self.lease else None)
         self.state = RunState(stream=self.stream.state_dict())
+        self._resumed_from: Path | None = None
         self._load()
         model = config.model
         self.router = (RouterLoad(self.engine.chunks, model.num_layers, model.num_moe_experts,
@@ -111,7 +121,7 @@ class Trainer:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for left in folders.clean_temporary(self.checkpoints):
                 log.warning("removed %s, which an interrupted writer left behind", left)
-            folders.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+            folders.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.given_config)))
             folders.write_text(self.folder / "git.txt", _git_state())
             tokenizer = self.folder / "tokenizer"
             if self.config.data.tokenizer and not tokenizer.exists():
@@ -121,20 +131,16 @@ class Trainer:
 
     def _load(self) -> None:
         config = self.config
-        found: list[Path | None] = [None]
-        if config.checkpoint.resume and self.is_rank_zero:
-            found = [folders.latest_checkpoint(self.checkpoints)]
-        dist.broadcast_object_list(found)
-        latest = found[0]
-        if latest is not None:
-            stored = check_identity(latest, config.model, self._run_contract())
-            state = load_run(latest, self.engine.chunks, self.engine.optimizer, config.checkpoint.verify)
+        found = load_newest(config, self.engine.chunks, self.engine.optimizer) if config.checkpoint.resume else None
+        if found is not None:
+            folder, state = found
+            self._resumed_from = folder
             self.state = RunState(**{k: state[k] for k in RunState.__dataclass_fields__})
             self.stream.load_state_dict(self.state.stream)
             if self.is_rank_zero:
                 trim_metrics(self.folder, self.state.step)
-                log.warning("resumed %s: step %d of stage %s, %d tokens consumed", latest, self.state.step,
-                            stored["stage"], self.state.consumed_tokens)
+                log.warning("resumed %s: step %d, %d tokens consumed", folder, self.state.step,
+                            self.state.consumed_tokens)
         elif config.checkpoint.load:
             start = folders.resolve_checkpoint(Path(config.checkpoint.load))
             check_identity(start, config.model)
@@ -142,11 +148,6 @@ class Trainer:
             self.engine.optimizer.reload_model_params()
             if self.is_rank_zero:
                 log.warning("started from the weights of %s", start)
-
-    def _run_contract(self) -> dict[str, Any]:
-        """The part of the contract that may not change inside one run."""
-        return {"block_origin": self.config.data.block_origin, "mask_token_id": self.config.model.mask_token_id,
-                "context_length": self.config.schedule.context_length}
 
     # ---- training ----------------------------------------------------------------------------
 
@@ -165,8 +166,15 @@ class Trainer:
     def _run(self) -> int:
         if self.state.step == 0 and self.validation is not None and self.config.checkpoint.load:
             self._validate(self.schedule.stages[0], is_stage_end=True)
+        self._validate_resumed()
         while not self.schedule.is_finished(self.state.consumed_tokens):
             stage = self.schedule.stage_at(self.state.consumed_tokens)
+            if changes_layout(self.given_config, self.config.parallel, stage, dist.get_world_size()):
+                self.writer.finish()
+                if self.is_rank_zero:
+                    log.warning("stage %s has another layout: start again with %d ranks to continue", stage.name,
+                                stage.config.world_size or dist.get_world_size())
+                return EXIT_LAYOUT
             for step in self._loader(stage.config):
                 started = time.perf_counter()
                 code = self._step(stage, step, started)
@@ -200,6 +208,7 @@ class Trainer:
         if not result.is_applied:
             dump_step(self.folder, state.step, step.micro_batches, asdict(config), result.reason)
             if config.optimizer.on_non_finite == "stop":
+                self.writer.finish()
                 log.error("step %d: %s; the batch is in %s", state.step, result.reason, self.folder / "replay")
                 return EXIT_NON_FINITE
             log.warning("step %d skipped: %s", state.step, result.reason)
@@ -242,11 +251,13 @@ class Trainer:
     def _log(self, stage: Stage, result: StepResult, learning_rate: float, step: GlobalStep, seconds: float) -> None:
         load = self.router.totals(self.device) if self.router is not None else None
         norm = self._mask_embedding_norm()
+        fingerprint = step_fingerprint(step.micro_batches)
         if self.metrics is None:
             return
         record: dict[str, Any] = {
             "stage": stage.name, "stage_index": stage.index, "block_size": stage.config.block_size,
             "consumed_tokens": self.state.consumed_tokens, "learning_rate": learning_rate, **step_record(result),
+            "data_fingerprint": fingerprint,
             "tokens_per_second": step.num_document_tokens / seconds,
             "forward_tokens_per_second": step.num_forward_tokens / seconds, "step_seconds": seconds,
             "mask_embedding_norm": norm, "peak_memory_gib": peak_memory_gib()}
@@ -272,13 +283,15 @@ class Trainer:
     # ---- checkpoints -------------------------------------------------------------------------
 
     def _save(self, stage: Stage, is_stage_end: bool, is_validated: bool) -> None:
+        is_validated = is_validated and self.validation is not None
         overlap = self.config.optimizer.overlap_param_gather
         if overlap:
             for chunk in self.engine.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)
         folder = self.writer.save(self.state.step, self.engine.chunks, self.engine.optimizer,
-                                  self._contract(stage, is_stage_end), asdict(self.state))
-        validation = self._validate(stage, is_stage_end) if is_validated and self.validation is not None else None
+                                  {**self._contract(stage, is_stage_end), "is_validated": is_validated},
+                                  asdict(self.state))
+        validation = self._validate(stage, is_stage_end) if is_validated else None
         if overlap:
             for chunk in self.engine.chunks:
                 chunk.enable_forward_pre_hook()
@@ -290,6 +303,21 @@ class Trainer:
             rules = self.config.checkpoint
             folders.retire(self.checkpoints, rules.keep_last, rules.keep_best, rules.keep_every)
         dist.barrier()
+
+    def _validate_resumed(self) -> None:
+        """Evaluate the checkpoint a run continues from, if the run ended between saving and evaluating it."""
+        is_due = [False]
+        if self.is_rank_zero and self._resumed_from is not None and self.validation is not None:
+            contract = folders.read_json(self._resumed_from / folders.CONTRACT)
+            is_due = [contract["is_validated"] and not (self._resumed_from / folders.VALIDATION).is_file()]
+        dist.broadcast_object_list(is_due)
+        if not is_due[0] or self._resumed_from is None:
+            return
+        contract = folders.read_json(self._resumed_from / folders.CONTRACT)
+        stage = next(stage for stage in self.schedule.stages if stage.name == contract["stage"])
+        validation = self._validate(stage, contract["is_stage_end"])
+        if self.is_rank_zero:
+            folders.write_json(self._resumed_from / folders.VALIDATION, validation.to_json())
 
     def _validate(self, stage: Stage, is_stage_end: bool) -> Validation:
         """Target block size at every checkpoint, all of them at a stage's end; AR models by their exact NLL."""
@@ -309,7 +337,7 @@ class Trainer:
         config = self.config
         return {
             "format": folders.FORMAT, "model": asdict(config.model),
-            "contract": {**self._run_contract(), "shift": stage.config.objective == AR,
+            "contract": {**run_contract(config), "shift": stage.config.objective == AR,
                          "block_size": stage.config.block_size},
             "step": self.state.step, "consumed_tokens": self.state.consumed_tokens, "stage": stage.name,
             "is_stage_end": is_stage_end, "layout": asdict(config.parallel), "world_size": dist.get_world_size(),
@@ -328,9 +356,11 @@ def check_inputs(config: TrainConfig) -> None:
         corpus.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
     if config.data.validation and config.evaluation.num_tokens:
         Corpus(config.data.validation, config.model, config.data.tokenizer)
-    checkpoints = Path(config.run.root) / config.run.name / "checkpoints"
-    if config.checkpoint.load and not (config.checkpoint.resume and folders.latest_checkpoint(checkpoints)):
-        check_identity(folders.resolve_checkpoint(Path(config.checkpoint.load)), config.model)
+    is_resumed = config.checkpoint.resume and folders.step_folders(run_checkpoints(config))
+    if config.checkpoint.load and not is_resumed:
+        start = folders.resolve_checkpoint(Path(config.checkpoint.load))
+        check_identity(start, config.model)
+        folders.check_complete(start)
 
 
 def _git_state() -> str:
