@@ -183,7 +183,8 @@ def split_overrides(overrides: list[str]) -> tuple[dict[str, str], list[str], li
         if key in ("experiment", "nodes", "min_nodes"):
             selected[key] = value
         elif top in LAUNCH_KEYS:
-            launch.append(word)
+            # Variables are the user's own keys: setting one adds it.
+            launch.append(f"++{word}" if key.startswith("cluster.environment.") else word)
         else:
             train.append(word)
     return selected, launch, train

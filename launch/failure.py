@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,31 @@ def failed_first(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     return next(iter(by_itself or failed), None)
 
 
+# What ranks say when another one has gone: true, but not the cause.
+_SECOND_HAND = re.compile(r"Connection (reset|closed|refused)|connection was closed|ConnectionError|Broken pipe|"
+                          r"peer|NCCL|gloo|DistBackendError|timed? ?out", re.IGNORECASE)
+
+
+def root_cause(start_folder: Path, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The record of the rank that failed for a reason of its own, as far as the last words tell; None if none failed.
+
+    Ranks that lose their peer end within moments of it, in any order.
+    """
+    first = failed_first(records)
+    for entry in records:
+        if entry["code"] in ORDERLY or entry["code"] in _KILLED:
+            continue
+        words = last_lines(start_folder / f"rank_{entry['rank']:05d}.log", 2)
+        if words and not _SECOND_HAND.search(words[-1]):
+            return entry
+    return first
+
+
 def overall_code(records: list[dict[str, Any]], ranks: int) -> int | None:
     """One code for a start: the failure's, else fenced, else preempted, else 0; None where ranks left no record."""
     failure = failed_first(records)
     if failure:
-        return int(failure["code"])
+        return next((EXIT_NON_FINITE for entry in records if entry["code"] == EXIT_NON_FINITE), int(failure["code"]))
     codes = {entry["code"] for entry in records}
     for code in (EXIT_FENCED, EXIT_PREEMPTED):
         if code in codes:
@@ -55,7 +76,7 @@ def collect_failure(start_folder: Path, count: int = 40) -> str | None:
     Returns:
         Its text, or None if no rank failed.
     """
-    failure = failed_first(exit_records(start_folder))
+    failure = root_cause(start_folder, exit_records(start_folder))
     if failure is None:
         return None
     rank = failure["rank"]

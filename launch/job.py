@@ -80,8 +80,8 @@ def sbatch_options(chain: Chain, stage: Stage, project: Path) -> list[str]:
 
 
 def stop_seconds(cluster: ClusterConfig, limit: int) -> int:
-    """How long before the time limit the stop request comes; at most half of a short job's time."""
-    return min(cluster.stop_seconds, max(limit // 2, 1))
+    """How long before the time limit the stop request comes; at most three quarters of a short job's time."""
+    return min(cluster.stop_seconds, max(limit * 3 // 4, 1))
 
 
 def cpus_per_task(cluster: ClusterConfig, stage: Stage) -> int | None:

@@ -32,13 +32,14 @@ def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crash
     """Judge the last end.
 
     Args:
-        events: of the stage, the last being an `end` with `how` and `checkpoint` (the newest one then).
+        events: of the stage; an `end` has `how` and `checkpoint` (the newest one then).
         max_without_progress: crashes in a row without a new checkpoint at which it stays down.
         max_crashes: crashes in all at which it stays down.
     """
     in_a_row = in_all = 0
-    checkpoint = None
+    checkpoint = how = None
     for event in since_submission(events):
+        how = event.get("how", how)
         if event["event"] == "start":
             checkpoint = event.get("checkpoint")
         elif event["event"] == "end":
@@ -47,7 +48,6 @@ def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crash
             elif event["how"] in CRASHES:
                 in_a_row += 1
             in_all += event["how"] in CRASHES
-    how = events[-1].get("how") if events else None
     if how == "non_finite":
         return Verdict(False, "not started again: the loss or gradient norm was not finite, and a restart repeats it")
     if how not in CRASHES:

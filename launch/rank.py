@@ -107,8 +107,9 @@ class RankProcess:
             self._copier.join(5.0)
         if self.is_fenced:
             return EXIT_FENCED
-        # Python gives up its handlers while it exits: a repeated request that kills it then finds the work done.
-        if self.is_stopping and self.process.returncode == -signal.SIGUSR1:
+        # The command ignores stop signals until it handles them, and Python gives its handlers up while it exits: one
+        # that kills it finds the work done.
+        if self.is_stopping and self.process.returncode in (-signal.SIGUSR1, -signal.SIGTERM):
             return EXIT_PREEMPTED
         return self.process.returncode
 

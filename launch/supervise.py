@@ -10,6 +10,7 @@ the stage's folder. Standard library only: it runs outside the container, under 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -22,8 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import record
-from launch.failure import collect_failure, describe_code, exit_records, failed_first, overall_code
+from launch.failure import collect_failure, describe_code, exit_records, failed_first, overall_code, root_cause
 from launch.policy import judge
+from launch.preflight import judge as judge_nodes
+from launch.preflight import versions
 from launch.rank import LEASE_SECONDS, REPEAT_SECONDS, RUN_VARIABLE
 from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.lease import LEASE_VARIABLE, Lease
@@ -33,6 +36,7 @@ CODE = Path(__file__).resolve().parents[1]
 # After one rank has failed the others get this long to end by themselves and write why.
 FAILURE_GRACE_SECONDS = 15.0
 POLL_SECONDS = 1.0
+PREFLIGHT_SECONDS = 300.0
 # Ports below the ephemeral range; each start of each job gets its own, since an old life may still hold the last one.
 _PORTS = range(20000, 32000)
 
@@ -54,13 +58,14 @@ class Supervisor:
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.stop_signal: signal.Signals | None = None
         self.stop_time = 0.0
+        self.has_ended = False
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._ask_to_stop)
 
     # ---- events ------------------------------------------------------------------------------
 
     def _ask_to_stop(self, number: int, _: object) -> None:
-        if self.stop_signal is None:
+        if self.stop_signal is None and not self.has_ended:
             self.stop_time = time.monotonic()
             record.append_event(self.folder, "stop", signal=signal.Signals(number).name, job=self.job)
         self.stop_signal = signal.Signals(number)
@@ -70,27 +75,42 @@ class Supervisor:
 
     def _end(self, how: str, reason: str, **details: Any) -> None:
         log.info("%s: %s", how, reason)
+        self.has_ended = "start" in details
         record.append_event(self.folder, "end", how=how, reason=reason, job=self.job, restarts=self.restarts,
                             checkpoint=self._checkpoint(), **details)
 
-    def close_previous(self) -> bool:
-        """If the start before this one left no end, write what can be told about it; whether that was so."""
+    def previous_start(self) -> dict[str, Any] | None:
+        """The newest start of this stage before this one."""
+        return next((event for event in reversed(record.events(self.folder)) if event["event"] == "start"), None)
+
+    def close_previous(self, previous: dict[str, Any]) -> None:
+        """If the start before this one left no end, write what can be told about it."""
         seen = record.events(self.folder)
-        places = [number for number, event in enumerate(seen) if event["event"] == "start"]
-        if not places or any(event["event"] == "end" for event in seen[places[-1]:]):
-            return False
-        previous = seen[places[-1]]
-        lost = self.lost_nodes(previous.get("nodes", []))
-        stops = [event["signal"] for event in seen[places[-1]:] if event["event"] == "stop"]
+        seen = seen[max(number for number, event in enumerate(seen) if event["event"] == "start"):]
+        if any(event["event"] == "end" for event in seen):
+            return
+        lost = self.lost_nodes(previous["nodes"])
+        stops = [event["signal"] for event in seen if event["event"] == "stop"]
         if lost:
             how, reason = "vanished", "lost its node: " + "; ".join(lost)
         elif stops:
             how, reason = "terminated", f"ended by SLURM ({stops[0]}) before its ranks had stopped"
         else:
             how, reason = "vanished", ("ended without a word: a node or its daemon failed, or the job was killed; "
-                                       f"its nodes were {', '.join(previous.get('nodes', [])) or 'unknown'}")
-        self._end(how, reason, start=previous.get("start"))
-        return True
+                                       f"its nodes were {', '.join(previous['nodes'])}")
+        self._end(how, reason, start=previous["start"])
+        self.has_ended = False
+
+    def await_old_ranks(self, previous: dict[str, Any]) -> None:
+        """Wait until no rank of an older start can be alive.
+
+        Where only a node's daemon died, its ranks go on; their wrappers see the new lease, kill them and write their
+        exit records. Ranks that left a record are gone; for others this is the time their wrappers need.
+        """
+        deadline = time.monotonic() + 3 * LEASE_SECONDS
+        expected = len(previous["nodes"]) * self.stage["ranks_per_node"]
+        while len(exit_records(self.folder / previous["start"])) < expected and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
 
     def lost_nodes(self, nodes: Sequence[str]) -> list[str]:
         """Those of `nodes` that SLURM holds for down, with its reason."""
@@ -178,12 +198,13 @@ class Supervisor:
             log.info("%s has finished before", stage["name"])
             return 0
         lease = Lease.take_next(self.run_folder or self.folder, f"job {self.job}, restart {self.restarts}")
-        if self.close_previous():
+        previous = self.previous_start()
+        if previous is not None:
+            self.close_previous(previous)
             verdict = self.verdict()
             if not verdict.again:
                 return self.stay_down(verdict.reason)
-            # The old life's ranks may still be alive; their wrappers see the new lease and kill them.
-            time.sleep(2 * LEASE_SECONDS)
+            self.await_old_ranks(previous)
         hosts = self.hosts()
         nodes = next((count for count in stage["valid_nodes"] if count <= len(hosts)), stage["valid_nodes"][-1])
         start = self.folder / f"start_{lease.generation:04d}"
@@ -191,8 +212,10 @@ class Supervisor:
         record.append_event(self.folder, "start", digest=stage["digest"], job=self.job, restarts=self.restarts,
                             nodes=hosts[:nodes], start=start.name, checkpoint=self._checkpoint())
         environment = self.environment(hosts, nodes, lease)
+        if self.stage["rank_python"] == sys.executable and (changed := self.changed_packages()):
+            log.warning("packages have changed since the submission: %s", ", ".join(changed))
         if stage["preflight"]["is_on"]:
-            problem = self.preflight(hosts, nodes, environment, start)
+            problem = self.preflight(hosts[:nodes], environment, start)
             if problem:
                 self._end("crashed", f"preflight: {problem}", start=start.name)
                 return self.after_end(lease)
@@ -200,17 +223,44 @@ class Supervisor:
                  self._checkpoint() or "no checkpoint yet")
         command = [*self.srun(nodes, stage["tasks_per_node"], hosts), *self.step_command(start)]
         forced = self.run_ranks(command, environment, start)
-        self.judge_end(start, nodes, forced)
+        self.judge_end(start, hosts[:nodes], forced)
         return self.after_end(lease)
 
-    def preflight(self, hosts: Sequence[str], nodes: int, environment: dict[str, str], start: Path) -> str | None:
-        """Look every node over; a sentence that names the bad one, or None."""
-        raise NotImplementedError
+    def preflight(self, hosts: Sequence[str], environment: dict[str, str], start: Path) -> str | None:
+        """Look every node over; sentences that name the bad ones, or None. A node that hangs is one without report."""
+        settings = {**self.stage["preflight"], "run_folder": str(self.run_folder)}
+        folder = start / "preflight"
+        folder.mkdir()
+        command = [*self.srun(len(hosts), 1, hosts), *self.stage["command_prefix"], self.stage["rank_python"],
+                   str(CODE / "launch" / "preflight.py"), str(folder), json.dumps(settings)]
+        with open(folder / "srun.log", "wb") as output:
+            step = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            try:
+                step.wait(PREFLIGHT_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.kill_step(step)
+        problems = judge_nodes(folder, list(hosts), settings)
+        for line in problems:
+            log.error("preflight: %s", line)
+        return "; ".join(problems) or None
 
-    def judge_end(self, start: Path, nodes: int, forced: str | None) -> None:
-        """Write how the ranks ended."""
-        ranks = nodes * self.stage["ranks_per_node"]
+    def changed_packages(self) -> list[str]:
+        """Packages of this node's interpreter that differ from those frozen at submission."""
+        try:
+            frozen = dict(line.split("==", 1) for line in Path(self.stage["packages"]).read_text().split())
+        except (OSError, ValueError):
+            return []
+        found = versions()
+        return [f"{name} {frozen[name]} -> {version}" for name, version in found.items()
+                if frozen.get(name, version) != version]
+
+    def judge_end(self, start: Path, hosts: Sequence[str], forced: str | None) -> None:
+        """Write how the ranks on `hosts` ended."""
+        per_node = self.stage["ranks_per_node"]
+        ranks = len(hosts) * per_node
         records = exit_records(start)
+        told = {entry["rank"] // per_node for entry in records}
+        silent = [host for number, host in enumerate(hosts) if number not in told]
         code = overall_code(records, ranks)
         failure = collect_failure(start)
         details = {"start": start.name, "code": code}
@@ -224,17 +274,20 @@ class Supervisor:
         elif forced:
             self._end("overran", forced, **details)
         elif failure:
-            worst = failed_first(records)
+            worst = root_cause(start, records)
             assert worst is not None, "a collected failure has its record"
             log.error("%s", failure)
             how = "non_finite" if code == EXIT_NON_FINITE else "crashed"
-            self._end(how, f"rank {worst['rank']} on {worst['host']}: {describe_code(worst['code'])}; see "
-                           f"{start / 'failure.txt'}", **details)
+            reason = (f"rank {worst['rank']} on {worst['host']}: {describe_code(worst['code'])}; see "
+                      f"{start / 'failure.txt'}")
+            if silent:
+                reason = f"no sign of {' and '.join(silent)} when the run broke (lost or hanging); {reason}"
+            self._end(how, reason, **details)
         else:
-            lost = sorted(set(range(ranks)) - {entry["rank"] for entry in records})
             tail = " | ".join(record.last_lines(start / "srun.log", 3))
+            where = f"on {' and '.join(silent)}" if silent else "somewhere"
             self._end("terminated" if self.stop_signal else "crashed",
-                      f"ranks {lost} ended without a record; srun said: {tail or 'nothing'}", **details)
+                      f"ranks {where} ended without a record; srun said: {tail or 'nothing'}", **details)
 
     def verdict(self) -> Any:
         """Whether to start again after the last end."""
@@ -263,11 +316,15 @@ class Supervisor:
     def requeue(self) -> int:
         """Put this job back into the queue; returns only if that was not to be."""
         state = _query("squeue", "--noheader", f"--jobs={self.job}", "--format=%T")
-        if state.startswith("CANCEL") or not state:
-            log.info("the job has been cancelled; not requeued")
+        if state != "RUNNING":
+            # Cancelled by its owner, or requeued by SLURM itself: a requeue from here would revive the one and disturb
+            # the other.
+            log.info("SLURM is ending the job (%s); not requeued from here", state.lower() or "unknown to squeue")
             return 1
         done = subprocess.run(["scontrol", "requeue", self.job], capture_output=True, text=True, check=False)
-        if done.returncode != 0:
+        if "pending" in done.stderr.lower():
+            log.info("SLURM has requeued the job already")
+        elif done.returncode != 0:
             return self.stay_down(f"scontrol requeue failed: {done.stderr.strip()}")
         log.info("requeued")
         time.sleep(600)  # SLURM ends this process
@@ -277,7 +334,13 @@ class Supervisor:
 def main() -> int:
     """Supervise the stage whose folder is the only argument."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    return Supervisor(Path(sys.argv[1])).main()
+    folder = Path(sys.argv[1])
+    try:
+        return Supervisor(folder).main()
+    except Exception as error:
+        # Whatever it was, the run folder must say that the job ended, and why.
+        record.append_event(folder, "gave_up", reason=f"the supervisor failed: {type(error).__name__}: {error}")
+        raise
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Time limits, preemption, crashes, lost nodes and lost daemons, with the stand-in trainer on a real SLURM.
+
+The stand-in's state is a hash chained over the steps: an equal end means that no step was lost, repeated or foreign.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import pytest
+
+from tests.slurm.conftest import FakeRun, wait_for
+
+pytestmark = pytest.mark.slurm
+
+
+def expected_state(steps: int, seed: int = 1234) -> dict[str, object]:
+    state = str(seed)
+    for step in range(1, steps + 1):
+        state = hashlib.sha256(f"{state}:{step}".encode()).hexdigest()
+    return {"step": steps, "state": state}
+
+
+def test_a_run_longer_than_the_time_limit_continues_by_itself(fake_run: FakeRun) -> None:
+    job = fake_run.submit("cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=750, step_seconds=0.2,
+                          save_every=10000)
+    wait_for(fake_run.is_done, 480, "the run to finish")
+    stops = [event for event in fake_run.events("end") if event["how"] == "stopped"]
+    assert len(stops) >= 3, fake_run.log()
+    assert {event["job"] for event in fake_run.events("start")} == {job}
+    assert fake_run.final_state() == expected_state(750)
+
+
+def test_preemption_saves_and_continues(fake_run: FakeRun) -> None:
+    fake_run.submit(steps=150, step_seconds=0.2, save_every=10000)
+    wait_for(lambda: fake_run.step() > 5, 60, "the first steps")
+    fake_run.cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null",
+                         "--wrap=sleep 2")
+    wait_for(fake_run.is_done, 180, "the preempted run to finish")
+    ends = fake_run.events("end")
+    assert [event["how"] for event in ends] == ["stopped", "finished"], fake_run.log()
+    assert ends[0]["checkpoint"] is not None
+    assert fake_run.final_state() == expected_state(150)
+
+
+def test_a_crash_is_named_and_ends_the_job_soon(fake_run: FakeRun) -> None:
+    job = fake_run.submit(steps=50, step_seconds=0.1, save_every=5, **{"raise": "3:7"})
+    first = wait_for(lambda: fake_run.events("end"), 120, "the crash")[0]
+    assert first["how"] == "crashed"
+    assert first["time"] - fake_run.events("start")[0]["time"] < 60
+    assert "rank 3 on node2" in first["reason"]
+    failure = (fake_run.stage / "start_0001" / "failure.txt").read_text()
+    assert "deliberate failure of rank 3 at step 7" in failure
+    given_up = wait_for(lambda: fake_run.events("gave_up"), 180, "the end of restarts")[0]
+    assert "3 crashes without a new checkpoint" in given_up["reason"]
+    # The first crash had made progress (step 5); three more had not.
+    assert len(fake_run.events("start")) == 4
+    wait_for(lambda: fake_run.cluster.state(job) == "FAILED", 30, "the job to fail")
+    status = fake_run.cluster.run("python3", "launch/status.py", str(fake_run.folder)).stdout
+    assert "failed" in status and "deliberate failure of rank 3 at step 7" in status
+
+
+def test_a_crash_that_happens_once_is_survived(fake_run: FakeRun) -> None:
+    fake_run.submit(steps=20, step_seconds=0.1, save_every=5, **{"raise": "1:12:once"})
+    wait_for(fake_run.is_done, 120, "the run to finish")
+    assert [event["how"] for event in fake_run.events("end")] == ["crashed", "finished"]
+    assert fake_run.final_state() == expected_state(20)
+
+
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_lost_node_costs_only_the_steps_since_the_checkpoint(fake_run: FakeRun, moment: str) -> None:
+    saving = moment == "save"
+    fake_run.submit(steps=200, step_seconds=0.1, save_every=40, save_seconds=4 if saving else 0.1)
+    node = wait_for(lambda: fake_run.events("start"), 60, "the start")[0]["nodes"][1]
+    latest = fake_run.folder / "checkpoints" / "latest"
+    wait_for(latest.exists, 60, "the first checkpoint")
+    if saving:
+        wait_for(lambda: list((fake_run.folder / "checkpoints").glob(".step_0000080.*")), 60, "the second save")
+    else:
+        wait_for(lambda: fake_run.step() >= 50, 60, "steps after it")
+    fake_run.cluster.host("crash", node)
+    crashed = time.time()
+    wait_for(lambda: len(fake_run.events("start")) > 1, 120, "the second life")
+    began = fake_run.events("start")[1]
+    assert node not in began["nodes"]
+    assert began["checkpoint"] == "step_0000040"
+    print(f"node lost in mid-{moment}: running again after {began['time'] - crashed:.0f} s")
+    wait_for(fake_run.is_done, 120, "the run to finish")
+    first = fake_run.events("end")[0]
+    assert node in first["reason"], fake_run.log()
+    assert fake_run.final_state() == expected_state(200)
+
+
+def test_a_lost_daemon_leaves_no_second_writer(fake_run: FakeRun) -> None:
+    """slurmd of a node dies while its ranks live on: SLURM starts the job a second time beside them."""
+    fake_run.submit("nodes=1", steps=400, step_seconds=0.2, save_every=10)
+    node = wait_for(lambda: fake_run.events("start"), 60, "the start")[0]["nodes"][0]
+    wait_for(lambda: fake_run.step() > 15, 60, "steps after the first checkpoint")
+    fake_run.cluster.host("kill-daemon", node)
+    wait_for(lambda: len(fake_run.events("start")) > 1, 120, "the second life")
+    second = fake_run.events("start")[1]
+    assert second["nodes"] != [node]
+    processes = fake_run.cluster.host("exec", node, "ps", "ax", "-o", "args")
+    assert "fake_train" not in processes, "the old life still runs although the new one has started"
+    fake_run.cluster.host("boot", node)
+    wait_for(fake_run.is_done, 180, "the run to finish")
+    assert fake_run.final_state() == expected_state(400)
+    assert [event["how"] for event in fake_run.events("end")].count("finished") == 1, fake_run.log()
+
+
+def test_a_cancelled_job_stays_cancelled(fake_run: FakeRun) -> None:
+    job = fake_run.submit(steps=1000, step_seconds=0.1, save_every=10)
+    wait_for(lambda: fake_run.step() > 5, 60, "the first steps")
+    fake_run.cluster.run("scancel", job)
+    wait_for(lambda: fake_run.cluster.state(job) == "CANCELLED", 60, "the cancellation")
+    time.sleep(8)
+    assert fake_run.cluster.state(job) == "CANCELLED"
+    assert len(fake_run.events("start")) == 1

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.chain import compose_chain
+from megatron_dllm.compose import compose_train_config
+
+
+def test_a_plain_experiment_is_a_chain_of_one_stage() -> None:
+    chain = compose_chain(["experiment=tiny_base", "run.name=mine", "run.root=/tmp/r", "nodes=3"])
+    (stage,) = chain.stages
+    assert chain.folder == Path("/tmp/r/mine") == stage.run_folder
+    assert stage.is_training and stage.spec.nodes == 3
+    assert stage.arguments == ("-m", "megatron_dllm.train")
+
+
+def test_every_stage_of_a_chain_has_its_own_folder_and_its_paths_filled_in(recipes: Path) -> None:
+    chain = compose_chain(["experiment=three", "root=/tmp/r", "run.seed=5"], recipes)
+    first, base, convert = chain.stages
+    assert first.spec.output == "/tmp/r/three/first.txt" and not first.is_training
+    assert (base.run_folder, convert.run_folder) == (Path("/tmp/r/three/base"), Path("/tmp/r/three/convert"))
+    assert convert.config is not None and convert.config.checkpoint.load == "/tmp/r/three/base"
+    assert {stage.config.run.seed for stage in (base, convert) if stage.config} == {5}
+    assert base.after == ("first",) and convert.after == ("base",)
+
+
+def test_the_frozen_configuration_composes_to_the_same_values(recipes: Path, tmp_path: Path) -> None:
+    stage = compose_chain(["experiment=three", "root=/tmp/r"], recipes).stages[2]
+    frozen = tmp_path / "frozen"
+    frozen.mkdir()
+    (frozen / "config.yaml").write_text(stage.config_text)
+    assert compose_train_config([], "config", frozen) == stage.config
+    assert "${" not in stage.config_text
+    assert yaml.safe_load(stage.config_text)["hydra"]["run"]["dir"] == "."
+
+
+def test_a_stage_s_digest_follows_what_it_and_the_stages_before_it_run(recipes: Path) -> None:
+    def digests(*words: str) -> list[str]:
+        return [stage.digest for stage in compose_chain(["experiment=three", *words], recipes).stages]
+
+    plain = digests()
+    assert digests() == plain
+    changed = digests("stages.first.arguments=[--all]")
+    assert all(a != b for a, b in zip(plain, changed, strict=True))
+    changed = digests("stages.convert.overrides=['run.seed=7']")
+    assert plain[:2] == changed[:2] and plain[2] != changed[2]
+    # Where and how fast it runs does not change what comes out.
+    assert digests("cluster.partition=other", "stages.convert.time_limit='01:00:00'") == plain
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["experiment=tiny_bse"], "experiment ('tiny_bse') is not a recipe; there are:"),
+    (["experiment=tiny_base", "cluster=moon"], "cluster (moon) is not a recipe"),
+    (["experiment=tiny_base", "cluster.partitoin=x"], "did you mean cluster.partition?"),
+    (["experiment=tiny_base", "run.sed=3"], "did you mean run.seed?"),
+    (["experiment=tiny_base", "oops"], "is not of the form key=value"),
+    (["experiment=tiny_base", "nodes=two"], "nodes (two) must be a whole number"),
+    (["experiment=tiny_base", "run.name='a b'"], "it names a folder"),
+    (["experiment=tiny_base", "run.name='$(touch /tmp/x)'"], "it names a folder"),
+    (["experiment=tiny_base", "run.name='x\"y'"], "it names a folder"),
+    (["experiment=three", "nodes=2"], "nodes has no effect on a chain"),
+    (["experiment=three", "run.name=x"], "use name= and root="),
+    (["experiment=three", "name=../x"], "it names a folder"),
+    (["experiment=three", "stages.base.module=x"], "must have either experiment"),
+    (["experiment=three", "stages.base.after=[convert]"], "must name a stage listed before it"),
+    (["experiment=three", "stages.first.nodes=2"], "must be 1 for a tool"),
+    (["experiment=three", "stages.first.module='os;ls'"], "dotted name of a Python module"),
+    (["experiment=tiny_base", "cluster.time_limit='1 day'"], "must read HH:MM:SS"),
+    (["experiment=tiny_base", "cluster.environment.A-B=x"], "not the name of an environment variable"),
+    (["experiment=tiny_base", "cluster.modules=['cuda; rm']"], "not a module's name"),
+    (["experiment=tiny_base", "cluster.container.kind=docker"], "is not known"),
+    (["experiment=tiny_base", "cluster.container.kind=pyxis"], "is needed with kind pyxis"),
+    (["experiment=tiny_base", "cluster.gpus_per_node=2", "cluster.ranks_per_node=4"], "must not exceed gpus_per_node"),
+])
+def test_mistakes_are_refused_in_one_sentence(recipes: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        compose_chain(words, recipes)
+    assert message in str(caught.value)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.chain import Chain, compose_chain
+from launch.job import job_script, sbatch_options, supervisor_details, valid_nodes
+
+NASTY = "a b'c\"d$(touch /tmp/pwned)`x`;\\n"
+
+
+def chain_of(*words: str) -> Chain:
+    return compose_chain(["experiment=tiny_base", "schedule.stages.ar.global_batch_size=8",
+                          "schedule.stages.ar.micro_batch_size=1", *words])
+
+
+def options_of(*words: str) -> list[str]:
+    chain = chain_of(*words)
+    return sbatch_options(chain, chain.stages[0], Path("/project"))
+
+
+def test_options_follow_the_cluster() -> None:
+    options = options_of("cluster.partition=p", "cluster.account=acc", "cluster.gpus_per_node=8",
+                         "cluster.gpu_type=h100", "cluster.ranks_per_node=4", "cluster.cpus_per_node=96",
+                         "cluster.is_exclusive=true", "cluster.sbatch_options=['--switches=1']", "nodes=2",
+                         "cluster.time_limit='1-00:00:00'", "cluster.stop_seconds=600")
+    for expected in ("--partition=p", "--account=acc", "--gpus-per-node=h100:8", "--nodes=2", "--ntasks-per-node=1",
+                     "--cpus-per-task=96", "--exclusive", "--switches=1", "--time=24:00:00", "--signal=B:USR1@600",
+                     "--requeue", "--open-mode=append"):
+        assert expected in options
+    assert "--ntasks-per-node=4" in options_of("cluster.launcher=srun", "cluster.ranks_per_node=4")
+    assert not [option for option in options_of() if option.startswith(("--account", "--partition", "--gpus"))]
+
+
+def test_an_elastic_run_lists_the_nodes_it_fits() -> None:
+    chain = chain_of("nodes=8", "min_nodes=1", "cluster.ranks_per_node=1")
+    # A global batch of 8 rows divides over 8, 4, 2 and 1 replicas.
+    assert valid_nodes(chain, chain.stages[0]) == [8, 4, 2, 1]
+    assert "--nodes=1-8" in sbatch_options(chain, chain.stages[0], Path("/project"))
+
+
+def test_a_layout_that_does_not_fit_is_refused() -> None:
+    chain = chain_of("nodes=3", "cluster.ranks_per_node=1")
+    with pytest.raises(ValueError, match="global_batch_size"):
+        valid_nodes(chain, chain.stages[0])
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck (apt-get install shellcheck)")
+def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
+    fixture = Path(__file__).parents[2] / "slurm" / "fixture"
+    script = tmp_path / "job.sh"
+    chain = chain_of("cluster.modules=[cuda/12.4, gcc]", "cluster.environment.NCCL_DEBUG=WARN")
+    script.write_text(job_script(chain, chain.stages[0], tmp_path / "code dir", tmp_path / "it's here"))
+    done = subprocess.run(["shellcheck", "-x", str(script), *map(str, sorted(fixture.glob("*.sh")))],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_nothing_in_a_script_is_evaluated(tmp_path: Path) -> None:
+    project = tmp_path / NASTY.replace("/", "_")
+    project.mkdir()
+    (project / "launch").mkdir()
+    (project / "launch" / "supervise.py").write_text("import os; print(os.environ['VALUE']); print(os.getcwd())")
+    chain = chain_of()
+    chain.config.cluster.environment["VALUE"] = NASTY
+    script = tmp_path / "job.sh"
+    script.write_text(job_script(chain, chain.stages[0], project, project))
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{NASTY}\n{project}\n"
+    assert not Path("/tmp/pwned").exists()
+
+
+def test_containers_become_options_or_a_prefix(tmp_path: Path) -> None:
+    words = ["cluster.container.image=/images/x.sqsh", "cluster.container.mounts=['/data:/data:ro']"]
+    chain = chain_of("cluster.container.kind=pyxis", *words)
+    details = supervisor_details(chain, chain.stages[0], tmp_path, Path("/project"))
+    assert "--container-image=/images/x.sqsh" in details["srun_options"]
+    mounts = next(option for option in details["srun_options"] if option.startswith("--container-mounts="))
+    assert "/data:/data:ro" in mounts and "/project:/project" in mounts
+    assert details["command_prefix"] == [] and details["rank_python"] == "python"
+    chain = chain_of("cluster.container.kind=apptainer", "cluster.gpus_per_node=1", *words)
+    details = supervisor_details(chain, chain.stages[0], tmp_path, Path("/project"))
+    assert details["command_prefix"][:3] == ["apptainer", "exec", "--nv"]
+    assert details["command_prefix"][-1] == "/images/x.sqsh"
