@@ -1,0 +1,93 @@
+"""The demo's chain in small, from text to decoded samples and a report; then again, to see it skip and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from safetensors import safe_open
+
+from megatron_dllm.compose import RECIPES
+
+ROOT = RECIPES.parent
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's recipes with stages of a few steps."""
+    folder = tmp_path_factory.mktemp("small") / "recipes"
+    shutil.copytree(RECIPES, folder)
+    for name, tokens in (("tiny_ar", 24_000), ("tiny_wsd", 4_200)):
+        path = folder / "schedule" / f"{name}.yaml"
+        schedule = OmegaConf.load(path)
+        for stage in schedule.stages.values():
+            stage.num_tokens, stage.lr_warmup_tokens = tokens, 0
+        OmegaConf.save(schedule, path)
+    for name in ("tiny_base", "tiny_convert"):
+        path = folder / "experiment" / f"{name}.yaml"
+        text = path.read_text().replace("num_tokens: 20000", "num_tokens: 2000").replace("50000", "6000")
+        path.write_text(text)
+    chain = folder / "chain" / "tiny_demo.yaml"
+    chain.write_text(chain.read_text().replace('--k, "5"', '--k, "2"'))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    _run(recipes, root)
+    return root / "demo"
+
+
+def _run(recipes: Path, root: Path) -> str:
+    command = [sys.executable, "launch/local.py", "experiment=tiny_demo", f"root={root}", "--recipes", str(recipes)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=900, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout + done.stderr
+
+
+def test_every_stage_of_the_schedule_was_trained_and_measured(demo: Path) -> None:
+    records = [json.loads(line) for line in (demo / "convert" / "metrics.jsonl").read_text().splitlines()]
+    ends = [r["stage"] for r in records if r.get("validation") and r["is_stage_end"]]
+    assert ends == ["warmup_1", "warmup_1", "warmup_4", "warmup_32", "warmup_64", "stable", "decay_128", "decay_32"]
+    assert all({"validation_elbo/32", "validation_elbo/512", "validation_bits_per_byte/32"} <= r.keys()
+               for r in records if r.get("validation") and r["is_stage_end"])
+    logged = [r for r in records if "loss" in r]
+    assert {"learning_rate", "grad_norm", "mask_embedding_norm", "tokens_per_second", "forward_tokens_per_second",
+            "peak_memory_gib", "router_imbalance/masked"} <= logged[-1].keys()
+
+
+def test_the_exported_folder_is_complete(demo: Path) -> None:
+    names = set()
+    for shard in (demo / "hf").glob("*.safetensors"):
+        with safe_open(str(shard), "pt") as file:
+            names |= set(file.keys())
+    assert "model.layers.1.mlp.experts.15.down_proj.weight" in names and "lm_head.weight" in names
+    config = json.loads((demo / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["LLaDA2MoeModelLM"]
+    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= {
+        f.name for f in (demo / "hf").iterdir()}
+
+
+def test_samples_merge_and_report_are_there(demo: Path) -> None:
+    samples = [json.loads(line) for line in (demo / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4 and all(s["num_denoising_forwards"] > 0 for s in samples)
+    merged = json.loads((demo / "merged" / "validation.json").read_text())
+    assert 0 < merged["elbo"]["32"] < 10
+    page = (demo / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 and "http" not in page.split("</style>")[0]
+    assert "merged checkpoint" in page and "tokens per forward" in page
+
+
+def test_a_second_run_finds_everything_finished(demo: Path, recipes: Path) -> None:
+    before = (demo / "hf" / "config.json").stat().st_mtime_ns
+    output = _run(recipes, demo.parent)
+    assert output.count("finished before, skipped") == 12
+    assert (demo / "hf" / "config.json").stat().st_mtime_ns == before
