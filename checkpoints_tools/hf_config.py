@@ -86,9 +86,7 @@ def from_hf_config(config: dict[str, Any], source: str = "config.json") -> Sourc
     model = _common(reader, family)
     if family in ("bailing_moe", "llada2_moe"):
         model = _bailing(reader, model)
-    elif family == "qwen3":
-        model = replace(model, moe_router_enable_expert_bias=False)
-    else:
+    elif family != "qwen3":
         model = _qwen3_moe(reader, model)
     _validate_sizes(model, source)
     block_size = config.get("block_length", config.get("block_size"))

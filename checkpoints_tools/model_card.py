@@ -39,9 +39,10 @@ def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_na
     """
     content = contract.content
     is_diffusion = architecture in DIFFUSION_ARCHITECTURES
+    has_bias = contract.model.is_moe and contract.model.moe_router_enable_expert_bias
     rows = [
         ("Architecture", f"{ARCHITECTURE_CLASS[architecture]} ({architecture})"),
-        ("Weights", f"{dtype_name}, expert_bias float32" if contract.model.moe_router_enable_expert_bias else dtype_name),
+        ("Weights", f"{dtype_name}, expert_bias float32" if has_bias else dtype_name),
         ("Prediction", "position i predicts token i" if contract.is_diffusion else "position i predicts token i + 1"),
         ("Block size", str(contract.block_size)),
         ("Context length", str(content["contract"]["context_length"])),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 # Largest piece held in memory at once, and how many: 4 x 64 MB.
 MAX_PIECE_BYTES = 64 * 1024**2
 _NUM_BUFFERS = 4
+_MAX_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ def run(tasks: Iterable[Task], total_bytes: int, title: str) -> None:
         buffers.put(torch.empty(0, dtype=torch.uint8))
     with (ThreadPoolExecutor(1) as reader,
           tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, smoothing=0.05, mininterval=0.5) as bar):
-        pending: deque[tuple[Task, Future[tuple[Tensor, Tensor]]]] = deque()
+        pending: deque[tuple[list[Task], Future[tuple[Tensor, list[Tensor]]]]] = deque()
         try:
-            for task in tasks:
-                pending.append((task, reader.submit(_read, task, buffers)))
+            for batch in _batches(tasks):
+                pending.append((batch, reader.submit(_read, batch, buffers)))
                 if len(pending) == _NUM_BUFFERS - 1:
                     _write(*pending.popleft(), buffers, bar)
             while pending:
@@ -66,23 +67,51 @@ def run(tasks: Iterable[Task], total_bytes: int, title: str) -> None:
                 future.cancel()
 
 
-def _read(task: Task, buffers: SimpleQueue[Tensor]) -> tuple[Tensor, Tensor]:
+def _batches(tasks: Iterable[Task]) -> Iterator[list[Task]]:
+    """Group small pieces: handing one to the other thread costs more than reading it."""
+    batch: list[Task] = []
+    num_bytes = 0
+    for task in tasks:
+        size = _aligned(task.num_elements * task.dtype.itemsize)
+        if batch and (num_bytes + size > MAX_PIECE_BYTES or len(batch) == _MAX_BATCH):
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(task)
+        num_bytes += size
+    if batch:
+        yield batch
+
+
+def _aligned(num_bytes: int) -> int:
+    return num_bytes + -num_bytes % 64
+
+
+def _read(batch: list[Task], buffers: SimpleQueue[Tensor]) -> tuple[Tensor, list[Tensor]]:
     buffer = buffers.get()
-    num_bytes = task.num_elements * task.dtype.itemsize
-    if buffer.numel() < num_bytes:
-        buffer = torch.empty(num_bytes, dtype=torch.uint8)
-    # A storage of exactly the piece's size: torch.save writes whole storages.
-    data = torch.frombuffer(memoryview(buffer.numpy())[:num_bytes], dtype=task.dtype)
-    task.read(data)
-    check_finite(data, task.name)
-    return buffer, data
+    needed = sum(_aligned(task.num_elements * task.dtype.itemsize) for task in batch)
+    if buffer.numel() < needed:
+        buffer = torch.empty(needed, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())
+    pieces: list[Tensor] = []
+    begin = 0
+    for task in batch:
+        num_bytes = task.num_elements * task.dtype.itemsize
+        # A storage of exactly the piece's size: torch.save writes whole storages.
+        data = torch.frombuffer(view[begin:begin + num_bytes], dtype=task.dtype)
+        task.read(data)
+        check_finite(data, task.name)
+        pieces.append(data)
+        begin += _aligned(num_bytes)
+    return buffer, pieces
 
 
-def _write(task: Task, future: Future[tuple[Tensor, Tensor]], buffers: SimpleQueue[Tensor], bar: tqdm[None]) -> None:
-    buffer, data = future.result()
-    task.write(data)
+def _write(batch: list[Task], future: Future[tuple[Tensor, list[Tensor]]], buffers: SimpleQueue[Tensor],
+           bar: tqdm[None]) -> None:
+    buffer, pieces = future.result()
+    for task, data in zip(batch, pieces, strict=True):
+        task.write(data)
+        bar.update(data.numel() * data.dtype.itemsize)
     buffers.put(buffer)
-    bar.update(data.numel() * data.dtype.itemsize)
 
 
 def check_finite(data: Tensor, name: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from io import BytesIO, RawIOBase
 from math import prod
@@ -69,6 +70,8 @@ class TorchDistReader:
         self.metadata: DistMetadata = read_metadata(folder)
         self._files: dict[str, int] = {}
         self._layouts: dict[Chunk, _Layout] = {}
+        self._sorted: dict[str, tuple[list[Chunk], list[int], int]] = {}
+        self._headers: dict[tuple[int, tuple[int, ...], torch.dtype], bytes] = {}
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
         """Read a box of a tensor.
@@ -84,7 +87,7 @@ class TorchDistReader:
         """
         box = out.view(sizes)
         covered = 0
-        for chunk in self.metadata.tensors[key].chunks:
+        for chunk in self._near(key, offsets, sizes):
             low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
@@ -97,6 +100,17 @@ class TorchDistReader:
         if covered != box.numel():
             raise ValueError(f"{self.folder}: tensor {key} is stored incompletely ({covered} of {box.numel()} elements "
                              f"of the part at {list(offsets)}); save it again.")
+
+    def _near(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Chunk]:
+        """Chunks that overlap a box along dim 0: a layer's experts are hundreds of chunks, a box is in few of them."""
+        if not offsets:
+            return list(self.metadata.tensors[key].chunks)
+        if key not in self._sorted:
+            chunks = sorted(self.metadata.tensors[key].chunks, key=lambda chunk: chunk.offsets)
+            longest = max((chunk.sizes[0] for chunk in chunks), default=0)
+            self._sorted[key] = (chunks, [chunk.offsets[0] for chunk in chunks], longest)
+        chunks, starts, longest = self._sorted[key]
+        return chunks[bisect_right(starts, offsets[0] - longest):bisect_left(starts, offsets[0] + sizes[0])]
 
     def _read_part(self, key: str, chunk: Chunk, start: tuple[int, ...], target: Tensor) -> None:
         """Read the box of `chunk` that begins at `start` and is shaped like `target`."""
@@ -125,14 +139,25 @@ class TorchDistReader:
 
     def _layout(self, key: str, chunk: Chunk) -> _Layout:
         if chunk not in self._layouts:
-            data = _Slice(self._descriptor(chunk.file_name), chunk.start, chunk.length)
-            try:
-                position = _tensor_position(data, chunk, self.metadata.tensors[key].dtype)
-            except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
-                raise ValueError(f"{self.folder / chunk.file_name}: tensor {key} is damaged at byte {chunk.start} "
-                                 f"({error}); copy or save it again.") from error
-            self._layouts[chunk] = _Layout(position)
+            self._layouts[chunk] = self._find_layout(key, chunk)
         return self._layouts[chunk]
+
+    def _find_layout(self, key: str, chunk: Chunk) -> _Layout:
+        dtype = self.metadata.tensors[key].dtype
+        descriptor = self._descriptor(chunk.file_name)
+        # Archives of equal shapes begin with equal bytes, up to the elements: one of them is taken apart.
+        kind = (chunk.length, chunk.sizes, dtype)
+        header = self._headers.get(kind)
+        if header is not None and os.pread(descriptor, len(header), chunk.start) == header:
+            return _Layout(chunk.start + len(header))
+        try:
+            position = _tensor_position(_Slice(descriptor, chunk.start, chunk.length), chunk, dtype)
+        except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{self.folder / chunk.file_name}: tensor {key} is damaged at byte {chunk.start} "
+                             f"({error}); copy or save it again.") from error
+        if position is not None:
+            self._headers[kind] = os.pread(descriptor, position - chunk.start, chunk.start)
+        return _Layout(position)
 
     def _load_chunk(self, key: str, chunk: Chunk) -> Tensor:
         data = _Slice(self._descriptor(chunk.file_name), chunk.start, chunk.length).read()

@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 from checkpoints_tools.torch_dist_metadata import COMMON_NAME, CONFIG_NAME, METADATA_NAME
 
 MAX_FILE_BYTES = 4 * 10**9
+# Below this, handing the bytes to the hashing thread costs more than hashing them.
+_WORTH_A_THREAD = 1 << 18
 _CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
            "common_backend": "torch", "common_backend_version": 1}
 
@@ -134,17 +136,20 @@ class _HashedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.size = 0
-        self._file = path.open("xb", buffering=0)
+        self._file = path.open("xb")
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        hashed = self._hasher.submit(self._digest.update, view)
+        hashed = self._hasher.submit(self._digest.update, view) if len(view) > _WORTH_A_THREAD else None
         written = 0
         while written < len(view):
             written += self._file.write(view[written:])
-        hashed.result()
+        if hashed is not None:
+            hashed.result()
+        else:
+            self._digest.update(view)
         self.size += written
         return written
 
@@ -153,6 +158,7 @@ class _HashedFile:
 
     def finish(self) -> dict[str, Any]:
         """Bring the file to the disk; returns its size and sha256."""
+        self._file.flush()
         os.fsync(self._file.fileno())
         self.close()
         return {"size": self.size, "sha256": self._digest.hexdigest()}
