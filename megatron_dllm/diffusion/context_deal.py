@@ -2,11 +2,15 @@
 
 The mask is a property of tokens, so any rank may hold any token: roles, positions and noise travel along. What
 has to be even is the number of tokens (memory, experts, linear layers: exactly even), the number of visible
-(query, key) pairs (attention) and the number of targets (LM head). Tokens move in chunks of neighbours, because
-neighbours read the same keys.
+(query, key) pairs (attention) and the number of targets (LM head).
+
+Tokens move in chunks of neighbours, because neighbours read the same keys. Where it can be done, a noisy block
+stays whole: nobody else reads its keys, so only clean keys have to travel between the ranks.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +22,11 @@ IntArray = NDArray[np.int64]
 MAX_CHUNK = 128
 # Chunks per rank below which evenness suffers more than locality gains.
 MIN_CHUNKS_PER_RANK = 16
+# Chunks per rank at which noisy blocks are rather divided than chunks made smaller still.
+MAX_CHUNKS_PER_RANK = 64
 MAX_SWAPS = 64
+# Pairs of pieces looked at for one swap; above, only those of the least busy rank are.
+MAX_SWAP_PAIRS = 1 << 16
 # A deal is accepted once no rank has more than this times the mean of visible pairs; else with chunks half as long.
 ACCEPTED_RATIO = 1.02
 # What an uneven number of targets counts, relative to equally uneven pairs.
@@ -49,11 +57,20 @@ def chunk_length(tokens_per_rank: int, limit: int = MAX_CHUNK) -> int:
     return max(length for length in range(1, longest + 1) if tokens_per_rank % length == 0)
 
 
+def _chunk_lengths(tokens_per_rank: int, shortest: int) -> list[int]:
+    """Falling chunk lengths to try, each at most half of the one before, down to `shortest` or just below."""
+    lengths = [chunk_length(tokens_per_rank)]
+    while lengths[-1] > shortest:
+        lengths.append(chunk_length(tokens_per_rank, lengths[-1] // 2))
+    return lengths
+
+
 def deal_row(roles: NDArray[np.integer], is_target: NDArray[np.bool_], num_ranks: int) -> IntArray:
     """Which tokens of a row each rank holds: the same answer wherever it is computed.
 
     Chunks are dealt in order of falling cost to the rank with the least work that still has room, then exchanged
-    between ranks as long as that evens out the work.
+    between ranks as long as that evens out the work. If some rank still has too much, the chunks are made smaller,
+    and at last noisy blocks are divided.
 
     Args:
         roles: [s, 3] integer roles of the row.
@@ -68,12 +85,17 @@ def deal_row(roles: NDArray[np.integer], is_target: NDArray[np.bool_], num_ranks
         raise ValueError(f"row_length ({length}) must be a multiple of context_parallel_size ({num_ranks}).")
     pairs = visible_keys(roles)
     token_costs = np.stack([pairs / max(pairs.sum(), 1), TARGET_WEIGHT * is_target / max(is_target.sum(), 1)])
-    chunk = chunk_length(length // num_ranks)
-    while True:
-        tokens = _deal_chunks_of(chunk, token_costs * num_ranks, num_ranks)
-        if chunk == 1 or load_ratio(pairs, tokens) <= ACCEPTED_RATIO:
-            return tokens
-        chunk = chunk_length(length // num_ranks, chunk // 2)
+    tokens_per_rank = length // num_ranks
+    for keeps_blocks in (True, False):
+        shortest = max(1, tokens_per_rank // MAX_CHUNKS_PER_RANK) if keeps_blocks else 1
+        for chunk in _chunk_lengths(tokens_per_rank, shortest):
+            owner = _deal_units(*_units(roles, chunk, keeps_blocks), token_costs * num_ranks, num_ranks)
+            if owner is None:
+                break
+            tokens = np.argsort(owner, kind="stable").reshape(num_ranks, -1)
+            if load_ratio(pairs, tokens) <= ACCEPTED_RATIO or (chunk == 1 and not keeps_blocks):
+                return tokens
+    raise AssertionError("chunks of one token fill any rank")
 
 
 def load_ratio(costs: IntArray, tokens: IntArray) -> float:
@@ -82,51 +104,103 @@ def load_ratio(costs: IntArray, tokens: IntArray) -> float:
     return float(loads.max() / loads.mean()) if loads.any() else 1.0
 
 
-def _deal_chunks_of(chunk: int, token_costs: NDArray[np.float64], num_ranks: int) -> IntArray:
-    """[num_ranks, s / num_ranks] indexes of each rank's tokens, dealt in chunks; token_costs is [2, s]."""
-    costs = token_costs.reshape(2, -1, chunk).sum(-1)
-    owner = _deal_chunks(costs, num_ranks)
-    _exchange_chunks(costs, owner, num_ranks)
-    chunks = np.stack([np.flatnonzero(owner == rank) for rank in range(num_ranks)])
-    return (chunks[..., None] * chunk + np.arange(chunk)).reshape(num_ranks, -1)
+def _units(roles: NDArray[np.integer], chunk: int, keeps_blocks: bool) -> tuple[IntArray, NDArray[np.bool_]]:
+    """First token of each unit that is dealt, [n], and whether the unit must stay whole, [n].
+
+    Units are about `chunk` tokens long. A whole one consists of noisy blocks of one view of one document.
+    Padding, which costs nothing, is one unit.
+    """
+    place = np.arange(len(roles))
+    if not keeps_blocks:
+        starts = place[::chunk]
+        is_padding = np.asarray((roles[:, DOC] < 0).reshape(-1, chunk).all(axis=1))
+        starts = starts[~is_padding | ~np.append(False, is_padding[:-1])]
+        return starts, np.zeros(len(starts), dtype=np.bool_)
+    is_noisy = (roles[:, VIEW] != CLEAN_VIEW) & (roles[:, DOC] >= 0)
+    is_first = np.ones(len(roles), dtype=np.bool_)
+    is_first[1:] = np.diff(roles[:, [DOC, VIEW]], axis=0).any(1)
+    copy_start = np.maximum.accumulate(np.where(is_first, place, 0))
+    is_block_first = is_first.copy()
+    is_block_first[1:] |= np.diff(roles[:, BLOCK]) != 0
+    # A token that may be cut off counts from itself, one that may not from the start of its block.
+    counted_from = np.where(is_noisy, np.maximum.accumulate(np.where(is_block_first, place, 0)), place)
+    window = np.where(roles[:, DOC] >= 0, (counted_from - copy_start) // chunk, 0)
+    is_first[1:] |= window[1:] != window[:-1]
+    starts = np.flatnonzero(is_first)
+    return starts, is_noisy[starts]
 
 
-def _deal_chunks(costs: NDArray[np.float64], num_ranks: int) -> IntArray:
-    """Longest-processing-time rule with equal counts; [n] owner of each chunk, from its costs [2, n]."""
-    num_chunks = costs.shape[1]
-    total = costs.sum(0)
-    loads, room = np.zeros(num_ranks), np.full(num_ranks, num_chunks // num_ranks)
-    owner = np.zeros(num_chunks, dtype=np.int64)
-    for index in np.argsort(-total, kind="stable"):
-        rank = int(np.argmin(np.where(room > 0, loads, np.inf)))
-        owner[index] = rank
-        loads[rank] += total[index]
-        room[rank] -= 1
+@dataclass
+class _Piece:
+    """Neighbouring tokens [start, stop) that one rank holds."""
+
+    start: int
+    stop: int
+    rank: int
+
+
+def _deal_units(starts: IntArray, is_whole: NDArray[np.bool_], token_costs: NDArray[np.float64],
+                num_ranks: int) -> IntArray | None:
+    """[s] rank of each token, with s / num_ranks tokens for each; None if the whole units do not fit.
+
+    Args:
+        starts: [n] first tokens of the units.
+        is_whole: [n] units that must not be divided; they are dealt first, the others fill what is left.
+        token_costs: [2, s] pairs and targets, each adding up to num_ranks times its weight.
+        num_ranks: ranks.
+    """
+    length = token_costs.shape[1]
+    stops = np.append(starts[1:], length)
+    summed = np.concatenate([np.zeros((2, 1)), token_costs.cumsum(1)], axis=1)
+    costs = (summed[:, stops] - summed[:, starts]).sum(0)
+    loads, room = np.zeros(num_ranks), np.full(num_ranks, length // num_ranks)
+    pieces: list[_Piece] = []
+    for index in np.lexsort((-costs, ~is_whole)):
+        start, stop = int(starts[index]), int(stops[index])
+        while start < stop:
+            fits = room >= (stop - start if is_whole[index] else 1)
+            if not fits.any():
+                return None
+            rank = int(np.argmin(np.where(fits, loads, np.inf)))
+            end = min(stop, start + int(room[rank]))
+            pieces.append(_Piece(start, end, rank))
+            loads[rank] += (summed[:, end] - summed[:, start]).sum()
+            room[rank] -= end - start
+            start = end
+    _exchange_pieces(pieces, summed, num_ranks)
+    owner = np.empty(length, dtype=np.int64)
+    for piece in pieces:
+        owner[piece.start:piece.stop] = piece.rank
     return owner
 
 
-def _exchange_chunks(costs: NDArray[np.float64], owner: IntArray, num_ranks: int) -> None:
-    """Swap single chunks between the rank with the most of a cost and another, while the worst cost falls."""
+def _exchange_pieces(pieces: list[_Piece], summed: NDArray[np.float64], num_ranks: int) -> None:
+    """Swap pieces of one length between the busiest rank and another, while that evens out the work."""
+    starts, stops, owner = np.array([(piece.start, piece.stop, piece.rank) for piece in pieces]).T
+    costs = summed[:, stops] - summed[:, starts]
     loads: NDArray[np.float64] = np.stack(
         [np.bincount(owner, weights=row, minlength=num_ranks) for row in costs]).astype(np.float64)
     for _ in range(MAX_SWAPS):
-        if not _swap_once(costs, owner, loads):
-            return
+        if not _swap_once(costs, stops - starts, owner, loads):
+            break
+    for piece, rank in zip(pieces, owner, strict=True):
+        piece.rank = int(rank)
 
 
-def _swap_once(costs: NDArray[np.float64], owner: IntArray, loads: NDArray[np.float64]) -> bool:
+def _swap_once(costs: NDArray[np.float64], lengths: IntArray, owner: IntArray, loads: NDArray[np.float64]) -> bool:
     """Do the swap with the busiest rank that helps most; false if none does. Changes owner and loads."""
     spread = loads.max(1) - loads.mean(1)
     busiest = int(loads[int(np.argmax(spread))].argmax())
     mine = np.flatnonzero(owner == busiest)
     others = np.flatnonzero(owner != busiest)
+    if len(mine) * len(others) > MAX_SWAP_PAIRS:
+        others = np.flatnonzero(owner == int(loads.sum(0).argmin()))
     # [2, mine, others] what moves from the busiest rank to the other by each swap.
     moved = costs[:, mine, None] - costs[:, None, others]
     before = _uneven(loads[:, busiest, None, None], loads[:, owner[others]][:, None], loads)
     after = _uneven(loads[:, busiest, None, None] - moved, loads[:, owner[others]][:, None] + moved, loads)
-    gain = before - after
-    best = int(gain.argmax())
-    first, second = np.unravel_index(best, gain.shape)
+    gain = np.where(lengths[mine, None] == lengths[None, others], before - after, -np.inf)
+    first, second = np.unravel_index(int(gain.argmax()), gain.shape)
     if gain[first, second] < 1e-4:
         return False
     chunk, other = mine[first], others[second]

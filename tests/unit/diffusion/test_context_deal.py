@@ -60,6 +60,19 @@ def test_no_rank_has_more_than_five_percent_above_the_mean(length: int, block_si
     assert np.mean(in_order_ratios) > 1.1, "rows dealt in order are even already: the test says nothing"
 
 
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 4, 32, 64])
+def test_small_noisy_blocks_stay_on_one_rank(block_size: int, num_views: int) -> None:
+    """So only clean keys have to travel between the ranks."""
+    rng = np.random.default_rng(block_size)
+    for num_ranks in (2, 8):
+        roles, is_target = _row(rng, 16384, block_size, num_views)
+        owner = np.argsort(deal_row(roles, is_target, num_ranks).ravel()) // (16384 // num_ranks)
+        is_noisy = roles[:, 2] > 0
+        blocks = np.unique(roles[is_noisy], axis=0)
+        assert len(np.unique(np.column_stack([roles, owner])[is_noisy], axis=0)) == len(blocks) > 100
+
+
 def test_the_deal_is_the_same_wherever_it_is_computed() -> None:
     roles, is_target = _row(np.random.default_rng(0), 4096, 32)
     assert np.array_equal(deal_row(roles, is_target, 4), deal_row(roles.copy(), is_target.copy(), 4))
