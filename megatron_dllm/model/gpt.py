@@ -75,6 +75,10 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size, sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        # With virtual stages one rank may be both the previous and the next of another (two ranks: always). Batched
+        # sends would then mix up activations and gradients; one by one they have an order and groups of their own.
+        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
+        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1,
