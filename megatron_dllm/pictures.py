@@ -111,7 +111,7 @@ def mask_picture(batch: Batch, title: str) -> bytes:
     labels = ("padding", "hidden", "noisy block sees itself", "noisy sees earlier clean blocks",
               "clean sees clean up to its block")
     patches = [plt.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="#888888") for color in _MASK_COLORS]
-    axis.legend(patches, labels, fontsize=7, loc="upper right")
+    axis.legend(patches, labels, fontsize=7, loc="lower left")
     axis.set_title(title, fontsize=9)
     axis.set_xlabel("key")
     axis.set_ylabel("query")

@@ -27,10 +27,11 @@ from megatron_dllm.data.batch import Batch, collate
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.dataset import RowDataset
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.packing import RowStream
+from megatron_dllm.data.packing import LENGTH, RowStream
 from megatron_dllm.diffusion.noise import NoiseSpec
 
 _ROLES = ("masked", "visible", "clean")
+_ROWS_LOOKED_AT = 64
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}
@@ -65,13 +66,15 @@ def load_config(run: Path) -> TrainConfig:
 
 
 def example_row(config: TrainConfig) -> tuple[Batch, str]:
-    """The first packed row of the schedule's last stage, and what it shows."""
+    """A packed row of the schedule's last stage, of several documents if there is one, and what it shows."""
     stage = list(config.schedule.stages.values())[-1]
     corpus = Corpus(config.data.train, config.model)
     geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
     dataset = RowDataset(corpus, geometry, NoiseSpec.for_stage(config.noise, stage), config.run.seed,
                          config.model.mask_token_id, config.model.pad_token_id)
-    plan = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk).next(geometry)
+    stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk)
+    plans = [stream.next(geometry) for _ in range(_ROWS_LOOKED_AT)]
+    plan = max(plans, key=lambda plan: int((plan.pieces[:, LENGTH] > 2 * stage.block_size).sum()))
     return collate([dataset[plan]]), (f"A row of {geometry.row_length} tokens, {len(plan.pieces)} document pieces, "
                                       f"block size {stage.block_size}")
 
