@@ -129,30 +129,35 @@ def read_metadata(folder: Path) -> DistMetadata:
 
 def _tables(folder: Path, metadata: _Record) -> DistMetadata:
     places: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     for index, info in metadata.get("storage_data").items():
+        place = (info.get("relative_path"), info.get("offset"), info.get("length"))
+        _check_place(folder, index.get("fqn"), place, sizes)
         if info.get("transform_descriptors"):
             raise ValueError(f"{folder}: {index.get('fqn')} is stored compressed; save without stream transforms.")
-        places[index.get("fqn"), index.get("offset")] = (info.get("relative_path"), info.get("offset"), info.get("length"))
+        places[index.get("fqn"), index.get("offset")] = place
     tensors, objects = {}, set()
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     for key, entry in metadata.get("state_dict_metadata").items():
         if not isinstance(entry, _TensorRecord):
             objects.add(key)
             continue
         dtype = entry.get("properties").state[0]
-        chunks = tuple(_chunk(folder, key, chunk, places, sizes) for chunk in entry.get("chunks"))
+        chunks = tuple(_chunk(folder, key, chunk, places) for chunk in entry.get("chunks"))
         tensors[key] = DistTensor(dtype, tuple(entry.get("size")), chunks)
     return DistMetadata(tensors, frozenset(objects))
 
 
-def _chunk(folder: Path, key: str, record: _Record, places: dict[Any, Any], sizes: dict[str, int]) -> Chunk:
+def _check_place(folder: Path, name: str, place: tuple[str, int, int], sizes: dict[str, int]) -> None:
+    file_name, start, length = place
+    if file_name not in sizes:
+        raise ValueError(f"{folder / file_name} is missing: it holds {name}; copy the whole folder.")
+    if start < 0 or length < 0 or start + length > sizes[file_name]:
+        raise ValueError(f"{folder / file_name} is truncated: {name} ends at byte {start + length}, the file at "
+                         f"{sizes[file_name]}; copy or save it again.")
+
+
+def _chunk(folder: Path, key: str, record: _Record, places: dict[Any, tuple[str, int, int]]) -> Chunk:
     offsets = tuple(record.get("offsets"))
     if (key, offsets) not in places:
         raise ValueError(f"{folder}: tensor {key} has no data for its part at {list(offsets)}; the checkpoint is damaged.")
-    file_name, start, length = places[key, offsets]
-    if file_name not in sizes:
-        raise ValueError(f"{folder / file_name} is missing: it holds tensor {key}; copy the whole folder.")
-    if start + length > sizes[file_name]:
-        raise ValueError(f"{folder / file_name} is truncated: tensor {key} ends at byte {start + length}, the file at "
-                         f"{sizes[file_name]}; copy or save it again.")
-    return Chunk(offsets, tuple(record.get("sizes")), file_name, start, length)
+    return Chunk(offsets, tuple(record.get("sizes")), *places[key, offsets])

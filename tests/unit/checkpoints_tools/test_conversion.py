@@ -1,0 +1,270 @@
+"""HF -> torch_dist -> HF is the identity, and bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoints_tools import hf_to_mcore, mcore_to_hf, output_folder
+from checkpoints_tools.mcore_folder import read_contract
+from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsFolder
+from checkpoints_tools.synthetic import write_synthetic
+from checkpoints_tools.torch_dist_read import TorchDistReader
+from megatron_dllm.checkpoint_folder import MANIFEST, damaged_files, read_json
+
+from .conftest import LING, MODELS, left_in
+
+
+def _bits(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of an HF folder, as bytes."""
+    return {name: value.contiguous().view(torch.uint8) for path in sorted(folder.glob("*.safetensors"))
+            for name, value in load_file(path).items()}
+
+
+def _assert_same_tensors(actual: Path, expected: Path) -> None:
+    found, wanted = SafetensorsFolder(actual).tensors, SafetensorsFolder(expected).tensors
+    assert {n: (t.dtype, t.shape) for n, t in found.items()} == {n: (t.dtype, t.shape) for n, t in wanted.items()}
+    bits, expected_bits = _bits(actual), _bits(expected)
+    assert all(torch.equal(bits[name], value) for name, value in expected_bits.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_exact(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = MODELS[name]
+    write_synthetic(tmp_path / "hf", model, dtype=dtype, max_shard_bytes=4000)
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore", None)
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back", model.family, max_shard_bytes=3000)
+    _assert_same_tensors(tmp_path / "back", tmp_path / "hf")
+    assert not any(name.startswith(".") for name in left_in(tmp_path))
+
+
+def test_stacked_experts_become_the_published_form(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "hf", LING)
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    for layer in (1, 2):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            tensors[f"{prefix}.{part}"] = torch.stack([tensors.pop(f"{prefix}.{e}.{part}.weight") for e in range(4)])
+    (tmp_path / "stacked").mkdir()
+    save_file(tensors, tmp_path / "stacked" / "model.safetensors")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "stacked" / "config.json").write_text(json.dumps(
+        config | {"model_type": "llada2_moe_veomni", "architectures": ["LLaDA2MoeModelLM"]}))
+    hf_to_mcore.convert(tmp_path / "stacked", tmp_path / "mcore")
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back")
+    _assert_same_tensors(tmp_path / "back", tmp_path / "hf")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["model_type"] == "llada2_moe"
+
+
+def test_checkpoint_says_what_it_is(checkpoint: Path, hf: Path) -> None:
+    contract = read_contract(checkpoint)
+    assert contract.model == LING
+    assert contract.content["contract"] == {"shift": True, "block_origin": "document", "mask_token_id": 2, "block_size": 1,
+                                            "context_length": 64}
+    manifest = read_json(checkpoint / MANIFEST)
+    assert damaged_files(checkpoint, manifest, manifest) == []
+    assert {path.name for path in checkpoint.iterdir()} == {*manifest, MANIFEST}
+
+
+def test_keys_are_those_of_both_layer_specs(checkpoint: Path) -> None:
+    """Where megatron-core's local and TransformerEngine specs name a tensor differently, both names are there."""
+    keys = set(TorchDistReader(checkpoint).metadata.tensors)
+    shared = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
+    for layer in range(3):
+        shared |= {f"decoder.layers.{layer}.self_attention.{name}" for name in (
+            "linear_qkv.layer_norm_weight", "linear_qkv.weight", "q_layernorm.weight", "k_layernorm.weight",
+            "linear_proj.weight")}
+    shared |= {f"decoder.layers.0.mlp.{name}" for name in ("linear_fc1.layer_norm_weight", "linear_fc1.weight",
+                                                           "linear_fc2.weight")}
+    for layer in (1, 2):
+        shared |= {f"decoder.layers.{layer}.mlp.{name}" for name in (
+            "router.weight", "router.expert_bias", "experts.experts.linear_fc1.weight", "experts.experts.linear_fc2.weight",
+            "shared_experts.linear_fc1.weight", "shared_experts.linear_fc2.weight")}
+    expected_local = shared | {f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight" for layer in (1, 2)}
+    expected_te = shared | {f"decoder.layers.{layer}.pre_mlp_layernorm.weight" for layer in (1, 2)}
+    assert keys == expected_local | expected_te
+
+
+def test_expert_bias_is_fp32_even_from_a_bf16_file(tmp_path: Path, hf: Path) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    name = "model.layers.1.mlp.gate.expert_bias"
+    tensors[name] = tensors[name].bfloat16()
+    save_file(tensors, hf / "model.safetensors")
+    hf_to_mcore.convert(hf, tmp_path / "mcore")
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back", dtype="bf16")
+    back = load_file(tmp_path / "back" / "model.safetensors")[name]
+    assert back.dtype == torch.float32
+    assert torch.equal(back, tensors[name].float())
+
+
+def test_dtype_of_the_export(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
+    mcore_to_hf.convert(checkpoint, tmp_path / "wide", dtype="fp32")
+    wide, original = load_file(tmp_path / "wide" / "model.safetensors"), load_file(hf / "model.safetensors")
+    assert all(value.dtype == torch.float32 and torch.equal(value, original[name].float()) for name, value in wide.items())
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize(("family", "architecture", "expected_class", "has_code"), [
+    ("bailing_moe", None, "BailingMoeV2ForCausalLM", False), ("bailing_moe", "llada2_moe", "LLaDA2MoeModelLM", True),
+    ("llada2_moe", None, "LLaDA2MoeModelLM", True), ("qwen3_moe", "sdar_moe", "SDARMoeForCausalLM", False),
+    ("sdar_moe", None, "SDARMoeForCausalLM", False), ("sdar_moe", "qwen3_moe", "Qwen3MoeForCausalLM", False)])
+def test_architectures(family: str, architecture: str | None, expected_class: str, has_code: bool, tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "hf", MODELS[family])
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", architecture)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [expected_class]
+    assert (tmp_path / "out" / "modeling_llada2_moe.py").exists() == has_code
+    assert expected_class in (tmp_path / "out" / "README.md").read_text()
+
+
+def _drop(name: str):
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+    return change
+
+
+def _put(name: str, value: torch.Tensor):
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = value
+    return change
+
+
+def _poison(name: str, value: float):
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[3] = value
+    return change
+
+
+DOWN = "model.layers.2.mlp.experts.3.down_proj.weight"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (_drop(DOWN), f"tensor {DOWN} and 0 more are missing"),
+    (_put("model.layers.3.enorm.weight", torch.ones(24)), r"tensor model\.layers\.3\.enorm\.weight .* not part of"),
+    (_put(DOWN, torch.zeros(24, 11).bfloat16()), rf"{DOWN} has shape \[24, 11\], config\.json asks for \[24, 10\]"),
+    (_put(DOWN, torch.zeros(24, 10)), f"{DOWN} has dtype torch.float32, others"),
+    (_put(DOWN, torch.zeros(24, 10, dtype=torch.int8)), "dequantize"),
+    (_poison(DOWN, float("nan")), rf"model\.safetensors: {DOWN} holds 1 NaN or Inf"),
+    (_poison("lm_head.weight", float("-inf")), r"lm_head\.weight holds 1 NaN or Inf")])
+def test_bad_tensors_are_named_and_leave_nothing(change, message: str, hf: Path, tmp_path: Path) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    change(tensors)
+    save_file(tensors, hf / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        hf_to_mcore.convert(hf, tmp_path / "mcore")
+    assert left_in(tmp_path) == {"hf"}
+
+
+def test_truncated_and_missing_shards(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "hf", LING, max_shard_bytes=4000)
+    shard = sorted((tmp_path / "hf").glob("*.safetensors"))[1]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=rf"{shard.name} is truncated"):
+        hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"{INDEX_NAME} names the shard {shard.name}, which is missing"):
+        hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    assert left_in(tmp_path) == {"hf"}
+
+
+def test_existing_output_and_small_disk(hf: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="exists; nothing is overwritten"):
+        hf_to_mcore.convert(hf, checkpoint)
+    with pytest.raises(ValueError, match="exists; nothing is overwritten"):
+        mcore_to_hf.convert(checkpoint, hf)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    for convert, source in ((hf_to_mcore.convert, hf), (mcore_to_hf.convert, checkpoint)):
+        with pytest.raises(ValueError, match="make room"):
+            convert(source, tmp_path / "deep" / "new")
+    assert left_in(tmp_path) == {"hf", "checkpoint"}
+
+
+def test_half_written_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    data = checkpoint / "__0_0.distcp"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=r"__0_0\.distcp has .* bytes instead of"):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    (checkpoint / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is truncated: "):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    data.unlink()
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is missing"):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    (checkpoint / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"\.metadata is missing"):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        mcore_to_hf.convert(tmp_path / "hf", tmp_path / "out")
+    assert left_in(tmp_path) == {"hf", "checkpoint"}
+
+
+def test_checkpoint_of_another_model_than_its_contract(checkpoint: Path, tmp_path: Path) -> None:
+    def contract_with(**changes: object) -> None:
+        content = json.loads((checkpoint / "contract.json").read_text())
+        content["model"] |= changes
+        (checkpoint / "contract.json").write_text(json.dumps(content))
+
+    (checkpoint / MANIFEST).unlink()
+    contract_with(num_layers=4)
+    with pytest.raises(ValueError, match=r"decoder\.layers\.3\.input_layernorm|decoder\.layers\.3\..* are missing"):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    contract_with(num_layers=2)
+    with pytest.raises(ValueError, match=r"decoder\.layers\.2\..* have no place"):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    contract_with(num_layers=3, vocab_size=50)
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight has shape \[40, 24\], contract\.json asks for \[50, 24\]"):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    contract_with(vocab_size=40, colour="red")
+    with pytest.raises(ValueError, match=r"model\.colour is not known"):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    assert left_in(tmp_path) == {"hf", "checkpoint"}
+
+
+def test_nan_in_a_checkpoint(tmp_path: Path, make_checkpoint) -> None:
+    folder = make_checkpoint("poisoned", 0)
+    reader = TorchDistReader(folder)
+    chunk = reader.metadata.tensors["output_layer.weight"].chunks[0]
+    out = torch.empty(40 * 24, dtype=torch.bfloat16)
+    reader.read("output_layer.weight", (0, 0), (40, 24), out)
+    data = bytearray((folder / chunk.file_name).read_bytes())
+    place = data.index(out.view(torch.uint8).numpy().tobytes(), chunk.start)
+    data[place:place + 2] = torch.tensor([float("nan")]).bfloat16().view(torch.uint8).numpy().tobytes()
+    (folder / chunk.file_name).write_bytes(data)
+    with pytest.raises(ValueError, match=r"poisoned: output_layer\.weight holds 1 NaN"):
+        mcore_to_hf.convert(folder, tmp_path / "out")
+    assert left_in(tmp_path) == {"poisoned", "poisoned_hf"}
+
+
+def test_commands_say_one_sentence_and_exit_non_zero(hf: Path, tmp_path: Path) -> None:
+    (hf / "model.safetensors").write_bytes(b"")
+    command = [sys.executable, "-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--output", str(tmp_path / "a")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert str(hf) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert left_in(tmp_path) == {"hf"}
+
+
+def test_mask_token_needs_a_row_and_an_id(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "hf", LING)
+    with pytest.raises(ValueError, match=r"mask_token_id \(40\) has no row"):
+        hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out", 40)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    del config["mask_token_id"]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="--mask_token_id"):
+        hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out")
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out", 7)
+    assert read_contract(tmp_path / "out").model == replace(LING, mask_token_id=7)
