@@ -58,6 +58,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
 
 def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     has_cuda, has_te = torch.cuda.is_available(), uses_transformer_engine()
+    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
     return dict(
         num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
@@ -77,11 +78,11 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         # With virtual stages one rank may be both the previous and the next of another (two ranks: always). Batched
         # sends would then mix up activations and gradients; one by one they have an order and groups of their own.
-        overlap_p2p_comm=parallel.virtual_pipeline_model_parallel_size is not None,
-        batch_p2p_comm=parallel.virtual_pipeline_model_parallel_size is None,
+        overlap_p2p_comm=is_interleaved, batch_p2p_comm=not is_interleaved,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1,
+        # An overlapped send of gloo reads the tensor while it is on its way; of NCCL, in the stream's order.
+        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1 and (has_cuda or not is_interleaved),
         context_parallel_size=parallel.context_parallel_size,
         # megatron-core's names of the two methods; RoleAttention gets them as its cp_comm_type.
         cp_comm_type={"gather": "all_gather", "ulysses": "a2a"}[parallel.context_parallel_method],
