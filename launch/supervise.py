@@ -170,7 +170,11 @@ class Supervisor:
 
     def kill_step(self, step: subprocess.Popen[bytes]) -> None:
         """End the running step on all nodes at once, not the job."""
-        _query("scancel", "--signal=KILL", self.job)
+        # By the steps' own numbers: a KILL sent to the job's would cancel the job.
+        listed = _query("squeue", "--noheader", "--steps", f"--jobs={self.job}", "--format=%i").split()
+        steps = [name for name in listed if name.rpartition(".")[2].isdigit()]
+        if steps:
+            _query("scancel", "--signal=KILL", *steps)
         with contextlib.suppress(subprocess.TimeoutExpired):
             step.wait(10)
             return

@@ -2,7 +2,8 @@
 
 The "model" is a hash chained over the steps, so that a lost, repeated or foreign step changes the end. Every step all
 ranks meet at rank 0 (plain sockets), as they would in a collective; a rank that is gone breaks the others.
-Settings: FAKE_STEPS, FAKE_STEP_SECONDS, FAKE_SAVE_EVERY, FAKE_SAVE_SECONDS, FAKE_RAISE=rank:step[:once].
+Settings: FAKE_STEPS, FAKE_STEP_SECONDS, FAKE_SAVE_EVERY, FAKE_SAVE_SECONDS, FAKE_RAISE=rank:step[:once],
+FAKE_PRINT (name of a variable whose value is printed).
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def train() -> int:
     steps, every = int(os.environ.get("FAKE_STEPS", "10")), int(os.environ.get("FAKE_SAVE_EVERY", "5"))
     bad_rank, bad_step, *once = os.environ.get("FAKE_RAISE", "-1:-1").split(":")
     print(f"rank {rank} of {ranks} on {socket.gethostname()} starts at step {step}", flush=True)
+    print(os.environ.get(os.environ.get("FAKE_PRINT", ""), ""), flush=True)
     while step < steps:
         time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", "0.02")))
         step += 1
