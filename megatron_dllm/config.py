@@ -87,6 +87,8 @@ class ModelConfig:
     eos_token_id: int = MISSING
     pad_token_id: int = MISSING
     attention_backend: str = "auto"
+    # Compute the last layer's outputs only where a token carries a loss (exact; false for comparisons).
+    skip_unused_outputs: bool = True
     # Standard deviation of the noise added to the embedding of masked tokens, as a fraction of the
     # mean norm of the embedding rows; falls linearly to 0 (LLaDA2.0 section 7.1).
     mask_embedding_noise: float = 0.0

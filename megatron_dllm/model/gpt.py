@@ -31,9 +31,12 @@ from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.model.attention.core import RoleAttention
 from megatron_dllm.model.embedding import mask_noise_std, mean_row_norm, token_normals
+from megatron_dllm.model.experts import BatchedExperts
 from megatron_dllm.model.head import target_cross_entropy
+from megatron_dllm.model.last_layer import LastLayer, can_skip_outputs, flat_rows, rows_to_keep
 from megatron_dllm.model.norm import RMSNorm
 from megatron_dllm.model.rotary import rotary_angles
+from megatron_dllm.model.weights import weight_of
 
 # The local spec writes the norm before every MLP under the name of TransformerEngine's fused layer, also where the
 # MLP is a mixture of experts. Said for both specs, it makes their checkpoints interchangeable.
@@ -125,7 +128,7 @@ def _recompute_arguments(recompute: str) -> dict[str, Any]:
     return {}
 
 
-def _layer_spec(config: TransformerConfig, is_moe: bool, attention_backend: str) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, is_moe: bool, attention_backend: str, skips_outputs: bool) -> ModuleSpec:
     arguments = dict(num_experts=config.num_moe_experts if is_moe else None, qk_layernorm=config.qk_layernorm,
                      moe_grouped_gemm=is_moe and config.moe_grouped_gemm)
     if uses_transformer_engine():
@@ -136,19 +139,24 @@ def _layer_spec(config: TransformerConfig, is_moe: bool, attention_backend: str)
         if config.qk_layernorm:
             spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
             spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+        if is_moe:
+            spec.submodules.mlp.submodules.experts.module = BatchedExperts
+    if skips_outputs:
+        spec.module = LastLayer
     spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.arbitrary}
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        module=RoleAttention, params={"backend": attention_backend})
+        module=RoleAttention, params={"backend": attention_backend, "selects_rows": skips_outputs})
     spec.submodules.sharded_state_dict_keys_map = dict(_CHECKPOINT_NAMES)
     return spec
 
 
-def block_spec(config: TransformerConfig, attention_backend: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, attention_backend: str, vp_stage: int | None,
+               skips_outputs: bool = False) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds, and of the final norm."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     number = get_num_layers_to_build(config, vp_stage=vp_stage)
-    specs = [_layer_spec(config, bool(is_moe), attention_backend)
-             for is_moe in config.moe_layer_freq[first:first + number]]
+    specs = [_layer_spec(config, bool(config.moe_layer_freq[layer]), attention_backend,
+                         skips_outputs and layer == config.num_layers - 1) for layer in range(first, first + number)]
     layer_norm = RMSNorm
     if uses_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm as layer_norm
@@ -171,7 +179,7 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, *, pre_process: bo
         The model on this rank's device, in fp32 or bf16 parameters by parallel.precision.
     """
     config = transformer_config(model, parallel)
-    spec = block_spec(config, attention_backend or model.attention_backend, vp_stage)
+    spec = block_spec(config, attention_backend or model.attention_backend, vp_stage, can_skip_outputs(model, config))
     return DiffusionGPTModel(model, config, spec, pre_process=pre_process, post_process=post_process,
                              vp_stage=vp_stage).to(torch.cuda.current_device())
 
@@ -187,6 +195,7 @@ class DiffusionGPTModel(GPTModel):
             share_embeddings_and_output_weights=model.tie_word_embeddings, position_embedding_type="none",
             vp_stage=vp_stage)
         self.model_config = replace(model)
+        self.skips_outputs = post_process and isinstance(self.decoder.layers[-1], LastLayer)
 
     def forward(self, batch: Batch, mask_noise_sigma: float = 0.0,  # type: ignore[override]
                 noise_seed: int = 0) -> Tensor | tuple[Tensor, Tensor]:
@@ -203,11 +212,10 @@ class DiffusionGPTModel(GPTModel):
             [s/(cp x tp), b, h] for the next stage (s/cp without sequence parallelism).
         """
         hidden = self._embed(batch, mask_noise_sigma, noise_seed) if self.pre_process else None
-        hidden = self._decode(hidden, batch.position_ids, batch.roles)
+        hidden = self._decode(hidden, batch.position_ids, batch.roles, batch.target_positions)
         if not self.post_process:
             return hidden
-        return target_cross_entropy(self._select(hidden, batch.target_positions), self._head_weight(),
-                                    batch.target_ids, self.tp_group)
+        return target_cross_entropy(hidden, self._head_weight(), batch.target_ids, self.tp_group)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, positions: Tensor) -> Tensor:
         """Logits of chosen tokens, on a model of one pipeline stage.
@@ -222,8 +230,8 @@ class DiffusionGPTModel(GPTModel):
             [P, v] logits, gathered over the tensor ranks.
         """
         assert self.pre_process and self.post_process, "logits need the whole model on one pipeline stage"
-        hidden = self._decode(self.embedding(input_ids=input_ids, position_ids=position_ids), position_ids, roles)
-        local = torch.matmul(self._select(hidden, positions), self._head_weight().t())
+        embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
+        local = torch.matmul(self._decode(embeddings, position_ids, roles, positions), self._head_weight().t())
         return tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)
 
     def _embed(self, batch: Batch, mask_noise_sigma: float, noise_seed: int) -> Tensor:
@@ -242,23 +250,37 @@ class DiffusionGPTModel(GPTModel):
         noise = torch.where(batch.is_masked[:, tokens].unsqueeze(-1), normals * std, 0.0)
         return hidden + noise.transpose(0, 1).to(hidden.dtype)
 
-    def _decode(self, hidden: Tensor | None, position_ids: Tensor, roles: Tensor) -> Tensor:
-        """Run this stage's layers; `hidden` is None where a previous stage has set the input tensor."""
+    def _decode(self, hidden: Tensor | None, position_ids: Tensor, roles: Tensor, positions: Tensor) -> Tensor:
+        """Run this stage's layers; `hidden` is None where a previous stage has set the input tensor.
+
+        Returns:
+            On the last pipeline stage [P, h] hidden states of the flat `positions` in [b * s], else those of all
+            tokens for the next stage.
+        """
         model = self.model_config
         angles = rotary_angles(position_ids, model.kv_channels, model.rotary_percent, model.rotary_base)
-        return self.decoder(hidden_states=hidden, attention_mask=roles, rotary_pos_emb=angles)
+        rows = None
+        if self.skips_outputs:
+            num_rows, length = position_ids.shape
+            multiple = self.tp_group.size() if self.config.sequence_parallel else 1
+            rows = rows_to_keep(positions, length, num_rows, multiple)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=roles, rotary_pos_emb=angles, attention_bias=rows)
+        return self._select(hidden, positions) if self.post_process else hidden
 
     def _select(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """[P, h] hidden states of flat positions in [b * s], whose gradient is summed over the tensor ranks."""
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         length, num_rows, _ = hidden.shape
-        index = positions % length * num_rows + positions // length  # hidden is [s, b, h]: rows interleave
-        chosen = hidden.flatten(0, 1).index_select(0, index)
+        if self.skips_outputs:
+            chosen = hidden[:len(positions), 0]  # the last layer has kept them, in order
+        else:
+            chosen = hidden.flatten(0, 1).index_select(0, flat_rows(positions, length, num_rows))
         if self.config.sequence_parallel:
             return chosen  # the gather's backward pass reduces and scatters
         return tensor_parallel.copy_to_tensor_model_parallel_region(chosen, group=self.tp_group)
 
     def _head_weight(self) -> Tensor:
-        return (self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights
-                else self.output_layer.weight)
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            return self.embedding.word_embeddings.weight
+        return weight_of(self.output_layer)

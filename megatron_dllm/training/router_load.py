@@ -2,6 +2,9 @@
 
 Masked tokens all read the same embedding and tend to crowd on few experts, which a load averaged over
 all tokens hides. Counts are taken by forward hooks on megatron-core's routers while a step is logged.
+
+Where the last layer computes only tokens that carry a loss (model.last_layer), its router sees no others: in block
+diffusion it counts masked tokens alone, and its lines of the visible and clean ones stay 0.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, VIEW
+from megatron_dllm.model.last_layer import LastLayer, rows_to_keep
 
 ROLES = ("masked", "visible", "clean")
 _PADDING = len(ROLES)
@@ -35,17 +39,23 @@ class RouterLoad:
     def __init__(self, chunks: Sequence[nn.Module], num_layers: int, num_experts: int, is_recomputed: bool) -> None:
         """Args: `is_recomputed` says that layers run first without gradient and once more in the backward pass."""
         self._is_recomputed = is_recomputed
-        self._routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+        modules = [m for chunk in chunks for m in chunk.modules()]
+        self._routers = [m for m in modules if isinstance(m, TopKRouter)]
+        self._selecting = {m.mlp.router for m in modules if isinstance(m, LastLayer) and m.is_moe_layer}
         self._shape = (num_layers, len(ROLES) + 1, num_experts)
         self._counts: Tensor | None = None
         self._roles: Tensor | None = None
+        self._kept_roles: Tensor | None = None
 
     def observe(self, batch: Batch) -> None:
         """Tell which micro-batch the next forward pass is of."""
         roles = token_roles(batch)
         size = parallel_state.get_tensor_model_parallel_world_size()
         rank = parallel_state.get_tensor_model_parallel_rank()
-        self._roles = roles.chunk(size)[rank] if size > 1 else roles
+        num_rows, length = batch.input_ids.shape
+        kept = roles[rows_to_keep(batch.target_positions, length, num_rows, size)]
+        kept[len(batch.target_positions):] = _PADDING
+        self._roles, self._kept_roles = roles.chunk(size)[rank], kept.chunk(size)[rank]
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -64,7 +74,8 @@ class RouterLoad:
         routing_map = output[1].reshape(-1, self._shape[2])
         if self._counts is None:
             self._counts = torch.zeros(self._shape, dtype=torch.float64, device=routing_map.device)
-        one_hot = nn.functional.one_hot(self._roles, _PADDING + 1).double()
+        roles = self._kept_roles if router in self._selecting else self._roles
+        one_hot = nn.functional.one_hot(roles, _PADDING + 1).double()
         self._counts[router.layer_number - 1] += one_hot.t() @ routing_map.double()
 
     def totals(self, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every layout, started from one checkpoint, gives the loss and the gradients of one rank.
+"""Every layout, started from one checkpoint, gives the loss and the gradients of one rank that skips nothing.
 
 Gradients are compared whole: each rank writes its main gradients through the model's own sharded state dict, so
 what is compared has the names and shapes of the undivided model.
@@ -6,6 +6,7 @@ what is compared has the names and shapes of the undivided model.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tests.tiny_batch import tiny_batch
 
 ROWS = [[16, 8], [23]]
 ROW_LENGTH = 48
+# Layouts (with their dispatcher) whose last layer computes every token: see model.last_layer.can_skip_outputs.
+PLAIN = {("expert", "allgather"), ("context_expert", "allgather"), ("ulysses", "allgather")}
 Case = tuple[str, str, str]
 Result = tuple[list[float], dict[str, Tensor]]
 NOISE = dict(mask_noise_sigma=0.4, noise_seed=11)
@@ -34,20 +37,33 @@ LAYOUTS = {
     "context": (2, ParallelConfig(context_parallel_size=2)),
     "tensor_expert": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True,
                                         expert_model_parallel_size=2, expert_tensor_parallel_size=1)),
+    "context_expert": (2, ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2)),
+    "ulysses": (2, ParallelConfig(context_parallel_size=2, context_parallel_method="ulysses")),
     "context_tensor": (4, ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2,
                                          sequence_parallel=True)),
     "tensor_only": (2, ParallelConfig(tensor_model_parallel_size=2)),
     "recompute": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, recompute="full")),
+    "pipeline_recompute": (2, ParallelConfig(pipeline_model_parallel_size=2, recompute="full")),
+    "pipeline_selective": (2, ParallelConfig(pipeline_model_parallel_size=2, recompute="selective")),
 }
 MODELS: dict[str, dict[str, Any]] = {"ling": {}, "tied": {"tie_word_embeddings": True}, "dense": {"num_moe_experts": 0}}
 # Layout, token dispatcher, model. A mixture of experts needs sequence parallelism, a dense model does not.
 CASES: list[Case] = [(name, "allgather", "dense" if name == "tensor_only" else "ling") for name in LAYOUTS] + [
-    ("expert", "alltoall", "ling"), ("tensor_expert", "alltoall", "ling"), ("pipeline", "allgather", "tied"),
-    ("tensor", "allgather", "tied")]
+    ("expert", "alltoall", "ling"), ("context_expert", "alltoall", "ling"), ("tensor_expert", "alltoall", "ling"),
+    ("pipeline", "allgather", "tied"), ("tensor", "allgather", "tied")]
 
 
 def _model(name: str) -> ModelConfig:
     return tiny_model(num_layers=4, **MODELS[name])
+
+
+def _weights(model: ModelConfig) -> dict[str, Tensor]:
+    """Random weights whose router starves one expert, and in another layer all experts of the second of two ranks."""
+    weights = random_weights(model)
+    if model.is_moe:
+        weights["model.layers.1.mlp.gate.expert_bias"][4:] = -100.0
+        weights["model.layers.2.mlp.gate.expert_bias"][5] = -100.0
+    return weights
 
 
 def _rows(model: ModelConfig) -> list[Batch]:
@@ -100,18 +116,19 @@ def _run_one_rank(folder: str) -> dict[str, Result]:
         parallel_state.destroy_model_parallel()
         parallel.initialize(layout, RunConfig(name="test"))
         (built,) = _chunks(model, layout)
-        built.load_state_dict(to_megatron(model, random_weights(model)), strict=False)
+        built.load_state_dict(to_megatron(model, _weights(model)), strict=False)
         dist_checkpointing.save(_sharded([built]), _fresh(folder, f"weights_{name}"))
-        results[name] = _run_layout(name, layout, "allgather", folder, f"one_rank_{name}")
+        results[name] = _run_layout(name, layout, "allgather", folder, f"one_rank_{name}", skips_outputs=False)
     return results
 
 
 def _run_cases(cases: list[Case], folder: str) -> list[Result]:
-    return [_run_layout(model_name, LAYOUTS[name][1], dispatcher, folder, f"{name}_{dispatcher}_{model_name}")
-            for name, dispatcher, model_name in cases]
+    return [_run_layout(model_name, LAYOUTS[name][1], dispatcher, folder, f"{name}_{dispatcher}_{model_name}",
+                        skips_outputs=(name, dispatcher) not in PLAIN) for name, dispatcher, model_name in cases]
 
 
-def _run_layout(model_name: str, layout: ParallelConfig, dispatcher: str, folder: str, name: str) -> Result:
+def _run_layout(model_name: str, layout: ParallelConfig, dispatcher: str, folder: str, name: str,
+                skips_outputs: bool) -> Result:
     """Loss sums of the global batch and its gradients, of the whole model."""
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -125,7 +142,8 @@ def _run_layout(model_name: str, layout: ParallelConfig, dispatcher: str, folder
     with pytest.MonkeyPatch.context() as patch:
         choose = gpt._moe_arguments
         patch.setattr(gpt, "_moe_arguments", lambda *args: {**choose(*args), "moe_token_dispatcher_type": dispatcher})
-        chunks = _chunks(model, layout)
+        chunks = _chunks(replace(model, skip_unused_outputs=layout != ParallelConfig()), layout)
+    assert not chunks[-1].post_process or chunks[-1].skips_outputs == skips_outputs, name
     loaded = dist_checkpointing.load(_sharded(chunks), f"{folder}/weights_{model_name}")
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"chunk{index}"])

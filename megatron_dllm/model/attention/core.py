@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -21,10 +20,11 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from megatron_dllm.model.attention import chunked, dense, flex, shared_prefix
-from megatron_dllm.model.attention.context_parallel import KeyExchange, gather_roles, plan_exchange
+from megatron_dllm.model.attention.context_parallel import gather_roles, plan_exchange
 from megatron_dllm.model.attention.head_exchange import heads_to_tokens, tokens_to_heads
 from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.attention.plan import PlanCache
+from megatron_dllm.model.attention.selection import join_rows, select_queries, select_roles
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class RoleAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         backend: str = "auto",
+        selects_rows: bool = False,
     ) -> None:
         """Take megatron-core's arguments.
 
@@ -104,6 +105,7 @@ class RoleAttention(MegatronModule):
             cp_comm_type: "a2a" exchanges tokens for heads; else keys and values are gathered.
             pg_collection: process groups; None: megatron's own.
             backend: see `choose_backend`.
+            selects_rows: compute only the queries that `attention_bias` names.
 
         Raises:
             ValueError: for dropout, another softmax, or an unknown backend.
@@ -119,6 +121,7 @@ class RoleAttention(MegatronModule):
         self.layer_number = max(1, layer_number)
         self.softmax_scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
         self.backend = backend
+        self.selects_rows = selects_rows
         self.kv_cache: KVCache | None = None
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
@@ -148,17 +151,18 @@ class RoleAttention(MegatronModule):
             value: [s, b, g, d] values.
             attention_mask: [b, s, 3] int32 roles of these tokens.
             attn_mask_type: ignored.
-            attention_bias: must be None.
+            attention_bias: with `selects_rows`, [R] int64 indexes into the flattened [s * b] tokens whose output is
+                wanted, or None; ignored without. (megatron-core hands this argument through recomputation as it is.)
             packed_seq_params: must be None.
 
         Returns:
-            [s, b, n * d]; exactly 0 for padding.
+            [s, b, n * d], or [R, 1, n * d] of the chosen tokens; exactly 0 for padding.
 
         Raises:
             ValueError: if the roles are missing or of another shape.
         """
-        assert attention_bias is None and packed_seq_params is None, "RoleAttention reads only token roles"
-        roles = attention_mask
+        assert packed_seq_params is None, "RoleAttention reads only token roles"
+        roles, rows = attention_mask, attention_bias if self.selects_rows else None
         s, b, n, d = query.shape
         if roles is None or roles.shape != (b, s, 3) or roles.dtype.is_floating_point:
             shape = None if roles is None else tuple(roles.shape)
@@ -169,35 +173,33 @@ class RoleAttention(MegatronModule):
             backend = "chunked"  # The number of keys grows with every block: flex would compile each time.
         if self.exchanges_heads:
             query, key, value = tokens_to_heads(query, key, value, self.cp_group)
-        plan, key, value = self._plan(backend, key, value, roles)
+        key, value, key_roles = self._keys(key, value, roles)
+        build = BACKENDS[backend].build_plan
+        if rows is None:
+            query_roles = key_roles if self.exchanges_heads else roles
+            plan = PLANS.get(key_roles, (backend, key.device), lambda: build(query_roles, key_roles))
+        else:
+            assert not self.exchanges_heads, "rows are chosen from this rank's tokens"
+            query, key, value = select_queries(query, rows, backend == "flex"), join_rows(key), join_rows(value)
+            plan = PLANS.get(rows, (backend, key.device),
+                             lambda: build(*select_roles(roles, key_roles, rows, len(query))))
         out = BACKENDS[backend].attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3),
                                        plan, self.softmax_scale)
         out = out.permute(2, 0, 1, 3)
+        if rows is not None:
+            return out[:len(rows)].reshape(len(rows), 1, n * d)
         if self.exchanges_heads:
             out = heads_to_tokens(out, self.cp_group)
         return out.reshape(s, b, n * d)
 
-    def _plan(self, backend: str, key: Tensor, value: Tensor, roles: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """The plan of these roles, and the keys and values of every token that they may see."""
-        build = BACKENDS[backend].build_plan
+    def _keys(self, key: Tensor, value: Tensor, roles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of every token that these may see, and those tokens' roles, one tensor per micro-batch."""
         if self.kv_cache is not None:
             assert self.context_parallel_size == 1, "the KV cache holds whole rows: decode without context parallelism"
-            key, value, key_roles = self.kv_cache.extend(self.layer_number, key, value, roles)
-            plan = PLANS.get(key_roles, (backend, key.device, "cached"), lambda: build(roles, key_roles))
-        elif self.exchanges_heads:
-            plan = PLANS.get(roles, (backend, key.device, "heads"), lambda: self._plan_whole(roles, build))
-        elif self.context_parallel_size > 1:
-            exchange, plan = PLANS.get(roles, (backend, key.device, self.cp_group),
-                                       lambda: self._plan_exchange(roles, build))
-            key, value = exchange.exchange(key, value)
-        else:
-            plan = PLANS.get(roles, (backend, key.device), lambda: build(roles, roles))
-        return plan, key, value
-
-    def _plan_exchange(self, roles: Tensor, build: Callable[[Tensor, Tensor], Any]) -> tuple[KeyExchange, Any]:
-        exchange = plan_exchange(roles, self.cp_group)
-        return exchange, build(roles, exchange.key_roles)
-
-    def _plan_whole(self, roles: Tensor, build: Callable[[Tensor, Tensor], Any]) -> Any:
-        whole = gather_roles(roles, self.cp_group)
-        return build(whole, whole)
+            return self.kv_cache.extend(self.layer_number, key, value, roles)
+        if self.exchanges_heads:
+            return key, value, PLANS.get(roles, ("heads", self.cp_group), lambda: gather_roles(roles, self.cp_group))
+        if self.context_parallel_size > 1:
+            exchange = PLANS.get(roles, ("keys", self.cp_group), lambda: plan_exchange(roles, self.cp_group))
+            return *exchange.exchange(key, value), exchange.key_roles
+        return key, value, roles

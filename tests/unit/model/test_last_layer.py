@@ -1,0 +1,118 @@
+"""The last layer without the outputs that nobody reads, against all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.data.batch import Batch
+from tests.reference_model import random_weights, tiny_model, to_megatron
+from tests.tiny_batch import tiny_batch
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+BATCHES: dict[str, dict[str, Any]] = {
+    "two rows": dict(rows=[[17, 9], [24]], row_length=56, block_size=4),
+    "one row": dict(rows=[[17, 9]], row_length=56, block_size=8),
+    "two views": dict(rows=[[17, 9], [24]], row_length=80, block_size=4, num_views=2),
+    "mdlm": dict(rows=[[17, 9], [24]], row_length=28, block_size=64, has_clean=False),
+    "ar": dict(rows=[[17, 9], [24]], row_length=28, block_size=1, num_views=0),
+    "no target": dict(rows=[[13]], row_length=26, block_size=4, mask_ratio=0.0),
+}
+
+
+def _build(model: ModelConfig, parallel: ParallelConfig | None = None, backend: str = "auto") -> Any:
+    from megatron_dllm.model.gpt import build_model
+
+    built = build_model(model, parallel or ParallelConfig(), pre_process=True, post_process=True,
+                        attention_backend=backend)
+    built.load_state_dict(to_megatron(model, random_weights(model)), strict=False)
+    return built.train()
+
+
+def _with_gradients(built: Any, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
+    built.zero_grad()
+    nll, is_correct = built(batch, mask_noise_sigma=0.3, noise_seed=5)
+    (nll * batch.loss_weights).sum().backward()
+    return [nll, is_correct], {name: value.grad.clone() for name, value in built.named_parameters()}
+
+
+@pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", BATCHES)
+def test_equals_the_whole_layer_with_gradients(kind: str, recompute: str, backend: str) -> None:
+    model = tiny_model()
+    batch = tiny_batch(model, **BATCHES[kind])
+    (nll, is_correct), got = _with_gradients(_build(model, ParallelConfig(recompute=recompute), backend), batch)
+    whole = _build(replace(model, skip_unused_outputs=False))
+    assert not whole.skips_outputs
+    (expected_nll, expected_correct), expected = _with_gradients(whole, batch)
+    torch.testing.assert_close(nll, expected_nll, rtol=1e-5, atol=1e-5)
+    assert torch.equal(is_correct, expected_correct)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()) + 1e-12)
+
+
+def test_only_kept_tokens_pass_through_the_last_layer() -> None:
+    model = tiny_model()
+    built, batch = _build(model), tiny_batch(model, **BATCHES["two rows"])
+    sizes: dict[str, int] = {}
+    parts = {"mlp": built.decoder.layers[-1].mlp, "norm": built.decoder.final_layernorm,
+             "projection": built.decoder.layers[-1].self_attention.linear_proj, "earlier": built.decoder.layers[1].mlp}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda _, inputs, __, name=name: sizes.update({name: inputs[0][..., 0].numel()}))
+    built(batch)
+    num_targets = len(batch.target_ids)
+    assert sizes == dict(mlp=num_targets, norm=num_targets, projection=num_targets, earlier=2 * 56)
+
+
+@pytest.mark.parametrize("changes,parallel,expected", [
+    ({}, {}, True),
+    ({"skip_unused_outputs": False}, {}, False),
+    ({"moe_router_bias_update_rate": 1e-3}, {}, False),
+    ({"moe_aux_loss_coeff": 1e-2}, {}, False),
+    ({"moe_z_loss_coeff": 1e-3}, {}, False),
+    ({}, {"expert_model_parallel_size": 2}, False),
+    ({}, {"expert_model_parallel_size": 2, "moe_token_dispatcher": "alltoall"}, True),
+    ({}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, True),
+    ({}, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2,
+          "expert_tensor_parallel_size": 1}, True),
+    ({}, {"context_parallel_size": 2}, True),
+    ({}, {"context_parallel_size": 2, "context_parallel_method": "ulysses"}, False),
+    ({"num_moe_experts": 0}, {"pipeline_model_parallel_size": 2}, True),
+])
+def test_layouts_that_need_every_output_keep_it(changes: dict, parallel: dict, expected: bool) -> None:
+    from megatron_dllm.model.gpt import transformer_config
+    from megatron_dllm.model.last_layer import can_skip_outputs
+
+    model = tiny_model(**changes)
+    assert can_skip_outputs(model, transformer_config(model, ParallelConfig(**parallel))) is expected
+
+
+def test_rows_to_keep_are_filled_up_to_a_multiple() -> None:
+    from megatron_dllm.model.last_layer import rows_to_keep
+
+    # Two rows of five tokens: flat positions count along a row, hidden states across the rows.
+    assert rows_to_keep(torch.tensor([0, 4, 5, 8]), 5, 2, 1).tolist() == [0, 8, 1, 7]
+    assert rows_to_keep(torch.tensor([4, 5, 8]), 5, 2, 2).tolist() == [8, 1, 7, 0]
+    assert rows_to_keep(torch.zeros(0, dtype=torch.int64), 5, 2, 2).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_router_load_of_the_last_layer_counts_kept_tokens(recompute: str) -> None:
+    from megatron_dllm.training.router_load import RouterLoad
+
+    model = tiny_model()
+    built, batch = _build(model, ParallelConfig(recompute=recompute)), tiny_batch(model, **BATCHES["two rows"])
+    load = RouterLoad([built], model.num_layers, model.num_moe_experts, recompute == "full")
+    with load.counting():
+        load.observe(batch)
+        built(batch)
+    totals = load.totals(torch.device("cpu")).sum(-1) / model.moe_router_topk
+    masked, clean = float(batch.is_masked.sum()), 50.0
+    assert totals.tolist() == [[0.0] * 3, [masked, 50.0 - masked, clean], [masked, 0.0, 0.0]]
