@@ -37,7 +37,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     # The parent serves the ranks' meeting point, so nobody else can take its port in between.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    # Forked from a server that has imported the slow libraries once: starting a rank costs milliseconds.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preload"])
     with tempfile.TemporaryDirectory() as folder:
         stacks = [Path(folder) / f"rank_{rank}.txt" for rank in range(world_size)]
         pipes, processes = [], []
@@ -57,12 +59,17 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 process.join()
 
 
-def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int,
-              sender: Connection, stack_file: str) -> None:
+def set_rank(rank: int, world_size: int, port: int) -> None:
+    """Give this process the environment that torchrun would give it, with the meeting point at `port`."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
+
+
+def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int,
+              sender: Connection, stack_file: str) -> None:
+    set_rank(rank, world_size, port)
     with open(stack_file, "w", encoding="utf-8") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
         try:

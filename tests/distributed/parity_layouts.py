@@ -1,0 +1,148 @@
+"""What the parity table compares: layouts, stages, and the tiny run that both sides train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from megatron_dllm.config import (
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    StageConfig,
+    TrainConfig,
+)
+
+CONTEXT_LENGTH, BLOCK_SIZE, ROW_LENGTH = 32, 4, 96
+GLOBAL_BATCH_SIZE = 4
+VOCAB_SIZE, EOS, PAD, MASK = 128, 0, 1, 2
+LEARNING_RATE = 1e-2
+# Of the order of the gradient's elements. Adam divides by |g| + eps: with the usual 1e-8 the first updates are the
+# sign of g, and an element whose gradient is nothing but rounding moves by a full learning rate either way.
+ADAM_EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to train the same global batches.
+
+    `has_overlap` overlaps gradient and parameter traffic with compute. `defect` makes the program wrong in that way;
+    such a layout is not validated.
+    """
+
+    world_size: int
+    parallel: ParallelConfig
+    micro_batch_size: int = 1
+    has_overlap: bool = False
+    defect: str | None = None
+
+
+def _layout(world_size: int, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, micro_batch_size: int = 1,
+            has_overlap: bool = False, defect: str | None = None, **others: object) -> Layout:
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
+        expert_model_parallel_size=ep, sequence_parallel=tp > 1)
+    return Layout(world_size, replace(parallel, **others), micro_batch_size, has_overlap, defect)
+
+
+EXPECTED = _layout(1, micro_batch_size=GLOBAL_BATCH_SIZE)
+
+LAYOUTS: dict[str, Layout] = {
+    "accumulation 4": _layout(1),
+    "recompute full": _layout(1, micro_batch_size=2, recompute="full"),
+    "recompute selective": _layout(1, micro_batch_size=2, recompute="selective"),
+    "DP2": _layout(2, micro_batch_size=2),
+    "DP2 overlap": _layout(2, has_overlap=True),
+    "TP2": _layout(2, tp=2, expert_tensor_parallel_size=2),
+    "TP2 recompute": _layout(2, tp=2, expert_tensor_parallel_size=2, recompute="full"),
+    "TP2 x EP2": _layout(2, tp=2, ep=2, expert_tensor_parallel_size=1),
+    "PP2": _layout(2, pp=2),
+    "PP2 uneven 1+3": _layout(2, pp=2, num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=3),
+    "PP2 virtual 2": _layout(2, pp=2, virtual_pipeline_model_parallel_size=2),
+    "PP2 recompute selective": _layout(2, pp=2, recompute="selective"),
+    "CP2": _layout(2, cp=2),
+    "CP2 ulysses": _layout(2, cp=2, context_parallel_method="ulysses"),
+    "EP2": _layout(2, ep=2),
+    "EP2 alltoall": _layout(2, ep=2, moe_token_dispatcher="alltoall"),
+    "TP2 x PP2": _layout(4, tp=2, pp=2),
+    "TP2 x EP2 x DP2": _layout(4, tp=2, ep=2, expert_tensor_parallel_size=1),
+    "TP2 x EP2 x ETP2": _layout(4, tp=2, ep=2, expert_tensor_parallel_size=2),
+    "TP2 x CP2": _layout(4, tp=2, cp=2),
+    "TP2 x CP2 ulysses": _layout(4, tp=2, cp=2, context_parallel_method="ulysses"),
+    "TP4, 2 query groups": _layout(4, tp=4),
+    "PP4": _layout(4, pp=4),
+    "PP2 virtual 2 x DP2 overlap": _layout(4, pp=2, virtual_pipeline_model_parallel_size=2, has_overlap=True),
+    "PP2 x EP2": _layout(4, pp=2, ep=2),
+    "CP4": _layout(4, cp=4),
+    "CP4 ulysses": _layout(4, cp=4, context_parallel_method="ulysses"),
+    "CP2 x EP2": _layout(4, cp=2, ep=2),
+    "CP2 x EP4": _layout(4, cp=2, ep=4),
+    "EP4": _layout(4, ep=4),
+    "TP2 x PP2 x CP2": _layout(8, tp=2, pp=2, cp=2),
+    "DP2 x EP2 x PP2": _layout(8, pp=2, ep=2),
+}
+
+# Wrong on purpose: the comparison must see each of them.
+BROKEN: dict[str, Layout] = {
+    "TP2, expert TP 1, EP 1": _layout(2, tp=2, expert_tensor_parallel_size=1, defect="not_validated"),
+    "DP2, gradient not divided by the tokens": _layout(2, defect="unscaled_gradient"),
+    "TP2, norm gradients not summed": _layout(2, tp=2, defect="unsummed_norms"),
+    "CP2, key gradients of other ranks dropped": _layout(2, cp=2, defect="dropped_key_gradients"),
+}
+
+# Their rounding differs where sums are taken in another order; see docs/parallelism.md.
+BF16: dict[str, Layout] = {
+    f"{name} bf16": replace(LAYOUTS[name], parallel=replace(LAYOUTS[name].parallel, precision="bf16"))
+    for name in ("accumulation 4", "DP2", "TP2", "PP2", "CP2", "EP2")
+}
+
+_BLOCKS = StageConfig(block_size=BLOCK_SIZE, num_tokens=1, global_batch_size=GLOBAL_BATCH_SIZE,
+                      learning_rate=LEARNING_RATE)
+STAGES: dict[str, StageConfig] = {
+    "ar": replace(_BLOCKS, objective="ar", block_size=1),
+    "complementary": replace(_BLOCKS, is_complementary=True, t_max=0.999),
+    "single_view": _BLOCKS,
+    "mdlm": replace(_BLOCKS, block_size=CONTEXT_LENGTH),
+}
+# Noise on the embeddings of masked tokens, where a stage has it.
+EMBEDDING_NOISE = {"complementary": 0.3}
+
+
+def tiny_model() -> ModelConfig:
+    """One dense layer and three with experts; the router's bias moves, so that it is compared too."""
+    return ModelConfig(
+        num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=16,
+        vocab_size=VOCAB_SIZE, max_position_embeddings=512, num_dense_layers=1, num_moe_experts=8,
+        moe_ffn_hidden_size=32, moe_shared_expert_intermediate_size=32, moe_router_topk=4, moe_router_num_groups=4,
+        moe_router_group_topk=2, moe_router_topk_scaling_factor=2.5, moe_router_bias_update_rate=1e-3,
+        init_method_std=0.1, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=PAD)
+
+
+def train_config(layout: Layout, stage: StageConfig, corpus: Path) -> TrainConfig:
+    """The whole configuration of one comparison."""
+    stage = replace(stage, micro_batch_size=layout.micro_batch_size)
+    return TrainConfig(
+        run=RunConfig(name="parity"), model=tiny_model(), data=DataConfig(train=str(corpus), packing_chunk=64),
+        noise=NoiseConfig(), parallel=layout.parallel, logging=LoggingConfig(),
+        schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages={"only": stage}),
+        optimizer=OptimizerConfig(adam_eps=ADAM_EPS, overlap_grad_reduce=layout.has_overlap,
+                                  overlap_param_gather=layout.has_overlap))
+
+
+def write_corpus(prefix: Path, num_documents: int = 300) -> None:
+    """Random documents of log-normal length (median 16, sigma 1), some longer than a context."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    rng = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(str(prefix) + ".bin", dtype=np.uint16)
+    for length in np.clip(rng.lognormal(np.log(16), 1.0, num_documents).astype(int), 1, 120):
+        tokens = np.append(rng.integers(MASK + 1, VOCAB_SIZE, length - 1), EOS).astype(np.uint16)
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(str(prefix) + ".idx")

@@ -1,0 +1,42 @@
+"""Layouts that differ most train what one rank trains; what is wrong on purpose is noticed. All: `make parity`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.parity import ALL_LAYOUTS, measure, violations
+from tests.distributed.parity_layouts import STAGES
+from tests.distributed.parity_run import Trained, prepare
+from tests.distributed.ranks import run_ranks
+
+Start = tuple[str, dict[str, Trained]]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Folder with the common checkpoint, and what one rank makes of it."""
+    folder = str(tmp_path_factory.mktemp("parity"))
+    (expected,) = run_ranks(prepare, 1, folder, timeout_s=300.0)
+    return folder, expected
+
+
+@pytest.mark.parametrize("name", ["accumulation 4", "recompute full", "DP2 overlap", "TP2 x EP2", "PP2 virtual 2",
+                                  "CP2", "CP2 ulysses", "EP2 alltoall"])
+def test_layouts_train_what_one_rank_trains(name: str, start: Start) -> None:
+    assert violations(measure(ALL_LAYOUTS[name], *start, list(STAGES)), "fp32") == []
+
+
+@pytest.mark.parametrize("name", ["TP2 x CP2", "PP2 x EP2"])
+def test_four_ranks_train_what_one_rank_trains(name: str, start: Start) -> None:
+    assert violations(measure(ALL_LAYOUTS[name], *start, ["ar", "complementary"]), "fp32") == []
+
+
+@pytest.mark.parametrize(("name", "measures"), [
+    ("TP2, expert TP 1, EP 1", {"grad_norm", "weights", "update"}),
+    ("DP2, gradient not divided by the tokens", {"grad_norm"}),
+    ("TP2, norm gradients not summed", {"grad_norm", "weights", "update", "replica_spread"}),
+    ("CP2, key gradients of other ranks dropped", {"grad_norm", "weights", "update"}),
+])
+def test_wrong_gradients_are_noticed(name: str, measures: set[str], start: Start) -> None:
+    found = violations(measure(ALL_LAYOUTS[name], *start, ["complementary"]), "fp32")
+    assert measures <= {violation.split()[1] for violation in found}
