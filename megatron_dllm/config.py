@@ -358,20 +358,21 @@ class ParallelConfig:
 
     def _validate_tensor(self, model: ModelConfig) -> None:
         tp = self.tensor_model_parallel_size
-        for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size"):
+        for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size", "moe_shared_expert_intermediate_size"):
             value = getattr(model, name)
             _check(value % tp == 0,
-                   f"parallel.tensor_model_parallel_size ({tp}) must divide model.{name} ({value}).")
+                   f"parallel.tensor_model_parallel_size ({tp}) must divide model.{name} ({value}); "
+                   f"use {_nearest_divisors(value, tp)}.")
         groups = model.num_query_groups
         _check(groups % tp == 0 or tp % groups == 0,
                f"parallel.tensor_model_parallel_size ({tp}) must divide model.num_query_groups ({groups}) "
-               "or be a multiple of it.")
+               f"or be a multiple of it; use {_nearest_divisors(groups, tp)}.")
         _check(not self.sequence_parallel or tp > 1,
                f"parallel.sequence_parallel (true) needs tensor_model_parallel_size above 1 (it is {tp}); "
                "set it to false.")
         _check(not (model.is_moe and tp > 1) or self.sequence_parallel,
                f"parallel.sequence_parallel (false) must be true for a mixture of experts with "
-               f"tensor_model_parallel_size {tp}: megatron-core does not train it otherwise.")
+               f"tensor_model_parallel_size {tp}: megatron-core does not train it otherwise; set it to true.")
 
     def _validate_context(self, model: ModelConfig) -> None:
         cp, tp = self.context_parallel_size, self.tensor_model_parallel_size
@@ -387,8 +388,16 @@ class ParallelConfig:
         pp = self.pipeline_model_parallel_size
         vpp = self.virtual_pipeline_model_parallel_size
         first, last = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
-        _check(vpp is None or pp > 1,
-               f"parallel.virtual_pipeline_model_parallel_size ({vpp}) needs pipeline_model_parallel_size above 1.")
+        _check(vpp is None or (pp > 1 and vpp > 1),
+               f"parallel.virtual_pipeline_model_parallel_size ({vpp}) must be above 1 and needs "
+               f"pipeline_model_parallel_size above 1 (it is {pp}); set it to null for one stage a rank.")
+        for name, number in (("first", first), ("last", last)):
+            _check(number is None or (number > 0 and number % (vpp or 1) == 0),
+                   f"parallel.num_layers_in_{name}_pipeline_stage ({number}) must be positive and a multiple of the "
+                   f"virtual stages ({vpp or 1}); set it to null to share the layers out evenly.")
+            _check(number is None or pp > 1,
+                   f"parallel.num_layers_in_{name}_pipeline_stage ({number}) needs pipeline_model_parallel_size above 1 "
+                   f"(it is {pp}); set it to null.")
         middle = pp - (first is not None) - (last is not None)
         layers = model.num_layers - (first or 0) - (last or 0)
         if middle == 0:
@@ -407,21 +416,24 @@ class ParallelConfig:
         if not model.is_moe:
             _check(ep == 1, f"parallel.expert_model_parallel_size ({ep}) needs a model with experts; set it to 1.")
             return
+        if self.expert_tensor_parallel_size is not None:
+            _check_positive("parallel.expert_tensor_parallel_size", self.expert_tensor_parallel_size)
         etp = self.expert_tensor_parallel_size or tp
         _check(model.num_moe_experts % ep == 0,
                f"parallel.expert_model_parallel_size ({ep}) must divide model.num_moe_experts "
-               f"({model.num_moe_experts}).")
-        _check(not (tp > 1 and ep == 1 and etp != tp),
+               f"({model.num_moe_experts}); use {_nearest_divisors(model.num_moe_experts, ep)}.")
+        _check(ep > 1 or etp == tp,
                f"parallel.expert_tensor_parallel_size ({etp}) must equal tensor_model_parallel_size ({tp}) when "
-               "expert_model_parallel_size is 1: megatron-core 0.16 would not reduce the experts' gradients over the "
-               f"tensor ranks and train wrongly without an error; set it to {tp} or use expert parallelism.")
+               "expert_model_parallel_size is 1: megatron-core 0.16 would reduce the experts' gradients over the ranks "
+               f"of the dense weights and train wrongly without an error; set it to {tp} or use expert parallelism.")
         _check(model.moe_ffn_hidden_size % etp == 0,
                f"parallel.expert_tensor_parallel_size ({etp}) must divide model.moe_ffn_hidden_size "
-               f"({model.moe_ffn_hidden_size}).")
+               f"({model.moe_ffn_hidden_size}); use {_nearest_divisors(model.moe_ffn_hidden_size, etp)}.")
         expert_ranks = ep * etp * self.pipeline_model_parallel_size
         _check(world_size % expert_ranks == 0,
                f"parallel: expert x expert-tensor x pipeline ({ep} x {etp} x {self.pipeline_model_parallel_size} = "
-               f"{expert_ranks}) must divide the number of ranks ({world_size}).")
+               f"{expert_ranks}) must divide the number of ranks ({world_size}); "
+               f"start a multiple of {expert_ranks} ranks or use less expert parallelism.")
 
 
 @dataclass
@@ -574,6 +586,11 @@ class TrainConfig:
         _check(stage.global_batch_size % rows == 0,
                f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must be a multiple of "
                f"data parallel size x micro_batch_size ({dp} x {stage.micro_batch_size} = {rows}).")
+        pp = layout.pipeline_model_parallel_size
+        _check(layout.virtual_pipeline_model_parallel_size is None or stage.global_batch_size // rows % pp == 0,
+               f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must give a multiple of "
+               f"pipeline_model_parallel_size ({pp}) micro-batches to each rank with virtual pipeline stages, and gives "
+               f"{stage.global_batch_size // rows}; use a multiple of {rows * pp}.")
 
 
 @dataclass
