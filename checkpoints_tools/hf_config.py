@@ -255,7 +255,9 @@ def _qwen3_moe(reader: _Reader, model: ModelConfig) -> ModelConfig:
         raise ValueError(f"{reader.source}: mlp_only_layers ({dense}) must be the lowest layers: our model has dense layers "
                          "only below its mixture-of-experts layers.")
     return replace(
-        model, num_dense_layers=len(dense), num_moe_experts=reader.need("num_experts"),
+        model, num_dense_layers=len(dense),
+        # transformers 5 saves the number of experts under another name.
+        num_moe_experts=reader.config.get("num_local_experts") or reader.need("num_experts"),
         moe_ffn_hidden_size=reader.need("moe_intermediate_size"), moe_router_topk=reader.need("num_experts_per_tok"),
         moe_router_score_function="softmax", moe_router_pre_softmax=not reader.need("norm_topk_prob"),
         moe_router_enable_expert_bias=False)

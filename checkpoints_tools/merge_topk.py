@@ -46,11 +46,11 @@ def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None, b
         logger.info("%d of %d checkpoints were trained with another objective or block size and stay out",
                     len(complete) - len(alike), len(complete))
     candidates = alike[-last_n:] if last_n else alike
-    scored = [(score, folder) for folder in candidates if (score := _score(folder, metric, block_size)) is not None]
-    if last_n and k >= len(candidates) and k <= last_n:
-        scored = [(score if score is not None else float("inf"), folder) for folder in candidates
-                  for score in [_score(folder, metric, block_size)]]
-    ranking = sorted(scored, key=lambda item: item[0])
+    scores = {folder: _score(folder, metric, block_size) for folder in candidates}
+    if last_n and k >= len(candidates) == last_n:
+        logger.info("all of the last %d checkpoints", last_n)
+        return candidates
+    ranking = sorted((score, folder) for folder, score in scores.items() if score is not None)
     for number, (score, folder) in enumerate(ranking):
         logger.info("%s %2d. %s  %s %.5f", "*" if number < k else " ", number + 1, folder.name, metric, score)
     if len(ranking) < k:

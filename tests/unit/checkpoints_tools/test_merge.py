@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools import hf_to_mcore, mcore_to_hf, merge_stream
-from checkpoints_tools.mcore_folder import open_checkpoint, read_contract
+from checkpoints_tools import mcore_to_hf, merge_stream
+from checkpoints_tools.mcore_folder import open_checkpoint, read_contract, write_json_files
 from checkpoints_tools.merge_topk import choose, merge
+from checkpoints_tools.param_map import key_aliases
+from checkpoints_tools.torch_dist_write import TorchDistWriter
 from megatron_dllm import checkpoint_folder as folders
 
 from .conftest import LING, left_in
@@ -173,11 +175,33 @@ def test_interrupted_merge_leaves_nothing(make_checkpoint, tmp_path: Path, monke
     assert left_in(tmp_path) == {"a", "a_hf", "b", "b_hf"}
 
 
-def test_optimizer_and_objects_stay_out(make_checkpoint, tmp_path: Path) -> None:
-    """Inputs whose layouts differ, with and without the second names, merge; the output has the model alone."""
-    inputs = [make_checkpoint("a", 0), make_checkpoint("b", 1)]
+def test_inputs_with_and_without_second_names_merge(make_checkpoint, tmp_path: Path) -> None:
+    """A converter's checkpoint names the norms before experts twice, a run's does not."""
+    inputs = [make_checkpoint("a", 0), _as_a_run_saves_it(make_checkpoint("b", 1), tmp_path / "run")]
     merge(inputs, tmp_path / "merged")
-    merge([inputs[0], tmp_path / "merged"], tmp_path / "again")
-    _, reader = open_checkpoint(tmp_path / "again")
-    assert set(reader.metadata.tensors) == set(_tensors(inputs[0]))
-    hf_to_mcore.convert(tmp_path / "a_hf", tmp_path / "again2")
+    assert _tensors(tmp_path / "merged").keys() == _tensors(inputs[0]).keys()
+
+
+def test_optimizer_state_stays_out(make_checkpoint, tmp_path: Path) -> None:
+    inputs = [_as_a_run_saves_it(make_checkpoint(f"c{seed}", seed), tmp_path / f"run{seed}") for seed in range(2)]
+    assert "optimizer.exp_avg" in _tensors(inputs[0])
+    merge(inputs, tmp_path / "merged")
+    assert "optimizer.exp_avg" not in _tensors(tmp_path / "merged")
+    mcore_to_hf.convert(inputs[0], tmp_path / "hf")
+    assert load_file(tmp_path / "hf" / "model.safetensors").keys() == load_file(tmp_path / "c0_hf" / "model.safetensors").keys()
+
+
+def _as_a_run_saves_it(source: Path, target: Path) -> Path:
+    """The same weights beside optimizer state, without second names, in chunks split along columns."""
+    target.mkdir()
+    writer = TorchDistWriter(target)
+    second = set(key_aliases(LING).values())
+    for key, value in {**_tensors(source), "optimizer.exp_avg": torch.randn(5)}.items():
+        if key in second:
+            continue
+        writer.add(key, value.dtype, tuple(value.shape))
+        half = value.shape[-1] // 2
+        writer.write(key, (0,) * value.dim(), value[..., :half].clone())
+        writer.write(key, (*(0,) * (value.dim() - 1), half), value[..., half:].clone())
+    write_json_files(target, {"contract.json": json.loads((source / "contract.json").read_text())}, writer.close())
+    return target
