@@ -396,8 +396,8 @@ class ParallelConfig:
                    f"parallel.num_layers_in_{name}_pipeline_stage ({number}) must be positive and a multiple of the "
                    f"virtual stages ({vpp or 1}); set it to null to share the layers out evenly.")
             _check(number is None or pp > 1,
-                   f"parallel.num_layers_in_{name}_pipeline_stage ({number}) needs pipeline_model_parallel_size above 1 "
-                   f"(it is {pp}); set it to null.")
+                   f"parallel.num_layers_in_{name}_pipeline_stage ({number}) needs pipeline_model_parallel_size above "
+                   f"1 (it is {pp}); set it to null.")
         middle = pp - (first is not None) - (last is not None)
         layers = model.num_layers - (first or 0) - (last or 0)
         if middle == 0:
@@ -589,8 +589,8 @@ class TrainConfig:
         pp = layout.pipeline_model_parallel_size
         _check(layout.virtual_pipeline_model_parallel_size is None or stage.global_batch_size // rows % pp == 0,
                f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must give a multiple of "
-               f"pipeline_model_parallel_size ({pp}) micro-batches to each rank with virtual pipeline stages, and gives "
-               f"{stage.global_batch_size // rows}; use a multiple of {rows * pp}.")
+               f"pipeline_model_parallel_size ({pp}) micro-batches to each rank with virtual pipeline stages, and "
+               f"gives {stage.global_batch_size // rows}; use a multiple of {rows * pp}.")
 
 
 @dataclass

@@ -111,7 +111,8 @@ def _write(results: dict[str, Result], stages: list[str], output: Path) -> None:
              *(f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()), "",
              f"Relative difference from one rank after {NUM_STEPS} optimizer steps, the worst of the stages "
              f"{', '.join(stages)}. weights and update (the weights less where they started) are L2 norms, by the "
-             "worst tensor; replica_spread is the largest absolute difference between two ranks' copies of one weight.", "",
+             "worst tensor; replica_spread is the largest absolute difference between two ranks' copies of one "
+             "weight.", "",
              "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(row) + " |" for row in _rows(results)]
     output.with_suffix(".md").write_text("\n".join(lines) + "\n")
