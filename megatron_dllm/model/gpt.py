@@ -94,8 +94,20 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         # A list also for models whose layers are all alike: checkpoints then name every layer by itself.
         moe_layer_freq=[int(model.is_moe and layer >= model.num_dense_layers) for layer in range(model.num_layers)],
         cuda_graph_scope=[],
-        **_moe_arguments(model, parallel.moe_token_dispatcher, has_cuda, has_te),
+        **_moe_arguments(model, _token_dispatcher(parallel, has_cuda), has_cuda, has_te),
         **_recompute_arguments(parallel.recompute))
+
+
+def _token_dispatcher(parallel: ParallelConfig, has_cuda: bool) -> str:
+    """All-to-all sends a token only where it is needed; all-gather needs no host arrays and suits gloo."""
+    if parallel.moe_token_dispatcher == "auto":
+        return "alltoall" if has_cuda else "allgather"
+    expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    if parallel.moe_token_dispatcher == "alltoall" and expert_tp > 1 and not has_cuda:
+        raise ValueError(f"parallel.moe_token_dispatcher (alltoall) needs NCCL with expert_tensor_parallel_size "
+                         f"{expert_tp}: the tensor ranks gather different numbers of tokens, which gloo cannot; use "
+                         "allgather or auto.")
+    return parallel.moe_token_dispatcher
 
 
 def _moe_arguments(model: ModelConfig, dispatcher: str, has_cuda: bool, has_te: bool) -> dict[str, Any]:
@@ -115,8 +127,7 @@ def _moe_arguments(model: ModelConfig, dispatcher: str, has_cuda: bool, has_te: 
         moe_router_dtype=model.moe_router_dtype,
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff, moe_z_loss_coeff=model.moe_z_loss_coeff or None,
-        # All-to-all sends a token only where it is needed; all-gather needs no host arrays and suits gloo.
-        moe_token_dispatcher_type=dispatcher if dispatcher != "auto" else "alltoall" if has_cuda else "allgather",
+        moe_token_dispatcher_type=dispatcher,
         moe_grouped_gemm=has_te, moe_permute_fusion=has_te)
 
 
