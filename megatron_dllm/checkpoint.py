@@ -196,7 +196,8 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Wait for an asynchronous checkpoint in flight."""
-        with _Deadline(self._timeout, "The checkpoint written in the background"):
+        # Later than the writer's own limit, which names the rank.
+        with _Deadline(self._timeout + 1.0, "The checkpoint written in the background"):
             while self._background is not None:
                 self.poll()
                 if self._background is not None:

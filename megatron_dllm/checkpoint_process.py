@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import queue
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -72,12 +73,21 @@ def _write(function: Callable[..., None] | None, buckets: list[Any]) -> Written:
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             function.args[0], index, bucket, results, count, use_fsync=True)  # type: ignore[union-attr, arg-type]
         _, records = results.get_nowait()
-        if isinstance(records, Exception):
-            raise records
         path = Path(bucket[0])
+        if isinstance(records, Exception):
+            raise OSError(f"writing {path}: {_cause(records)} ({shutil.disk_usage(path.parent).free / 2**30:.1f} GiB "
+                          "free there); make room, or choose another run.root") from records
         written.records[index] = records
         written.checksums[path.name] = checksum(path)
     return written
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The operating system's error behind one that torch made of it, where there is one."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error
 
 
 class BackgroundWrite:

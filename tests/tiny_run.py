@@ -25,6 +25,7 @@ from megatron_dllm.config import (
     StageConfig,
     TrainConfig,
 )
+from tests.distributed.ranks import run_ranks
 
 CONTEXT_LENGTH, ROW_LENGTH = 32, 96
 VOCAB_SIZE, EOS, PAD, MASK = 128, 0, 1, 2
@@ -34,7 +35,8 @@ MODEL = ModelConfig(
     vocab_size=VOCAB_SIZE, max_position_embeddings=512, num_dense_layers=1, num_moe_experts=8,
     moe_ffn_hidden_size=16, moe_shared_expert_intermediate_size=16, moe_router_topk=4, moe_router_num_groups=4,
     moe_router_group_topk=2, moe_router_topk_scaling_factor=2.5, moe_router_bias_update_rate=1e-3,
-    init_method_std=0.1, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=PAD)
+    init_method_std=0.1, mask_embedding_noise=0.2, mask_embedding_noise_steps=40, mask_token_id=MASK,
+    eos_token_id=EOS, pad_token_id=PAD)
 DENSE = replace(MODEL, num_moe_experts=0, num_dense_layers=4)
 
 # About 6 steps each; the second packs its rows anew in the middle of a chunk of documents.
@@ -52,13 +54,22 @@ def run_config(folder: Path, name: str, layout: ParallelConfig | None = None, **
     moves by a full learning rate either way, and two layouts could not be compared.
     """
     config = TrainConfig(
-        run=RunConfig(name=name, root=str(folder / "runs"), distributed_timeout_minutes=2.0), model=MODEL,
+        run=RunConfig(name=name, root=str(folder / "runs"), distributed_timeout_minutes=10.0), model=MODEL,
         data=DataConfig(train=str(folder / "corpus"), packing_chunk=64),
         schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=dict(STAGES)),
         optimizer=OptimizerConfig(adam_eps=1e-3), parallel=layout or ParallelConfig(),
-        checkpoint=CheckpointConfig(save_interval_tokens=600, keep_last=3, timeout_minutes=1.0),
+        checkpoint=CheckpointConfig(save_interval_tokens=600, keep_last=3, timeout_minutes=10.0),
         logging=LoggingConfig(interval_steps=1, tensorboard=False))
     return replace(config, **changes)
+
+
+def scaled_config(folder: Path, name: str, scale: float, is_async: bool = False) -> TrainConfig:
+    """A run with stages `scale` times as long, saved every few steps."""
+    stages = {key: replace(stage, num_tokens=int(scale * stage.num_tokens)) for key, stage in STAGES.items()}
+    return run_config(
+        folder, name, checkpoint=CheckpointConfig(save_interval_tokens=500, keep_last=2, keep_best=0,
+                                                  timeout_minutes=10.0, is_async=is_async),
+        schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=stages))
 
 
 def write_corpus(prefix: Path, num_documents: int = 400) -> None:
@@ -71,6 +82,11 @@ def write_corpus(prefix: Path, num_documents: int = 400) -> None:
         tokens = np.append(rng.integers(MASK + 1, VOCAB_SIZE, length - 1), EOS).astype(np.uint16)
         builder.add_document(tokens, [len(tokens)])
     builder.finalize(str(prefix) + ".idx")
+
+
+def train_ranks(world_size: int, *arguments: Any) -> list[int]:
+    """`train_here` on so many ranks; their exit codes."""
+    return run_ranks(train_here, world_size, *arguments, timeout_s=500.0)
 
 
 def train_here(config: TrainConfig, signal_at: int | None = None, number: int = signal.SIGTERM) -> int:
@@ -114,3 +130,13 @@ def read_metrics(config: TrainConfig) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     varying = ("tokens_per_second", "forward_tokens_per_second", "step_seconds", "peak_memory_gib")
     return [{name: value for name, value in record.items() if name not in varying} for record in records]
+
+
+if __name__ == "__main__":  # python -m tests.tiny_run FOLDER NAME SCALE IS_ASYNC: one rank under torchrun
+    import logging
+    import sys
+
+    from megatron_dllm.train import train
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    sys.exit(train(scaled_config(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), sys.argv[4] == "1")))

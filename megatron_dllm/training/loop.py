@@ -206,7 +206,9 @@ class Trainer:
         result = self._train_step(step, is_logged)
         before = state.consumed_tokens
         if not result.is_applied:
-            dump_step(self.folder, state.step, step.micro_batches, asdict(config), result.reason)
+            dump_step(self.folder, state.step, step.micro_batches, {
+                "stage": stage.name, "reason": result.reason, "loss": result.loss, "grad_norm": result.grad_norm,
+                "embedding_noise": asdict(self._embedding_noise()), "config": asdict(self.given_config)})
             if config.optimizer.on_non_finite == "stop":
                 self.writer.finish()
                 log.error("step %d: %s; the batch is in %s", state.step, result.reason, self.folder / "replay")
@@ -232,14 +234,13 @@ class Trainer:
             self._save(stage, is_stage_end=finished is not None, is_validated=finished is not None or is_due)
         if must_stop and not self.schedule.is_finished(state.consumed_tokens):
             self.writer.finish()
-            log.warning("asked to stop: saved at step %d", state.step)
+            if self.is_rank_zero:
+                log.warning("asked to stop: saved at step %d", state.step)
             return EXIT_PREEMPTED
         return None
 
     def _train_step(self, step: GlobalStep, is_logged: bool) -> StepResult:
-        model, state = self.config.model, self.state
-        share = max(0.0, 1.0 - state.step / model.mask_embedding_noise_steps) if model.mask_embedding_noise_steps else 0
-        noise = EmbeddingNoise(model.mask_embedding_noise * share, self.config.run.seed * 1000003 + state.step)
+        state, noise = self.state, self._embedding_noise()
         limit = math.inf
         if self.config.optimizer.spike_factor > 0 and len(state.grad_norms) >= _SPIKE_WINDOW // 2:
             limit = self.config.optimizer.spike_factor * sorted(state.grad_norms)[len(state.grad_norms) // 2]
@@ -247,6 +248,12 @@ class Trainer:
             return train_step(self.engine, step.micro_batches, self.device, noise, spike_limit=limit)
         with self.router.counting():
             return train_step(self.engine, step.micro_batches, self.device, noise, self.router.observe, limit)
+
+    def _embedding_noise(self) -> EmbeddingNoise:
+        """Of the step that comes next."""
+        model, step = self.config.model, self.state.step
+        share = max(0.0, 1.0 - step / model.mask_embedding_noise_steps) if model.mask_embedding_noise_steps else 0.0
+        return EmbeddingNoise(model.mask_embedding_noise * share, self.config.run.seed * 1000003 + step)
 
     def _log(self, stage: Stage, result: StepResult, learning_rate: float, step: GlobalStep, seconds: float) -> None:
         load = self.router.totals(self.device) if self.router is not None else None
@@ -257,6 +264,7 @@ class Trainer:
         record: dict[str, Any] = {
             "stage": stage.name, "stage_index": stage.index, "block_size": stage.config.block_size,
             "consumed_tokens": self.state.consumed_tokens, "learning_rate": learning_rate, **step_record(result),
+            f"loss_block/{stage.config.block_size}": result.loss,
             "data_fingerprint": fingerprint,
             "tokens_per_second": step.num_document_tokens / seconds,
             "forward_tokens_per_second": step.num_forward_tokens / seconds, "step_seconds": seconds,

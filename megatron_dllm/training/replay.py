@@ -1,36 +1,177 @@
-"""The batch of a step that was not applied, written out so that it can be looked at and run again."""
+"""The batch of a step that was not applied: written out, and run again row by row to see which rows are to blame."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.loss import weighted_nll
+from megatron_dllm.diffusion.roles import DOC
+from megatron_dllm.training.step import EmbeddingNoise
 
 
-def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], config: dict[str, Any],
-              reason: str) -> Path:
-    """Write every micro-batch of this rank (ids, masks, noise levels, sample ids) and why the step was refused."""
+def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], record: dict[str, Any]) -> Path:
+    """Write every micro-batch of a step (ids, masks, noise levels, sample ids) and what is known about it.
+
+    Ranks that hold the same rows write them once.
+
+    Args:
+        run_folder: folder of the run.
+        step: optimizer steps done before this one.
+        micro_batches: of this data-parallel rank, before they are split over context-parallel ranks.
+        record: configuration, stage, reason and sums, for step.json.
+    """
     folder = run_folder / "replay" / f"step_{step:07d}"
     folder.mkdir(parents=True, exist_ok=True)
-    rank = dist.get_rank()
+    place = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
+             parallel_state.get_context_parallel_rank())
+    if any(place):
+        return folder
+    rank = parallel_state.get_data_parallel_rank()
     tensors = {f"{index}.{item.name}": getattr(batch, item.name).cpu().contiguous()
                for index, batch in enumerate(micro_batches) for item in fields(Batch)}
-    save_file(tensors, str(folder / f"rank_{rank:05d}.safetensors"))
+    save_file(tensors, str(folder / f"data_{rank:05d}.safetensors"))
     if rank == 0:
-        folders.write_json(folder / "step.json", {"step": step, "reason": reason, "config": config})
+        folders.write_json(folder / "step.json", {"step": step, **record})
     return folder
 
 
-def load_step(folder: Path, rank: int) -> list[Batch]:
-    """The micro-batches that `dump_step` wrote on a rank."""
-    tensors: dict[str, torch.Tensor] = load_file(str(folder / f"rank_{rank:05d}.safetensors"))
-    count = 1 + max(int(name.split(".")[0]) for name in tensors)
-    return [Batch(**{item.name: tensors[f"{index}.{item.name}"] for item in fields(Batch)}) for index in range(count)]
+def load_step(folder: Path) -> list[list[Batch]]:
+    """The micro-batches that `dump_step` wrote, by data-parallel rank.
+
+    Raises:
+        ValueError: the folder holds none.
+    """
+    files = sorted(folder.glob("data_*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no batch (data_*.safetensors); name a folder RUN/replay/step_N.")
+    ranks = []
+    for file in files:
+        tensors: dict[str, Tensor] = load_file(str(file))
+        count = 1 + max(int(name.split(".")[0]) for name in tensors)
+        ranks.append([Batch(**{item.name: tensors[f"{index}.{item.name}"] for item in fields(Batch)})
+                      for index in range(count)])
+    return ranks
+
+
+def split_rows(batch: Batch) -> list[Batch]:
+    """One batch for each row. The counts (num_maskable, ...) stay those of the whole."""
+    num_rows, length = batch.input_ids.shape
+    pieces = (batch.roles[..., DOC].max(dim=1).values + 1).tolist()
+    samples = batch.sample_ids.split(pieces)
+    rows = []
+    for row in range(num_rows):
+        mine = batch.target_positions // length == row
+        per_row = {name: getattr(batch, name)[row:row + 1]
+                   for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys")}
+        per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
+        rows.append(replace(batch, target_positions=batch.target_positions[mine] - row * length,
+                            sample_ids=samples[row], **per_row, **per_target))
+    return rows
+
+
+@dataclass(frozen=True)
+class RowReplay:
+    """What one row did: its share of the step's loss and gradient (the shares of all rows add up to the step's).
+
+    `first_bad` names the first module whose output was not finite, if any.
+    """
+
+    data_rank: int
+    micro_batch: int
+    row: int
+    sample_ids: list[int]
+    num_targets: int
+    t_min: float
+    t_max: float
+    loss: float
+    grad_norm: float
+    first_bad: str
+
+    @property
+    def badness(self) -> float:
+        """Gradient norm, infinite where anything is not finite: what rows are sorted by."""
+        return self.grad_norm if math.isfinite(self.grad_norm) and math.isfinite(self.loss) else math.inf
+
+
+@dataclass(frozen=True)
+class StepReplay:
+    """All rows, worst first, and the loss and gradient norm of the whole step."""
+
+    rows: list[RowReplay]
+    loss: float
+    grad_norm: float
+
+
+def replay_step(model: nn.Module, ranks: list[list[Batch]], noise: EmbeddingNoise, device: torch.device) -> StepReplay:
+    """Forward and backward of every row by itself.
+
+    Args:
+        model: whole, on this one rank, with gradients.
+        ranks: micro-batches by data-parallel rank.
+        noise: on masked embeddings, as in the step.
+        device: where the model is.
+    """
+    denominator = max(sum(int(batch.num_maskable) for rank in ranks for batch in rank), 1)
+    total: dict[str, Tensor] = {}
+    rows = []
+    for data_rank, batches in enumerate(ranks):
+        for index, batch in enumerate(batches):
+            for row, single in enumerate(split_rows(batch)):
+                model.zero_grad(set_to_none=True)
+                with _first_bad_module(model) as bad:
+                    nll, _ = model(single.to(device), mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
+                    loss = weighted_nll(nll, single.loss_weights.to(device)) / denominator
+                loss.backward()
+                rows.append(_row_replay(single, (data_rank, index, row), float(loss), _gradient_norm(model, total),
+                                        next(iter(bad), "")))
+    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in total.values()))
+    rows.sort(key=lambda row: row.badness, reverse=True)
+    return StepReplay(rows, sum(row.loss for row in rows), norm)
+
+
+def _row_replay(batch: Batch, place: tuple[int, int, int], loss: float, grad_norm: float, bad: str) -> RowReplay:
+    t = batch.target_t
+    low, high = (float(t.min()), float(t.max())) if t.numel() else (0.0, 0.0)
+    return RowReplay(*place, sample_ids=batch.sample_ids.tolist(), num_targets=t.numel(), t_min=low, t_max=high,
+                     loss=loss, grad_norm=grad_norm, first_bad=bad)
+
+
+def _gradient_norm(model: nn.Module, total: dict[str, Tensor]) -> float:
+    """Norm of the gradients, which are added to `total`."""
+    square = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            gradient = parameter.grad.float()
+            square += float(gradient.double().square().sum())
+            total[name] = total[name] + gradient if name in total else gradient.clone()
+    return math.sqrt(square) if square >= 0 else math.nan
+
+
+@contextmanager
+def _first_bad_module(model: nn.Module) -> Iterator[list[str]]:
+    """Collect the names of modules whose output is not finite, innermost first."""
+    bad: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        def look(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            tensors = output if isinstance(output, tuple | list) else (output,)
+            if any(isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors):
+                bad.append(name or "the loss")
+        handles.append(module.register_forward_hook(look))
+    try:
+        yield bad
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,217 @@
+"""Steps that must not be applied, ranks that are asked to stop or die, and the end that each of them makes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_dllm.exit_codes import EXIT_NON_FINITE
+from megatron_dllm.training.replay import load_step
+from tests.distributed.ranks import run_ranks
+from tests.integration.kill_test import TorchrunLife, run_test
+from tests.tiny_run import MODEL, checkpoints_of, read_metrics, run_config, scaled_config, train_here, write_corpus
+
+POISONED_STEP = 4
+POISONED_TOKEN = 77
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("faults")
+    write_corpus(path / "corpus")
+    return path
+
+
+def _run_folder(config: TrainConfig) -> Path:
+    return Path(config.run.root) / config.run.name
+
+
+# ---- steps that are not applied ------------------------------------------------------------------
+
+
+def _train_with_poison(config: TrainConfig) -> tuple[int, list[bool], bool]:
+    """One rank's gradient becomes NaN in one step: exit code, which steps were applied, whether the bad one moved."""
+    from megatron_dllm.training import loop, step
+
+    applied: list[bool] = []
+    is_moved = False
+    train_step, loss = loop.train_step, step._loss
+
+    def poisoned_loss(*args: Any) -> Any:
+        total, count, sums = loss(*args)
+        is_bad = len(applied) == POISONED_STEP and os.environ["RANK"] == "1"
+        return (total * math.nan if is_bad else total), count, sums  # the reported sums stay as they are
+
+    def watched(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal is_moved
+        before = _local_state(engine)
+        result = train_step(engine, *args, **kwargs)
+        if not result.is_applied:
+            is_moved = any(not torch.equal(a, b) for a, b in zip(before, _local_state(engine), strict=True))
+        applied.append(result.is_applied)
+        return result
+
+    step._loss, loop.train_step = poisoned_loss, watched
+    return train_here(config), applied, is_moved
+
+
+def _local_state(engine: Any) -> list[torch.Tensor]:
+    """Copies of this rank's weights, buffers and moments."""
+    tensors = [t for chunk in engine.chunks for t in (*chunk.parameters(), *chunk.buffers())]
+    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        tensors += [t for entry in part.optimizer.state.values() for t in entry.values()]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(folder: Path) -> None:
+    config = run_config(folder, "skipping", optimizer=OptimizerConfig(adam_eps=1e-3, on_non_finite="skip"))
+    results = run_ranks(_train_with_poison, 2, config, timeout_s=500.0)
+    records = read_metrics(config)
+    for code, applied, is_moved in results:
+        assert code == 0
+        assert applied == [index != POISONED_STEP for index in range(len(records))]
+        assert not is_moved, "a skipped step changes no weight, buffer or moment"
+    state = json.loads((max(checkpoints_of(config).glob("step_*")) / folders.STATE).read_text())
+    assert state["step"] == len(records)
+    assert state["optimizer_step"] == len(records) - 1
+    dumped = _run_folder(config) / "replay" / f"step_{POISONED_STEP:07d}"
+    ranks = load_step(dumped)
+    assert len(ranks) == 2, "each data-parallel rank writes its own rows"
+    assert "not finite" in json.loads((dumped / "step.json").read_text())["reason"]
+
+
+def test_a_step_that_is_not_finite_stops_all_ranks(folder: Path) -> None:
+    config = run_config(folder, "stopping")
+    results = run_ranks(_train_with_poison, 2, config, timeout_s=500.0)
+    assert [code for code, _, _ in results] == [EXIT_NON_FINITE] * 2
+    assert len(read_metrics(config)) == POISONED_STEP
+
+
+# ---- replay --------------------------------------------------------------------------------------
+
+
+def _write_poisoned_start(config: TrainConfig) -> None:
+    """A checkpoint in which the embedding of one token is not a number."""
+    from megatron_dllm import parallel
+    from megatron_dllm.checkpoint import CheckpointWriter
+    from megatron_dllm.training.engine import build_engine
+
+    parallel.initialize(config.parallel, config.run)
+    engine = build_engine(config)
+    with torch.no_grad():
+        engine.chunks[0].module.embedding.word_embeddings.weight[POISONED_TOKEN] = math.nan
+    contract = {"format": 1, "model": asdict(MODEL), "contract": {}, "step": 0}
+    CheckpointWriter(checkpoints_of(config)).save(0, engine.chunks, None, contract, {})
+
+
+def _replay(folder: Path) -> tuple[dict[str, Any], Path, Any]:
+    from megatron_dllm.replay import replay
+
+    return replay(folder, None)
+
+
+def test_replay_names_the_rows_that_are_not_finite(folder: Path) -> None:
+    start = run_config(folder, "poisoned_start")
+    run_ranks(_write_poisoned_start, 1, start, timeout_s=300.0)
+    config = run_config(folder, "poisoned", checkpoint=CheckpointConfig(load=str(_run_folder(start))))
+    assert run_ranks(train_here, 2, config, timeout_s=500.0) == [EXIT_NON_FINITE] * 2
+    (dumped,) = (_run_folder(config) / "replay").iterdir()
+    record, checkpoint, result = run_ranks(_replay, 1, dumped, timeout_s=300.0)[0]
+    assert "not finite" in record["reason"]
+    assert checkpoint.parent == checkpoints_of(start)
+    ranks = load_step(dumped)
+    expected = {(rank, index, row) for rank, batches in enumerate(ranks) for index, batch in enumerate(batches)
+                for row in range(len(batch.input_ids)) if bool((batch.input_ids[row] == POISONED_TOKEN).any())}
+    bad = {(row.data_rank, row.micro_batch, row.row) for row in result.rows if not math.isfinite(row.badness)}
+    assert bad == expected
+    assert 0 < len(expected) < len(result.rows), "some rows read the token and some do not"
+    assert all("embedding" in row.first_bad for row in result.rows[:len(bad)])
+    assert all(row.first_bad == "" and row.sample_ids for row in result.rows[len(bad):])
+
+
+def _train_with_short_window(config: TrainConfig) -> int:
+    from megatron_dllm.training import loop
+
+    loop._SPIKE_WINDOW = 6
+    return train_here(config)
+
+
+def test_a_spike_stops_the_run_and_is_replayed_exactly(folder: Path) -> None:
+    """Two ranks in a layout of their own; one process gets their loss and gradient norm from the dump."""
+    config = run_config(folder, "spiking", ParallelConfig(pipeline_model_parallel_size=2),
+                        optimizer=OptimizerConfig(spike_factor=0.01),
+                        checkpoint=CheckpointConfig(save_interval_tokens=1))
+    assert run_ranks(_train_with_short_window, 2, config, timeout_s=500.0) == [EXIT_NON_FINITE] * 2
+    dumped = _run_folder(config) / "replay" / "step_0000003"
+    record, checkpoint, result = run_ranks(_replay, 1, dumped, timeout_s=300.0)[0]
+    assert re.match(r"gradient norm .* above the limit", record["reason"])
+    assert checkpoint == folders.step_folder(checkpoints_of(config), 3)
+    assert result.loss == pytest.approx(record["loss"], rel=1e-5)
+    assert result.grad_norm == pytest.approx(record["grad_norm"], rel=1e-5)
+    assert len(result.rows) == 4
+    assert all(math.isfinite(row.badness) and row.first_bad == "" for row in result.rows)
+    norms = [row.grad_norm for row in result.rows]
+    assert norms == sorted(norms, reverse=True)
+
+
+# ---- signals and dead ranks ----------------------------------------------------------------------
+
+
+def test_torchrun_is_stopped_in_order_and_continues(folder: Path) -> None:
+    config = scaled_config(folder, "torchrun", 20.0)
+    log = folder / "torchrun.log"
+    life = TorchrunLife(config, 2, log, [str(folder), "torchrun", "20", "0"])
+    try:
+        _wait_for(lambda: len(read_metrics(config)) >= 2, life)
+        os.kill(life.process.pid, signal.SIGTERM)
+        life.process.wait(60)
+    finally:
+        life.stop()
+    saved = re.findall(r"asked to stop: saved at step (\d+)", log.read_text())
+    assert len(saved) == 1
+    expected = folders.step_folder(checkpoints_of(config), int(saved[0]))
+    assert folders.latest_checkpoint(checkpoints_of(config)) == expected
+    assert read_metrics(config)[-1]["step"] == int(saved[0])
+
+
+def _wait_for(condition: Any, life: TorchrunLife) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+        except FileNotFoundError:
+            pass
+        assert life.poll() is None, "torchrun ended before its time"
+        time.sleep(0.02)
+    raise TimeoutError("nothing happened within 300 s")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_killed_ranks_leave_no_trace(tmp_path: Path, is_async: bool) -> None:
+    """The short form of `python -m tests.integration.kill_test`."""
+    report, problems = run_test(tmp_path, kills=3, ranks=2, scale=2.0, seed=int(is_async), is_async=is_async)
+    assert problems == []
+    assert report.kills == 3
+
+
+def test_replay_refuses_what_is_not_there(folder: Path) -> None:
+    from megatron_dllm.replay import find_checkpoint
+
+    config = run_config(folder, "nothing")
+    with pytest.raises(ValueError, match="holds no checkpoint at or before step 3"):
+        find_checkpoint(_run_folder(config) / "replay" / "step_0000003", 3, config)
+    with pytest.raises(ValueError, match=r"holds no batch"):
+        load_step(folder)

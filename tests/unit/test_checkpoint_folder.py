@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.config import ModelConfig
+
+MODEL = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1,
+                    kv_channels=4, vocab_size=16, mask_token_id=2, eos_token_id=0, pad_token_id=1)
+
+
+def _make(checkpoints: Path, step: int, elbo: float | None = None, is_stage_end: bool = False) -> Path:
+    """A checkpoint as the writer leaves it, one small file for the tensors."""
+    final = folders.step_folder(checkpoints, step)
+    temporary = final.with_name(folders.TEMPORARY_PREFIX + final.name)
+    temporary.mkdir(parents=True)
+    contract = {"format": 1, "model": asdict(MODEL), "contract": {"block_origin": "document", "mask_token_id": 2},
+                "step": step, "is_stage_end": is_stage_end}
+    folders.write_json(temporary / folders.CONTRACT, contract)
+    (temporary / "__0_0.distcp").write_bytes(bytes(range(100)))
+    manifest = {name: folders.checksum(temporary / name) for name in folders.payload_files(temporary)}
+    folders.write_json(temporary / folders.MANIFEST, manifest)
+    folders.publish(temporary, final)
+    if elbo is not None:
+        folders.write_json(final / folders.VALIDATION, {"elbo": {"32": elbo}, "target_block_size": 32})
+    return final
+
+
+def _steps(checkpoints: Path) -> list[int]:
+    return [int(folder.name.removeprefix("step_")) for folder in folders.list_checkpoints(checkpoints)]
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _alter(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[50] ^= 1
+    path.write_bytes(bytes(content))
+
+
+# ---- complete or absent --------------------------------------------------------------------------
+
+
+def test_published_checkpoint_is_complete_and_latest(tmp_path: Path) -> None:
+    folder = _make(tmp_path, 7)
+    assert folders.is_complete(folder)
+    assert (tmp_path / folders.LATEST).read_text() == "step_0000007\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000007"]
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (Path.unlink, "__0_0.distcp is missing"),
+    (_truncate, "has 99 bytes instead of 100"),
+    (_alter, "does not have the checksum it was written with"),
+])
+def test_damage_is_named(tmp_path: Path, damage, words: str) -> None:
+    folder = _make(tmp_path, 1)
+    damage(folder / "__0_0.distcp")
+    manifest = folders.read_json(folder / folders.MANIFEST)
+    problems = folders.damaged_files(folder, manifest, manifest)
+    assert len(problems) == 1
+    assert words in problems[0]
+    assert str(folder) in problems[0]
+    if damage is not _alter:  # sizes are looked at everywhere, contents when loading
+        assert not folders.is_complete(folder)
+        with pytest.raises(ValueError, match="is damaged"):
+            folders.check_complete(folder)
+
+
+def test_folder_without_manifest_is_not_complete(tmp_path: Path) -> None:
+    folder = _make(tmp_path, 1)
+    (folder / folders.MANIFEST).unlink()
+    assert not folders.is_complete(folder)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        folders.resolve_checkpoint(tmp_path)
+
+
+def test_latest_passes_over_incomplete_folders(tmp_path: Path) -> None:
+    good = _make(tmp_path, 1)
+    (_make(tmp_path, 2) / "__0_0.distcp").unlink()
+    assert folders.latest_checkpoint(tmp_path) == good
+    assert folders.resolve_checkpoint(tmp_path) == good
+    assert folders.latest_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_publishing_again_replaces(tmp_path: Path) -> None:
+    first = _make(tmp_path, 3)
+    (first / "of_the_first").touch()
+    assert _make(tmp_path, 3) == first
+    assert not (first / "of_the_first").exists()
+    assert _steps(tmp_path) == [3]
+
+
+def test_set_aside_counts_no_more(tmp_path: Path) -> None:
+    good, bad = _make(tmp_path, 1), _make(tmp_path, 2)
+    for _ in range(2):
+        aside = folders.set_aside(bad)
+        assert aside.name == "damaged-step_0000002"
+        assert folders.latest_checkpoint(tmp_path) == good
+        _make(tmp_path, 2)
+
+
+def test_leftovers_are_cleaned(tmp_path: Path) -> None:
+    _make(tmp_path, 1)
+    (tmp_path / ".tmp-step_0000002").mkdir()
+    (tmp_path / ".tmp-step_0000002" / "__0_0.distcp").touch()
+    (tmp_path / ".tmp-latest.123").touch()
+    assert len(folders.clean_temporary(tmp_path)) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000001"]
+
+
+def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    folders.write_text(path, "old")
+    folders.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- identity ------------------------------------------------------------------------------------
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    folder = _make(tmp_path, 1)
+    folders.check_identity(folder, MODEL, {"block_origin": "document"})
+    with pytest.raises(ValueError, match=r"model.hidden_size \(16\) differs from the checkpoint .* \(8\)"):
+        folders.check_identity(folder, replace(MODEL, hidden_size=16))
+    with pytest.raises(ValueError, match=r"block_origin \(row\) differs from the checkpoint .* \(document\)"):
+        folders.check_identity(folder, MODEL, {"block_origin": "row"})
+    with pytest.raises(ValueError, match=r"mask_token_id \(3\) differs"):
+        folders.check_identity(folder, MODEL, {"mask_token_id": 3})
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    folder = _make(tmp_path, 1)
+    stored = folders.read_json(folder / folders.CONTRACT)
+    (folder / folders.CONTRACT).write_text(json.dumps({**stored, "format": 99}))
+    with pytest.raises(ValueError, match=r"format \(99\) is not 1"):
+        folders.check_identity(folder, MODEL)
+
+
+def test_damaged_json_is_named(tmp_path: Path) -> None:
+    folder = _make(tmp_path, 1)
+    (folder / folders.CONTRACT).write_text('{"format": 1,')
+    with pytest.raises(ValueError, match=r"contract.json is damaged .* choose another checkpoint"):
+        folders.check_identity(folder, MODEL)
+
+
+# ---- retention -----------------------------------------------------------------------------------
+
+
+def test_the_last_ones_stay(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        _make(tmp_path, step)
+    deleted = folders.retire(tmp_path, keep_last=2, keep_best=0, keep_every=0)
+    assert [folder.name for folder in deleted] == ["step_0000010", "step_0000020"]
+    assert _steps(tmp_path) == [30, 40]
+    assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_the_best_ones_stay(tmp_path: Path) -> None:
+    for step, elbo in ((10, 3.0), (20, 1.0), (30, 2.0), (40, float("nan")), (50, None), (60, 5.0)):
+        _make(tmp_path, step, elbo)
+    folders.retire(tmp_path, keep_last=1, keep_best=2, keep_every=0)
+    assert _steps(tmp_path) == [20, 30, 60]
+
+
+def test_multiples_and_stage_ends_stay(tmp_path: Path) -> None:
+    for step in (10, 15, 20, 25, 30):
+        _make(tmp_path, step, is_stage_end=step == 15)
+    folders.retire(tmp_path, keep_last=1, keep_best=0, keep_every=20)
+    assert _steps(tmp_path) == [15, 20, 30]
+
+
+def test_the_only_good_one_is_never_deleted(tmp_path: Path) -> None:
+    _make(tmp_path, 10)
+    (_make(tmp_path, 20) / "__0_0.distcp").unlink()
+    (_make(tmp_path, 30) / folders.MANIFEST).unlink()
+    assert folders.retire(tmp_path, keep_last=1, keep_best=0, keep_every=0) == []
+    assert _steps(tmp_path) == [10]
