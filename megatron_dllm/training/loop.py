@@ -33,9 +33,10 @@ from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.lease import Lease, LeaseLost
+from megatron_dllm.training.context_balance import context_balance
 from megatron_dllm.training.engine import build_engine, set_learning_rate
 from megatron_dllm.training.evaluate import AR, Validation, evaluate
-from megatron_dllm.training.fingerprint import step_fingerprint
+from megatron_dllm.training.fingerprint import check_agreement, step_fingerprint
 from megatron_dllm.training.metrics import MetricsWriter, peak_memory_gib, step_record, trim_metrics
 from megatron_dllm.training.progress import Progress, print_stage_table
 from megatron_dllm.training.replay import dump_step
@@ -259,13 +260,15 @@ class Trainer:
         load = self.router.totals(self.device) if self.router is not None else None
         norm = self._mask_embedding_norm()
         fingerprint = step_fingerprint(step.micro_batches)
+        check_agreement(fingerprint)
+        balance = context_balance(step.micro_batches, self.device)
         if self.metrics is None:
             return
         record: dict[str, Any] = {
             "stage": stage.name, "stage_index": stage.index, "block_size": stage.config.block_size,
             "consumed_tokens": self.state.consumed_tokens, "learning_rate": learning_rate, **step_record(result),
             f"loss_block/{stage.config.block_size}": result.loss,
-            "data_fingerprint": fingerprint,
+            "data_fingerprint": fingerprint, **balance,
             "tokens_per_second": step.num_document_tokens / seconds,
             "forward_tokens_per_second": step.num_forward_tokens / seconds, "step_seconds": seconds,
             "mask_embedding_norm": norm, "peak_memory_gib": peak_memory_gib()}
