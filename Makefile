@@ -29,6 +29,10 @@ check: install
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit
 
+# Every parallel layout against one rank; writes benchmarks/results/parity.md. About five minutes on two cores.
+parity: install
+	$(BIN)/python -W ignore -m tests.distributed.parity
+
 clean:
 	rm -rf runs/demo
 
