@@ -31,7 +31,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         OmegaConf.save(schedule, path)
     for name in ("tiny_base", "tiny_convert"):
         path = folder / "experiment" / f"{name}.yaml"
-        text = path.read_text().replace("num_tokens: 20000", "num_tokens: 2000").replace("50000", "6000")
+        text = path.read_text().replace("num_tokens: 12000", "num_tokens: 2000").replace("40000", "6000")
         path.write_text(text)
     chain = folder / "chain" / "tiny_demo.yaml"
     chain.write_text(chain.read_text().replace('--k, "5"', '--k, "2"'))
