@@ -242,7 +242,7 @@ class StageConfig:
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    divisors = [d for d in range(1, number + 1) if number % d == 0] or [1]
     below = max(d for d in divisors if d <= max(wanted, 1))
     above = min((d for d in divisors if d >= wanted), default=number)
     return f"{below} or {above}"

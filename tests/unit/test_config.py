@@ -82,6 +82,11 @@ def test_layouts_that_train_are_accepted(world_size: int, layout: ParallelConfig
     _config(parallel=layout).validate(world_size)
 
 
+def test_dense_models_need_no_sequence_parallelism() -> None:
+    model = _model(num_moe_experts=0, num_dense_layers=0, moe_shared_expert_intermediate_size=0)
+    _config(model=model, parallel=_layout(tp=2)).validate(2)
+
+
 # World size, layout, changes to the model, and what the message must say: the name with its value, and the remedy.
 REFUSED_LAYOUTS = [
     (2, _layout(tp=2, sequence_parallel=True, etp=1), {},
