@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +21,8 @@ import torch
 
 # Seconds that a rank gets to write down where it stands before it is killed.
 STACK_GRACE_S = 1.0
+# Seconds that ranks get to end by themselves after all results are there.
+END_GRACE_S = 10.0
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0) -> list[Any]:
@@ -52,11 +56,34 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, processes, stacks, time.monotonic() + timeout_s, timeout_s)
+            results = _collect(pipes, processes, stacks, time.monotonic() + timeout_s, timeout_s)
+            for process in processes:
+                process.join(END_GRACE_S)
+            return results
         finally:
             for process in processes:
+                _kill_session(process.pid)
                 process.kill()
                 process.join()
+
+
+def _kill_session(pid: int) -> None:
+    """End a rank and what it has started (a checkpoint's writer, say); it leads a process group of its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def lead_session() -> None:
+    """Put this process and what it starts into a group of its own, which ends when the parent does, even killed."""
+    os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a rank is a child process"
+    parent.join()
+    _kill_session(os.getpid())
 
 
 def set_rank(rank: int, world_size: int, port: int) -> None:
@@ -69,6 +96,7 @@ def set_rank(rank: int, world_size: int, port: int) -> None:
 
 def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int,
               sender: Connection, stack_file: str) -> None:
+    lead_session()
     set_rank(rank, world_size, port)
     with open(stack_file, "w", encoding="utf-8") as stack:
         faulthandler.register(signal.SIGUSR1, file=stack)
