@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.record import last_lines, read_json
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 
 # Codes with which a rank ends on purpose.
-ORDERLY = (0, EXIT_PREEMPTED, EXIT_FENCED)
+ORDERLY = (0, EXIT_PREEMPTED, EXIT_LAYOUT, EXIT_FENCED)
 # A rank that the launcher killed because another had failed is not the cause.
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
@@ -50,12 +50,12 @@ def root_cause(start_folder: Path, records: list[dict[str, Any]]) -> dict[str, A
 
 
 def overall_code(records: list[dict[str, Any]], ranks: int) -> int | None:
-    """One code for a start: the failure's, else fenced, else preempted, else 0; None where ranks left no record."""
+    """One code for a start: the failure's, else fenced, preempted, another layout, or 0; None where records lack."""
     failure = failed_first(records)
     if failure:
         return next((EXIT_NON_FINITE for entry in records if entry["code"] == EXIT_NON_FINITE), int(failure["code"]))
     codes = {entry["code"] for entry in records}
-    for code in (EXIT_FENCED, EXIT_PREEMPTED):
+    for code in (EXIT_FENCED, EXIT_PREEMPTED, EXIT_LAYOUT):
         if code in codes:
             return code
     return 0 if len(records) == ranks else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.chain import Chain, Stage
+from launch.world import schedule_parts, spread
 from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
 
 # Seconds before SLURM's limit at which an unfinished stop is given up and the job requeued: limits are checked only
@@ -29,6 +30,11 @@ def valid_nodes(chain: Chain, stage: Stage) -> list[int]:
     if stage.config is None:
         return [1]
     stage.config.validate(spec.nodes * ranks)
+    for part in schedule_parts(stage.config):
+        needed, _ = spread(part["world_size"] or 1, ranks)
+        if needed > spec.nodes:
+            raise ValueError(f"schedule.stages.{part['name']}.world_size ({part['world_size']}) needs {needed} nodes "
+                             f"of {ranks} ranks; nodes is {spec.nodes}: raise it.")
     counts = [spec.nodes]
     for count in range(spec.nodes - 1, (spec.min_nodes or spec.nodes) - 1, -1):
         try:
@@ -118,12 +124,15 @@ def supervisor_details(chain: Chain, stage: Stage, code: Path, project: Path) ->
     cpus = cpus_per_task(cluster, stage)
     if cpus:
         srun.append(f"--cpus-per-task={cpus}")
+    if not (cpus and cluster.launcher == "srun"):
+        # A torchrun's ranks share the node's cores; a site's default may bind the whole task to one.
+        srun.append("--cpu-bind=none")
     has_container = cluster.container.kind != "none"
     return {
         "code": str(code),
         "valid_nodes": valid_nodes(chain, stage),
+        "parts": schedule_parts(stage.config) if stage.config else [],
         "launcher": cluster.launcher if stage.is_training else "srun",
-        "tasks_per_node": tasks_per_node(cluster, stage),
         "srun_options": srun,
         "command_prefix": prefix,
         "rank_python": cluster.container.python if has_container else job_python(cluster),

@@ -26,8 +26,9 @@ from launch.node import rendezvous_options, run, torchrun_command
 from launch.progress import Progress, progress_of
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE
 from launch.validate import check_chain
+from launch.world import schedule_parts, wanted_ranks
 from megatron_dllm.compose import RECIPES
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.lease import LEASE_VARIABLE, Lease
 
 log = logging.getLogger("launch")
@@ -37,14 +38,6 @@ EXIT_INTERRUPTED = 130
 def world_size(chain: Chain, stage: Stage) -> int:
     """Ranks of a training stage: as many as on the cluster, so that the layout and the numbers are the same."""
     return stage.spec.nodes * chain.config.cluster.num_ranks_per_node
-
-
-def next_start(folder: Path) -> Path:
-    """A new folder for the logs of one start of a stage."""
-    number = len(list(folder.glob("start_*"))) + 1
-    start = folder / f"start_{number:04d}"
-    start.mkdir()
-    return start
 
 
 def _environment(chain: Chain) -> dict[str, str]:
@@ -64,14 +57,25 @@ def run_stage(chain: Chain, stage: Stage) -> int:
             return subprocess.run([sys.executable, "-u", *arguments], env=environment, check=False).returncode
         except KeyboardInterrupt:
             return EXIT_PREEMPTED
-    assert stage.run_folder is not None, "a training stage has a run folder"
-    start = next_start(folder)
+    code = EXIT_LAYOUT
+    while code == EXIT_LAYOUT:
+        code = start_ranks(chain, stage, environment)
+    return code
+
+
+def start_ranks(chain: Chain, stage: Stage, environment: dict[str, str]) -> int:
+    """One start of a training stage under torchrun; its exit code."""
+    assert stage.run_folder is not None and stage.config is not None, "a training stage has both"
+    folder = chain.stage_folder(stage)
+    start = record.next_start(folder)
+    ranks = wanted_ranks(schedule_parts(stage.config), stage.run_folder) or world_size(chain, stage)
     lease = Lease.take_next(stage.run_folder)
-    environment |= {SHOW_VARIABLE: "1", RUN_VARIABLE: str(stage.run_folder), LEASE_VARIABLE: str(lease.generation)}
-    command = torchrun_command(sys.executable, world_size(chain, stage), rendezvous_options({}), start,
-                               [sys.executable, "-u", *arguments])
+    environment = {**environment, SHOW_VARIABLE: "1", RUN_VARIABLE: str(stage.run_folder),
+                   LEASE_VARIABLE: str(lease.generation)}
+    command = torchrun_command(sys.executable, ranks, rendezvous_options({}), start,
+                               [sys.executable, "-u", *rank_arguments(chain, stage)])
     return_code = run(command, environment, start / "torchrun_0.log")
-    code = overall_code(exit_records(start), world_size(chain, stage))
+    code = overall_code(exit_records(start), ranks)
     failure = collect_failure(start)
     if failure:
         log.error("%s", failure)

@@ -94,7 +94,8 @@ def main() -> int:
     stage = read_json(Path(sys.argv[1]) / "stage.json")
     python = stage["rank_python"] or sys.executable
     start = Path(sys.argv[2])
-    command = torchrun_command(python, stage["ranks_per_node"], rendezvous_options(os.environ), start,
+    ranks = int(os.environ["MEGATRON_DLLM_RANKS_PER_NODE"])
+    command = torchrun_command(python, ranks, rendezvous_options(os.environ), start,
                                [python, "-u", *stage["arguments"]])
     return run(command, os.environ, start / f"torchrun_{os.environ['SLURM_NODEID']}.log")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.record import write_json
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_PREEMPTED
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_PREEMPTED
 from megatron_dllm.lease import LEASE_VARIABLE, newest_generation
 
 REPEAT_SECONDS = 5.0
@@ -130,7 +130,7 @@ def main() -> int:
     code = process.wait(os.environ.get(RUN_VARIABLE), int(os.environ.get(LEASE_VARIABLE, "0")))
     write_json(folder / f"exit_{rank:05d}.json",
                {"rank": rank, "host": socket.gethostname(), "code": code, "began": began, "ended": time.time()})
-    if code in (0, EXIT_PREEMPTED):
+    if code in (0, EXIT_PREEMPTED, EXIT_LAYOUT):
         return 0
     return code if code > 0 else 128 - code
 

@@ -78,6 +78,19 @@ def done_digest(stage_folder: Path) -> str | None:
     return None if marker is None else marker["digest"]
 
 
+def next_start(stage_folder: Path) -> Path:
+    """A new folder for the logs of one start of a stage."""
+    number = len(list(stage_folder.glob("start_*"))) + 1
+    while True:
+        start = stage_folder / f"start_{number:04d}"
+        try:
+            start.mkdir()
+        except FileExistsError:
+            number += 1
+            continue
+        return start
+
+
 def output_exists(output: str | None) -> bool:
     """Whether a tool's output is there: a file, a folder, or a corpus prefix with its .idx."""
     return output is not None and (os.path.exists(output) or os.path.exists(output + ".idx"))

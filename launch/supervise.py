@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch import record
-from launch.failure import collect_failure, describe_code, exit_records, failed_first, overall_code, root_cause
-from launch.policy import judge
+from launch import record, slurm
+from launch.ending import Ending, ending_of, ending_of_silent
+from launch.failure import exit_records, failed_first
+from launch.policy import Verdict, judge
 from launch.preflight import judge as judge_nodes
 from launch.preflight import versions
 from launch.rank import LEASE_SECONDS, REPEAT_SECONDS, RUN_VARIABLE
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from launch.world import spread, wanted_ranks
+from megatron_dllm.exit_codes import EXIT_FENCED
 from megatron_dllm.lease import LEASE_VARIABLE, Lease
 
 log = logging.getLogger("launch")
@@ -39,12 +41,6 @@ POLL_SECONDS = 1.0
 PREFLIGHT_SECONDS = 300.0
 # Ports below the ephemeral range; each start of each job gets its own, since an old life may still hold the last one.
 _PORTS = range(20000, 32000)
-
-
-def _query(*command: str) -> str:
-    """Output of one of SLURM's commands; empty if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 class Supervisor:
@@ -73,11 +69,11 @@ class Supervisor:
     def _checkpoint(self) -> str | None:
         return record.latest_checkpoint(self.run_folder) if self.run_folder else None
 
-    def _end(self, how: str, reason: str, **details: Any) -> None:
-        log.info("%s: %s", how, reason)
-        self.has_ended = "start" in details
-        record.append_event(self.folder, "end", how=how, reason=reason, job=self.job, restarts=self.restarts,
-                            checkpoint=self._checkpoint(), **details)
+    def _end(self, ending: Ending, **details: Any) -> None:
+        log.info("%s: %s", ending.how, ending.reason)
+        self.has_ended = True
+        record.append_event(self.folder, "end", how=ending.how, reason=ending.reason, code=ending.code, job=self.job,
+                            restarts=self.restarts, checkpoint=self._checkpoint(), **details)
 
     def previous_start(self) -> dict[str, Any] | None:
         """The newest start of this stage before this one."""
@@ -87,19 +83,9 @@ class Supervisor:
         """If the start before this one left no end, write what can be told about it."""
         seen = record.events(self.folder)
         seen = seen[max(number for number, event in enumerate(seen) if event["event"] == "start"):]
-        if any(event["event"] == "end" for event in seen):
-            return
-        lost = self.lost_nodes(previous["nodes"])
-        stops = [event["signal"] for event in seen if event["event"] == "stop"]
-        if lost:
-            how, reason = "vanished", "lost its node: " + "; ".join(lost)
-        elif stops:
-            how, reason = "terminated", f"ended by SLURM ({stops[0]}) before its ranks had stopped"
-        else:
-            how, reason = "vanished", ("ended without a word: a node or its daemon failed, or the job was killed; "
-                                       f"its nodes were {', '.join(previous['nodes'])}")
-        self._end(how, reason, start=previous["start"])
-        self.has_ended = False
+        if not any(event["event"] == "end" for event in seen):
+            self._end(ending_of_silent(previous, seen), start=previous["start"])
+            self.has_ended = False
 
     def await_old_ranks(self, previous: dict[str, Any]) -> None:
         """Wait until no rank of an older start can be alive.
@@ -108,28 +94,16 @@ class Supervisor:
         exit records. Ranks that left a record are gone; for others this is the time their wrappers need.
         """
         deadline = time.monotonic() + 3 * LEASE_SECONDS
-        expected = len(previous["nodes"]) * self.stage["ranks_per_node"]
-        while len(exit_records(self.folder / previous["start"])) < expected and time.monotonic() < deadline:
+        while len(exit_records(self.folder / previous["start"])) < previous["ranks"] and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-
-    def lost_nodes(self, nodes: Sequence[str]) -> list[str]:
-        """Those of `nodes` that SLURM holds for down, with its reason."""
-        if not nodes:
-            return []
-        listed = _query("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T|%E")
-        rows = sorted({tuple(line.split("|", 2)) for line in listed.splitlines() if line.count("|") >= 2})
-        return [f"{row[0]} is {row[1]} ({row[2]})" for row in rows if row[1].startswith(("down", "fail"))
-                or row[1].endswith("*")]
 
     # ---- the ranks ---------------------------------------------------------------------------
 
-    def srun(self, nodes: int, tasks_per_node: int, hosts: Sequence[str]) -> list[str]:
-        """Words that start one step on the first `nodes` of the job's hosts."""
-        stage = self.stage
-        return ["srun", f"--nodes={nodes}", f"--ntasks={nodes * tasks_per_node}",
-                f"--ntasks-per-node={tasks_per_node}", f"--nodelist={','.join(hosts[:nodes])}",
-                "--kill-on-bad-exit=1", "--wait=0", "--cpu-bind=none", "--mpi=none", "--unbuffered",
-                *stage["srun_options"]]
+    def srun(self, tasks: int, hosts: Sequence[str]) -> list[str]:
+        """Words that start one step with `tasks` tasks on each of the hosts."""
+        return ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts) * tasks}", f"--ntasks-per-node={tasks}",
+                f"--nodelist={','.join(hosts)}", "--kill-on-bad-exit=1", "--wait=0", "--mpi=none", "--unbuffered",
+                *self.stage["srun_options"]]
 
     def step_command(self, start: Path) -> list[str]:
         """What srun starts: a torchrun a node, or the rank itself."""
@@ -170,11 +144,7 @@ class Supervisor:
 
     def kill_step(self, step: subprocess.Popen[bytes]) -> None:
         """End the running step on all nodes at once, not the job."""
-        # By the steps' own numbers: a KILL sent to the job's would cancel the job.
-        listed = _query("squeue", "--noheader", "--steps", f"--jobs={self.job}", "--format=%i").split()
-        steps = [name for name in listed if name.rpartition(".")[2].isdigit()]
-        if steps:
-            _query("scancel", "--signal=KILL", *steps)
+        slurm.kill_steps(self.job)
         with contextlib.suppress(subprocess.TimeoutExpired):
             step.wait(10)
             return
@@ -182,26 +152,35 @@ class Supervisor:
 
     # ---- start and end -----------------------------------------------------------------------
 
-    def hosts(self) -> list[str]:
-        """Names of the job's nodes in order."""
-        return _query("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+    def placement(self, hosts: Sequence[str]) -> tuple[int, int]:
+        """Nodes and ranks on each for the next start: what its part of the schedule asks for, or all that fit."""
+        stage = self.stage
+        per_node = stage["ranks_per_node"]
+        wanted = wanted_ranks(stage["parts"], self.run_folder) if self.run_folder else None
+        if wanted is not None:
+            return spread(wanted, per_node)
+        fitting = [count for count in stage["valid_nodes"] if count <= len(hosts)]
+        return fitting[0] if fitting else len(hosts), per_node
 
-    def environment(self, hosts: Sequence[str], nodes: int, lease: Lease) -> dict[str, str]:
+    def environment(self, hosts: Sequence[str], per_node: int, lease: Lease) -> dict[str, str]:
         """Variables of the ranks: rendezvous, lease, and the folder it guards."""
-        port = _PORTS[(int(self.job) * 37 + self.restarts) % len(_PORTS)]
+        # A start that follows in the same job must not meet the last one's sockets either.
+        place = int(self.job) * 37 + self.restarts + lease.generation
         guarded = self.run_folder or self.folder
-        dropped = ("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE")
+        # They describe the job, and srun would take them for the step's.
+        dropped = ("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NNODES")
         return {**{k: v for k, v in os.environ.items() if k not in dropped}, "MASTER_ADDR": hosts[0],
-                "MASTER_PORT": str(port), "MEGATRON_DLLM_NODES": str(nodes), RUN_VARIABLE: str(guarded),
+                "MASTER_PORT": str(_PORTS[place % len(_PORTS)]), "MEGATRON_DLLM_NODES": str(len(hosts)),
+                "MEGATRON_DLLM_RANKS_PER_NODE": str(per_node), RUN_VARIABLE: str(guarded),
                 LEASE_VARIABLE: str(lease.generation)}
 
     def main(self) -> int:
-        """Run the stage's start; the job's exit code."""
+        """Run the stage until it finishes, stops or fails; the job's exit code."""
         stage = self.stage
         if record.done_digest(self.folder) == stage["digest"]:
             log.info("%s has finished before", stage["name"])
             return 0
-        lease = Lease.take_next(self.run_folder or self.folder, f"job {self.job}, restart {self.restarts}")
+        lease = self.take_lease()
         previous = self.previous_start()
         if previous is not None:
             self.close_previous(previous)
@@ -209,33 +188,50 @@ class Supervisor:
             if not verdict.again:
                 return self.stay_down(verdict.reason)
             self.await_old_ranks(previous)
-        hosts = self.hosts()
-        nodes = next((count for count in stage["valid_nodes"] if count <= len(hosts)), stage["valid_nodes"][-1])
-        start = self.folder / f"start_{lease.generation:04d}"
-        start.mkdir()
-        record.append_event(self.folder, "start", digest=stage["digest"], job=self.job, restarts=self.restarts,
-                            nodes=hosts[:nodes], start=start.name, checkpoint=self._checkpoint())
-        environment = self.environment(hosts, nodes, lease)
-        if self.stage["rank_python"] == sys.executable and (changed := self.changed_packages()):
+        if stage["rank_python"] == sys.executable and (changed := self.changed_packages()):
             log.warning("packages have changed since the submission: %s", ", ".join(changed))
-        if stage["preflight"]["is_on"]:
-            problem = self.preflight(hosts[:nodes], environment, start)
-            if problem:
-                self._end("crashed", f"preflight: {problem}", start=start.name)
-                return self.after_end(lease)
-        log.info("%s starts on %s with %s", stage["name"], " ".join(hosts[:nodes]),
-                 self._checkpoint() or "no checkpoint yet")
-        command = [*self.srun(nodes, stage["tasks_per_node"], hosts), *self.step_command(start)]
-        forced = self.run_ranks(command, environment, start)
-        self.judge_end(start, hosts[:nodes], forced)
-        return self.after_end(lease)
+        is_first = True
+        while True:
+            ending = self.start(lease, is_first)
+            if ending.how != "layout" or self.stop_signal is not None:
+                return self.after_end(ending, lease)
+            lease, is_first, self.has_ended = self.take_lease(), False, False
+
+    def take_lease(self) -> Lease:
+        """The right to write the run's folder, for the start that comes next."""
+        return Lease.take_next(self.run_folder or self.folder, f"job {self.job}, restart {self.restarts}")
+
+    def start(self, lease: Lease, has_preflight: bool) -> Ending:
+        """Start the ranks and wait for their end."""
+        stage = self.stage
+        hosts = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
+        nodes, per_node = self.placement(hosts)
+        hosts = hosts[:nodes]
+        start, before = record.next_start(self.folder), self._checkpoint()
+        record.append_event(self.folder, "start", digest=stage["digest"], job=self.job, restarts=self.restarts,
+                            nodes=hosts, ranks=nodes * per_node, start=start.name, checkpoint=before)
+        log.info("%s starts on %s with %s", stage["name"], " ".join(hosts), before or "no checkpoint yet")
+        environment = self.environment(hosts, per_node, lease)
+        problem = None
+        if stage["preflight"]["is_on"] and has_preflight:
+            problem = self.preflight(hosts, environment, start)
+        if problem:
+            ending = Ending("crashed", f"preflight: {problem}")
+        else:
+            tasks = per_node if stage["launcher"] == "srun" else 1
+            forced = self.run_ranks([*self.srun(tasks, hosts), *self.step_command(start)], environment, start)
+            ending = ending_of(start, hosts, nodes * per_node, forced, self.stop_signal is not None)
+        if ending.how == "layout" and self._checkpoint() == before:
+            ending = Ending("crashed", "the run asked for another layout without having moved on", ending.code)
+        self._end(ending, start=start.name)
+        return ending
 
     def preflight(self, hosts: Sequence[str], environment: dict[str, str], start: Path) -> str | None:
         """Look every node over; sentences that name the bad ones, or None. A node that hangs is one without report."""
         settings = {**self.stage["preflight"], "run_folder": str(self.run_folder)}
         folder = start / "preflight"
         folder.mkdir()
-        command = [*self.srun(len(hosts), 1, hosts), *self.stage["command_prefix"], self.stage["rank_python"],
+        command = [*self.srun(1, hosts), *self.stage["command_prefix"], self.stage["rank_python"],
                    str(CODE / "launch" / "preflight.py"), str(folder), json.dumps(settings)]
         with open(folder / "srun.log", "wb") as output:
             step = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -258,49 +254,13 @@ class Supervisor:
         return [f"{name} {frozen[name]} -> {version}" for name, version in found.items()
                 if frozen.get(name, version) != version]
 
-    def judge_end(self, start: Path, hosts: Sequence[str], forced: str | None) -> None:
-        """Write how the ranks on `hosts` ended."""
-        per_node = self.stage["ranks_per_node"]
-        ranks = len(hosts) * per_node
-        records = exit_records(start)
-        told = {entry["rank"] // per_node for entry in records}
-        silent = [host for number, host in enumerate(hosts) if number not in told]
-        code = overall_code(records, ranks)
-        failure = collect_failure(start)
-        details = {"start": start.name, "code": code}
-        if code == 0:
-            self._end("finished", "all ranks finished", **details)
-        elif code == EXIT_FENCED:
-            self._end("fenced", "a newer start of this run holds its folder", **details)
-        elif code == EXIT_PREEMPTED:
-            asked = self.stop_signal.name if self.stop_signal else "its ranks"
-            self._end("stopped", f"saved and stopped on request ({asked})", **details)
-        elif forced:
-            self._end("overran", forced, **details)
-        elif failure:
-            worst = root_cause(start, records)
-            assert worst is not None, "a collected failure has its record"
-            log.error("%s", failure)
-            how = "non_finite" if code == EXIT_NON_FINITE else "crashed"
-            reason = (f"rank {worst['rank']} on {worst['host']}: {describe_code(worst['code'])}; see "
-                      f"{start / 'failure.txt'}")
-            if silent:
-                reason = f"no sign of {' and '.join(silent)} when the run broke (lost or hanging); {reason}"
-            self._end(how, reason, **details)
-        else:
-            tail = " | ".join(record.last_lines(start / "srun.log", 3))
-            where = f"on {' and '.join(silent)}" if silent else "somewhere"
-            self._end("terminated" if self.stop_signal else "crashed",
-                      f"ranks {where} ended without a record; srun said: {tail or 'nothing'}", **details)
-
-    def verdict(self) -> Any:
+    def verdict(self) -> Verdict:
         """Whether to start again after the last end."""
         return judge(record.events(self.folder), self.stage["max_crashes_without_progress"], self.stage["max_crashes"])
 
-    def after_end(self, lease: Lease) -> int:
+    def after_end(self, ending: Ending, lease: Lease) -> int:
         """Finish, start again, or stay down."""
-        last = record.events(self.folder)[-1]
-        if last["how"] == "finished":
+        if ending.how == "finished":
             record.mark_done(self.folder, self.stage["digest"], job=self.job)
             return 0
         if not lease.is_current():
@@ -319,17 +279,13 @@ class Supervisor:
 
     def requeue(self) -> int:
         """Put this job back into the queue; returns only if that was not to be."""
-        state = _query("squeue", "--noheader", f"--jobs={self.job}", "--format=%T")
-        if state != "RUNNING":
-            # Cancelled by its owner, or requeued by SLURM itself: a requeue from here would revive the one and disturb
-            # the other.
-            log.info("SLURM is ending the job (%s); not requeued from here", state.lower() or "unknown to squeue")
+        try:
+            why_not = slurm.requeue(self.job)
+        except RuntimeError as error:
+            return self.stay_down(str(error))
+        if why_not:
+            log.info("not requeued from here: %s", why_not)
             return 1
-        done = subprocess.run(["scontrol", "requeue", self.job], capture_output=True, text=True, check=False)
-        if "pending" in done.stderr.lower():
-            log.info("SLURM has requeued the job already")
-        elif done.returncode != 0:
-            return self.stay_down(f"scontrol requeue failed: {done.stderr.strip()}")
         log.info("requeued")
         time.sleep(600)  # SLURM ends this process
         return 1

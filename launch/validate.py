@@ -5,26 +5,32 @@ Each check yields sentences; a submission shows all of them at once and submits 
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from launch.chain import Chain, Stage
-from launch.job import valid_nodes
+from launch.job import job_python, valid_nodes
 from launch.progress import Progress, progress_of
 from launch.record import read_json
 from megatron_dllm import checkpoint_folder
 from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
 from megatron_dllm.config import TrainConfig
 
+log = logging.getLogger("launch")
+ROOT = Path(__file__).resolve().parents[1]
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
 
 
 def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
     """Problems of everything that is still to run, each a sentence with its remedy; empty if there are none."""
     problems = [*container_problems(chain.config.cluster), *folder_problems(chain.folder)]
+    ready: list[Stage] = []
+    later: list[Stage] = []
     for number, stage in enumerate(chain.stages):
         try:
             if progress_of(chain, stage, allow_changes) is Progress.FINISHED:
@@ -35,7 +41,47 @@ def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
             continue
         produced = [name for earlier in chain.stages[:number] for name in produced_by(earlier)]
         problems += [f"stage {stage.name}: {text}" for text in stage_problems(stage, produced, chain.config.cluster)]
+        if stage.config is not None:
+            (later if _reads(stage.config, produced) else ready).append(stage)
+    if not problems and chain.config.train_module == "megatron_dllm.train":
+        problems += training_problems(ready, later, job_python(chain.config.cluster))
     return problems
+
+
+def _reads(config: TrainConfig, produced: list[str]) -> bool:
+    """Whether a training stage reads something that an earlier stage is yet to write."""
+    inputs = [config.data.train, config.data.validation, config.data.tokenizer, config.checkpoint.load]
+    return any(_is_produced(path, produced) for path in inputs if path)
+
+
+def training_problems(ready: list[Stage], later: list[Stage], python: str) -> list[str]:
+    """What training itself would refuse, asked in a process of its own: this one need not have torch.
+
+    Args:
+        ready: stages whose inputs are there.
+        later: stages whose inputs an earlier stage makes.
+        python: interpreter of the ranks; where it cannot import training, the nodes will have to tell.
+    """
+    if not ready and not later:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in (*ready, *later):
+            (Path(folder) / stage.name).mkdir()
+            (Path(folder) / stage.name / "config.yaml").write_text(stage.config_text, encoding="utf-8")
+        names = [[str(Path(folder) / stage.name) for stage in stages] for stages in (ready, later)]
+        words = [python, "-m", "megatron_dllm.check", *names[0], "--without_inputs", *names[1]]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        except OSError as error:
+            log.warning("the inputs were not checked as training does (%s): the nodes will have to", error)
+            return []
+    if done.returncode == 2:
+        return [f"stage {line}" for line in done.stdout.splitlines()]
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
+        log.warning("the inputs were not checked as training does (%s): the nodes will have to", reason[0])
+    return []
 
 
 def produced_by(stage: Stage) -> list[str]:

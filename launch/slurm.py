@@ -1,0 +1,64 @@
+"""SLURM's commands as the job's supervisor uses them. Standard library only."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+
+
+def query(*command: str) -> str:
+    """Output of one of SLURM's commands; empty if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def hostnames(node_list: str) -> list[str]:
+    """Names of the nodes in SLURM's short form, `node[1-4]`, in order."""
+    return query("scontrol", "show", "hostnames", node_list).split()
+
+
+def job_state(job: str) -> str:
+    """The job's state, or nothing where SLURM does not answer."""
+    return query("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+
+
+def lost_nodes(nodes: Sequence[str]) -> list[str]:
+    """Those of `nodes` that SLURM holds for down, with its reason."""
+    if not nodes:
+        return []
+    listed = query("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T|%E")
+    rows = sorted({tuple(line.split("|", 2)) for line in listed.splitlines() if line.count("|") >= 2})
+    return [f"{row[0]} is {row[1]} ({row[2]})" for row in rows
+            if row[1].startswith(("down", "fail")) or row[1].endswith("*")]
+
+
+def kill_steps(job: str) -> None:
+    """End the job's steps on all nodes at once, but not the job.
+
+    By the steps' own numbers: a KILL sent to the job's number would cancel the job.
+    """
+    listed = query("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i").split()
+    steps = [name for name in listed if name.rpartition(".")[2].isdigit()]
+    if steps:
+        query("scancel", "--signal=KILL", *steps)
+
+
+def requeue(job: str) -> str | None:
+    """Put a running job back into the queue, which ends it.
+
+    Returns:
+        Why not, or None. A job that is not running any more is left alone: its owner has cancelled it, or SLURM has
+        requeued it itself; a requeue would revive the one and disturb the other.
+    """
+    state = job_state(job)
+    if state != "RUNNING":
+        return f"SLURM is ending the job itself ({state.lower() or 'unknown to squeue'})"
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    if "pending" in done.stderr.lower():
+        return "SLURM has requeued the job already"
+    raise RuntimeError(f"scontrol requeue failed: {done.stderr.strip()}")

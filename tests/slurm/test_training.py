@@ -1,0 +1,165 @@
+"""The trainer itself on a real SLURM: two nodes of two ranks, started by the documented command.
+
+Every way of being interrupted ends with the bytes of the run that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch import record
+from tests.slurm.conftest import ROOT, Cluster, wait_for
+from tests.tiny_run import read_tensors, write_corpus
+
+pytestmark = pytest.mark.slurm
+
+MODEL = ["num_layers=2", "hidden_size=32", "ffn_hidden_size=64", "num_attention_heads=4", "num_query_groups=2",
+         "kv_channels=8", "vocab_size=128", "num_moe_experts=8", "moe_ffn_hidden_size=16",
+         "moe_shared_expert_intermediate_size=16", "mask_embedding_noise=0"]
+TOKENS = {"warmup_1": 2000, "warmup_4": 2000, "warmup_32": 2000, "warmup_64": 2000, "stable": 4000,
+          "decay_128": 2000, "decay_32": 4000}
+VARYING = ("tokens_per_second", "forward_tokens_per_second", "step_seconds", "peak_memory_gib", "time")
+
+
+class Training:
+    """A conversion of a tiny model, by SLURM or by torchrun alone."""
+
+    def __init__(self, root: Path, name: str, scale: float = 6.0) -> None:
+        self.folder = root / name
+        self.stage = self.folder / "launch" / "train"
+        self.words = ["experiment=tiny_convert", f"run.root={root}", f"run.name={name}",
+                      f"data.train={root}/corpus", "data.validation=null", "data.tokenizer=null",
+                      "evaluation.num_tokens=0", "evaluation.block_sizes=[32]", "logging.interval_steps=1", "logging.tensorboard=false",
+                      "checkpoint.save_interval_tokens=1000",
+                      "schedule.context_length=128", "schedule.row_length=256",
+                      "schedule.stages.stable.block_size=128", "checkpoint.keep_last=2",
+                      *(f"model.{word}" for word in MODEL),
+                      *(f"schedule.stages.{part}.num_tokens={int(scale * tokens)}" for part, tokens in TOKENS.items()),
+                      *(f"schedule.stages.{part}.global_batch_size=4" for part in TOKENS),
+                      *(f"schedule.stages.{part}.micro_batch_size=1" for part in TOKENS),
+                      *(f"schedule.stages.{part}.lr_warmup_tokens=0" for part in TOKENS)]
+
+    def submit(self, cluster: Cluster, *words: str) -> str:
+        """Submit on two nodes of two ranks; the job's number."""
+        done = cluster.submit(*self.words, "cluster=laptop", "cluster.ranks_per_node=2", "nodes=2",
+                              "cluster.environment.OMP_NUM_THREADS='1'", *words)
+        assert done.returncode == 0, done.stderr
+        return record.read_json(self.folder / "chain.json")["stages"]["train"]["job"]
+
+    def run_by_torchrun(self) -> None:
+        """The same run on four ranks without SLURM or launcher."""
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
+                               "-m", "megatron_dllm.train", *self.words], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind."""
+        return [event for event in record.events(self.stage) if event["event"] == kind]
+
+    def log(self) -> str:
+        """What the supervisor and the failing rank said."""
+        texts = [path.read_text() for path in sorted(self.stage.glob("start_*/failure.txt"))]
+        return "\n".join([(self.stage / "slurm.log").read_text(), *texts])
+
+    def is_done(self) -> bool:
+        """Whether the stage has finished; fails as soon as it cannot."""
+        assert not self.events("gave_up"), self.log()
+        return record.done_digest(self.stage) is not None
+
+    def step(self) -> int:
+        """Newest step in the metrics."""
+        lines = record.read_lines(self.folder / "metrics.jsonl")
+        return max((line.get("step", 0) for line in lines), default=0)
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Every logged step, without what depends on the clock."""
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key not in VARYING} for line in lines]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights and optimizer state at the end."""
+        return read_tensors(self.folder / "checkpoints" / str(record.latest_checkpoint(self.folder)))
+
+
+def assert_same(found: Training, expected: Training) -> None:
+    assert found.curve() == expected.curve()
+    tensors, expected_tensors = found.tensors(), expected.tensors()
+    assert tensors.keys() == expected_tensors.keys()
+    assert not [key for key, tensor in tensors.items() if not torch.equal(tensor, expected_tensors[key])]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("training")
+    write_corpus(path / "corpus")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(root: Path, running_cluster: Cluster) -> Iterator[Training]:
+    run = Training(root, "unbroken")
+    run.run_by_torchrun()
+    yield run
+
+
+def test_a_submitted_run_equals_torchrun(cluster: Cluster, unbroken: Training, root: Path) -> None:
+    run = Training(root, "submitted")
+    run.submit(cluster, "cluster.is_preflight_on=true")
+    wait_for(run.is_done, 300, "the run to finish")
+    assert_same(run, unbroken)
+    assert sorted(path.name for path in (run.stage / "start_0001").glob("rank_*.log")) == [
+        f"rank_0000{rank}.log" for rank in range(4)]
+    status = cluster.run("python3", "launch/status.py", str(run.folder)).stdout
+    assert "finished" in status and str(run.step()) in status
+
+
+def test_one_task_a_rank_equals_torchrun(cluster: Cluster, unbroken: Training, root: Path) -> None:
+    run = Training(root, "by_srun")
+    run.submit(cluster, "cluster.launcher=srun")
+    wait_for(run.is_done, 300, "the run to finish")
+    assert_same(run, unbroken)
+
+
+def test_preemption_changes_nothing(cluster: Cluster, unbroken: Training, root: Path) -> None:
+    run = Training(root, "preempted")
+    run.submit(cluster)
+    wait_for(lambda: run.step() >= 5, 200, "the first steps")
+    cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_for(run.is_done, 400, "the run to finish")
+    assert len(run.events("start")) >= 2, run.log()
+    assert_same(run, unbroken)
+
+
+def test_lost_nodes_and_daemons_change_nothing(cluster: Cluster, unbroken: Training, root: Path) -> None:
+    """First a node in mid-training, then the daemon of a node whose ranks live on."""
+    run = Training(root, "lost")
+    run.submit(cluster)
+    wait_for(lambda: run.step() >= 5, 200, "the first steps")
+    cluster.host("crash", run.events("start")[0]["nodes"][1])
+    wait_for(lambda: len(run.events("start")) > 1, 200, "the second life")
+    seen = run.step()
+    wait_for(lambda: run.step() >= seen + 5, 200, "steps of the second life")
+    cluster.host("kill-daemon", run.events("start")[-1]["nodes"][0])
+    wait_for(lambda: len(run.events("start")) > 2, 200, "the third life")
+    wait_for(run.is_done, 400, "the run to finish")
+    assert_same(run, unbroken)
+
+
+def test_time_limits_change_nothing(cluster: Cluster, root: Path) -> None:
+    expected = Training(root, "long_unbroken", scale=40)
+    run = Training(root, "long", scale=40)
+    run.submit(cluster, "cluster.time_limit='00:02:00'", "cluster.stop_seconds=75")
+    wait_for(run.is_done, 1500, "the run to finish")
+    assert sum(event["how"] == "stopped" for event in run.events("end")) >= 3, run.log()
+    expected.run_by_torchrun()
+    assert_same(run, expected)
