@@ -2,7 +2,7 @@
 
 Logits exist for one chunk of targets at a time, forward and backward: the backward pass forms them again
 from the hidden states. With a vocabulary of 157,184 the fp32 logits of one row of 8192 tokens would take
-5 GB; a chunk takes 256 MB.
+5 GB; a chunk takes 256 MB, however long the row.
 
 Tensor parallelism: every rank holds v/tp rows of the weight and computes the part of the sum over its shard;
 what the ranks have to agree on is three vectors of length T, exchanged once per call and not once per chunk.
@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
-# Elements of a chunk's logits (targets x local vocabulary).
-CHUNK_ELEMENTS = 64 * 1024 * 1024
+# Elements of a chunk's logits (targets x local vocabulary): on CPU where it was fastest (larger ones leave the
+# caches), elsewhere enough to fill the device.
+CHUNK_ELEMENTS = {"cpu": 8 * 1024 * 1024, "cuda": 64 * 1024 * 1024}
+# Targets of a chunk at the least: a matrix product of fewer rows waits for the weight's memory.
+MIN_CHUNK_TARGETS = 256
 
 
 def target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tensor, tp_group: ProcessGroup | None,
-                         chunk_elements: int = CHUNK_ELEMENTS) -> tuple[Tensor, Tensor]:
+                         chunk_elements: int | None = None) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each target, and whether it is the most likely token.
 
     The gradient with respect to `hidden` is this rank's part, from its shard of the vocabulary: sum it over the
@@ -33,13 +36,16 @@ def target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tensor, tp_
         weight: [v/tp, h] this rank's rows of the output embedding.
         target_ids: [T] int64 tokens to be predicted.
         tp_group: ranks that share the vocabulary; None: this rank holds all of it.
-        chunk_elements: bound on the elements of the logits that exist at a time.
+        chunk_elements: bound on the elements of the logits that exist at a time; None: by device.
 
     Returns:
         nll: [T] fp32, in nats.
         is_correct: [T] bool. Of equal logits the lowest id counts as the prediction.
     """
-    rows = max(1, chunk_elements // weight.shape[0])
+    if chunk_elements is None:
+        rows = max(MIN_CHUNK_TARGETS, CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cuda"]) // weight.shape[0])
+    else:
+        rows = max(1, chunk_elements // weight.shape[0])
     return _TargetCrossEntropy.apply(hidden, weight, target_ids, tp_group, rows)
 
 
@@ -68,7 +74,7 @@ class _TargetCrossEntropy(torch.autograd.Function):
             logits = torch.matmul(hidden[part], weight.t()).float()
             best[part], best_id[part] = logits.max(dim=-1)
             target[part] = logits.gather(-1, local_ids[part].unsqueeze(-1)).squeeze(-1)
-            log_sum[part] = torch.logsumexp(logits, dim=-1)
+            log_sum[part] = logits.sub_(best[part].unsqueeze(-1)).exp_().sum(dim=-1).log_().add_(best[part])
         # Across shards: the best logit, then the sums relative to it, and the lowest id that reaches it.
         global_best = _all_reduce(best.clone(), ReduceOp.MAX, tp_group)
         sums = torch.stack([torch.exp(log_sum - global_best), torch.where(is_local, target, 0.0)])
@@ -94,9 +100,12 @@ class _TargetCrossEntropy(torch.autograd.Function):
         for start in range(0, num_targets, rows):
             part = slice(start, start + rows)
             logits = torch.matmul(hidden[part], weight.t()).float()
-            grad = torch.exp(logits.sub_(log_partition[part].unsqueeze(-1)))
+            grad = logits.sub_(log_partition[part].unsqueeze(-1)).exp_()
             grad.scatter_add_(-1, local_ids[part].unsqueeze(-1), -is_local[part].float().unsqueeze(-1))
             grad = grad.mul_(grad_nll[part].unsqueeze(-1)).to(weight.dtype)
             grad_hidden[part] = torch.matmul(grad, weight)
-            grad_weight += torch.matmul(grad.t(), hidden[part])
+            if grad_weight.dtype == grad.dtype:
+                grad_weight.addmm_(grad.t(), hidden[part])
+            else:
+                grad_weight += torch.matmul(grad.t(), hidden[part])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None

@@ -62,7 +62,7 @@ def _loss(batch: Batch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, 
     maskable = batch.num_maskable * owner
     detached = nll.detach()
     head = torch.stack([loss.detach().float(), detached.sum().float(), is_correct.sum().float(),
-                        torch.tensor(float(nll.numel()), device=nll.device), maskable.float()])
+                        detached.new_full((), nll.numel()).float(), maskable.float()])
     sums = torch.cat([head.double(), bucket_sums(detached, is_correct, batch.target_t, NUM_BUCKETS).flatten()])
     return loss, maskable.int(), sums
 
@@ -125,17 +125,32 @@ def train_step(engine: Engine, micro_batches: Sequence[Batch], device: torch.dev
         chunk.train()
         chunk.zero_grad_buffer()
     engine.optimizer.zero_grad()
+    biases = _moving_expert_biases(engine)
+    biases_before = [bias.clone() for bias in biases]
     sums = run_schedule(engine.chunks, micro_batches, device, forward_only=False, noise=noise, observe=observe)
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
     result = StepResult(sums, grad_norm, False)
+    reason = ""
     if not math.isfinite(result.loss) or not math.isfinite(grad_norm):
-        return StepResult(sums, grad_norm, False, f"loss {result.loss}, gradient norm {grad_norm}: not finite")
-    if grad_norm > spike_limit:
-        return StepResult(sums, grad_norm, False, f"gradient norm {grad_norm:.4g} above the limit {spike_limit:.4g}")
+        reason = f"loss {result.loss}, gradient norm {grad_norm}: not finite"
+    elif grad_norm > spike_limit:
+        reason = f"gradient norm {grad_norm:.4g} above the limit {spike_limit:.4g}"
+    if reason:
+        for bias, before in zip(biases, biases_before, strict=True):
+            bias.copy_(before)
+        return StepResult(sums, grad_norm, False, reason)
     _clip(engine, grad_norm)
     engine.optimizer.step_with_ready_grads()
     return StepResult(sums, grad_norm, True)
+
+
+def _moving_expert_biases(engine: Engine) -> list[Tensor]:
+    """The routers' biases where megatron-core moves them: with the gradients, before the step is judged."""
+    if not engine.transformer_config.moe_router_bias_update_rate:
+        return []
+    return [module.expert_bias for chunk in engine.chunks for module in chunk.modules()
+            if getattr(module, "expert_bias", None) is not None]
 
 
 def _clip(engine: Engine, grad_norm: float) -> None:

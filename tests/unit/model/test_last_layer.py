@@ -116,3 +116,25 @@ def test_router_load_of_the_last_layer_counts_kept_tokens(recompute: str) -> Non
     totals = load.totals(torch.device("cpu")).sum(-1) / model.moe_router_topk
     masked, clean = float(batch.is_masked.sum()), 50.0
     assert totals.tolist() == [[0.0] * 3, [masked, 50.0 - masked, clean], [masked, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_masks_and_angles_are_made_once_per_micro_batch(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_dllm.model import gpt
+    from megatron_dllm.model.attention import dense
+
+    calls = {"plan": 0, "angles": 0}
+
+    def count(name: str, function: Any) -> Any:
+        def counted(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
+        return counted
+
+    monkeypatch.setattr(dense, "build_plan", count("plan", dense.build_plan))
+    monkeypatch.setattr(gpt, "rotary_angles", count("angles", gpt.rotary_angles))
+    model = tiny_model(num_layers=5)
+    built = _build(model, ParallelConfig(recompute=recompute), "dense")
+    _with_gradients(built, tiny_batch(model, **BATCHES["two rows"]))
+    # One plan for the layers that compute every query, one for the last.
+    assert calls == {"plan": 2, "angles": 1}

@@ -1,0 +1,66 @@
+"""The model asks the device for nothing during a step: no operation of ours whose result the host has to wait for."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_dllm.config import ParallelConfig
+from megatron_dllm.model.attention import flex
+from tests.reference_model import tiny_model
+from tests.tiny_batch import tiny_batch
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+# Operations that return a number to the host, or a tensor whose shape depends on values.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount",
+           "repeat_interleave.Tensor")
+
+
+class WatchWaits(TorchDispatchMode):
+    """Collects (operation, file and function that called it) of operations that make the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        reads_mask = name.startswith("index") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for arg in args if isinstance(arg, list | tuple) for index in arg)
+        if name.startswith(WAITING) or reads_mask:
+            frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename][:-1]
+            self.found.add((name, f"{frames[-1].filename}:{frames[-1].name}"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_only_megatron_core_makes_the_host_wait(recompute: str) -> None:
+    from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.training.step import _loss
+
+    model = tiny_model()
+    built = build_model(model, ParallelConfig(recompute=recompute), pre_process=True, post_process=True,
+                        attention_backend="dense").train()
+    batch = tiny_batch(model, [[17, 9], [24]], row_length=56, block_size=4)
+    with WatchWaits() as watch:
+        loss, _, _ = _loss(batch, built(batch, mask_noise_sigma=0.3, noise_seed=5))
+        loss.backward()
+    ours = {place for place in watch.found if "megatron_dllm" in place[1]}
+    assert not ours
+    # What remains is the sorting of tokens by expert, where TransformerEngine's fused kernels are not in use.
+    assert {place.rsplit("/", 1)[1] for _, place in watch.found} == {"moe_utils.py:permute",
+                                                                     "token_dispatcher.py:dispatch_postprocess"}
+
+
+def test_the_kernels_mask_is_built_without_waiting() -> None:
+    batch = tiny_batch(tiny_model(), [[17, 9], [24]], row_length=56, block_size=4)
+    with WatchWaits() as watch:
+        flex.build_plan(batch.roles, batch.roles.clone())
+    assert not watch.found
