@@ -116,9 +116,9 @@ def _loader(config: TrainConfig, corpus: Corpus, lengths: NDArray[np.int64], nam
     geometry = validation_geometry(config, name)
     ranks = parallel_state.get_data_parallel_world_size()
     rows = config.evaluation.micro_batch_size
-    # Virtual pipeline stages take as many micro-batches at a time as there are stages; rows of padding fill them up.
-    is_virtual = config.parallel.virtual_pipeline_model_parallel_size is not None
-    num_micro_batches = config.parallel.pipeline_model_parallel_size if is_virtual else 1
+    # As many micro-batches at a time as pipeline stages keep them busy, and virtual stages take no fewer; rows of
+    # padding fill them up.
+    num_micro_batches = config.parallel.pipeline_model_parallel_size
     dataset = RowDataset(corpus, geometry, None if name == AR else NoiseSpec.for_validation(), _SEED,
                          config.model.mask_token_id, config.model.pad_token_id)
     stream = RowStream(lengths, _SEED, config.data.packing_chunk, shuffle=False)

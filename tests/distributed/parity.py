@@ -55,7 +55,7 @@ def measure(layout: Layout, folder: str, expected: dict[str, Trained], stages: l
     """Run a layout on its ranks."""
     by_rank = run_ranks(compare, layout.world_size, layout, folder, expected, stages, timeout_s=timeout_s)
     has_equal_data = {
-        stage: all(ranks[stage][1] == expected[f"{stage}_{layout.parallel.precision}"].fingerprints
+        stage: all(ranks[stage][1] == expected[f"{stage}_{layout.variant}"].fingerprints
                    for ranks in by_rank) for stage in stages}
     return Result({stage: by_rank[0][stage][0] for stage in stages}, has_equal_data)
 
@@ -118,13 +118,13 @@ def _write(results: dict[str, Result], stages: list[str], output: Path) -> None:
     output.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
-def _print(results: dict[str, Result]) -> None:
+def _table(results: dict[str, Result]) -> Table:
     table = Table(title="Relative difference from one rank, worst of the stages")
     for index, name in enumerate(HEADER):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in _rows(results):
         table.add_row(*(cell.replace("**", "") for cell in row), style="red" if "**" in row[-1] else None)
-    Console().print(table)
+    return table
 
 
 def main() -> int:
@@ -136,16 +136,19 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="without suffix")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    console = Console()
     results: dict[str, Result] = {}
     errors: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         (expected,) = run_ranks(prepare, 1, folder, timeout_s=600.0)
-        for name in track(args.layouts, description="layouts"):
+        for name in track(args.layouts, description="layouts", console=console):
             try:
                 results[name] = measure(ALL_LAYOUTS[name], folder, expected, args.stages, timeout_s=600.0)
+                console.print(f"{name}: {_rows({name: results[name]})[0][-1].strip('*')}")
             except (RuntimeError, TimeoutError) as error:
                 errors[name] = str(error)
-    _print(results)
+                console.print(f"{name}: did not run")
+    console.print(_table(results))
     for name, error in errors.items():
         print(f"{name} did not run: {error}", file=sys.stderr)
     for name, result in results.items():

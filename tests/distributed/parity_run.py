@@ -57,7 +57,7 @@ class Difference:
 
 
 def prepare(folder: str) -> dict[str, Trained]:
-    """On one rank: write corpus, start checkpoint and the expected weights of every stage, in fp32 and bf16."""
+    """On one rank: write corpus, start checkpoints and the expected weights of every stage and variant."""
     from megatron.core import parallel_state
 
     from megatron_dllm import parallel
@@ -65,15 +65,14 @@ def prepare(folder: str) -> dict[str, Trained]:
     path = Path(folder)
     write_corpus(path / "corpus")
     results = {}
-    for precision in ("fp32", "bf16"):
-        layout = replace(EXPECTED, parallel=replace(EXPECTED.parallel, precision=precision))
+    for variant, layout in EXPECTED.items():
         parallel.initialize(layout.parallel, RunConfig(name="parity"))
-        if precision == "fp32":
-            _write_start(train_config(layout, STAGES["ar"], path / "corpus"), path)
+        if layout.parallel.precision == "fp32":
+            write_start(layout, path)
         for stage in STAGES:
             trained = train(layout, stage, path)
-            save_file(trained.weights, str(path / f"{stage}_{precision}.safetensors"))
-            results[f"{stage}_{precision}"] = Trained(trained.losses, trained.grad_norms, trained.fingerprints)
+            save_file(trained.weights, str(path / f"{stage}_{variant}.safetensors"))
+            results[f"{stage}_{variant}"] = replace(trained, weights={})
         parallel_state.destroy_model_parallel()
     return results
 
@@ -85,12 +84,12 @@ def compare(layout: Layout, folder: str, expected: dict[str, Trained],
 
     path = Path(folder)
     results: dict[str, tuple[Difference | None, list[str]]] = {}
-    start = load_file(str(path / "start.safetensors"))
+    start = load_file(str(path / f"{_start(layout)}.safetensors"))
     parallel.initialize(layout.parallel, RunConfig(name="parity"))
     for stage in stages:
         with _defect(layout.defect):
             trained = train(layout, stage, path)
-        key = f"{stage}_{layout.parallel.precision}"
+        key = f"{stage}_{layout.variant}"
         difference = None
         if dist.get_rank() == 0:
             difference = _difference(trained, expected[key], load_file(str(path / f"{key}.safetensors")), start)
@@ -109,7 +108,7 @@ def train(layout: Layout, stage: str, folder: Path) -> Trained:
     if layout.defect is None:
         config.validate(dist.get_world_size())
     engine = build_engine(config)
-    load_weights(folder / "start", engine.chunks, hash_content=False)
+    load_weights(folder / _start(layout), engine.chunks, hash_content=False)
     engine.optimizer.reload_model_params()
     set_learning_rate(engine.optimizer, LEARNING_RATE)
     losses, norms, fingerprints = [], [], []
@@ -200,20 +199,24 @@ def _relative(values: list[float], expected: list[float]) -> float:
     return max(abs(value - e) / abs(e) for value, e in zip(values, expected, strict=True))
 
 
-def _write_start(config: TrainConfig, folder: Path) -> None:
+def _start(layout: Layout) -> str:
+    return "start_dense" if layout.is_dense else "start"
+
+
+def write_start(layout: Layout, folder: Path) -> None:
     """Random weights, with router biases that are not zero, as a checkpoint and as plain tensors."""
     from megatron_dllm.checkpoint import CheckpointWriter
     from megatron_dllm.training.engine import build_engine
 
-    engine = build_engine(config)
+    engine = build_engine(train_config(layout, STAGES["ar"], folder / "corpus"))
     generator = torch.Generator().manual_seed(1)
     for name, buffer in engine.chunks[0].named_buffers():
         if name.endswith("expert_bias"):
             buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
-    engine.optimizer.reload_model_params()
-    written = CheckpointWriter(folder / "written").save(0, engine.chunks, None, {}, {})
-    (folder / "start").symlink_to(written)
-    save_file(gather_weights(engine.chunks)[0], str(folder / "start.safetensors"))
+    name = _start(layout)
+    written = CheckpointWriter(folder / f"written_{name}").save(0, engine.chunks, None, {}, {})
+    (folder / name).symlink_to(written)
+    save_file(gather_weights(engine.chunks)[0], str(folder / f"{name}.safetensors"))
 
 
 @contextmanager

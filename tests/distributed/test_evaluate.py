@@ -1,0 +1,61 @@
+"""Every layout measures the validation loss that one rank measures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_dllm.config import EvaluationConfig, RunConfig
+from tests.distributed.parity_layouts import LAYOUTS, STAGES, Layout, train_config, write_corpus
+from tests.distributed.parity_run import write_start
+from tests.distributed.ranks import run_ranks
+
+NAMES = ["4", "32", "ar"]
+
+
+def _prepare(folder: str) -> dict[str, float]:
+    from megatron.core import parallel_state
+
+    from megatron_dllm import parallel
+
+    layout = LAYOUTS["accumulation 4"]
+    write_corpus(Path(folder) / "corpus")
+    parallel.initialize(layout.parallel, RunConfig(name="test"))
+    write_start(layout, Path(folder))
+    parallel_state.destroy_model_parallel()
+    return _evaluate(layout, folder)
+
+
+def _evaluate(layout: Layout, folder: str) -> dict[str, float]:
+    import torch
+
+    from megatron_dllm import parallel
+    from megatron_dllm.checkpoint import load_weights
+    from megatron_dllm.data.corpus import Corpus
+    from megatron_dllm.training.engine import build_chunks
+    from megatron_dllm.training.evaluate import evaluate
+
+    parallel.initialize(layout.parallel, RunConfig(name="test"))
+    config = train_config(layout, STAGES["ar"], Path(folder) / "corpus")
+    config = replace(config, evaluation=EvaluationConfig(block_sizes=[4, 32], num_tokens=500))
+    chunks = build_chunks(config)
+    load_weights(Path(folder) / "start", chunks)
+    return evaluate(chunks, config, Corpus(config.data.train, config.model), NAMES, torch.device("cpu")).nats_per_token
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, float]]:
+    """Folder with a checkpoint, and its losses on one rank."""
+    folder = str(tmp_path_factory.mktemp("evaluate"))
+    (expected,) = run_ranks(_prepare, 1, folder)
+    return folder, expected
+
+
+@pytest.mark.parametrize("name", ["DP2", "TP2", "PP2", "PP2 virtual 2", "CP2"])
+def test_layouts_measure_what_one_rank_measures(name: str, start: tuple[str, dict[str, float]]) -> None:
+    folder, expected = start
+    assert expected.keys() == set(NAMES)
+    for nats in run_ranks(_evaluate, LAYOUTS[name].world_size, LAYOUTS[name], folder):
+        assert nats == pytest.approx(expected, rel=1e-6)
