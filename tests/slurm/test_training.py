@@ -115,7 +115,7 @@ def unbroken(root: Path, running_cluster: Cluster) -> Iterator[Training]:
 def test_a_submitted_run_equals_torchrun(cluster: Cluster, unbroken: Training, root: Path) -> None:
     run = Training(root, "submitted")
     run.submit(cluster, "cluster.is_preflight_on=true")
-    wait_for(run.is_done, 300, "the run to finish")
+    wait_for(run.is_done, 1500, "the run to finish")
     assert_same(run, unbroken)
     assert sorted(path.name for path in (run.stage / "start_0001").glob("rank_*.log")) == [
         f"rank_0000{rank}.log" for rank in range(4)]
@@ -126,16 +126,16 @@ def test_a_submitted_run_equals_torchrun(cluster: Cluster, unbroken: Training, r
 def test_one_task_a_rank_equals_torchrun(cluster: Cluster, unbroken: Training, root: Path) -> None:
     run = Training(root, "by_srun")
     run.submit(cluster, "cluster.launcher=srun")
-    wait_for(run.is_done, 300, "the run to finish")
+    wait_for(run.is_done, 1500, "the run to finish")
     assert_same(run, unbroken)
 
 
 def test_preemption_changes_nothing(cluster: Cluster, unbroken: Training, root: Path) -> None:
     run = Training(root, "preempted")
     run.submit(cluster)
-    wait_for(lambda: run.step() >= 5, 200, "the first steps")
+    wait_for(lambda: run.step() >= 5, 600, "the first steps")
     cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    wait_for(run.is_done, 400, "the run to finish")
+    wait_for(run.is_done, 1500, "the run to finish")
     assert len(run.events("start")) >= 2, run.log()
     assert_same(run, unbroken)
 
@@ -144,14 +144,14 @@ def test_lost_nodes_and_daemons_change_nothing(cluster: Cluster, unbroken: Train
     """First a node in mid-training, then the daemon of a node whose ranks live on."""
     run = Training(root, "lost")
     run.submit(cluster)
-    wait_for(lambda: run.step() >= 5, 200, "the first steps")
+    wait_for(lambda: run.step() >= 5, 600, "the first steps")
     cluster.host("crash", run.events("start")[0]["nodes"][1])
-    wait_for(lambda: len(run.events("start")) > 1, 200, "the second life")
+    wait_for(lambda: len(run.events("start")) > 1, 600, "the second life")
     seen = run.step()
-    wait_for(lambda: run.step() >= seen + 5, 200, "steps of the second life")
+    wait_for(lambda: run.step() >= seen + 5, 600, "steps of the second life")
     cluster.host("kill-daemon", run.events("start")[-1]["nodes"][0])
-    wait_for(lambda: len(run.events("start")) > 2, 200, "the third life")
-    wait_for(run.is_done, 400, "the run to finish")
+    wait_for(lambda: len(run.events("start")) > 2, 600, "the third life")
+    wait_for(run.is_done, 1500, "the run to finish")
     assert_same(run, unbroken)
 
 

@@ -1,0 +1,136 @@
+"""Chains on this machine, with the stand-in trainer and tool."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import record
+from launch.progress import Progress, progress_of
+from launch.status import rows, total_tokens
+from launch.world import spread, wanted_ranks
+from megatron_dllm.compose import RECIPES
+from tests.slurm.test_lives import expected_state
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAIN = """# @package _global_
+name: small
+train_module: tests.slurm.fake_train
+stages:
+  corpus:
+    module: tests.slurm.fake_tool
+    arguments: [--output, "${root}/small/text.bin", --text, words]
+    output: "${root}/small/text.bin"
+  base:
+    experiment: tiny_base
+    overrides: ["data.train=${root}/small/text", data.validation=null, data.tokenizer=null, evaluation.num_tokens=0]
+"""
+
+
+@pytest.fixture
+def recipes(tmp_path: Path) -> Path:
+    folder = tmp_path / "recipes"
+    shutil.copytree(RECIPES, folder)
+    (folder / "chain").mkdir(exist_ok=True)
+    (folder / "chain" / "small.yaml").write_text(CHAIN)
+    return folder
+
+
+def command(recipes: Path, *words: str) -> list[str]:
+    return [sys.executable, "launch/local.py", "experiment=small", f"root={recipes.parent}", "--recipes", str(recipes),
+            *words]
+
+
+def run(recipes: Path, *words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **{f"FAKE_{key.upper()}": str(value) for key, value in settings.items()}}
+    return subprocess.run(command(recipes, *words), cwd=ROOT, env=environment, capture_output=True, text=True,
+                          check=False)
+
+
+def final_state(recipes: Path) -> Any:
+    folder = recipes.parent / "small" / "base"
+    return record.read_json(folder / "checkpoints" / str(record.latest_checkpoint(folder)) / "state.json")
+
+
+def test_a_chain_runs_once_and_is_skipped_after(recipes: Path) -> None:
+    done = run(recipes, steps=6)
+    assert done.returncode == 0, done.stderr
+    assert "starts at step 0" in done.stdout, "the rank's output is passed through"
+    assert final_state(recipes) == expected_state(6)
+    book = record.read_json(recipes.parent / "small" / "chain.json")
+    assert list(book["stages"]) == ["corpus", "base"] and book["stages"]["base"]["seconds"] > 0
+    again = run(recipes, steps=6)
+    assert again.returncode == 0 and again.stderr.count("finished before, skipped") == 2
+    changed = run(recipes, "run.seed=4")
+    assert changed.returncode == 2 and "has finished with another command or configuration" in changed.stderr
+    states = {row.stage: row.state for row in rows(recipes.parent / "small")}
+    assert states == {"corpus": "finished", "base": "finished"}
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(recipes: Path) -> None:
+    process = subprocess.Popen(command(recipes), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env={**os.environ, "FAKE_STEPS": "100000", "FAKE_STEP_SECONDS": "0.05"})
+    metrics = recipes.parent / "small" / "base" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists():
+        assert time.monotonic() < deadline and process.poll() is None, "training never began"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stderr is not None and "the same command continues it" in process.stderr.read()
+    stopped = final_state(recipes)["step"]
+    assert run(recipes, steps=stopped + 4, step_seconds=0.01).returncode == 0
+    assert final_state(recipes) == expected_state(stopped + 4)
+
+
+def test_a_failure_shows_the_failing_rank_s_words(recipes: Path) -> None:
+    done = run(recipes, steps=6, **{"raise": "0:3"})
+    assert done.returncode == 1
+    assert "deliberate failure of rank 0 at step 3" in done.stderr and "rank 0 on" in done.stderr
+    assert run(recipes, steps=6).returncode == 0
+
+
+def test_a_stage_that_was_killed_after_its_rename_counts_as_finished(recipes: Path) -> None:
+    from launch.chain import compose_chain
+
+    assert run(recipes, steps=2).returncode == 0
+    chain = compose_chain(["experiment=small", f"root={recipes.parent}"], recipes)
+    corpus = chain.stages[0]
+    marker = chain.stage_folder(corpus) / "done.json"
+    marker.unlink()
+    assert progress_of(chain, corpus) is Progress.FINISHED and marker.exists()
+    marker.unlink()
+    (chain.stage_folder(corpus) / "events.jsonl").unlink()
+    with pytest.raises(ValueError, match="was not written by this command"):
+        progress_of(chain, corpus)
+
+
+def test_the_next_part_of_a_schedule_chooses_the_ranks(tmp_path: Path) -> None:
+    parts = [{"name": "a", "num_tokens": 100, "world_size": 4}, {"name": "b", "num_tokens": 100, "world_size": None}]
+    assert wanted_ranks(parts, tmp_path) == 4
+    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest").write_text("step_1\n")
+    for consumed, expected in ((99, 4), (100, None), (200, None)):
+        record.write_json(tmp_path / "checkpoints" / "step_1" / "state.json", {"consumed_tokens": consumed})
+        assert wanted_ranks(parts, tmp_path) == expected
+    assert spread(3, 4) == (1, 3) and spread(8, 4) == (2, 4)
+    with pytest.raises(ValueError, match="must be a multiple"):
+        spread(6, 4)
+
+
+def test_the_frozen_schedule_gives_the_tokens_to_come(recipes: Path) -> None:
+    from launch.chain import compose_chain
+
+    stage = compose_chain(["experiment=tiny_convert"], recipes).stages[0]
+    (recipes / "config.yaml").write_text(stage.config_text)
+    assert stage.config is not None
+    expected = sum(part.num_tokens for part in stage.config.schedule.stages.values())
+    assert total_tokens(recipes) == expected
