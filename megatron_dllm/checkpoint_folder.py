@@ -237,16 +237,24 @@ def clean_temporary(checkpoints: Path) -> list[Path]:
     return left
 
 
+def _kind(folder: Path) -> tuple[Any, Any]:
+    """What a checkpoint was trained for: (shift, block size)."""
+    contract = read_json(folder / CONTRACT)["contract"]
+    return contract.get("shift"), contract.get("block_size")
+
+
 def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -> list[Path]:
     """Delete checkpoints that no rule keeps; returns the deleted folders.
 
-    Kept: the last `keep_last`, the `keep_best` with the lowest validation ELBO, every one whose step is a
-    multiple of `keep_every`, and every stage's end. An incomplete folder never counts as one that is kept,
+    Kept: the last `keep_last`, the `keep_best` with the lowest validation ELBO among those trained as the newest
+    one (only they can be merged with it), every one whose step is a multiple of `keep_every`, and every stage's
+    end. An incomplete folder never counts as one that is kept,
     so the newest complete checkpoint always stays.
     """
     complete = list_checkpoints(checkpoints)
     kept = set(complete[-max(keep_last, 1):])
-    ranked = sorted((elbo, f) for f in complete if (elbo := validation_elbo(f)) is not None and math.isfinite(elbo))
+    rivals = [f for f in complete if _kind(f) == _kind(complete[-1])]
+    ranked = sorted((elbo, f) for f in rivals if (elbo := validation_elbo(f)) is not None and math.isfinite(elbo))
     kept |= {f for _, f in ranked[:keep_best]}
     deleted = []
     for folder in complete:

@@ -13,12 +13,14 @@ MODEL = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attentio
                     kv_channels=4, vocab_size=16, mask_token_id=2, eos_token_id=0, pad_token_id=1)
 
 
-def _make(checkpoints: Path, step: int, elbo: float | None = None, is_stage_end: bool = False) -> Path:
+def _make(checkpoints: Path, step: int, elbo: float | None = None, is_stage_end: bool = False,
+          block_size: int = 32) -> Path:
     """A checkpoint as the writer leaves it, one small file for the tensors."""
     final = folders.step_folder(checkpoints, step)
     temporary = final.with_name(folders.TEMPORARY_PREFIX + final.name)
     temporary.mkdir(parents=True)
-    contract = {"format": 1, "model": asdict(MODEL), "contract": {"block_origin": "document", "mask_token_id": 2},
+    contract = {"format": 1, "model": asdict(MODEL), "contract": {"block_origin": "document", "mask_token_id": 2,
+                                                                  "block_size": block_size},
                 "step": step, "is_stage_end": is_stage_end}
     folders.write_json(temporary / folders.CONTRACT, contract)
     (temporary / "__0_0.distcp").write_bytes(bytes(range(100)))
@@ -169,6 +171,13 @@ def test_the_best_ones_stay(tmp_path: Path) -> None:
         _make(tmp_path, step, elbo)
     folders.retire(tmp_path, keep_last=1, keep_best=2, keep_every=0)
     assert _steps(tmp_path) == [20, 30, 60]
+
+
+def test_the_best_are_chosen_among_those_that_can_be_merged(tmp_path: Path) -> None:
+    for step, elbo, block_size in ((10, 1.0, 512), (20, 1.1, 512), (30, 3.0, 32), (40, 2.0, 32), (50, 4.0, 32)):
+        _make(tmp_path, step, elbo, block_size=block_size)
+    folders.retire(tmp_path, keep_last=1, keep_best=2, keep_every=0)
+    assert _steps(tmp_path) == [30, 40, 50]
 
 
 def test_multiples_and_stage_ends_stay(tmp_path: Path) -> None:
