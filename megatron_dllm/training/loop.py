@@ -142,7 +142,10 @@ class Trainer:
                 trim_metrics(self.folder, self.state.step)
                 log.warning("resumed %s: step %d, %d tokens consumed", folder, self.state.step,
                             self.state.consumed_tokens)
-        elif config.checkpoint.load:
+            return
+        if self.is_rank_zero:
+            trim_metrics(self.folder, -1)  # of a start that ended before its first checkpoint
+        if config.checkpoint.load:
             start = folders.resolve_checkpoint(Path(config.checkpoint.load))
             check_identity(start, config.model)
             load_weights(start, self.engine.chunks, config.checkpoint.verify)
@@ -367,8 +370,11 @@ def check_inputs(config: TrainConfig) -> None:
         corpus.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
     if config.data.validation and config.evaluation.num_tokens:
         Corpus(config.data.validation, config.model, config.data.tokenizer)
-    is_resumed = config.checkpoint.resume and folders.step_folders(run_checkpoints(config))
-    if config.checkpoint.load and not is_resumed:
+    has_checkpoints = bool(folders.step_folders(run_checkpoints(config)))
+    if has_checkpoints and not config.checkpoint.resume:
+        raise ValueError(f"checkpoint.resume (false) starts anew, but run.name ({config.run.name}) has checkpoints in "
+                         f"{run_checkpoints(config)}; choose another name, or remove them.")
+    if config.checkpoint.load and not has_checkpoints:
         start = folders.resolve_checkpoint(Path(config.checkpoint.load))
         check_identity(start, config.model)
         folders.check_complete(start)
