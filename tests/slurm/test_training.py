@@ -38,7 +38,8 @@ class Training:
         self.stage = self.folder / "launch" / "train"
         self.words = ["experiment=tiny_convert", f"run.root={root}", f"run.name={name}",
                       f"data.train={root}/corpus", "data.validation=null", "data.tokenizer=null",
-                      "evaluation.num_tokens=0", "evaluation.block_sizes=[32]", "logging.interval_steps=1", "logging.tensorboard=false",
+                      "evaluation.num_tokens=0", "evaluation.block_sizes=[32]",
+                      "logging.interval_steps=1", "logging.tensorboard=false",
                       "checkpoint.save_interval_tokens=1000",
                       "schedule.context_length=128", "schedule.row_length=256",
                       "schedule.stages.stable.block_size=128", "checkpoint.keep_last=2",
