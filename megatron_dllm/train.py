@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from typing import Any
 
 import hydra
@@ -55,8 +56,11 @@ def _main(config: Any) -> None:
     except ValueError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             log.error("%s", error)
+        else:
+            time.sleep(5.0)  # torchrun ends all ranks with the first: rank 0 speaks before that
         code = 2
-    sys.exit(code)
+    if code:  # a sweep goes on after a run that has finished
+        sys.exit(code)
 
 
 if __name__ == "__main__":

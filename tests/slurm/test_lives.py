@@ -120,3 +120,35 @@ def test_a_cancelled_job_stays_cancelled(fake_run: FakeRun) -> None:
     time.sleep(8)
     assert fake_run.cluster.state(job) == "CANCELLED"
     assert len(fake_run.events("start")) == 1
+
+
+def test_a_restart_takes_fewer_nodes_when_the_recipe_allows(fake_run: FakeRun) -> None:
+    """Four nodes of two ranks; after one is lost three are left, and the batch of 8 rows divides over two."""
+    fake_run.submit("nodes=4", "min_nodes=1", steps=100, step_seconds=0.1, save_every=20)
+    wait_for(lambda: fake_run.step() > 25, 120, "steps after the first checkpoint")
+    assert len(fake_run.events("start")[0]["nodes"]) == 4
+    fake_run.cluster.host("crash", "node3")
+    wait_for(fake_run.is_done, 300, "the run to finish on what is left")
+    last = fake_run.events("start")[-1]
+    assert "node3" not in last["nodes"] and (len(last["nodes"]), last["ranks"]) == (2, 4)
+    assert fake_run.final_state() == expected_state(100)
+
+
+def test_the_preflight_refuses_and_names_bad_nodes(fake_run: FakeRun) -> None:
+    fake_run.submit("cluster.is_preflight_on=true", "cluster.min_free_disk_gib=1e9", steps=5)
+    end = wait_for(lambda: fake_run.events("end"), 200, "the preflight's verdict")[0]
+    assert end["how"] == "crashed"
+    assert "preflight: node1: has" in end["reason"] and "node2: has" in end["reason"]
+    assert "cluster.min_free_disk_gib" in end["reason"]
+    assert not (fake_run.folder / "metrics.jsonl").exists()
+
+
+def test_ranks_that_do_not_stop_in_time_are_requeued_before_the_limit(fake_run: FakeRun) -> None:
+    """Each step outlasts the time between the request and the limit; saved steps are not lost."""
+    job = fake_run.submit("cluster.time_limit='00:02:00'", "cluster.stop_seconds=80", steps=2, step_seconds=70,
+                          save_every=1)
+    wait_for(lambda: fake_run.events("end"), 240, "the end of the first start")
+    assert fake_run.events("end")[0]["how"] == "overran", fake_run.log()
+    wait_for(lambda: len(fake_run.events("start")) > 1, 60, "the second start")
+    assert fake_run.cluster.state(job) == "RUNNING"
+    assert fake_run.events("start")[1]["checkpoint"] == "step_0000001"
