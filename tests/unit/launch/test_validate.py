@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from launch.chain import compose_chain
+from launch.submit import dependencies_of, readable_refusal
+from launch.validate import check_chain
+
+
+HEADER = struct.pack("<9sQB", b"MMIDIDX\x00\x00", 1, 4)
+
+
+def corpus(prefix: Path, header: bytes = HEADER, description: str = "{}") -> None:
+    prefix.with_suffix(".bin").write_bytes(b"tokens")
+    prefix.with_suffix(".idx").write_bytes(header)
+    prefix.with_suffix(".json").write_text(description)
+
+
+def problems(root: Path, *words: str) -> list[str]:
+    # Another train_module: what training itself would refuse is asked in a process of its own, and tried elsewhere.
+    return check_chain(compose_chain([
+        "experiment=tiny_base", f"run.root={root}", "run.name=run", f"data.train={root}/train",
+        f"data.validation={root}/validation", f"data.tokenizer={root}", "train_module=tests.slurm.fake_train", *words]))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    corpus(tmp_path / "train")
+    corpus(tmp_path / "validation")
+    return tmp_path
+
+
+def test_what_is_fine_passes(root: Path) -> None:
+    assert problems(root) == []
+
+
+def test_every_problem_is_shown_at_once(root: Path) -> None:
+    (root / "train.idx").unlink()
+    found = problems(root, "data.tokenizer=/nowhere", "checkpoint.load=/nowhere",
+                     "cluster.container.kind=apptainer", "cluster.container.image=/nowhere.sif",
+                     "cluster.container.mounts=['/nowhere:/data']")
+    assert len(found) == 5
+    for text in ("train.idx; tokenize the text", "data.tokenizer (/nowhere)", "holds no complete checkpoint",
+                 "image (/nowhere.sif) does not exist", "mounts (/nowhere:/data)"):
+        assert any(text in sentence for sentence in found), text
+
+
+def test_a_corpus_must_be_one_and_fit_the_model(root: Path) -> None:
+    corpus(root / "train", header=b"something else")
+    corpus(root / "validation", description='{"max_token_id": 999999, "mask_token_id": 77}')
+    found = problems(root)
+    assert "is not a Megatron index" in found[0]
+    assert "holds token 999999, which must lie below model.vocab_size" in found[1]
+    assert "differs from the corpus" in found[2]
+
+
+def test_a_folder_that_cannot_be_written_is_named(root: Path) -> None:
+    found = problems(root, "run.root=/proc/nowhere")
+    assert found and all("/proc/nowhere/run cannot be written" in sentence for sentence in found)
+
+
+def test_a_plan_that_does_not_fit_is_believed(root: Path) -> None:
+    (root / "run").mkdir()
+    (root / "run" / "plan.json").write_text('{"peak_memory_gib": 90.5}')
+    (sentence,) = problems(root, "cluster.gpu_memory_gib=80")
+    assert "needs 90.5 GiB a GPU, which has 80" in sentence
+    assert problems(root, "cluster.gpu_memory_gib=141") == []
+
+
+def test_what_an_earlier_stage_makes_is_not_missing(recipes: Path, tmp_path: Path) -> None:
+    text = """# @package _global_
+name: made
+train_module: tests.slurm.fake_train
+stages:
+  corpus: {module: platform, arguments: [--output, "${root}/made/text", --x], output: "${root}/made/text.json"}
+  base:
+    experiment: tiny_base
+    overrides: ["data.train=${root}/made/text", data.validation=null, data.tokenizer=null, evaluation.num_tokens=0]
+  tune:
+    experiment: tiny_base
+    overrides: ["data.train=${root}/made/other", "checkpoint.load=${root}/made/base", data.validation=null,
+                data.tokenizer=null, evaluation.num_tokens=0]
+"""
+    (recipes / "chain" / "made.yaml").write_text(text)
+    (sentence,) = check_chain(compose_chain(["experiment=made", f"root={tmp_path}"], recipes))
+    assert sentence.startswith("stage tune: data.train") and "made/other.bin" in sentence
+
+
+def test_a_stage_waits_for_the_unfinished_stages_before_it(recipes: Path) -> None:
+    chain = compose_chain(["experiment=three"], recipes)
+    convert = chain.stages[2]
+    assert dependencies_of(chain, convert, {"first": "1", "base": "2"}) == ["2"]
+    # base has finished before, but what it came after runs again.
+    assert dependencies_of(chain, convert, {"first": "1"}) == ["1"]
+    assert dependencies_of(chain, convert, {}) == []
+
+
+def test_sbatch_s_refusal_is_readable() -> None:
+    said = "sbatch: error: invalid partition specified: x\nallocation failure: Invalid partition name specified\n"
+    assert readable_refusal(said) == "invalid partition specified: x Invalid partition name specified"
