@@ -9,7 +9,6 @@ from launch.chain import compose_chain
 from launch.submit import dependencies_of, readable_refusal
 from launch.validate import check_chain
 
-
 HEADER = struct.pack("<9sQB", b"MMIDIDX\x00\x00", 1, 4)
 
 
