@@ -45,7 +45,8 @@ def measure(folder: Path, gigabytes: float, repetitions: int) -> list[dict[str, 
     shutil.rmtree(copy, ignore_errors=True)
     assert compare(source, back).is_equal, "the round trip changed the weights"
     size = size_of(source) / 1e9
-    return [{"command": name, "GB": size, "seconds": seconds, "GB/s": size / seconds, "ratio to cp": seconds / best["cp"][0],
+    return [{"command": name, "GB": size, "seconds": seconds, "GB/s": size / seconds,
+             "ratio to cp": seconds / best["cp"][0],
              "peak RSS, MB": peak // 10**6} for name, (seconds, peak) in best.items()]
 
 
@@ -53,7 +54,7 @@ def main() -> None:
     """Parse the command line, measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=0.3)
-    parser.add_argument("--folder", type=Path, help="where to work, on the disk to measure (default: the temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="convert-") as folder:

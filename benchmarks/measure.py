@@ -101,12 +101,15 @@ def model_of_size(num_bytes: float, family: str = "bailing_moe") -> ModelConfig:
             hidden = 512 if num_bytes < 1.5e9 else 4096
             return ModelConfig(
                 family=family, num_layers=num_layers, hidden_size=hidden, ffn_hidden_size=3 * hidden,
-                num_attention_heads=hidden // 128, num_query_groups=hidden // 512, kv_channels=128, vocab_size=vocabulary,
+                num_attention_heads=hidden // 128, num_query_groups=hidden // 512, kv_channels=128,
+                vocab_size=vocabulary,
                 rotary_percent=1.0, rotary_base=1e6, **tokens)
         return ModelConfig(
-            family=family, num_layers=num_layers, hidden_size=2048, ffn_hidden_size=5120, num_attention_heads=16, num_query_groups=4,
+            family=family, num_layers=num_layers, hidden_size=2048, ffn_hidden_size=5120, num_attention_heads=16,
+            num_query_groups=4,
             kv_channels=128, vocab_size=vocabulary, num_dense_layers=1, num_moe_experts=16 if is_small else 256,
-            moe_ffn_hidden_size=512, moe_shared_expert_intermediate_size=512, moe_router_topk=8, moe_router_num_groups=8,
+            moe_ffn_hidden_size=512, moe_shared_expert_intermediate_size=512, moe_router_topk=8,
+            moe_router_num_groups=8,
             moe_router_group_topk=4, moe_router_topk_scaling_factor=2.5, **tokens)
 
     def bytes_of(num_layers: int) -> int:
@@ -119,6 +122,7 @@ def model_of_size(num_bytes: float, family: str = "bailing_moe") -> ModelConfig:
 def table(rows: list[dict[str, object]]) -> str:
     """Rows with the same keys as a Markdown table."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()) + " |"
+    lines += ["| " + " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
+              + " |"
               for row in rows]
     return "\n".join(lines) + "\n"

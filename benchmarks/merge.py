@@ -33,10 +33,12 @@ def measure(folder: Path, gigabytes: float, k: int, repetitions: int, mergekit: 
     for number, source in enumerate(sources):
         hf_to_mcore.convert(source, folder / f"mcore{number}", model.mask_token_id)
         shutil.rmtree(source)
-    return rows + _measure_format("torch_dist", [folder / f"mcore{number}" for number in range(k)], folder, repetitions, None)
+    return rows + _measure_format("torch_dist", [folder / f"mcore{number}" for number in range(k)], folder,
+                                  repetitions, None)
 
 
-def _measure_format(name: str, sources: list[Path], folder: Path, repetitions: int, mergekit: Path | None) -> list[dict[str, object]]:
+def _measure_format(name: str, sources: list[Path], folder: Path, repetitions: int,
+                    mergekit: Path | None) -> list[dict[str, object]]:
     pattern = {"hf": "*.safetensors", "torch_dist": "*.distcp"}[name]
     files = " ".join(f"'{source}'/{pattern}" for source in sources)
     commands = {
@@ -69,7 +71,8 @@ def _measure_format(name: str, sources: list[Path], folder: Path, repetitions: i
     size = size_of(sources[0]) / 1e9
     for _, target in commands.values():
         shutil.rmtree(target, ignore_errors=True)
-    return [{"format": name, "command": label, "GB each": size, "seconds": found.seconds, "ratio": found.seconds / baseline,
+    return [{"format": name, "command": label, "GB each": size, "seconds": found.seconds,
+             "ratio": found.seconds / baseline,
              "peak RSS, MB": found.peak_rss // 10**6} for label, found in best.items()]
 
 
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=0.05, help="of each checkpoint")
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--mergekit", type=Path, help="path of the mergekit-yaml executable")
-    parser.add_argument("--folder", type=Path, help="where to work, on the disk to measure (default: the temporary folder)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="merge-") as folder:

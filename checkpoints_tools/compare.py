@@ -1,4 +1,4 @@
-"""Compare two checkpoints tensor by tensor, across formats: python -m checkpoints_tools.compare A B
+"""Compare two checkpoints tensor by tensor, across formats: `python -m checkpoints_tools.compare A B`.
 
 Exit code 0: every tensor is there in both and equal; 1: something differs; 2: an input cannot be read.
 """
@@ -129,7 +129,8 @@ def _same_format(a: MergeInput, b: MergeInput) -> tuple[tuple[TensorTable, Tenso
     return (a.tensors, b.tensors), units()
 
 
-def _across(dist: TorchDistInput, hf: HFInput, is_swapped: bool) -> tuple[tuple[TensorTable, TensorTable], Iterator[_Unit]]:
+def _across(dist: TorchDistInput, hf: HFInput,
+            is_swapped: bool) -> tuple[tuple[TensorTable, TensorTable], Iterator[_Unit]]:
     """A torch_dist checkpoint beside a Hugging Face folder, in the names of the latter."""
     model = dist.contract.model
     has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in hf.tensors)
@@ -184,7 +185,8 @@ def show(result: Comparison, limit: int) -> str:
     lines.append(f"values: {len(result.values) - len(differing)} tensors equal, {len(differing)} different")
     if differing:
         lines.append(f"    {'largest':>12} {'mean':>12} {'not finite':>11}  tensor")
-        lines += [f"    {item.largest:12.5g} {item.mean:12.5g} {item.num_not_finite:11d}  {item.name}" for item in differing[:limit]]
+        lines += [f"    {item.largest:12.5g} {item.mean:12.5g} {item.num_not_finite:11d}  {item.name}"
+                  for item in differing[:limit]]
     lines.append("equal" if result.is_equal else "different")
     return "\n".join(lines)
 

@@ -93,7 +93,8 @@ def from_hf_config(config: dict[str, Any], source: str = "config.json") -> Sourc
     return SourceConfig(model, block_size if isinstance(block_size, int) else None, family in DIFFUSION_ARCHITECTURES)
 
 
-def to_hf_config(model: ModelConfig, architecture: str, dtype_name: str, block_size: int | None = None) -> dict[str, Any]:
+def to_hf_config(model: ModelConfig, architecture: str, dtype_name: str,
+                 block_size: int | None = None) -> dict[str, Any]:
     """Build config.json.
 
     Args:
@@ -159,7 +160,8 @@ class _Reader:
 
     def need(self, key: str) -> Any:
         if self.config.get(key) is None:
-            raise ValueError(f"{self.source} lacks {key}; it is read, never guessed: add it as the model's authors gave it.")
+            raise ValueError(f"{self.source} lacks {key}; it is read, never guessed: add it as the model's authors "
+                             "gave it.")
         return self.config[key]
 
     def family(self) -> str:
@@ -180,13 +182,14 @@ class _Reader:
             value = self.config.get(key, only)
             if value is not None and value != only:
                 remedy = _REMEDY.get(key, "it would change the results silently, so the model is not converted")
-                raise ValueError(f"{self.source}: {key} ({value}) must be {only}: our model has nothing else; {remedy}.")
+                raise ValueError(f"{self.source}: {key} ({value}) must be {only}: our model has nothing else; "
+                                 f"{remedy}.")
         scaling = self.config.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
         kind = (self.config.get("rope_parameters") or {}).get("rope_type", kind)
         if kind != "default":
-            raise ValueError(f"{self.source}: rope scaling ({kind}) must be null: our rotary embedding is unscaled; use "
-                             "the checkpoint of the native context length.")
+            raise ValueError(f"{self.source}: rope scaling ({kind}) must be null: our rotary embedding is unscaled; "
+                             "use the checkpoint of the native context length.")
 
     def rope(self, key: str) -> Any:
         """A RoPE value from where transformers 4 or 5 writes it."""
@@ -205,11 +208,13 @@ def _common(reader: _Reader, family: str) -> ModelConfig:
     hidden = reader.need("hidden_size")
     theta = reader.rope("rope_theta")
     if theta is None:
-        raise ValueError(f"{reader.source} lacks rope_theta; checkpoints of one model differ in it, so it is not guessed.")
+        raise ValueError(f"{reader.source} lacks rope_theta; checkpoints of one model differ in it, so it is not "
+                         "guessed.")
     return ModelConfig(
         family=family, num_layers=reader.need("num_hidden_layers"), hidden_size=hidden,
         ffn_hidden_size=reader.need("intermediate_size"), num_attention_heads=heads,
-        num_query_groups=reader.need("num_key_value_heads"), kv_channels=reader.config.get("head_dim") or hidden // heads,
+        num_query_groups=reader.need("num_key_value_heads"),
+        kv_channels=reader.config.get("head_dim") or hidden // heads,
         vocab_size=reader.need("vocab_size"), max_position_embeddings=reader.need("max_position_embeddings"),
         layernorm_epsilon=float(reader.need("rms_norm_eps")), rotary_base=float(theta), rotary_percent=1.0,
         tie_word_embeddings=bool(reader.config.get("tie_word_embeddings", False)),
@@ -222,7 +227,8 @@ def _bailing(reader: _Reader, model: ModelConfig) -> ModelConfig:
     config = reader.config
     if config.get("score_function", "sigmoid") != "sigmoid" or config.get("norm_topk_prob", True) is not True:
         raise ValueError(f"{reader.source}: score_function ({config.get('score_function')}) and norm_topk_prob "
-                         f"({config.get('norm_topk_prob')}) must be sigmoid and true: our router normalises sigmoid scores.")
+                         f"({config.get('norm_topk_prob')}) must be sigmoid and true: our router normalises sigmoid "
+                         "scores.")
     factor = reader.rope("partial_rotary_factor")
     if factor is None:
         # Ling-1T gives the number of rotated features instead.
@@ -232,8 +238,8 @@ def _bailing(reader: _Reader, model: ModelConfig) -> ModelConfig:
     shared_size = num_shared * reader.need("moe_intermediate_size")
     stated = config.get("moe_shared_expert_intermediate_size")
     if num_shared and stated is not None and stated not in (shared_size, config["moe_intermediate_size"]):
-        raise ValueError(f"{reader.source}: moe_shared_expert_intermediate_size ({stated}) contradicts num_shared_experts x "
-                         f"moe_intermediate_size ({shared_size}); correct whichever is wrong.")
+        raise ValueError(f"{reader.source}: moe_shared_expert_intermediate_size ({stated}) contradicts "
+                         f"num_shared_experts x moe_intermediate_size ({shared_size}); correct whichever is wrong.")
     return replace(
         model, qk_layernorm=bool(config.get("use_qk_norm", True)), rotary_percent=float(factor),
         num_dense_layers=reader.need("first_k_dense_replace"), num_moe_experts=reader.need("num_experts"),
@@ -248,12 +254,12 @@ def _bailing(reader: _Reader, model: ModelConfig) -> ModelConfig:
 
 def _qwen3_moe(reader: _Reader, model: ModelConfig) -> ModelConfig:
     if reader.config.get("decoder_sparse_step", 1) != 1:
-        raise ValueError(f"{reader.source}: decoder_sparse_step ({reader.config['decoder_sparse_step']}) must be 1: our model "
-                         "has dense layers only below its mixture-of-experts layers.")
+        raise ValueError(f"{reader.source}: decoder_sparse_step ({reader.config['decoder_sparse_step']}) must be 1: "
+                         "our model has dense layers only below its mixture-of-experts layers.")
     dense = sorted(reader.config.get("mlp_only_layers") or [])
     if dense != list(range(len(dense))):
-        raise ValueError(f"{reader.source}: mlp_only_layers ({dense}) must be the lowest layers: our model has dense layers "
-                         "only below its mixture-of-experts layers.")
+        raise ValueError(f"{reader.source}: mlp_only_layers ({dense}) must be the lowest layers: our model has dense "
+                         "layers only below its mixture-of-experts layers.")
     return replace(
         model, num_dense_layers=len(dense),
         # transformers 5 saves the number of experts under another name.
@@ -267,8 +273,8 @@ def _bailing_keys(model: ModelConfig) -> dict[str, Any]:
     has_groups = model.moe_router_num_groups > 1
     shared = model.moe_shared_expert_intermediate_size
     if shared % max(model.moe_ffn_hidden_size, 1):
-        raise ValueError(f"model.moe_shared_expert_intermediate_size ({shared}) must be a multiple of moe_ffn_hidden_size "
-                         f"({model.moe_ffn_hidden_size}): config.json counts shared experts.")
+        raise ValueError(f"model.moe_shared_expert_intermediate_size ({shared}) must be a multiple of "
+                         f"moe_ffn_hidden_size ({model.moe_ffn_hidden_size}): config.json counts shared experts.")
     return {
         "first_k_dense_replace": model.num_dense_layers,
         "moe_intermediate_size": model.moe_ffn_hidden_size,

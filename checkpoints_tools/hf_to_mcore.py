@@ -1,4 +1,4 @@
-"""Convert a Hugging Face folder into a torch_dist checkpoint: python -m checkpoints_tools.hf_to_mcore
+"""Convert a Hugging Face folder into a torch_dist checkpoint: `python -m checkpoints_tools.hf_to_mcore`.
 
 Streams safetensors to the checkpoint piece by piece; needs no GPU, no process group, and a few hundred
 megabytes whatever the model's size. The result loads on any tensor, pipeline and expert parallel size.
@@ -80,7 +80,8 @@ def _with_token_ids(model: ModelConfig, files: TokenizerFiles, wanted: int | Non
     if eos is None:
         eos = pad  # LLaDA2 states its end-of-text token as pad_token_id alone.
     if eos is None:
-        raise ValueError(f"{hf / 'config.json'} and the tokenizer of {files.folder} name no eos_token_id; add it to either.")
+        raise ValueError(f"{hf / 'config.json'} and the tokenizer of {files.folder} name no eos_token_id; add it to "
+                         "either.")
     if not files.exists:
         logger.warning("%s has no tokenizer files; the checkpoint will have none either", files.folder)
     mask = settle_mask_id(files, model.vocab_size, model.mask_token_id, wanted)
@@ -95,15 +96,15 @@ def _check_tensors(folder: SafetensorsFolder, names: WeightMap, model: ModelConf
     missing = [name for name in expected if name not in folder.tensors]
     if missing:
         raise ValueError(f"{folder.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found "
-                         f"{len(folder.tensors)} of {len(expected)}); the folder is incomplete or config.json is another "
-                         "model's.")
+                         f"{len(folder.tensors)} of {len(expected)}); the folder is incomplete or config.json is "
+                         "another model's.")
     extra = [name for name in folder.tensors if name not in expected]
     if extra:
         tensor = folder.tensors[extra[0]]
         remedy = ("it is tied to the embedding: set tie_word_embeddings to false or remove it"
                   if extra[0] == "lm_head.weight" else "our model has no place for it, so it would be lost")
-        raise ValueError(f"{tensor.path}: tensor {extra[0]} ({list(tensor.shape)}) and {len(extra) - 1} more are not part of "
-                         f"a {model.family} with this config.json; {remedy}.")
+        raise ValueError(f"{tensor.path}: tensor {extra[0]} ({list(tensor.shape)}) and {len(extra) - 1} more are not "
+                         f"part of a {model.family} with this config.json; {remedy}.")
     dtypes: dict[str, torch.dtype] = {}
     for name, shape in expected.items():
         tensor = folder.tensors[name]
@@ -111,16 +112,17 @@ def _check_tensors(folder: SafetensorsFolder, names: WeightMap, model: ModelConf
             raise ValueError(f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
                              f"{list(shape)}; one of the two belongs to another model.")
         if is_fp32(name) and tensor.dtype != torch.float32:
-            logger.warning("%s: %s is stored as %s; what was lost by rounding it is lost", tensor.path, name, tensor.dtype)
+            logger.warning("%s: %s is stored as %s; what was lost by rounding it is lost", tensor.path, name,
+                           tensor.dtype)
     for piece in names.pieces:
         stored = folder.tensors[piece.hf_name].dtype
         if not stored.is_floating_point:
-            raise ValueError(f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}; weights must "
-                             "be floating point: dequantize the checkpoint first.")
+            raise ValueError(f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}; "
+                             "weights must be floating point: dequantize the checkpoint first.")
         dtype = torch.float32 if is_fp32(piece.hf_name) else stored
         if dtypes.setdefault(piece.mcore_key, dtype) != dtype:
-            raise ValueError(f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}, others of "
-                             f"{piece.mcore_key} have {dtypes[piece.mcore_key]}; store them alike.")
+            raise ValueError(f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}, "
+                             f"others of {piece.mcore_key} have {dtypes[piece.mcore_key]}; store them alike.")
     return dtypes
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, without reading its tensors: python -m checkpoints_tools.inspect DIR
+"""What a checkpoint is, without reading its tensors: `python -m checkpoints_tools.inspect DIR`.
 
 Reads headers only, so a 200 GB folder takes as long as a small one. (The module shares its name with one of
 Python's own; it is run as part of its package, never from inside this folder.)
@@ -59,7 +59,8 @@ def _describe_hf(folder: Path) -> dict[str, Any]:
     tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in reader.tensors.items()}
     shards = {tensor.path for tensor in reader.tensors.values()}
     return {
-        "folder": str(folder), "format": f"Hugging Face, {len(shards)} safetensors file(s)", "family": source.model.family,
+        "folder": str(folder), "format": f"Hugging Face, {len(shards)} safetensors file(s)",
+        "family": source.model.family,
         **_sizes(source.model, tensors),
         "contract": {"shift": not source.is_diffusion, "block_size": source.block_size,
                      "mask_token_id": source.model.mask_token_id if source.model.mask_token_id >= 0 else None},
@@ -75,7 +76,8 @@ def _describe_torch_dist(folder: Path) -> dict[str, Any]:
     # Converted checkpoints name some tensors twice.
     others = set(stored) - set(keys.values()) - set(key_aliases(contract.model).values())
     description = {
-        "folder": str(folder), "format": "torch_dist", "family": contract.model.family, **_sizes(contract.model, tensors),
+        "folder": str(folder), "format": "torch_dist", "family": contract.model.family,
+        **_sizes(contract.model, tensors),
         "contract": content["contract"],
         "step": content.get("step"), "stage": content.get("stage"), "is_stage_end": content.get("is_stage_end"),
         "consumed_tokens": content.get("consumed_tokens"),
@@ -101,7 +103,8 @@ def _sizes(model: ModelConfig, tensors: dict[str, tuple[torch.dtype, tuple[int, 
     total = sum(groups.values())
     idle = groups["experts"] * (1 - model.moe_router_topk / model.num_moe_experts) if model.is_moe else 0
     return {"num_tensors": len(tensors), "parameters": total, "active_parameters": round(total - idle),
-            "parameters_of": {name: groups[name] for name, _ in _GROUPS if groups[name]}, "elements_of_dtype": dict(dtypes)}
+            "parameters_of": {name: groups[name] for name, _ in _GROUPS if groups[name]},
+            "elements_of_dtype": dict(dtypes)}
 
 
 def _group(name: str) -> str:
@@ -128,7 +131,8 @@ def show(description: dict[str, Any]) -> str:
 def _show_value(name: str, value: Any) -> str:
     if name == "bytes_on_disk":
         return f"{value / 1e9:,.3f} GB"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and not name.endswith("_id") else str(value)
+    is_count = isinstance(value, int) and not isinstance(value, bool) and not name.endswith("_id")
+    return f"{value:,}" if is_count else str(value)
 
 
 def _validation_rows(validation: dict[str, Any]) -> list[str]:

@@ -44,8 +44,8 @@ def read_contract(folder: Path) -> Contract:
     path = folder / folders.CONTRACT
     content = folders.read_json(path)
     if content.get("format") != folders.FORMAT:
-        raise ValueError(f"{path}: format ({content.get('format')}) is not {folders.FORMAT}; convert the checkpoint with the "
-                         "version that wrote it.")
+        raise ValueError(f"{path}: format ({content.get('format')}) is not {folders.FORMAT}; convert the checkpoint "
+                         "with the version that wrote it.")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     unknown = sorted(set(content["model"]) - known)
     if unknown:

@@ -1,4 +1,4 @@
-"""Convert a torch_dist checkpoint into a Hugging Face folder: python -m checkpoints_tools.mcore_to_hf
+"""Convert a torch_dist checkpoint into a Hugging Face folder: `python -m checkpoints_tools.mcore_to_hf`.
 
 Reads the checkpoint of any layout, a run's or a converter's, and writes a folder that is complete in
 itself: safetensors shards, config.json as serving engines read it, tokenizer, the modeling code where
@@ -103,16 +103,17 @@ def _check_keys(reader: TorchDistReader, names: WeightMap, contract: Contract) -
     keys = model_keys(contract.model, reader)
     missing = [key for key in names.mcore_shapes if key not in keys]
     if missing:
-        raise ValueError(f"{reader.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found {len(keys)} of "
-                         f"{len(names.mcore_shapes)}); the checkpoint is not one of the model in its contract.json.")
+        raise ValueError(f"{reader.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found "
+                         f"{len(keys)} of {len(names.mcore_shapes)}); the checkpoint is not one of the model in its "
+                         "contract.json.")
     extra = [key for key in keys if key not in names.mcore_shapes]
     if extra:
         raise ValueError(f"{reader.folder}: tensor {extra[0]} and {len(extra) - 1} more have no place in a "
                          f"{contract.model.family} with this contract.json; they would be lost.")
     for key, shape in names.mcore_shapes.items():
         if found[keys[key]].shape != shape:
-            raise ValueError(f"{reader.folder}: tensor {keys[key]} has shape {list(found[keys[key]].shape)}, contract.json asks "
-                             f"for {list(shape)}; one of the two belongs to another model.")
+            raise ValueError(f"{reader.folder}: tensor {keys[key]} has shape {list(found[keys[key]].shape)}, "
+                             f"contract.json asks for {list(shape)}; one of the two belongs to another model.")
     return keys
 
 
@@ -139,7 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, or run folder (its latest)")
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES_OF_FAMILY), help="default: by family and contract")
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES_OF_FAMILY),
+                        help="default: by family and contract")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
     parser.add_argument("--tokenizer", type=Path, help="take the tokenizer from this folder instead")
     arguments = parser.parse_args()

@@ -61,6 +61,7 @@ class TorchDistInput(MergeInput):
         self.tensors = {key: (stored[name].dtype, stored[name].shape) for key, name in self.keys.items()}
 
     def read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
+        """See `MergeInput.read`."""
         self.reader.read(self.keys[name], offsets, sizes, out)
 
     def description(self) -> dict[str, Any]:
@@ -72,6 +73,7 @@ class TorchDistInput(MergeInput):
                 "tokenizer": _fingerprint(tokenizer)}
 
     def close(self) -> None:
+        """Close the files."""
         self.reader.close()
 
 
@@ -85,6 +87,7 @@ class HFInput(MergeInput):
         self.tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in self.reader.tensors.items()}
 
     def read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
+        """See `MergeInput.read`."""
         self.reader.read(name, first, out)
 
     def description(self) -> dict[str, Any]:
@@ -95,6 +98,7 @@ class HFInput(MergeInput):
                 "tokenizer": _fingerprint(self.folder)}
 
     def close(self) -> None:
+        """Close the files."""
         self.reader.close()
 
 
@@ -121,16 +125,16 @@ def check_alike(inputs: list[MergeInput]) -> None:
                              "differ); only checkpoints of one model have a mean.")
         for name, entry in first.tensors.items():
             if other.tensors[name] != entry:
-                raise ValueError(f"tensor {name} is {_show(entry)} in {first.folder} and {_show(other.tensors[name])} in "
-                                 f"{other.folder}; only checkpoints of one model and precision have a mean.")
+                raise ValueError(f"tensor {name} is {_show(entry)} in {first.folder} and {_show(other.tensors[name])} "
+                                 f"in {other.folder}; only checkpoints of one model and precision have a mean.")
 
 
 def _check_settings(first: MergeInput, other: MergeInput) -> None:
     ours, theirs = first.description(), other.description()
     for name in sorted(set(ours) | set(theirs)):
         if ours.get(name) != theirs.get(name):
-            raise ValueError(f"{name} is {ours.get(name)} in {first.folder} and {theirs.get(name)} in {other.folder}; only "
-                             "checkpoints of one model, block grid and tokenizer have a mean.")
+            raise ValueError(f"{name} is {ours.get(name)} in {first.folder} and {theirs.get(name)} in {other.folder}; "
+                             "only checkpoints of one model, block grid and tokenizer have a mean.")
 
 
 def _show(entry: tuple[torch.dtype, tuple[int, ...]]) -> str:

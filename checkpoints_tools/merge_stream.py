@@ -91,7 +91,8 @@ def _merge_torch_dist(inputs: list[TorchDistInput], weights: list[float], folder
     write_json_files(folder, {folders.CONTRACT: contract, PROVENANCE: provenance}, checksums)
 
 
-def _write_box(writer: TorchDistWriter, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], data: Tensor) -> None:
+def _write_box(writer: TorchDistWriter, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...],
+               data: Tensor) -> None:
     writer.write(key, offsets, data.view(sizes))
 
 

@@ -1,4 +1,4 @@
-"""Average the best checkpoints of a run: python -m checkpoints_tools.merge_topk
+"""Average the best checkpoints of a run: `python -m checkpoints_tools.merge_topk`.
 
 The mean of the k checkpoints with the lowest validation ELBO (LLaDA2.0 section 4.4), of an explicit list,
 or of the last n; of torch_dist checkpoints or of Hugging Face folders. Weights only: no optimizer state.
@@ -22,7 +22,8 @@ METRICS = ("elbo", "bits_per_byte")
 FORMATS = ("auto", "torch_dist", "hf")
 
 
-def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None, block_size: int | None = None) -> list[Path]:
+def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None,
+           block_size: int | None = None) -> list[Path]:
     """The k best checkpoints of a run, oldest first.
 
     Candidates share the contract (objective, block size) of the run's last checkpoint.
@@ -54,7 +55,8 @@ def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None, b
     for number, (score, folder) in enumerate(ranking):
         logger.info("%s %2d. %s  %s %.5f", "*" if number < k else " ", number + 1, folder.name, metric, score)
     if len(ranking) < k:
-        raise ValueError(f"k ({k}) must not exceed the checkpoints of {run} with {metric} in validation.json ({len(ranking)} of "
+        raise ValueError(f"k ({k}) must not exceed the checkpoints of {run} with {metric} in validation.json "
+                         f"({len(ranking)} of "
                          f"{len(candidates)}); lower k, evaluate more checkpoints, or list them with --checkpoints.")
     return sorted(folder for _, folder in ranking[:k])
 
@@ -88,7 +90,8 @@ def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input
         provenance = {
             "tool": "merge_topk", "weights": weights,
             "inputs": [{"checkpoint": str(item.folder.absolute()), "weight": value, "step": item.step,
-                        "elbo": folders.validation_elbo(item.folder)} for item, value in zip(inputs, values, strict=True)],
+                        "elbo": folders.validation_elbo(item.folder)}
+                       for item, value in zip(inputs, values, strict=True)],
         }
         merge_into(inputs, values, output, provenance)
     finally:

@@ -80,6 +80,7 @@ def _merge_lines(checkpoint: Path) -> list[str]:
     if not (checkpoint / PROVENANCE).is_file():
         return []
     provenance = folders.read_json(checkpoint / PROVENANCE)
-    rows = [f"| {entry['checkpoint']} | {entry['weight']:.4f} | {entry.get('elbo')} |" for entry in provenance["inputs"]]
+    rows = [f"| {entry['checkpoint']} | {entry['weight']:.4f} | {entry.get('elbo')} |"
+            for entry in provenance["inputs"]]
     return ["", "## Merge", "", f"Weighted mean ({provenance['weights']}) of:", "",
             "| checkpoint | weight | ELBO |", "|---|---|---|", *rows]

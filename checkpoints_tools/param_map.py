@@ -49,8 +49,10 @@ class Rule:
 _LAYER = "decoder.layers.{l}."
 _QKV = _LAYER + "self_attention.linear_qkv.weight"
 _FC1, _FC2 = _LAYER + "mlp.linear_fc1.weight", _LAYER + "mlp.linear_fc2.weight"
-_SHARED_FC1, _SHARED_FC2 = _LAYER + "mlp.shared_experts.linear_fc1.weight", _LAYER + "mlp.shared_experts.linear_fc2.weight"
-_EXPERTS_FC1, _EXPERTS_FC2 = _LAYER + "mlp.experts.experts.linear_fc1.weight", _LAYER + "mlp.experts.experts.linear_fc2.weight"
+_SHARED_FC1 = _LAYER + "mlp.shared_experts.linear_fc1.weight"
+_SHARED_FC2 = _LAYER + "mlp.shared_experts.linear_fc2.weight"
+_EXPERTS_FC1 = _LAYER + "mlp.experts.experts.linear_fc1.weight"
+_EXPERTS_FC2 = _LAYER + "mlp.experts.experts.linear_fc2.weight"
 
 _COMMON = (
     Rule("model.norm.weight", "decoder.final_layernorm.weight", "H", when="model"),
@@ -177,8 +179,8 @@ def key_aliases(model: ModelConfig) -> dict[str, str]:
     """
     if not model.is_moe:
         return {}
-    return {f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": f"decoder.layers.{layer}.pre_mlp_layernorm.weight"
-            for layer in range(model.num_dense_layers, model.num_layers)}
+    prefixes = [f"decoder.layers.{layer}." for layer in range(model.num_dense_layers, model.num_layers)]
+    return {prefix + "mlp.linear_fc1.layer_norm_weight": prefix + "pre_mlp_layernorm.weight" for prefix in prefixes}
 
 
 def extra_state_keys(model: ModelConfig) -> Iterator[str]:
@@ -227,7 +229,8 @@ def _applies(rule: Rule, model: ModelConfig, layer: int) -> bool:
 
 def _instances(model: ModelConfig, table: tuple[Rule, ...]) -> Iterator[tuple[Rule, int, int]]:
     """Rules with their layer and expert, in the order of the forward pass: embedding, layers, head."""
-    whole_model = [rule for rule in table if rule.when == "model" or (rule.when == "untied" and not model.tie_word_embeddings)]
+    whole_model = [rule for rule in table if rule.when == "model"
+                   or (rule.when == "untied" and not model.tie_word_embeddings)]
     yield from ((rule, 0, 0) for rule in whole_model if rule.mcore.startswith("embedding."))
     layer_rules = [rule for rule in table if rule.when not in ("model", "untied")]
     for layer in range(model.num_layers):

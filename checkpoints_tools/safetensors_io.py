@@ -57,14 +57,16 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} has a corrupt safetensors header ({error}); download or write it again.") from error
+            raise ValueError(f"{path} has a corrupt safetensors header ({error}); download or write it "
+                             "again.") from error
     tensors: dict[str, StoredTensor] = {}
     end = 8 + length
     for name, entry in sorted((item for item in header.items() if item[0] != "__metadata__"),
                               key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}.")
-        tensor = StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        tensor = StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]),
+                              8 + length + entry["data_offsets"][0])
         if tensor.start != end or tensor.num_bytes != entry["data_offsets"][1] - entry["data_offsets"][0]:
             raise ValueError(f"{path}: tensor {name} does not lie where its shape says; the header is corrupt.")
         end = tensor.start + tensor.num_bytes
@@ -118,7 +120,8 @@ class SafetensorsFolder:
         tensor = self.tensors[name]
         if tensor.path not in self._files:
             self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY)
-        read_exactly(self._files[tensor.path], tensor.start + start * tensor.dtype.itemsize, out, f"{tensor.path}: {name}")
+        read_exactly(self._files[tensor.path], tensor.start + start * tensor.dtype.itemsize, out,
+                     f"{tensor.path}: {name}")
 
     def close(self) -> None:
         """Close the open shards."""
@@ -167,7 +170,7 @@ def _shard_paths(folder: Path, index: dict[str, str] | None) -> list[Path]:
     paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not paths:
         pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
-        hint = f" ({pickles[0]} is a pickle, which may run code and is not read: save as safetensors)" if pickles else ""
+        hint = f" ({pickles[0]} is a pickle, which may run code: save as safetensors)" if pickles else ""
         raise ValueError(f"{folder} holds no .safetensors file{hint}; name a Hugging Face model folder.")
     return paths
 

@@ -128,7 +128,8 @@ def check_finite(data: Tensor, name: str) -> None:
         return
     bad = (~torch.isfinite(data)).nonzero()
     raise ValueError(f"tensor {name} holds {len(bad)} NaN or Inf (the first: {float(data[bad[0]])} at element "
-                     f"{int(bad[0])} of this piece of {data.numel()}); the checkpoint is not usable, take an earlier one.")
+                     f"{int(bad[0])} of this piece of {data.numel()}); the checkpoint is not usable, take an earlier "
+                     "one.")
 
 
 def split_rows(offsets: tuple[int, ...], sizes: tuple[int, ...],

@@ -91,8 +91,9 @@ def settle_mask_id(files: TokenizerFiles, vocab_size: int, stated: int, wanted: 
     candidates = (wanted, stated if stated >= 0 else None, reserved, own)
     mask_id = next((candidate for candidate in candidates if candidate is not None), None)
     if mask_id is None:
-        raise ValueError(f"mask_token_id (auto) cannot be found: neither config.json nor the tokenizer of {files.folder} has "
-                         "a mask token; add one to the tokenizer, or give --mask_token_id with the id of a reserved token.")
+        raise ValueError("mask_token_id (auto) cannot be found: neither config.json nor the tokenizer of "
+                         f"{files.folder} has a mask token; add one to the tokenizer, or give --mask_token_id with "
+                         "the id of a reserved token.")
     if not 0 <= mask_id < vocab_size:
         raise ValueError(f"mask_token_id ({mask_id}) has no row in the embedding (vocab_size {vocab_size}); "
                          "give the id of a reserved token below it.")
@@ -101,9 +102,9 @@ def settle_mask_id(files: TokenizerFiles, vocab_size: int, stated: int, wanted: 
                          f"{files.texts[own]}); serving would mask with the wrong token: use one id in both.")
     text = files.texts.get(mask_id)
     if text is not None and own != mask_id and not _PLACEHOLDER.search(text):
-        raise ValueError(f"mask_token_id ({mask_id}) is {text} in the tokenizer of {files.folder}, which gives it another "
-                         "meaning; convert from the base model, or give --tokenizer with one whose mask token has this id "
-                         "(LLaDA2's moved the other token away).")
+        raise ValueError(f"mask_token_id ({mask_id}) is {text} in the tokenizer of {files.folder}, which gives it "
+                         "another meaning; convert from the base model, or give --tokenizer with one whose mask token "
+                         "has this id (LLaDA2's moved the other token away).")
     return mask_id
 
 
@@ -132,7 +133,8 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
 def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) -> None:
     """Write the mask token into the copied files, at exactly `mask_id`."""
     old = files.texts.get(mask_id)
-    entry = {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    entry = {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+             "special": True}
     if files.tokenizer and {"id": mask_id, "content": text} not in [
             {"id": item["id"], "content": item["content"]} for item in files.tokenizer.get("added_tokens") or []]:
         tokenizer = json.loads(json.dumps(files.tokenizer))

@@ -159,5 +159,6 @@ def _check_place(folder: Path, name: str, place: tuple[str, int, int], sizes: di
 def _chunk(folder: Path, key: str, record: _Record, places: dict[Any, tuple[str, int, int]]) -> Chunk:
     offsets = tuple(record.get("offsets"))
     if (key, offsets) not in places:
-        raise ValueError(f"{folder}: tensor {key} has no data for its part at {list(offsets)}; the checkpoint is damaged.")
+        raise ValueError(f"{folder}: tensor {key} has no data for its part at {list(offsets)}; the checkpoint is "
+                         "damaged.")
     return Chunk(offsets, tuple(record.get("sizes")), *places[key, offsets])

@@ -117,7 +117,8 @@ class TorchDistReader:
         what = f"{self.folder / chunk.file_name}: {key}"
         layout = self._layout(key, chunk)
         if layout.position is None:
-            target.copy_(self._load_chunk(key, chunk)[tuple(slice(a, a + n) for a, n in zip(start, target.shape, strict=True))])
+            box = tuple(slice(a, a + n) for a, n in zip(start, target.shape, strict=True))
+            target.copy_(self._load_chunk(key, chunk)[box])
             return
         first, run = _contiguous_run(chunk.sizes, start, tuple(target.shape))
         staging = target if run == target.numel() and target.is_contiguous() else None
@@ -163,7 +164,8 @@ class TorchDistReader:
         data = _Slice(self._descriptor(chunk.file_name), chunk.start, chunk.length).read()
         tensor = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes:
-            raise ValueError(f"{self.folder / chunk.file_name}: {key} does not hold the tensor it should; save it again.")
+            raise ValueError(f"{self.folder / chunk.file_name}: {key} does not hold the tensor it should; save it "
+                             "again.")
         return tensor
 
     def close(self) -> None:

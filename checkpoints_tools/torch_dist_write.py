@@ -75,7 +75,8 @@ class TorchDistWriter:
         entry = self._tensors[key]
         self._tensors[other_key] = entry
         for number, chunk in enumerate(entry.chunks):
-            self._places[MetadataIndex(other_key, chunk.offsets, number)] = self._places[MetadataIndex(key, chunk.offsets)]
+            place = self._places[MetadataIndex(key, chunk.offsets)]
+            self._places[MetadataIndex(other_key, chunk.offsets, number)] = place
 
     def add_empty_objects(self, keys: list[str]) -> None:
         """Store None under every key; all of them share the same bytes."""

@@ -49,6 +49,7 @@ class LLaDA2MoeRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise `hidden` [..., size]."""
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
@@ -62,6 +63,7 @@ class LLaDA2MoeMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Map `hidden` [..., h] to the same shape."""
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
@@ -117,6 +119,7 @@ class LLaDA2MoeSparseMoeBlock(nn.Module):
             self.shared_experts = LLaDA2MoeMLP(config.hidden_size, size * config.num_shared_experts)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Map `hidden` [b, n, h] to the same shape."""
         tokens = hidden.flatten(0, 1)
         expert_ids, weights = self.gate(tokens)
         # Tokens sorted by expert: each expert runs once, on its own rows.
@@ -146,7 +149,9 @@ class LLaDA2MoeAttention(nn.Module):
             self.key_layernorm = LLaDA2MoeRMSNorm(size, config.rms_norm_eps)
         self.dense = nn.Linear(heads * size, config.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor], cache: BlockCache | None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor],
+                cache: BlockCache | None) -> Tensor:
+        """Attend from `hidden` [b, n, h] to itself and the cache; `mask` as scaled_dot_product_attention takes it."""
         b, n, _ = hidden.shape
         query, key, value = (part.view(b, n, -1, self.config.head_dim) for part in
                              self.query_key_value(hidden).split(self.sizes, dim=-1))
@@ -191,7 +196,9 @@ class LLaDA2MoeDecoderLayer(nn.Module):
         self.input_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = LLaDA2MoeRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor], cache: BlockCache | None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor],
+                cache: BlockCache | None) -> Tensor:
+        """Map `hidden` [b, n, h] to the same shape."""
         hidden = hidden + self.attention(self.input_layernorm(hidden), mask, rotary, cache)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -205,6 +212,7 @@ class LLaDA2MoePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def post_init(self) -> None:
+        """Tell transformers which values keep their bits."""
         super().post_init()
         # Loading in bf16 leaves these as they are. Not a class attribute: transformers 4 refuses buffers there.
         self._keep_in_fp32_modules_strict = {"expert_bias"}
@@ -231,9 +239,11 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """What transformers asks for."""
         return self.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """What transformers asks for."""
         self.word_embeddings = value
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -242,11 +252,13 @@ class LLaDA2MoeModel(LLaDA2MoePreTrainedModel):
         """Hidden states of every token.
 
         Args:
-            input_ids: [b, n] tokens; or `inputs_embeds` [b, n, h].
+            input_ids: [b, n] tokens.
             attention_mask: None: every token sees every other; [b, c + n]: 0 marks padding; [b, 1, n, c + n]: bool
                 (true: visible) or added to the scores.
             position_ids: [b, n]; None: counted on from the cache.
+            inputs_embeds: [b, n, h] instead of tokens.
             past_key_values: finished blocks; extended by this call only while it is committing.
+            kwargs: what else transformers passes; without effect.
         """
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
@@ -275,15 +287,19 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """What transformers asks for."""
         return self.model.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """What transformers asks for."""
         self.model.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """What transformers asks for."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
+        """What transformers asks for."""
         self.lm_head = value
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
@@ -292,7 +308,8 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
         """Logits [b, n, v]; see `LLaDA2MoeModel.forward`. `labels` [b, n] are not shifted; -100 is left out."""
         output = self.model(input_ids, attention_mask, position_ids, inputs_embeds, past_key_values)
         logits = self.lm_head(output.last_hidden_state)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(),
+                                                           ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
 
     @torch.no_grad()
@@ -308,7 +325,8 @@ class LLaDA2MoeModelLM(LLaDA2MoePreTrainedModel):
         keys and values later blocks read. Decoding ends after a block with an eos.
 
         Args:
-            inputs: [1, n] prompt (or `input_ids`).
+            inputs: [1, n] prompt.
+            input_ids: another name for it.
             block_size: tokens denoised together; None: what the model was trained for.
             max_new_tokens: at most so many; blocks are denoised whole and cut.
             threshold: of the model's probability (temperature 1, whole vocabulary).

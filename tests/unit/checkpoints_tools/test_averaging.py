@@ -27,7 +27,8 @@ def test_weights_by_hand() -> None:
 def test_weights_scale_updates_by_the_decay(kind: str) -> None:
     weights = merge_weights(kind, 5)
     assert sum(weights) == pytest.approx(1.0)
-    decay = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x), "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}
+    decay = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x),
+             "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}
     for update in range(1, 5):
         assert sum(weights[update:]) == pytest.approx(decay[kind](update / 5))
 
@@ -56,7 +57,8 @@ def test_mean_of_bf16_is_rounded_once() -> None:
 def test_two_roundings_would_differ() -> None:
     # Just above and just below the middle between 1 and 1 + 2^-7: fp32 cannot tell them from the middle.
     middle = 1 + 2.0**-8
-    values = torch.tensor([middle + 2.0**-40, middle - 2.0**-40, middle, middle + 2.0**-7, -middle - 2.0**-40], dtype=torch.float64)
+    values = torch.tensor([middle + 2.0**-40, middle - 2.0**-40, middle, middle + 2.0**-7, -middle - 2.0**-40],
+                          dtype=torch.float64)
     out = torch.empty(5, dtype=torch.bfloat16)
     round_once(values, out)
     assert out.tolist() == [1 + 2.0**-7, 1.0, 1.0, 1 + 2.0**-6, -1 - 2.0**-7]

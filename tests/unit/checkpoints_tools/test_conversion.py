@@ -68,7 +68,8 @@ def test_stacked_experts_become_the_published_form(tmp_path: Path) -> None:
 def test_checkpoint_says_what_it_is(checkpoint: Path, hf: Path) -> None:
     contract = read_contract(checkpoint)
     assert contract.model == LING
-    assert contract.content["contract"] == {"shift": True, "block_origin": "document", "mask_token_id": 2, "block_size": 1,
+    assert contract.content["contract"] == {"shift": True, "block_origin": "document", "mask_token_id": 2,
+                                            "block_size": 1,
                                             "context_length": 64}
     manifest = read_json(checkpoint / MANIFEST)
     assert damaged_files(checkpoint, manifest, manifest) == []
@@ -87,7 +88,8 @@ def test_keys_are_those_of_both_layer_specs(checkpoint: Path) -> None:
                                                            "linear_fc2.weight")}
     for layer in (1, 2):
         shared |= {f"decoder.layers.{layer}.mlp.{name}" for name in (
-            "router.weight", "router.expert_bias", "experts.experts.linear_fc1.weight", "experts.experts.linear_fc2.weight",
+            "router.weight", "router.expert_bias", "experts.experts.linear_fc1.weight",
+            "experts.experts.linear_fc2.weight",
             "shared_experts.linear_fc1.weight", "shared_experts.linear_fc2.weight")}
     expected_local = shared | {f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight" for layer in (1, 2)}
     expected_te = shared | {f"decoder.layers.{layer}.pre_mlp_layernorm.weight" for layer in (1, 2)}
@@ -109,7 +111,8 @@ def test_expert_bias_is_fp32_even_from_a_bf16_file(tmp_path: Path, hf: Path) -> 
 def test_dtype_of_the_export(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
     mcore_to_hf.convert(checkpoint, tmp_path / "wide", dtype="fp32")
     wide, original = load_file(tmp_path / "wide" / "model.safetensors"), load_file(hf / "model.safetensors")
-    assert all(value.dtype == torch.float32 and torch.equal(value, original[name].float()) for name, value in wide.items())
+    assert all(value.dtype == torch.float32 and torch.equal(value, original[name].float())
+               for name, value in wide.items())
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
@@ -117,7 +120,8 @@ def test_dtype_of_the_export(checkpoint: Path, hf: Path, tmp_path: Path) -> None
     ("bailing_moe", None, "BailingMoeV2ForCausalLM", False), ("bailing_moe", "llada2_moe", "LLaDA2MoeModelLM", True),
     ("llada2_moe", None, "LLaDA2MoeModelLM", True), ("qwen3_moe", "sdar_moe", "SDARMoeForCausalLM", False),
     ("sdar_moe", None, "SDARMoeForCausalLM", False), ("sdar_moe", "qwen3_moe", "Qwen3MoeForCausalLM", False)])
-def test_architectures(family: str, architecture: str | None, expected_class: str, has_code: bool, tmp_path: Path) -> None:
+def test_architectures(family: str, architecture: str | None, expected_class: str, has_code: bool,
+                       tmp_path: Path) -> None:
     write_synthetic(tmp_path / "hf", MODELS[family])
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", architecture)
@@ -177,7 +181,8 @@ def test_truncated_and_missing_shards(tmp_path: Path) -> None:
     assert left_in(tmp_path) == {"hf"}
 
 
-def test_existing_output_and_small_disk(hf: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_output_and_small_disk(hf: Path, checkpoint: Path, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="exists; nothing is overwritten"):
         hf_to_mcore.convert(hf, checkpoint)
     with pytest.raises(ValueError, match="exists; nothing is overwritten"):
@@ -224,7 +229,7 @@ def test_checkpoint_of_another_model_than_its_contract(checkpoint: Path, tmp_pat
     with pytest.raises(ValueError, match=r"decoder\.layers\.2\..* have no place"):
         mcore_to_hf.convert(checkpoint, tmp_path / "out")
     contract_with(num_layers=3, vocab_size=50)
-    with pytest.raises(ValueError, match=r"word_embeddings\.weight has shape \[40, 24\], contract\.json asks for \[50, 24\]"):
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight has shape \[40, 24\], .* asks for \[50, 24\]"):
         mcore_to_hf.convert(checkpoint, tmp_path / "out")
     contract_with(vocab_size=40, colour="red")
     with pytest.raises(ValueError, match=r"model\.colour is not known"):

@@ -13,20 +13,25 @@ from .conftest import LING, MODELS, QWEN3_MOE
 from .test_param_map import LING_FLASH, LING_MINI
 
 PUBLISHED_LING_MINI = {
-    "architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe", "hidden_size": 2048, "num_hidden_layers": 20,
+    "architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe", "hidden_size": 2048,
+    "num_hidden_layers": 20,
     "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "partial_rotary_factor": 0.5,
-    "rope_theta": 600000, "rope_scaling": None, "intermediate_size": 5120, "moe_intermediate_size": 512, "num_experts": 256,
+    "rope_theta": 600000, "rope_scaling": None, "intermediate_size": 5120, "moe_intermediate_size": 512,
+    "num_experts": 256,
     "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "score_function": "sigmoid",
     "norm_topk_prob": True, "moe_router_enable_expert_bias": True, "num_shared_experts": 1, "first_k_dense_replace": 1,
-    "vocab_size": 157184, "pad_token_id": 156892, "eos_token_id": 156892, "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768, "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True, "router_dtype": "fp32",
+    "vocab_size": 157184, "pad_token_id": 156892, "eos_token_id": 156892, "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768, "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True,
+    "router_dtype": "fp32",
     "num_nextn_predict_layers": 0, "norm_head": False, "norm_softmax": False, "hidden_act": "silu",
 }
 PUBLISHED_QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
     "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "rope_theta": 1000000.0, "rope_scaling": None,
     "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "vocab_size": 151936, "eos_token_id": 151645,
+    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "vocab_size": 151936,
+    "eos_token_id": 151645,
     "bos_token_id": 151643, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
     "attention_bias": False, "hidden_act": "silu", "use_sliding_window": False,
 }
@@ -57,7 +62,8 @@ def test_reads_ling_1t_whose_rotary_factor_is_a_count() -> None:
 def test_reads_qwen3_30b() -> None:
     model = from_hf_config(PUBLISHED_QWEN3_30B).model
     assert model == ModelConfig(
-        family="qwen3_moe", num_layers=48, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=32, num_query_groups=4,
+        family="qwen3_moe", num_layers=48, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=32,
+        num_query_groups=4,
         kv_channels=128, vocab_size=151936, max_position_embeddings=40960, rotary_base=1e6, rotary_percent=1.0,
         num_moe_experts=128, moe_ffn_hidden_size=768, moe_router_topk=8, moe_router_score_function="softmax",
         moe_router_pre_softmax=False, moe_router_enable_expert_bias=False, mask_token_id=-1, eos_token_id=151645,
@@ -65,7 +71,8 @@ def test_reads_qwen3_30b() -> None:
 
 
 def test_reads_rope_where_transformers_5_writes_it() -> None:
-    config = {key: value for key, value in PUBLISHED_LING_MINI.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    config = {key: value for key, value in PUBLISHED_LING_MINI.items()
+              if key not in ("rope_theta", "partial_rotary_factor")}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     model = from_hf_config(config | {"rope_parameters": rope}).model
     assert (model.rotary_base, model.rotary_percent) == (10000.0, 0.25)
@@ -112,7 +119,8 @@ def test_writes_every_key_that_sglang_reads() -> None:
         "routed_scaling_factor": 2.5, "num_shared_experts": 1, "first_k_dense_replace": 1, "use_bias": False,
         "use_qkv_bias": False, "embedding_dropout": 0.0, "head_dim": 8, "partial_rotary_factor": 0.5, "rotary_dim": 4,
         "hidden_act": "silu", "tie_word_embeddings": False, "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 10, "intermediate_size": 20, "rms_norm_eps": 1e-6, "vocab_size": 40, "rope_theta": 600000.0,
+        "moe_intermediate_size": 10, "intermediate_size": 20, "rms_norm_eps": 1e-6, "vocab_size": 40,
+        "rope_theta": 600000.0,
         "norm_head": False, "torch_dtype": "bfloat16", "max_position_embeddings": 64}
     assert {key: config[key] for key in expected} == expected
     assert not {"expert_capacity", "block_size"} & set(config)

@@ -76,7 +76,8 @@ def _run(tmp_path: Path, make_checkpoint, elbos: list[float | None]) -> Path:
         shutil.copytree(folder, checkpoints / f"step_{step:07d}")
         if elbo is not None:
             folders.write_json(checkpoints / f"step_{step:07d}" / folders.VALIDATION, {
-                "elbo": {"32": elbo, "4": -elbo}, "bits_per_byte": {"32": elbo / 2}, "target_block_size": 32, "num_tokens": 1})
+                "elbo": {"32": elbo, "4": -elbo}, "bits_per_byte": {"32": elbo / 2}, "target_block_size": 32,
+                "num_tokens": 1})
     return tmp_path / "run"
 
 
@@ -120,7 +121,8 @@ def test_what_has_no_mean_is_refused_by_name(make_checkpoint, tmp_path: Path) ->
     cases = {
         "blocks": (lambda: make_checkpoint("blocks", 1), r"contract\.block_size is 1 in .*a and 4"),
         "wide": (lambda: make_checkpoint("wide", 1, torch.float32), r"tensor .* is bfloat16 .* and float32"),
-        "larger": (lambda: make_checkpoint("larger", 1, model=replace(LING, ffn_hidden_size=28)), r"model\.ffn_hidden_size is 20"),
+        "larger": (lambda: make_checkpoint("larger", 1, model=replace(LING, ffn_hidden_size=28)),
+                   r"model\.ffn_hidden_size is 20"),
     }
     for name, (make, message) in cases.items():
         other = make()
@@ -141,7 +143,8 @@ def test_hf_folders_with_other_names_or_tokenizers(make_checkpoint, tmp_path: Pa
     make_checkpoint("a", 0), make_checkpoint("b", 1)
     a, b = tmp_path / "a_hf", tmp_path / "b_hf"
     tensors = load_file(b / "model.safetensors")
-    save_file({("other" if name == "lm_head.weight" else name): value for name, value in tensors.items()}, b / "model.safetensors")
+    save_file({("other" if name == "lm_head.weight" else name): value for name, value in tensors.items()},
+              b / "model.safetensors")
     with pytest.raises(ValueError, match=r"tensor lm_head\.weight is in .*a_hf but not in .*b_hf"):
         merge([a, b], tmp_path / "out")
     save_file(tensors, b / "model.safetensors")
@@ -188,7 +191,8 @@ def test_optimizer_state_stays_out(make_checkpoint, tmp_path: Path) -> None:
     merge(inputs, tmp_path / "merged")
     assert "optimizer.exp_avg" not in _tensors(tmp_path / "merged")
     mcore_to_hf.convert(inputs[0], tmp_path / "hf")
-    assert load_file(tmp_path / "hf" / "model.safetensors").keys() == load_file(tmp_path / "c0_hf" / "model.safetensors").keys()
+    exported, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "c0_hf"))
+    assert exported.keys() == expected.keys()
 
 
 def _as_a_run_saves_it(source: Path, target: Path) -> Path:

@@ -24,7 +24,8 @@ LING_FLASH = replace(LING_MINI, num_layers=32, hidden_size=4096, ffn_hidden_size
 
 @pytest.mark.parametrize(("model", "num_tensors", "num_elements"), [
     (LING_MINI, 14_813, 16_255_643_392), (LING_FLASH, 24_161, 102_889_697_280 + 31 * 256)])
-def test_has_the_published_number_of_tensors_and_parameters(model: ModelConfig, num_tensors: int, num_elements: int) -> None:
+def test_has_the_published_number_of_tensors_and_parameters(model: ModelConfig, num_tensors: int,
+                                                            num_elements: int) -> None:
     names = weight_map(model)
     assert len(names.hf_shapes) == num_tensors
     assert sum(prod(shape) for shape in names.hf_shapes.values()) == num_elements
@@ -78,7 +79,8 @@ def test_gate_stands_above_up_and_experts_are_stacked() -> None:
     experts = [torch.cat([tensors[f"model.layers.2.mlp.experts.{e}.{part}_proj.weight"] for part in ("gate", "up")])
                for e in range(LING.num_moe_experts)]
     assert torch.equal(mcore["decoder.layers.2.mlp.experts.experts.linear_fc1.weight"], torch.stack(experts))
-    expected_dense = torch.cat([tensors["model.layers.0.mlp.gate_proj.weight"], tensors["model.layers.0.mlp.up_proj.weight"]])
+    expected_dense = torch.cat([tensors["model.layers.0.mlp.gate_proj.weight"],
+                                tensors["model.layers.0.mlp.up_proj.weight"]])
     assert torch.equal(mcore["decoder.layers.0.mlp.linear_fc1.weight"], expected_dense)
     assert torch.equal(mcore["decoder.layers.1.mlp.router.expert_bias"], tensors["model.layers.1.mlp.gate.expert_bias"])
 

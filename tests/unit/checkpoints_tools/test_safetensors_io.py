@@ -34,7 +34,8 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_bytes", [10**9, 60, 1])
 def test_the_library_reads_what_we_wrote(tmp_path: Path, max_bytes: int) -> None:
-    writer = SafetensorsWriter(tmp_path, {name: (value.dtype, tuple(value.shape)) for name, value in TENSORS.items()}, max_bytes)
+    writer = SafetensorsWriter(tmp_path, {name: (value.dtype, tuple(value.shape)) for name, value in TENSORS.items()},
+                               max_bytes)
     for name, value in reversed(TENSORS.items()):
         half = value.numel() // 2
         writer.write(name, half, value.flatten()[half:])
@@ -55,11 +56,13 @@ def test_the_library_reads_what_we_wrote(tmp_path: Path, max_bytes: int) -> None
 
 def test_wide_dtypes_come_first_so_that_all_are_aligned(tmp_path: Path) -> None:
     SafetensorsWriter(tmp_path, {"x": (torch.bfloat16, (3,)), "y": (torch.float32, (2,))}).close()
-    assert all(tensor.start % tensor.dtype.itemsize == 0 for tensor in read_header(tmp_path / "model.safetensors").values())
+    assert all(tensor.start % tensor.dtype.itemsize == 0
+               for tensor in read_header(tmp_path / "model.safetensors").values())
 
 
 def test_reads_shards_with_and_without_index(tmp_path: Path) -> None:
-    SafetensorsWriter(tmp_path, {name: (value.dtype, tuple(value.shape)) for name, value in TENSORS.items()}, 60).close()
+    SafetensorsWriter(tmp_path, {name: (value.dtype, tuple(value.shape)) for name, value in TENSORS.items()},
+                      60).close()
     with_index = SafetensorsFolder(tmp_path).tensors
     (tmp_path / INDEX_NAME).unlink()
     assert SafetensorsFolder(tmp_path).tensors == with_index
@@ -70,7 +73,8 @@ def _damage_header(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (lambda data: data[:-3], "truncated"), (lambda data: data[:5], "no whole safetensors"), (lambda data: b"", "no whole"),
+    (lambda data: data[:-3], "truncated"), (lambda data: data[:5], "no whole safetensors"),
+    (lambda data: b"", "no whole"),
     (_damage_header, "corrupt"), (lambda data: data + b"xx", "2 bytes after"),
     (lambda data: data.replace(b'"shape":[7]', b'"shape":[6]'), "b.bias")])
 def test_damaged_files_are_refused(tmp_path: Path, damage, message: str) -> None:
@@ -83,7 +87,8 @@ def test_damaged_files_are_refused(tmp_path: Path, damage, message: str) -> None
 
 def test_index_that_names_a_missing_shard(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "one.safetensors")
-    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a.weight": "one.safetensors", "z": "two.safetensors"}}))
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a.weight": "one.safetensors",
+                                                                  "z": "two.safetensors"}}))
     with pytest.raises(ValueError, match=r"two\.safetensors"):
         SafetensorsFolder(tmp_path)
 

@@ -37,7 +37,8 @@ GRIDS = {
 @pytest.mark.parametrize("grid", GRIDS)
 def test_reads_any_box_of_any_grid(grid: str, tmp_path: Path) -> None:
     reader = _write(tmp_path / "checkpoint", GRIDS[grid])
-    for offsets, sizes in [((0, 0, 0), (6, 4, 5)), ((1, 0, 0), (1, 4, 5)), ((3, 1, 2), (2, 2, 2)), ((5, 3, 4), (1, 1, 1))]:
+    for offsets, sizes in [((0, 0, 0), (6, 4, 5)), ((1, 0, 0), (1, 4, 5)), ((3, 1, 2), (2, 2, 2)),
+                           ((5, 3, 4), (1, 1, 1))]:
         out = torch.full((sizes[0] * sizes[1] * sizes[2],), float("nan"))
         reader.read("x", offsets, sizes, out)
         expected = VALUES[tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))]
@@ -65,7 +66,8 @@ def test_two_names_share_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_reads_what_torch_saved_transposed_and_as_a_view(tmp_path: Path) -> None:
-    state = {"plain": VALUES, "turned": VALUES[0].t(), "view": VALUES[2:4], "half": VALUES.half(), "bf16": VALUES.bfloat16(),
+    state = {"plain": VALUES, "turned": VALUES[0].t(), "view": VALUES[2:4], "half": VALUES.half(),
+             "bf16": VALUES.bfloat16(),
              "scalar": torch.tensor(3.0)}
     save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
     (tmp_path / "metadata.json").write_text("{}")
