@@ -80,7 +80,7 @@ def _about() -> dict[str, object]:
     return dict(machine=f"{cpu}, {os.cpu_count()} cores, gloo", torch=torch.__version__,
                 megatron_core=version("megatron-core"), commit=commit, date=time.strftime("%Y-%m-%d"),
                 steps=NUM_STEPS, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS,
-                command="python -m tests.distributed.parity " + " ".join(sys.argv[1:]))
+                command=" ".join(["python -m tests.distributed.parity", *sys.argv[1:]]))
 
 
 def _rows(results: dict[str, Result]) -> list[list[str]]:
@@ -90,7 +90,7 @@ def _rows(results: dict[str, Result]) -> list[list[str]]:
         is_within = not violations(result, layout.parallel.precision)
         verdict = "within" if is_within else "**off**"
         if name in BROKEN:
-            verdict = "off, as it must be" if not is_within else "**not noticed**"
+            verdict = "off, as it must" if not is_within else "**not noticed**"
         rows.append([name, str(layout.world_size), *(f"{result.worst(measure):.1e}" for measure in MEASURES),
                      "equal" if all(result.has_equal_data.values()) else "**differ**", verdict])
     return rows
@@ -136,7 +136,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS, help="without suffix")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     results: dict[str, Result] = {}
     errors: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
