@@ -29,7 +29,7 @@ check: install
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit
 
-# Every parallel layout against one rank; writes benchmarks/results/parity.md. About five minutes on two cores.
+# Every parallel layout against one rank; writes benchmarks/results/parity.md. Minutes on two free cores.
 parity: install
 	$(BIN)/python -W ignore -m tests.distributed.parity
 
