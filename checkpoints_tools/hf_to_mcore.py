@@ -147,17 +147,20 @@ def _contract(model: ModelConfig, source: SourceConfig, hf: Path, has_tokenizer:
     return contract | {"source": str(hf.absolute())}
 
 
+def _mask_token_id(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder (config.json, *.safetensors)")
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to make; must not exist")
-    parser.add_argument("--mask_token_id", default="auto", help="id of the mask token, or auto (default)")
+    parser.add_argument("--mask_token_id", type=_mask_token_id, help="id of the mask token, or auto (default)")
     parser.add_argument("--tokenizer", type=Path, help="take the tokenizer from this folder instead")
     arguments = parser.parse_args()
     with main_guard(parser):
-        wanted = None if arguments.mask_token_id == "auto" else int(arguments.mask_token_id)
-        convert(arguments.hf, arguments.output, wanted, arguments.tokenizer)
+        convert(arguments.hf, arguments.output, arguments.mask_token_id, arguments.tokenizer)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,9 @@ def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_na
     run_folder = checkpoint.absolute().parent.parent
     if (run_folder / "config.yaml").is_file():
         rows.append(("Recipe", str(run_folder / "config.yaml")))
+    tags = ["block-diffusion"] * is_diffusion + ["mixture-of-experts"] * contract.model.is_moe
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation",
-             f"tags: [{'block-diffusion, ' if is_diffusion else ''}mixture-of-experts]", "---", "",
+             f"tags: [{', '.join(tags)}]", "---", "",
              f"# {run_folder.name if content.get('step') else checkpoint.absolute().name}", "", "## Provenance", "",
              "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     lines += _validation_lines(checkpoint) + _merge_lines(checkpoint)

@@ -124,6 +124,9 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
     for name in names:
         shutil.copyfile(files.folder / name, target / name)
     if files.exists and files.special_id("mask_token") != mask_id:
+        if not files.tokenizer:
+            raise ValueError(f"{files.folder} has no tokenizer.json, so it cannot be given the mask token ({mask_id}); "
+                             "save it as a fast tokenizer first, or give --tokenizer.")
         own_text = files.texts.get(mask_id) if files.mask_id() == mask_id else None
         text = own_text or RESERVED_MASK_IDS.get(vocab_size, (None, "<|mask|>"))[1]
         _declare_mask(files, target, text, mask_id)
