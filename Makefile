@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check install parity study benchmarks clean
+.PHONY: demo test test-slurm check install parity study benchmarks clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# A real SLURM of virtual nodes on this machine; needs: apt-get install -y slurm-wlm slurmctld slurmd munge
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 check: install
 	$(BIN)/ruff check .
