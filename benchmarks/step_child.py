@@ -149,7 +149,8 @@ def measure_time(case: dict[str, Any], layout: ParallelConfig, device: torch.dev
     return results
 
 
-def _measure_on_cuda(run: Callable[[], Tensor] | None, first: Any, repeats: int, device: torch.device) -> dict[str, Any]:
+def _measure_on_cuda(run: Callable[[], Tensor] | None, first: Any, repeats: int,
+                     device: torch.device) -> dict[str, Any]:
     if run is None:
         return {}
     run()

@@ -17,6 +17,8 @@ from megatron.core.transformer.module import Float16Module
 from torch import nn
 
 from megatron_dllm.config import OptimizerConfig, TrainConfig
+from megatron_dllm.model.attention.core import choose_backend
+from megatron_dllm.model.attention.flex import check_gradients
 from megatron_dllm.model.gpt import build_model
 
 
@@ -52,7 +54,14 @@ def build_chunks(config: TrainConfig) -> list[nn.Module]:
 
 
 def build_engine(config: TrainConfig) -> Engine:
-    """Build model, data-parallel wrapper and distributed optimizer, with weights not loaded yet."""
+    """Build model, data-parallel wrapper and distributed optimizer, with weights not loaded yet.
+
+    Raises:
+        RuntimeError: the compiled attention kernel gives other gradients than the reference on this GPU.
+    """
+    if torch.cuda.is_available() and choose_backend(config.model.attention_backend, "cuda")[0] == "flex":
+        dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+        check_gradients("cuda", dtype, config.model.kv_channels)
     chunks = build_chunks(config)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=True,
