@@ -33,7 +33,7 @@ DAMAGED_PREFIX = "damaged-"
 _CHUNK = 1 << 22
 # Fields of the model that decide what its tensors mean; others may change between runs.
 _IDENTITY = (
-    "family", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "vocab_size", "qk_layernorm", "layernorm_epsilon", "rotary_base", "rotary_percent", "tie_word_embeddings",
     "num_dense_layers", "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
     "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
