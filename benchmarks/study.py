@@ -1,6 +1,6 @@
-"""Collect the study of conversion (`make study`): mean and spread over seeds, as JSON and Markdown.
+"""Collect the study of conversion: mean and spread over seeds, as JSON and Markdown.
 
-    python -m benchmarks.study --study runs/study
+`make study` runs it last; again by `python -m benchmarks.study --study runs/study`.
 """
 
 from __future__ import annotations
