@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 def _gpus(torch: Any) -> list[dict[str, Any]]:
     found = []
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         free, total = torch.cuda.mem_get_info(index)
         found.append({"name": torch.cuda.get_device_name(index), "free_gib": free / 2**30, "total_gib": total / 2**30})
     return found
