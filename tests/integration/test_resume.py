@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_dllm.config import CheckpointConfig, ParallelConfig, TrainConfig
+from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.config import CheckpointConfig, EvaluationConfig, ParallelConfig, TrainConfig
 from megatron_dllm.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
 from tests.tiny_run import STAGES, checkpoints_of, read_metrics, read_tensors, run_config, train_ranks, write_corpus
 
@@ -96,6 +97,22 @@ def test_a_run_moves_through_all_layouts(folder: Path, unbroken_one: TrainConfig
         assert train_ranks(ranks, moved, 2) == [EXIT_PREEMPTED] * ranks
     assert train_ranks(1, config) == [0]
     _assert_close(config, unbroken_one)
+
+
+def test_a_checkpoint_is_evaluated_that_was_not_before_the_run_ended(folder: Path, unbroken_one: TrainConfig) -> None:
+    config = run_config(folder, "evaluated", evaluation=EvaluationConfig(block_sizes=[8], num_tokens=500))
+    config = replace(config, data=replace(config.data, validation=config.data.train))
+    first = _steps_of_stages(unbroken_one)[0]
+    assert train_ranks(1, config, first) == [EXIT_PREEMPTED]
+    validation = folders.step_folder(checkpoints_of(config), first) / folders.VALIDATION
+    expected, records = validation.read_text(), read_metrics(config)
+    validation.unlink()
+    metrics = checkpoints_of(config).parent / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    assert train_ranks(1, config, 1) == [EXIT_PREEMPTED]
+    assert validation.read_text() == expected
+    assert read_metrics(config)[:len(records)] == records
+    assert records[-1]["validation"]
 
 
 def test_a_stage_has_its_own_layout(folder: Path, unbroken_one: TrainConfig) -> None:
