@@ -33,7 +33,7 @@ VARYING = ("tokens_per_second", "forward_tokens_per_second", "step_seconds", "pe
 class Training:
     """A conversion of a tiny model, by SLURM or by torchrun alone."""
 
-    def __init__(self, root: Path, name: str, scale: float = 6.0) -> None:
+    def __init__(self, root: Path, name: str, scale: float = 3.0) -> None:
         self.folder = root / name
         self.stage = self.folder / "launch" / "train"
         self.words = ["experiment=tiny_convert", f"run.root={root}", f"run.name={name}",
