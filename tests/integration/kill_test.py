@@ -34,7 +34,8 @@ from tests.tiny_run import checkpoints_of, read_metrics, read_tensors, scaled_co
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds in which a life must be over once a rank is dead; torchrun gives the others 30 to end by themselves.
 DOWN_SECONDS = 60.0
-LIFE_SECONDS = 600.0
+# Seconds without a further step that count as a hang.
+STILL_SECONDS = 300.0
 
 
 class Life(Protocol):
@@ -148,7 +149,7 @@ def run_with_kills(start: Callable[[], Life], config: TrainConfig, kills: int, s
         life = start()
         try:
             is_killing = report.kills < kills
-            finished = _live(life, config, dice, report) if is_killing else _wait(life, LIFE_SECONDS)
+            finished = _live(life, config, dice, report) if is_killing else _finish(life, config)
         finally:
             life.stop()
         say(f"life {report.lives}: {'finished' if finished else 'killed'}, newest checkpoint {_newest(config)}, "
@@ -214,7 +215,7 @@ class _Moment:
         return self._until(lambda: count() >= first + steps)
 
     def _until(self, condition: Callable[[], bool]) -> bool:
-        deadline = time.monotonic() + LIFE_SECONDS
+        deadline = time.monotonic() + STILL_SECONDS
         while time.monotonic() < deadline:
             with contextlib.suppress(FileNotFoundError):
                 if condition():
@@ -222,7 +223,7 @@ class _Moment:
             if self._life.poll() is not None:
                 return False
             time.sleep(0.002)
-        raise TimeoutError(f"nothing happened within {LIFE_SECONDS:g} s: the run hangs")
+        raise TimeoutError(f"nothing happened within {STILL_SECONDS:g} s: the run hangs")
 
 
 def _wait(life: Life, seconds: float) -> bool:
@@ -233,6 +234,20 @@ def _wait(life: Life, seconds: float) -> bool:
             return finished
         time.sleep(0.01)
     raise TimeoutError(f"the ranks were not done within {seconds:g} s: the run hangs")
+
+
+def _finish(life: Life, config: TrainConfig) -> bool:
+    """Wait for the end of a life that makes progress."""
+    metrics = Path(config.run.root) / config.run.name / "metrics.jsonl"
+    moved, size = time.monotonic(), -1
+    while time.monotonic() < moved + STILL_SECONDS:
+        finished = life.poll()
+        if finished is not None:
+            return finished
+        now = metrics.stat().st_size if metrics.exists() else 0
+        moved, size = (moved, size) if now == size else (time.monotonic(), now)
+        time.sleep(0.01)
+    raise TimeoutError(f"no step within {STILL_SECONDS:g} s: the run hangs")
 
 
 def _newest(config: TrainConfig) -> str:
@@ -286,7 +301,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report, problems = run_test(
-            Path(folder), arguments.kills, arguments.ranks, arguments.scale or 1.0 + arguments.kills / 3.0,
+            Path(folder), arguments.kills, arguments.ranks, arguments.scale or 1.0 + arguments.kills / 4.0,
             arguments.seed, arguments.launcher, arguments.async_saves, lambda text: print(text, flush=True))
     print(f"{report.kills} kills ({report.in_saves} while a checkpoint was written) in {report.lives} lives and "
           f"{report.seconds:.0f} s; a life ended at most {report.slowest_end:.1f} s after its rank was killed")
