@@ -71,7 +71,9 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=False,
         hidden_dropout=0.0, attention_dropout=0.0,
         # The rotary angles differ from row to row, which the fused kernel does not take.
-        apply_rope_fusion=False, bias_activation_fusion=has_cuda, bias_dropout_fusion=has_cuda,
+        apply_rope_fusion=False, bias_dropout_fusion=has_cuda,
+        # On CPU it is not compiled, but keeps only its input for the backward pass.
+        bias_activation_fusion=True,
         persist_layer_norm=has_te, gradient_accumulation_fusion=False,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=parallel.precision == "bf16",
         # Losses are summed over targets and divided once, by the global batch's count.
