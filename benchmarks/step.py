@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention import machine
-from benchmarks.step_cases import BASELINE, MODELS, OURS, SLICES, Variant, ablations, model_config
+from benchmarks.step_cases import BASELINE, MODELS, OURS, OURS_RECOMPUTED, SLICES, Variant, ablations, model_config
 
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("throughput", "ablation", "scaling")
@@ -110,15 +110,16 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def throughput_rows(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Baseline and ours on one line."""
-    results = measure(case, {"baseline": BASELINE, "ours": OURS})
-    base, ours = results["baseline"], results["ours"]
+    """Baseline, ours, and ours with every layer recomputed in the backward pass, on one line."""
+    results = measure(case, {"baseline": BASELINE, "ours": OURS, "recomputed": OURS_RECOMPUTED})
+    base, ours, recomputed = results["baseline"], results["ours"], results["recomputed"]
     dense_pairs = case.views * (2 * case.length) ** 2
     row = describe(case) | {
         "baseline_tokens_s": base.get("tokens_per_second", base.get("error")),
         "ours_tokens_s": ours.get("tokens_per_second", ours.get("error")), "speedup": ours.get("speedup"),
         "baseline_mib": base.get("peak_bytes", 0) / 2**20, "ours_mib": ours.get("peak_bytes", 0) / 2**20,
-        "memory_ratio": ours.get("memory_ratio"), "forward_tokens": ours["forward_tokens"] / base["forward_tokens"],
+        "memory_ratio": ours.get("memory_ratio"), "recomputed_speedup": recomputed.get("speedup"),
+        "recomputed_memory_ratio": recomputed.get("memory_ratio"), "forward_tokens": ours["forward_tokens"] / base["forward_tokens"],
         "visible_pairs": ours["visible_pairs"] / dense_pairs,
         "difference": max(ours.get("loss_difference", 0.0), ours.get("gradient_difference", 0.0))}
     if "seconds" in ours:

@@ -55,6 +55,7 @@ class Variant:
         share: noisy views share one clean copy; else each view is a row with its own.
         last: the last layer's outputs for masked tokens only (needs `head`).
         experts: all experts at once; else megatron-core's SequentialMLP.
+        recompute: keep each layer's input alone and compute the layer again in the backward pass.
     """
 
     attention: bool = False
@@ -63,10 +64,12 @@ class Variant:
     share: bool = False
     last: bool = False
     experts: bool = True
+    recompute: bool = False
 
 
 SAVINGS = ("attention", "head", "prune", "share", "last", "experts")
 BASELINE, OURS = Variant(), Variant(True, True, True, True, True)
+OURS_RECOMPUTED = replace(OURS, recompute=True)
 
 
 def ablations(views: int, is_moe: bool) -> dict[str, Variant]:
@@ -81,7 +84,7 @@ def ablations(views: int, is_moe: bool) -> dict[str, Variant]:
     for name in names:
         without = {name: False} | ({"last": False} if name == "head" else {})
         variants["ours - head - last" if name == "head" else f"ours - {name}"] = replace(OURS, **without)
-    return variants
+    return variants | {"baseline + recompute": replace(BASELINE, recompute=True), "ours + recompute": OURS_RECOMPUTED}
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,8 @@ def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, attentio
     from megatron_dllm.model import gpt
     from megatron_dllm.model.attention.core import BACKENDS
 
+    if variant.recompute:
+        layout = replace(layout, recompute="full")
     BACKENDS["none"] = _NoAttention  # type: ignore[assignment]
     batched = gpt.BatchedExperts
     gpt.BatchedExperts = batched if variant.experts else SequentialMLP  # type: ignore[misc,assignment]
