@@ -30,6 +30,7 @@ from benchmarks.step_cases import BASELINE, MODELS, OURS, OURS_RECOMPUTED, SLICE
 
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("throughput", "ablation", "scaling")
+CASE_COLUMNS = ("model", "grows", "value", "documents", "length", "block", "views")
 # Dense bf16 TFLOP/s of a device whose name contains the key.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 
@@ -119,7 +120,8 @@ def throughput_rows(case: Case, args: argparse.Namespace) -> list[dict[str, Any]
         "ours_tokens_s": ours.get("tokens_per_second", ours.get("error")), "speedup": ours.get("speedup"),
         "baseline_mib": base.get("peak_bytes", 0) / 2**20, "ours_mib": ours.get("peak_bytes", 0) / 2**20,
         "memory_ratio": ours.get("memory_ratio"), "recomputed_speedup": recomputed.get("speedup"),
-        "recomputed_memory_ratio": recomputed.get("memory_ratio"), "forward_tokens": ours["forward_tokens"] / base["forward_tokens"],
+        "recomputed_memory_ratio": recomputed.get("memory_ratio"),
+        "forward_tokens": ours["forward_tokens"] / base["forward_tokens"],
         "visible_pairs": ours["visible_pairs"] / dense_pairs,
         "difference": max(ours.get("loss_difference", 0.0), ours.get("gradient_difference", 0.0))}
     if "seconds" in ours:
@@ -175,7 +177,9 @@ def scaling_row(axis: str, value: Any, case: Case) -> dict[str, Any]:
 
 
 def write(output: Path, about: dict[str, Any], sections: dict[str, list[dict[str, Any]]]) -> None:
-    """The JSON file and, beside it, a markdown table for every section."""
+    """The JSON file and, beside it, a markdown table for every section, its rows in order of their case."""
+    for rows in sections.values():
+        rows.sort(key=lambda row: [str(row[name]).zfill(9) for name in CASE_COLUMNS if name in row])
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps({"about": about, **sections}, indent=1) + "\n")
     lines = ["# A training step, baseline and ours", ""]
@@ -213,6 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peak_tflops", type=float, help="of the device, for MFU; known GPUs are looked up")
     parser.add_argument("--quick", action="store_true", help="one short case of every kind")
     parser.add_argument("--output", type=Path, help="without suffix; default: benchmarks/results/step_DEVICE")
+    parser.add_argument("--extend", action="store_true", help="keep the rows that the output has; measure the others")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda needs a GPU that torch can see; there is none. Leave it out for the CPU.")
@@ -236,9 +241,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     output = args.output or RESULTS / f"step_{args.device}{'_' + args.slice if args.slice else ''}"
     about = machine(torch.device(args.device)) | dict(precision=args.precision, repeats=args.repeats)
-    sections: dict[str, list[dict[str, Any]]] = {name: [] for name in args.sections}
+    sections: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
+    if args.extend and output.with_suffix(".json").exists():
+        sections |= json.loads(output.with_suffix(".json").read_text())
+        about = sections.pop("about") | about  # type: ignore[arg-type]
     for section, rows_of in (("throughput", throughput_rows), ("ablation", ablation_rows)):
-        if section not in sections:
+        if section not in args.sections:
             continue
         cases = grid(args)
         if section == "ablation":  # at the longest row and block 32 alone
@@ -246,11 +254,16 @@ def main() -> None:
             cases = iter([_case(args, model, length, "lognormal", 32, views)
                           for model in args.models for views in args.views])
         for case in cases:
+            if any(describe(case).items() <= row.items() for row in sections[section]):
+                continue
             sections[section] += rows_of(case, args)
             print(json.dumps(sections[section][-1]), flush=True)
             write(output, about, sections)
-    if "scaling" in sections:
+    if "scaling" in args.sections:
         for axis, value, case in scaling_cases(args):
+            if any({"model": case.model, "grows": axis, "value": value}.items() <= row.items()
+                   for row in sections["scaling"]):
+                continue
             sections["scaling"].append(scaling_row(axis, value, case))
             print(json.dumps(sections["scaling"][-1]), flush=True)
             write(output, about, sections)
