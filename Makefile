@@ -23,9 +23,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# A real SLURM of virtual nodes on this machine; needs: apt-get install -y slurm-wlm slurmctld slurmd munge
+# A real SLURM of virtual nodes on this machine; needs: apt-get install -y slurm-wlm slurmctld slurmd munge shellcheck
+SLURM_TESTS ?= slurm
 test-slurm: install
-	$(BIN)/python -m pytest -m slurm tests/slurm
+	$(BIN)/python -m pytest -m "$(SLURM_TESTS)" tests/slurm
 
 check: install
 	$(BIN)/ruff check .
