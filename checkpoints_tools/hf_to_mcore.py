@@ -20,7 +20,7 @@ from torch import Tensor
 from checkpoints_tools.command import main_guard
 from checkpoints_tools.hf_config import DEFAULT_BLOCK_SIZE, SourceConfig, read_hf_config
 from checkpoints_tools.mcore_folder import TOKENIZER, new_contract, write_json_files
-from checkpoints_tools.output_folder import check_output, output_folder
+from checkpoints_tools.output_folder import output_folder
 from checkpoints_tools.param_map import WeightMap, extra_state_keys, is_fp32, key_aliases, weight_map
 from checkpoints_tools.safetensors_io import SafetensorsFolder
 from checkpoints_tools.streaming import MAX_PIECE_BYTES, Task, run, split_rows
@@ -52,7 +52,6 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
     names = weight_map(model, has_stacked_experts=has_stacked_experts)
     dtypes = _check_tensors(folder, names, model)
     total_bytes = sum(tensor.num_bytes for name, tensor in folder.tensors.items() if name in names.hf_shapes)
-    check_output(output, total_bytes)
     with output_folder(output, total_bytes) as temporary:
         writer = TorchDistWriter(temporary)
         try:

@@ -23,7 +23,7 @@ from checkpoints_tools.command import main_guard
 from checkpoints_tools.hf_config import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCHITECTURES, to_hf_config
 from checkpoints_tools.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
 from checkpoints_tools.model_card import model_card
-from checkpoints_tools.output_folder import check_output, output_folder
+from checkpoints_tools.output_folder import output_folder
 from checkpoints_tools.param_map import WeightMap, is_fp32, weight_map
 from checkpoints_tools.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 from checkpoints_tools.streaming import MAX_PIECE_BYTES, Task, run, split_rows
@@ -71,7 +71,6 @@ def convert(checkpoint: Path, output: Path, architecture: str | None = None, dty
     if not files.exists:
         logger.warning("%s names no tokenizer; give --tokenizer for a folder that serves by itself", checkpoint)
     num_bytes = sum(prod(shape) * kind.itemsize for kind, shape in tensors.values())
-    check_output(output, num_bytes)
     with output_folder(output, num_bytes) as temporary:
         writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
         try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from checkpoints_tools.averaging import weighted_mean
 from checkpoints_tools.mcore_folder import TOKENIZER, tokenizer_folder, write_json_files
 from checkpoints_tools.merge_inputs import HFInput, MergeInput, TorchDistInput
-from checkpoints_tools.output_folder import check_output, output_folder
+from checkpoints_tools.output_folder import output_folder
 from checkpoints_tools.param_map import extra_state_keys, key_aliases
 from checkpoints_tools.safetensors_io import SafetensorsWriter
 from checkpoints_tools.streaming import Task, check_finite, run, split_rows
@@ -38,7 +38,6 @@ def merge_into(inputs: list[MergeInput], weights: list[float], output: Path, pro
         provenance: written beside the weights.
     """
     total_bytes = sum(prod(shape) * dtype.itemsize for dtype, shape in inputs[0].tensors.values())
-    check_output(output, total_bytes)
     with output_folder(output, total_bytes) as temporary:
         if isinstance(inputs[0], HFInput):
             _merge_hf(cast(list[HFInput], inputs), weights, temporary, total_bytes, provenance)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
+import secrets
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from megatron_dllm.exit_codes import EXIT_PREEMPTED
+
 logger = logging.getLogger(__name__)
+# What a launcher sends to stop a process: SIGTERM by hand, SIGUSR1 through launch/rank.py.
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
@@ -23,27 +30,32 @@ def output_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         num_bytes: size of what will be written, checked against the disk first.
 
     Yields:
-        The folder to write into. It is deleted if the block raises, a termination signal included.
+        The folder to write into. It is deleted if the block raises. SIGTERM and SIGUSR1 raise SystemExit there, with
+        the code of a process that stopped on request and may be started again.
 
     Raises:
         ValueError: the target exists, or the disk is too small.
     """
     target = target.absolute()
+    _remove_leftovers(target)
     check_output(target, num_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.incomplete-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        with _termination_raises():
+    # Process numbers repeat in every container, names of nodes in a cluster do not.
+    temporary = target.parent / f"{_prefix(target)}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    with _stop_raises() as stop:
+        try:
+            temporary.mkdir()
             yield temporary
             _sync_folder(temporary)
+            stop.is_ignored = True
             if target.exists():
                 raise ValueError(f"output ({target}) appeared while writing; nothing was replaced.")
             temporary.rename(target)
             _sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        except BaseException:
+            stop.is_ignored = True
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     logger.info("wrote %s", target)
 
 
@@ -61,22 +73,55 @@ def check_output(target: Path, num_bytes: int) -> None:
                          "GB free; make room or name a folder on another disk.")
 
 
-@contextmanager
-def _termination_raises() -> Iterator[None]:
-    """Let SIGTERM end the block like an exception, so that it cleans up."""
+def _prefix(target: Path) -> str:
+    return f".{target.name}.incomplete-"
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
 
+def _remove_leftovers(target: Path) -> None:
+    """Delete what writers killed on this machine left of the same output; name what others left."""
+    for left in target.parent.glob(f"{glob.escape(_prefix(target))}*-*-*"):
+        host, pid, _ = left.name.removeprefix(_prefix(target)).rsplit("-", 2)
+        if host != socket.gethostname():
+            logger.warning("%s belongs to a process on %s; remove it if that has ended", left, host)
+        elif pid.isdecimal() and not _is_running(int(pid)):
+            logger.warning("removing %s, which an interrupted process left behind", left)
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
     try:
-        previous = signal.signal(signal.SIGTERM, stop)
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+class _Stop:
+    """Raises SystemExit where a stop signal arrives, unless what it would interrupt is the renaming or the clean-up."""
+
+    is_ignored = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_ignored:
+            raise SystemExit(EXIT_PREEMPTED)
+
+
+@contextmanager
+def _stop_raises() -> Iterator[_Stop]:
+    """Let a stop signal end the block like an exception, so that it cleans up."""
+    stop = _Stop()
+    try:
+        previous = [(number, signal.signal(number, stop)) for number in _STOP_SIGNALS]
     except ValueError:  # not in the main thread: the process's owner handles signals
-        yield
+        yield stop
         return
     try:
-        yield
+        yield stop
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous:
+            signal.signal(number, handler)
 
 
 def _sync_folder(folder: Path) -> None:

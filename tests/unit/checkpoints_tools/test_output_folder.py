@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from checkpoints_tools.output_folder import output_folder
+from megatron_dllm.exit_codes import EXIT_PREEMPTED
 
 from .conftest import left_in
 
@@ -28,14 +34,52 @@ def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> 
     assert left_in(tmp_path) == set()
 
 
-def test_a_termination_signal_leaves_nothing(tmp_path: Path) -> None:
-    previous = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    previous = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped, output_folder(tmp_path / "out", 10) as folder:
         (folder / "file").write_text("x")
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert stopped.value.code == 128 + signal.SIGTERM
+        os.kill(os.getpid(), number)
+    assert stopped.value.code == EXIT_PREEMPTED
     assert left_in(tmp_path) == set()
-    assert signal.getsignal(signal.SIGTERM) == previous
+    assert signal.getsignal(number) == previous
+
+
+_TOOL = """
+import sys, time
+from pathlib import Path
+from checkpoints_tools.output_folder import output_folder
+with output_folder(Path(sys.argv[1]), 10) as folder:
+    (folder / "file").write_text("x")
+    time.sleep(60)
+"""
+
+
+def test_a_tool_stopped_by_its_launcher_leaves_nothing(tmp_path: Path) -> None:
+    """The wrapper of a rank turns SIGTERM into SIGUSR1, which its command first ignores."""
+    start, work = tmp_path / "start", tmp_path / "work"
+    start.mkdir(), work.mkdir()
+    wrapper = subprocess.Popen([sys.executable, "launch/rank.py", str(start), "--", sys.executable, "-c", _TOOL,
+                                str(work / "out")], env={**os.environ, "PYTHONPATH": "."})
+    while not any(work.glob(".out.incomplete-*/file")):
+        assert wrapper.poll() is None
+        time.sleep(0.05)
+    wrapper.send_signal(signal.SIGTERM)
+    assert wrapper.wait(20) == 0
+    assert json.loads((start / "exit_00000.json").read_text())["code"] == EXIT_PREEMPTED
+    assert left_in(work) == set()
+
+
+def test_what_a_killed_writer_left_is_removed_where_it_ran(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = {pid: f".out.incomplete-{socket.gethostname()}-{pid}-0a" for pid in (ended.pid, os.getpid())}
+    other_host = f".out.incomplete-other-host-{ended.pid}-0a"
+    for name in (*names.values(), other_host):
+        (tmp_path / name).mkdir()
+    with output_folder(tmp_path / "out", 10):
+        pass
+    assert left_in(tmp_path) == {"out", names[os.getpid()], other_host}
 
 
 def test_refuses_to_replace_what_appeared_meanwhile(tmp_path: Path) -> None:
