@@ -9,12 +9,17 @@ import logging
 import os
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 
 from megatron_dllm.compose import RECIPES, check_command_line, register_schemas, to_train_config
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.exit_codes import EXIT_FENCED
+from megatron_dllm.lease import LeaseLost
+
+if TYPE_CHECKING:
+    from megatron_dllm.training.loop import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -32,21 +37,28 @@ def train(config: TrainConfig) -> int:
     quiet_libraries()
     prepare_host()
     from megatron_dllm import parallel
-    from megatron_dllm.training.loop import Trainer, check_inputs
-    from megatron_dllm.training.resume import check_world_size, choose_layout
+    from megatron_dllm.training.loop import Trainer
+    from megatron_dllm.training.resume import check_inputs, check_world_size, choose_layout
 
     check_inputs(config)
     check_world_size(config, world_size)
     layout = choose_layout(config)
     parallel.initialize(layout, config.run)
-    trainer = Trainer(config, layout)
     try:
-        code = trainer.run()
-    except ValueError as error:  # no user's mistake any more: keep the traceback
-        raise RuntimeError(f"training failed: {error}") from error
+        code = _run(Trainer(config, layout))
+    except LeaseLost as error:
+        log.error("%s", error)
+        code = EXIT_FENCED
     # After an error the groups are left as they are: taking them down may wait for a rank that has gone.
     parallel.destroy()
     return code
+
+
+def _run(trainer: Trainer) -> int:
+    try:
+        return trainer.run()
+    except ValueError as error:  # no user's mistake any more: keep the traceback
+        raise RuntimeError(f"training failed: {error}") from error
 
 
 @hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="train")

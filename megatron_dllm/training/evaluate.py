@@ -8,6 +8,7 @@ ELBO over all noise levels without bias and with less variance than drawing t (s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ from megatron_dllm.training.step import LOSS, MASKABLE, run_schedule
 
 AR = "ar"
 _SEED = 0
+
+
+class EvaluationStopped(Exception):
+    """Asked to stop between two batches."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:
 
 @torch.no_grad()
 def evaluate(chunks: list[nn.Module], config: TrainConfig, corpus: Corpus, names: list[str],
-             device: torch.device) -> Validation:
+             device: torch.device, must_stop: Callable[[], bool] = lambda: False) -> Validation:
     """Measure the NLL bound of the local model on `evaluation.num_tokens` tokens of the corpus (a collective).
 
     Args:
@@ -72,20 +77,28 @@ def evaluate(chunks: list[nn.Module], config: TrainConfig, corpus: Corpus, names
         corpus: held-out documents; the same ones are measured under every name.
         names: block sizes as text, or "ar". The first one is reported as the target.
         device: where to compute.
+        must_stop: asked on all ranks between batches.
+
+    Raises:
+        EvaluationStopped: `must_stop` said so.
     """
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     lengths = validation_lengths(corpus.document_lengths, config.evaluation.num_tokens)
     nats: dict[str, float] = {}
-    for name in names:
-        loss, maskable = 0.0, 0.0
-        for step in _loader(config, corpus, lengths, name):
-            sums = run_schedule(chunks, step.micro_batches, device, forward_only=True)
-            loss, maskable = loss + float(sums[LOSS]), maskable + float(sums[MASKABLE])
-        nats[name] = loss / max(maskable, 1.0)
-    for chunk, training in zip(chunks, was_training, strict=True):
-        chunk.train(training)
+    try:
+        for name in names:
+            loss, maskable = 0.0, 0.0
+            for step in _loader(config, corpus, lengths, name):
+                if must_stop():
+                    raise EvaluationStopped
+                sums = run_schedule(chunks, step.micro_batches, device, forward_only=True)
+                loss, maskable = loss + float(sums[LOSS]), maskable + float(sums[MASKABLE])
+            nats[name] = loss / max(maskable, 1.0)
+    finally:
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)
     tokens_per_byte = corpus.num_tokens / corpus.num_bytes if corpus.num_bytes else None
     target = AR if names == [AR] else str(config.evaluation.block_sizes[0])
     return Validation(nats, tokens_per_byte, int(lengths.sum()), 0 if target == AR else int(target))

@@ -31,21 +31,22 @@ from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.diffusion.noise import NoiseSpec
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
-from megatron_dllm.lease import Lease, LeaseLost
+from megatron_dllm.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.training.context_balance import context_balance
 from megatron_dllm.training.engine import build_engine, set_learning_rate
-from megatron_dllm.training.evaluate import AR, Validation, evaluate
+from megatron_dllm.training.evaluate import AR, EvaluationStopped, Validation, evaluate
 from megatron_dllm.training.fingerprint import check_agreement, step_fingerprint
 from megatron_dllm.training.metrics import MetricsWriter, peak_memory_gib, step_record, trim_metrics
 from megatron_dllm.training.progress import Progress, print_stage_table
 from megatron_dllm.training.replay import dump_step
-from megatron_dllm.training.resume import changes_layout, load_newest, run_checkpoints, run_contract
+from megatron_dllm.training.resume import acquire_lease, changes_layout, load_newest, run_contract
 from megatron_dllm.training.router_load import RouterLoad, imbalance
 from megatron_dllm.training.step import EmbeddingNoise, StepResult, train_step
 
 log = logging.getLogger(__name__)
 _SPIKE_WINDOW = 101
+# So many steps without one that is applied end a run that skips them: the next ones would not be applied either.
+_MAX_SKIPPED = 10
 
 
 @dataclass
@@ -56,7 +57,9 @@ class RunState:
     optimizer_step: int = 0
     consumed_tokens: int = 0
     stream: dict[str, Any] = field(default_factory=dict)
+    # Of the steps applied in this stage: the next stage's noise gives other norms.
     grad_norms: list[float] = field(default_factory=list)
+    num_skipped: int = 0  # in a row, up to now
 
 
 class _StopRequest:
@@ -101,7 +104,7 @@ class Trainer:
                            if config.data.validation and config.evaluation.num_tokens else None)
         self.stream = RowStream(self.corpus.document_lengths, config.run.seed, config.data.packing_chunk)
         self.stop = _StopRequest()
-        self.lease = Lease.acquire(self.folder) if self.is_rank_zero else None
+        self.lease = acquire_lease(self.folder)
         self._prepare_folder()
         self.engine = build_engine(config)
         self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.is_async, config.checkpoint.timeout_minutes,
@@ -136,7 +139,7 @@ class Trainer:
         if found is not None:
             folder, state = found
             self._resumed_from = folder
-            self.state = RunState(**{k: state[k] for k in RunState.__dataclass_fields__})
+            self.state = RunState(**{k: state[k] for k in RunState.__dataclass_fields__ if k in state})
             self.stream.load_state_dict(self.state.stream)
             if self.is_rank_zero:
                 trim_metrics(self.folder, self.state.step)
@@ -159,9 +162,6 @@ class Trainer:
         """Train to the end of the schedule; returns the process's exit code."""
         try:
             return self._run()
-        except LeaseLost as error:
-            log.error("%s", error)
-            return EXIT_FENCED
         finally:
             self.progress.close()
             if self.metrics is not None:
@@ -171,6 +171,10 @@ class Trainer:
         if self.state.step == 0 and self.validation is not None and self.config.checkpoint.load:
             self._validate(self.schedule.stages[0], is_stage_end=True)
         self._validate_resumed()
+        if self.stop.agreed(self.device):
+            if self.is_rank_zero:
+                log.warning("asked to stop before the first step")
+            return EXIT_PREEMPTED
         while not self.schedule.is_finished(self.state.consumed_tokens):
             stage = self.schedule.stage_at(self.state.consumed_tokens)
             if changes_layout(self.given_config, self.config.parallel, stage, dist.get_world_size()):
@@ -213,9 +217,11 @@ class Trainer:
             dump_step(self.folder, state.step, step.micro_batches, {
                 "stage": stage.name, "reason": result.reason, "loss": result.loss, "grad_norm": result.grad_norm,
                 "embedding_noise": asdict(self._embedding_noise()), "config": asdict(self.given_config)})
-            if config.optimizer.on_non_finite == "stop":
+            state.num_skipped += 1
+            if config.optimizer.on_non_finite == "stop" or state.num_skipped >= _MAX_SKIPPED:
                 self.writer.finish()
-                log.error("step %d: %s; the batch is in %s", state.step, result.reason, self.folder / "replay")
+                log.error("step %d: %s (%d in a row); the batch is in %s", state.step, result.reason,
+                          state.num_skipped, self.folder / "replay")
                 return EXIT_NON_FINITE
             log.warning("step %d skipped: %s", state.step, result.reason)
         state.step += 1
@@ -223,11 +229,14 @@ class Trainer:
         state.consumed_tokens += step.num_document_tokens
         state.stream = step.stream_state
         if result.is_applied:
+            state.num_skipped = 0
             state.grad_norms = [*state.grad_norms, result.grad_norm][-_SPIKE_WINDOW:]
         seconds = time.perf_counter() - started
         self.progress.advance(stage, state.step, state.consumed_tokens, result.loss, learning_rate,
                               step.num_document_tokens / seconds)
         finished = self.schedule.finished_stage(before, state.consumed_tokens)
+        if finished is not None:
+            state.grad_norms = []
         if is_logged or finished is not None:
             self._log(stage, result, learning_rate, step, seconds)
         self.writer.poll()
@@ -235,8 +244,10 @@ class Trainer:
         interval = config.checkpoint.save_interval_tokens
         is_due = interval > 0 and before // interval != state.consumed_tokens // interval
         if finished is not None or is_due or must_stop:
-            self._save(stage, is_stage_end=finished is not None, is_validated=finished is not None or is_due)
-        if must_stop and not self.schedule.is_finished(state.consumed_tokens):
+            is_validated = self.validation is not None and (finished is not None or is_due)
+            is_complete = self._save(stage, finished is not None, is_validated, must_stop)
+            must_stop = not is_complete or (must_stop and not self.schedule.is_finished(state.consumed_tokens))
+        if must_stop:
             self.writer.finish()
             if self.is_rank_zero:
                 log.warning("asked to stop: saved at step %d", state.step)
@@ -296,8 +307,11 @@ class Trainer:
 
     # ---- checkpoints -------------------------------------------------------------------------
 
-    def _save(self, stage: Stage, is_stage_end: bool, is_validated: bool) -> None:
-        is_validated = is_validated and self.validation is not None
+    def _save(self, stage: Stage, is_stage_end: bool, is_validated: bool, must_stop: bool) -> bool:
+        """Write a checkpoint and evaluate it if it is to be; false where a request to stop left that to the next start.
+
+        A job that is asked to stop has a grace period, which a validation may exceed.
+        """
         overlap = self.config.optimizer.overlap_param_gather
         if overlap:
             for chunk in self.engine.chunks:
@@ -305,7 +319,7 @@ class Trainer:
         folder = self.writer.save(self.state.step, self.engine.chunks, self.engine.optimizer,
                                   {**self._contract(stage, is_stage_end), "is_validated": is_validated},
                                   asdict(self.state))
-        validation = self._validate(stage, is_stage_end) if is_validated else None
+        validation = self._validate(stage, is_stage_end) if is_validated and not must_stop else None
         if overlap:
             for chunk in self.engine.chunks:
                 chunk.enable_forward_pre_hook()
@@ -317,6 +331,7 @@ class Trainer:
             rules = self.config.checkpoint
             folders.retire(self.checkpoints, rules.keep_last, rules.keep_best, rules.keep_every)
         dist.barrier()
+        return validation is not None or not is_validated
 
     def _validate_resumed(self) -> None:
         """Evaluate the checkpoint a run continues from, if the run ended between saving and evaluating it."""
@@ -330,15 +345,22 @@ class Trainer:
         contract = folders.read_json(self._resumed_from / folders.CONTRACT)
         stage = next(stage for stage in self.schedule.stages if stage.name == contract["stage"])
         validation = self._validate(stage, contract["is_stage_end"])
-        if self.is_rank_zero:
+        if self.is_rank_zero and validation is not None:
             folders.write_json(self._resumed_from / folders.VALIDATION, validation.to_json())
 
-    def _validate(self, stage: Stage, is_stage_end: bool) -> Validation:
-        """Target block size at every checkpoint, all of them at a stage's end; AR models by their exact NLL."""
+    def _validate(self, stage: Stage, is_stage_end: bool) -> Validation | None:
+        """Target block size at every checkpoint, all of them at a stage's end; AR models by their exact NLL.
+
+        None where the run is asked to stop meanwhile.
+        """
         sizes = [str(size) for size in self.config.evaluation.block_sizes]
         names = [AR] if stage.config.objective == AR else (sizes if is_stage_end else sizes[:1])
         self.progress.note("validating")
-        result = evaluate(self.engine.chunks, self.config, self.validation, names, self.device)
+        try:
+            result = evaluate(self.engine.chunks, self.config, self.validation, names, self.device,
+                              lambda: self.stop.agreed(self.device))
+        except EvaluationStopped:
+            return None
         if self.metrics is not None:
             self.metrics.write(self.state.step, {
                 "validation": True, "stage": stage.name, "consumed_tokens": self.state.consumed_tokens,
@@ -356,28 +378,6 @@ class Trainer:
             "step": self.state.step, "consumed_tokens": self.state.consumed_tokens, "stage": stage.name,
             "is_stage_end": is_stage_end, "layout": asdict(config.parallel), "world_size": dist.get_world_size(),
             "tokenizer": "../../tokenizer" if config.data.tokenizer else None}
-
-
-def check_inputs(config: TrainConfig) -> None:
-    """Open what the run reads, before a process group starts.
-
-    Raises:
-        ValueError: a corpus, tokenizer, schedule or start checkpoint that cannot work, saying why.
-    """
-    schedule = BlockSchedule.from_config(config.schedule)
-    corpus = Corpus(config.data.train, config.model, config.data.tokenizer)
-    for stage in schedule.stages:
-        corpus.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
-    if config.data.validation and config.evaluation.num_tokens:
-        Corpus(config.data.validation, config.model, config.data.tokenizer)
-    has_checkpoints = bool(folders.step_folders(run_checkpoints(config)))
-    if has_checkpoints and not config.checkpoint.resume:
-        raise ValueError(f"checkpoint.resume (false) starts anew, but run.name ({config.run.name}) has checkpoints in "
-                         f"{run_checkpoints(config)}; choose another name, or remove them.")
-    if config.checkpoint.load and not has_checkpoints:
-        start = folders.resolve_checkpoint(Path(config.checkpoint.load))
-        check_identity(start, config.model)
-        folders.check_complete(start)
 
 
 def _git_state() -> str:

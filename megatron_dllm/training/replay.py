@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from megatron_dllm.training.step import EmbeddingNoise
 def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], record: dict[str, Any]) -> Path:
     """Write every micro-batch of a step (ids, masks, noise levels, sample ids) and what is known about it.
 
-    Ranks that hold the same rows write them once.
+    A collective: what an earlier start left of the step is gone before, and all is written when it returns. Ranks
+    that hold the same rows write them once.
 
     Args:
         run_folder: folder of the run.
@@ -33,17 +35,19 @@ def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], recor
         record: configuration, stage, reason and sums, for step.json.
     """
     folder = run_folder / "replay" / f"step_{step:07d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if dist.get_rank() == 0:
+        folders.remove(folder)
+        folder.mkdir(parents=True)
+        folders.write_json(folder / "step.json", {
+            "step": step, "data_parallel_size": parallel_state.get_data_parallel_world_size(), **record})
+    dist.barrier()
     place = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
              parallel_state.get_context_parallel_rank())
-    if any(place):
-        return folder
-    rank = parallel_state.get_data_parallel_rank()
-    tensors = {f"{index}.{item.name}": getattr(batch, item.name).cpu().contiguous()
-               for index, batch in enumerate(micro_batches) for item in fields(Batch)}
-    save_file(tensors, str(folder / f"data_{rank:05d}.safetensors"))
-    if rank == 0:
-        folders.write_json(folder / "step.json", {"step": step, **record})
+    if not any(place):
+        tensors = {f"{index}.{item.name}": getattr(batch, item.name).cpu().contiguous()
+                   for index, batch in enumerate(micro_batches) for item in fields(Batch)}
+        save_file(tensors, str(folder / f"data_{parallel_state.get_data_parallel_rank():05d}.safetensors"))
+    dist.barrier()
     return folder
 
 
@@ -51,11 +55,15 @@ def load_step(folder: Path) -> list[list[Batch]]:
     """The micro-batches that `dump_step` wrote, by data-parallel rank.
 
     Raises:
-        ValueError: the folder holds none.
+        ValueError: the folder holds none, or not every rank's.
     """
     files = sorted(folder.glob("data_*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no batch (data_*.safetensors); name a folder RUN/replay/step_N.")
+    size = folders.read_json(folder / "step.json")["data_parallel_size"]
+    if len(files) != size:
+        raise ValueError(f"{folder} holds the rows of {len(files)} data-parallel ranks instead of {size}: the run was "
+                         "ended while it wrote them, or files were moved; the step's gradient needs them all.")
     ranks = []
     for file in files:
         tensors: dict[str, Tensor] = load_file(str(file))

@@ -1,4 +1,4 @@
-"""Where a run starts: its newest whole checkpoint, the stage that comes next, and that stage's layout."""
+"""Where a run starts: what it reads, its newest whole checkpoint, the stage that comes next and its layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from torch import nn
 from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.checkpoint import check_identity, load_run, raise_together, verify
 from megatron_dllm.config import ParallelConfig, TrainConfig
+from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
+from megatron_dllm.lease import Lease, LeaseLost
 from megatron_dllm.parallel import start_process_group
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,45 @@ def run_contract(config: TrainConfig) -> dict[str, Any]:
     """The part of the contract that may not change inside one run."""
     return {"block_origin": config.data.block_origin, "mask_token_id": config.model.mask_token_id,
             "context_length": config.schedule.context_length}
+
+
+def check_inputs(config: TrainConfig) -> None:
+    """Open what the run reads, before a process group starts.
+
+    Raises:
+        ValueError: a corpus, tokenizer, schedule or start checkpoint that cannot work, saying why.
+    """
+    schedule = BlockSchedule.from_config(config.schedule)
+    corpus = Corpus(config.data.train, config.model, config.data.tokenizer)
+    for stage in schedule.stages:
+        corpus.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
+    if config.data.validation and config.evaluation.num_tokens:
+        Corpus(config.data.validation, config.model, config.data.tokenizer)
+    has_checkpoints = bool(folders.step_folders(run_checkpoints(config)))
+    if has_checkpoints and not config.checkpoint.resume:
+        raise ValueError(f"checkpoint.resume (false) starts anew, but run.name ({config.run.name}) has checkpoints in "
+                         f"{run_checkpoints(config)}; choose another name, or remove them.")
+    if config.checkpoint.load and not has_checkpoints:
+        start = folders.resolve_checkpoint(Path(config.checkpoint.load))
+        check_identity(start, config.model)
+        folders.check_complete(start)
+
+
+def acquire_lease(run_folder: Path) -> Lease | None:
+    """The right to write the run folder, on rank 0 (a collective).
+
+    Raises:
+        LeaseLost: on every rank, where a newer start of the run holds it.
+    """
+    lease: Lease | None = None
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            lease = Lease.acquire(run_folder)
+        except (LeaseLost, OSError) as caught:
+            error = caught
+    raise_together(error)
+    return lease
 
 
 def next_stage(config: TrainConfig) -> Stage | None:

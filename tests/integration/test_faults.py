@@ -17,7 +17,8 @@ import torch
 
 from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_dllm.exit_codes import EXIT_NON_FINITE
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE
+from megatron_dllm.lease import LEASE_VARIABLE, Lease
 from megatron_dllm.training.replay import load_step
 from tests.distributed.ranks import run_ranks
 from tests.integration.kill_test import TorchrunLife, run_test
@@ -117,17 +118,44 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(folder: Pat
     state = json.loads((max(checkpoints_of(config).glob("step_*")) / folders.STATE).read_text())
     assert state["step"] == len(records)
     assert state["optimizer_step"] == len(records) - 1
-    dumped = _run_folder(config) / "replay" / f"step_{POISONED_STEP:07d}"
+    dumped = _poisoned(config)
     ranks = load_step(dumped)
     assert len(ranks) == 2 // pp, "each data-parallel rank writes its own rows"
     assert "not finite" in json.loads((dumped / "step.json").read_text())["reason"]
 
 
-def test_a_step_that_is_not_finite_stops_all_ranks(folder: Path) -> None:
+def _train_with_a_slow_disk(config: TrainConfig) -> tuple[int, list[str]]:
+    """Exit code, and the batches in the dump of the poisoned step when this rank is done; rank 1 writes late."""
+    from megatron_dllm.training import replay
+
+    save_file = replay.save_file
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.5)
+        save_file(*args)
+
+    if os.environ["RANK"] == "1":
+        replay.save_file = slow
+    code, _, _ = _train_with_poison(config)
+    return code, sorted(path.name for path in _poisoned(config).glob("data_*"))
+
+
+def _poisoned(config: TrainConfig) -> Path:
+    return _run_folder(config) / "replay" / f"step_{POISONED_STEP:07d}"
+
+
+def test_a_step_that_is_not_finite_stops_all_ranks_when_its_batch_is_written(folder: Path) -> None:
     config = _short_config(folder, "stopping", ParallelConfig(), "stop")
-    results = run_ranks(_train_with_poison, 2, config, timeout_s=500.0)
-    assert [code for code, _, _ in results] == [EXIT_NON_FINITE] * 2
+    dumped = _poisoned(config)
+    dumped.mkdir(parents=True)
+    (dumped / "data_00002.safetensors").write_text("of an earlier start with three ranks")
+    files = ["data_00000.safetensors", "data_00001.safetensors"]
+    assert run_ranks(_train_with_a_slow_disk, 2, config, timeout_s=500.0) == [(EXIT_NON_FINITE, files)] * 2
     assert len(read_metrics(config)) == POISONED_STEP
+    assert len(load_step(dumped)) == 2
+    (dumped / files[1]).unlink()
+    with pytest.raises(ValueError, match="the rows of 1 data-parallel ranks instead of 2"):
+        load_step(dumped)
 
 
 # ---- replay --------------------------------------------------------------------------------------
@@ -176,7 +204,7 @@ def test_replay_names_the_rows_that_are_not_finite(folder: Path) -> None:
 def _train_with_short_window(config: TrainConfig) -> int:
     from megatron_dllm.training import loop
 
-    loop._SPIKE_WINDOW = 6
+    loop._SPIKE_WINDOW, loop._MAX_SKIPPED = 6, 3
     return train_here(config)
 
 
@@ -198,6 +226,18 @@ def test_a_spike_stops_the_run_and_is_replayed_exactly(folder: Path) -> None:
     assert norms == sorted(norms, reverse=True)
 
 
+def test_spikes_are_judged_anew_in_every_stage_and_too_many_in_a_row_end_the_run(folder: Path) -> None:
+    """Every step is a spike as soon as three norms are known; a stage's end has them forgotten."""
+    config = run_config(folder, "skipping_spikes", optimizer=OptimizerConfig(spike_factor=0.01, on_non_finite="skip"))
+    assert run_ranks(_train_with_short_window, 1, config, timeout_s=500.0) == [EXIT_NON_FINITE]
+    stages = [record["stage"] for record in read_metrics(config)]
+    warmup, stable = stages.index("stable"), stages.index("decay")
+    assert 3 < warmup < 6 and 3 < stable - warmup < 6, "these skip some steps, and too few to end the run"
+    skipped = [int(path.name.removeprefix("step_")) for path in sorted((_run_folder(config) / "replay").iterdir())]
+    assert skipped == [*range(3, warmup), *range(warmup + 3, stable), *range(stable + 3, stable + 6)]
+    assert len(stages) == skipped[-1]
+
+
 # ---- signals and dead ranks ----------------------------------------------------------------------
 
 
@@ -216,6 +256,19 @@ def test_torchrun_is_stopped_in_order_and_continues(folder: Path) -> None:
     expected = folders.step_folder(checkpoints_of(config), int(saved[0]))
     assert folders.latest_checkpoint(checkpoints_of(config)) == expected
     assert read_metrics(config)[-1]["step"] == int(saved[0])
+
+
+def _train_as_generation_one(config: TrainConfig) -> int:
+    os.environ[LEASE_VARIABLE] = "1"
+    return train_here(config)
+
+
+def test_a_start_that_was_superseded_before_it_began_says_so_on_all_ranks(folder: Path) -> None:
+    config = run_config(folder, "superseded")
+    for _ in range(2):
+        Lease.take_next(_run_folder(config))
+    assert run_ranks(_train_as_generation_one, 2, config, timeout_s=300.0) == [EXIT_FENCED] * 2
+    assert not checkpoints_of(config).exists(), "nothing is written"
 
 
 def _wait_for(condition: Any, life: TorchrunLife) -> None:
