@@ -67,6 +67,8 @@ def read_hf_config(folder: Path) -> SourceConfig:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON ({error}); download it again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again.")
     return from_hf_config(config, str(path))
 
 
@@ -158,19 +160,33 @@ class _Reader:
         self.config = config
         self.source = source
 
-    def need(self, key: str) -> Any:
-        if self.config.get(key) is None:
+    def need(self, key: str, kind: type = int) -> Any:
+        """A value of the given type, which must be there; an int also counts as a float."""
+        value = self.config.get(key)
+        if value is None:
             raise ValueError(f"{self.source} lacks {key}; it is read, never guessed: add it as the model's authors "
                              "gave it.")
-        return self.config[key]
+        return self.checked(key, value, kind)
+
+    def get(self, key: str, default: Any, kind: type = int) -> Any:
+        """A value of the given type, or the default where it is missing or null."""
+        value = self.config.get(key)
+        return default if value is None else self.checked(key, value, kind)
+
+    def checked(self, key: str, value: Any, kind: type) -> Any:
+        accepted = (int, float) if kind is float else (kind,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{self.source}: {key} ({value!r}) must be of type {kind.__name__}; correct it as the "
+                             "model's authors gave it.")
+        return kind(value)
 
     def family(self) -> str:
         model_type = self.config.get("model_type")
-        if model_type not in FAMILY_OF_MODEL_TYPE:
+        if not isinstance(model_type, str) or model_type not in FAMILY_OF_MODEL_TYPE:
             raise ValueError(f"{self.source}: model_type ({model_type}) is not known; "
                              f"known are {', '.join(FAMILY_OF_MODEL_TYPE)}.")
         family = FAMILY_OF_MODEL_TYPE[model_type]
-        names = self.config.get("architectures") or []
+        names = self.get("architectures", [], list)
         # Ling 1.x has another architecture under the same model_type.
         if family == "bailing_moe" and names and names[0] != ARCHITECTURE_CLASS["bailing_moe"]:
             raise ValueError(f"{self.source}: architectures ({names[0]}) is not {ARCHITECTURE_CLASS['bailing_moe']}; "
@@ -184,23 +200,28 @@ class _Reader:
                 remedy = _REMEDY.get(key, "it would change the results silently, so the model is not converted")
                 raise ValueError(f"{self.source}: {key} ({value}) must be {only}: our model has nothing else; "
                                  f"{remedy}.")
-        scaling = self.config.get("rope_scaling") or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
-        kind = (self.config.get("rope_parameters") or {}).get("rope_type", kind)
-        if kind != "default":
-            raise ValueError(f"{self.source}: rope scaling ({kind}) must be null: our rotary embedding is unscaled; "
-                             "use the checkpoint of the native context length.")
+        for key in ("rope_scaling", "rope_parameters"):
+            kind = _rope_kind(self.get(key, {}, dict))
+            if kind != "default":
+                raise ValueError(f"{self.source}: {key} ({kind}) must be null: our rotary embedding is unscaled; "
+                                 "use the checkpoint of the native context length.")
 
-    def rope(self, key: str) -> Any:
+    def rope(self, key: str) -> float | None:
         """A RoPE value from where transformers 4 or 5 writes it."""
-        parameters = self.config.get("rope_parameters") or {}
-        return self.config.get(key) if self.config.get(key) is not None else parameters.get(key)
+        value = self.get("rope_parameters", {}, dict).get(key) if self.config.get(key) is None else self.config[key]
+        return None if value is None else self.checked(key, value, float)
 
     def token_id(self, key: str) -> int:
         value = self.config.get(key)
         if isinstance(value, list):
             value = value[0] if value else None
-        return -1 if value is None else int(value)
+        return -1 if value is None else self.checked(key, value, int)
+
+
+def _rope_kind(parameters: dict[str, Any]) -> str:
+    """What a RoPE setting scales by; "default" is nothing. Without a name of its kind it may only say the basics."""
+    kind = parameters.get("rope_type", parameters.get("type"))
+    return str(kind or ("default" if parameters.keys() <= {"rope_theta", "partial_rotary_factor"} else parameters))
 
 
 def _common(reader: _Reader, family: str) -> ModelConfig:
@@ -214,11 +235,11 @@ def _common(reader: _Reader, family: str) -> ModelConfig:
         family=family, num_layers=reader.need("num_hidden_layers"), hidden_size=hidden,
         ffn_hidden_size=reader.need("intermediate_size"), num_attention_heads=heads,
         num_query_groups=reader.need("num_key_value_heads"),
-        kv_channels=reader.config.get("head_dim") or hidden // heads,
+        kv_channels=reader.get("head_dim", 0) or hidden // heads,
         vocab_size=reader.need("vocab_size"), max_position_embeddings=reader.need("max_position_embeddings"),
-        layernorm_epsilon=float(reader.need("rms_norm_eps")), rotary_base=float(theta), rotary_percent=1.0,
-        tie_word_embeddings=bool(reader.config.get("tie_word_embeddings", False)),
-        init_method_std=float(reader.config.get("initializer_range", 0.02)),
+        layernorm_epsilon=reader.need("rms_norm_eps", float), rotary_base=theta, rotary_percent=1.0,
+        tie_word_embeddings=reader.get("tie_word_embeddings", False, bool),
+        init_method_std=reader.get("initializer_range", 0.02, float),
         mask_token_id=reader.token_id("mask_token_id"), eos_token_id=reader.token_id("eos_token_id"),
         pad_token_id=reader.token_id("pad_token_id"))
 
@@ -233,39 +254,39 @@ def _bailing(reader: _Reader, model: ModelConfig) -> ModelConfig:
     if factor is None:
         # Ling-1T gives the number of rotated features instead.
         factor = reader.need("rotary_dim") / model.kv_channels
-    num_groups = config.get("n_group") or 0
-    num_shared = config.get("num_shared_experts") or 0
+    num_groups = reader.get("n_group", 0)
+    num_shared = reader.get("num_shared_experts", 0)
     shared_size = num_shared * reader.need("moe_intermediate_size")
     stated = config.get("moe_shared_expert_intermediate_size")
     if num_shared and stated is not None and stated not in (shared_size, config["moe_intermediate_size"]):
         raise ValueError(f"{reader.source}: moe_shared_expert_intermediate_size ({stated}) contradicts "
                          f"num_shared_experts x moe_intermediate_size ({shared_size}); correct whichever is wrong.")
     return replace(
-        model, qk_layernorm=bool(config.get("use_qk_norm", True)), rotary_percent=float(factor),
+        model, qk_layernorm=reader.get("use_qk_norm", True, bool), rotary_percent=factor,
         num_dense_layers=reader.need("first_k_dense_replace"), num_moe_experts=reader.need("num_experts"),
         moe_ffn_hidden_size=reader.need("moe_intermediate_size"), moe_shared_expert_intermediate_size=shared_size,
         moe_router_topk=reader.need("num_experts_per_tok"),
         moe_router_num_groups=num_groups if num_groups > 1 else 0,
-        moe_router_group_topk=(config.get("topk_group") or 0) if num_groups > 1 else 0,
-        moe_router_topk_scaling_factor=float(reader.need("routed_scaling_factor")), moe_router_score_function="sigmoid",
+        moe_router_group_topk=reader.get("topk_group", 0) if num_groups > 1 else 0,
+        moe_router_topk_scaling_factor=reader.need("routed_scaling_factor", float), moe_router_score_function="sigmoid",
         moe_router_pre_softmax=False, moe_router_dtype="fp32",
-        moe_router_enable_expert_bias=bool(config.get("moe_router_enable_expert_bias", True)))
+        moe_router_enable_expert_bias=reader.get("moe_router_enable_expert_bias", True, bool))
 
 
 def _qwen3_moe(reader: _Reader, model: ModelConfig) -> ModelConfig:
     if reader.config.get("decoder_sparse_step", 1) != 1:
         raise ValueError(f"{reader.source}: decoder_sparse_step ({reader.config['decoder_sparse_step']}) must be 1: "
                          "our model has dense layers only below its mixture-of-experts layers.")
-    dense = sorted(reader.config.get("mlp_only_layers") or [])
-    if dense != list(range(len(dense))):
+    dense = reader.get("mlp_only_layers", [], list)
+    if any(layer not in dense for layer in range(len(dense))):
         raise ValueError(f"{reader.source}: mlp_only_layers ({dense}) must be the lowest layers: our model has dense "
                          "layers only below its mixture-of-experts layers.")
     return replace(
         model, num_dense_layers=len(dense),
         # transformers 5 saves the number of experts under another name.
-        num_moe_experts=reader.config.get("num_local_experts") or reader.need("num_experts"),
+        num_moe_experts=reader.get("num_local_experts", 0) or reader.need("num_experts"),
         moe_ffn_hidden_size=reader.need("moe_intermediate_size"), moe_router_topk=reader.need("num_experts_per_tok"),
-        moe_router_score_function="softmax", moe_router_pre_softmax=not reader.need("norm_topk_prob"),
+        moe_router_score_function="softmax", moe_router_pre_softmax=not reader.need("norm_topk_prob", bool),
         moe_router_enable_expert_bias=False)
 
 

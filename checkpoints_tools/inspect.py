@@ -17,7 +17,7 @@ import torch
 
 from checkpoints_tools.command import main_guard
 from checkpoints_tools.hf_config import read_hf_config
-from checkpoints_tools.mcore_folder import model_keys, open_checkpoint
+from checkpoints_tools.mcore_folder import model_keys, open_checkpoint, read_validation
 from checkpoints_tools.param_map import key_aliases
 from checkpoints_tools.safetensors_io import SafetensorsFolder
 from megatron_dllm import checkpoint_folder as folders
@@ -87,9 +87,8 @@ def _describe_torch_dist(folder: Path) -> dict[str, Any]:
         "source": content.get("source"), "tokenizer": content.get("tokenizer"),
         "bytes_on_disk": _bytes_on_disk(folder),
     }
-    if (folder / folders.VALIDATION).is_file():
-        description["validation"] = folders.read_json(folder / folders.VALIDATION)
-    return description
+    validation = read_validation(folder)
+    return description | ({"validation": validation} if validation else {})
 
 
 def _sizes(model: ModelConfig, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Any]:
@@ -136,10 +135,10 @@ def _show_value(name: str, value: Any) -> str:
 
 
 def _validation_rows(validation: dict[str, Any]) -> list[str]:
-    bits = validation.get("bits_per_byte") or {}
+    bits = validation["bits_per_byte"]
     rows = [f"    {'block size':>10} {'nats/token':>12} {'bits/byte':>12}"]
     for size, value in validation["elbo"].items():
-        mark = "  target" if size == str(validation.get("target_block_size")) else ""
+        mark = "  target" if size == str(validation["target_block_size"]) else ""
         rows.append(f"    {size:>10} {value:12.5f} {bits.get(size, float('nan')):12.5f}{mark}")
     return rows
 

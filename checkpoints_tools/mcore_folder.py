@@ -14,6 +14,7 @@ from megatron_dllm.config import ModelConfig
 
 # Tensors of the model; everything else in a training checkpoint is the optimizer's.
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+_TYPES = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,)}
 TOKENIZER = "tokenizer"
 
 
@@ -35,22 +36,63 @@ class Contract:
         return int(self.content["contract"]["block_size"])
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint that holds an object.
+
+    Raises:
+        ValueError: it is missing, no JSON, or something else than an object.
+    """
+    content = folders.read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (no JSON object); choose another checkpoint.")
+    return content
+
+
 def read_contract(folder: Path) -> Contract:
     """Read contract.json.
 
     Raises:
-        ValueError: it is missing, of another format, or names a field we do not know.
+        ValueError: it is missing, damaged, of another format, or names a field we do not know.
     """
     path = folder / folders.CONTRACT
-    content = folders.read_json(path)
+    content = read_object(path)
     if content.get("format") != folders.FORMAT:
         raise ValueError(f"{path}: format ({content.get('format')}) is not {folders.FORMAT}; convert the checkpoint "
                          "with the version that wrote it.")
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = sorted(set(content["model"]) - known)
+    for part in ("model", "contract"):
+        if not isinstance(content.get(part), dict):
+            raise ValueError(f"{path} is damaged (no object {part}); choose another checkpoint.")
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(content["model"]) - set(fields))
     if unknown:
         raise ValueError(f"{path}: model.{unknown[0]} is not known to this version; use the version that wrote it.")
+    values = {f"model.{name}": (content["model"].get(name, field.default), str(field.type))
+              for name, field in fields.items()}
+    values |= {f"contract.{name}": (content["contract"].get(name), kind)
+               for name, kind in (("shift", "bool"), ("block_size", "int"), ("context_length", "int"))}
+    for name, (value, kind) in values.items():
+        if type(value) not in _TYPES[kind]:
+            raise ValueError(f"{path} is damaged: {name} ({value!r}) must be of type {kind}; choose another "
+                             "checkpoint.")
     return Contract(ModelConfig(**content["model"]), content)
+
+
+def read_validation(folder: Path) -> dict[str, Any] | None:
+    """Read validation.json, or None where the checkpoint was not evaluated.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / folders.VALIDATION
+    if not path.is_file():
+        return None
+    content = read_object(path)
+    for part in ("elbo", "bits_per_byte"):
+        values = content.get(part) or {}
+        if not isinstance(values, dict) or not all(isinstance(value, (int, float)) for value in values.values()):
+            raise ValueError(f"{path} is damaged ({part} holds no numbers); evaluate the checkpoint again.")
+    return {"elbo": {}, "bits_per_byte": {}, "target_block_size": None} | {
+        name: value for name, value in content.items() if value is not None}
 
 
 def open_checkpoint(folder: Path) -> tuple[Contract, TorchDistReader]:
@@ -61,7 +103,10 @@ def open_checkpoint(folder: Path) -> tuple[Contract, TorchDistReader]:
     """
     contract = read_contract(folder)
     if (folder / folders.MANIFEST).is_file():
-        manifest = folders.read_json(folder / folders.MANIFEST)
+        manifest = read_object(folder / folders.MANIFEST)
+        if not all(isinstance(entry, dict) and "size" in entry for entry in manifest.values()):
+            raise ValueError(f"{folder / folders.MANIFEST} is damaged (a file without its size); choose another "
+                             "checkpoint.")
         problems = folders.damaged_files(folder, manifest, manifest, hash_content=False)
         if problems:
             raise ValueError(f"{problems[0]}; copy or save the checkpoint again.")

@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,24 +60,38 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} has a corrupt safetensors header ({error}); download or write it "
                              "again.") from error
-    tensors: dict[str, StoredTensor] = {}
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} has a corrupt safetensors header (no JSON object); download or write it again.")
+    tensors = [_stored_tensor(path, 8 + length, *item) for item in header.items() if item[0] != "__metadata__"]
     end = 8 + length
-    for name, entry in sorted((item for item in header.items() if item[0] != "__metadata__"),
-                              key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}; known are {', '.join(DTYPES)}.")
-        tensor = StoredTensor(path, DTYPES[entry["dtype"]], tuple(entry["shape"]),
-                              8 + length + entry["data_offsets"][0])
-        if tensor.start != end or tensor.num_bytes != entry["data_offsets"][1] - entry["data_offsets"][0]:
-            raise ValueError(f"{path}: tensor {name} does not lie where its shape says; the header is corrupt.")
+    for name, tensor in sorted(tensors, key=lambda item: item[1].start):
+        if tensor.start != end:
+            raise ValueError(f"{path}: tensor {name} does not begin where the one before it ends; the header is "
+                             "corrupt.")
         end = tensor.start + tensor.num_bytes
         if end > size:
             raise ValueError(f"{path} is truncated: tensor {name} ends at byte {end}, the file at {size}; "
                              "download or write it again.")
-        tensors[name] = tensor
     if end != size:
         raise ValueError(f"{path} has {size - end} bytes after its last tensor; download or write it again.")
-    return tensors
+    return dict(tensors)
+
+
+def _stored_tensor(path: Path, begin: int, name: str, entry: Any) -> tuple[str, StoredTensor]:
+    """One entry of a header; `begin` is the byte at which the tensors begin."""
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        is_whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    except (TypeError, KeyError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path}: tensor {name} has a corrupt entry in the header; download or write the file again.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {name} has dtype {dtype}; known are {', '.join(DTYPES)}.")
+    tensor = StoredTensor(path, DTYPES[dtype], shape, begin + start)
+    if tensor.num_bytes != end - start:
+        raise ValueError(f"{path}: tensor {name} does not lie where its shape says; the header is corrupt.")
+    return name, tensor
 
 
 class SafetensorsFolder:
@@ -154,8 +169,11 @@ def _read_index(folder: Path) -> dict[str, str] | None:
         return None
     try:
         weight_map = json.loads(path.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        is_index = all(isinstance(file_name, str) for file_name in weight_map.values())
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no safetensors index ({error!r}); download it again.") from error
+    if not is_index:
+        raise ValueError(f"{path} is no safetensors index (a shard's name is no text); download it again.")
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
             raise ValueError(f"{path} names the shard {file_name!r}; a shard lies in the folder itself.")

@@ -121,10 +121,16 @@ def read_metadata(folder: Path) -> DistMetadata:
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
+    except Exception as error:  # damaged bytes raise whatever they are taken for
+        raise _damaged(path, error) from error
+    try:
         return _tables(folder, metadata)
-    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or not a torch_dist table of contents ({error!r}); "
-                         "it is not read further.") from error
+    except (AttributeError, LookupError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged or not a torch_dist table of contents ({error!r}); it is not read further.")
 
 
 def _tables(folder: Path, metadata: _Record) -> DistMetadata:

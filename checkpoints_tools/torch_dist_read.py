@@ -153,7 +153,7 @@ class TorchDistReader:
             return _Layout(chunk.start + len(header))
         try:
             position = _tensor_position(_Slice(descriptor, chunk.start, chunk.length), chunk, dtype)
-        except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, KeyError) as error:
+        except Exception as error:  # damaged bytes raise whatever they are taken for
             raise ValueError(f"{self.folder / chunk.file_name}: tensor {key} is damaged at byte {chunk.start} "
                              f"({error}); copy or save it again.") from error
         if position is not None:
@@ -162,7 +162,11 @@ class TorchDistReader:
 
     def _load_chunk(self, key: str, chunk: Chunk) -> Tensor:
         data = _Slice(self._descriptor(chunk.file_name), chunk.start, chunk.length).read()
-        tensor = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+        try:
+            tensor = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{self.folder / chunk.file_name}: tensor {key} is damaged at byte {chunk.start} "
+                             f"({error}); copy or save it again.") from error
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes:
             raise ValueError(f"{self.folder / chunk.file_name}: {key} does not hold the tensor it should; save it "
                              "again.")

@@ -85,7 +85,13 @@ def test_softmax_before_top_k_where_probabilities_are_not_normalised() -> None:
 @pytest.mark.parametrize(("change", "named"), [
     ({"use_qkv_bias": True}, "use_qkv_bias"), ({"use_bias": True}, "use_bias"), ({"norm_head": True}, "norm_head"),
     ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling"), ({"rope_theta": None}, "rope_theta"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling \(yarn\)"), ({"rope_theta": None}, "rope_theta"),
+    ({"rope_scaling": {"factor": 4}}, r"rope_scaling \(\{'factor': 4\}\)"), ({"rope_scaling": "yarn"}, "rope_scaling"),
+    ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, r"rope_scaling \(yarn\)"),
+    ({"rope_parameters": {"rope_type": "linear"}}, r"rope_parameters \(linear\)"),
+    ({"num_hidden_layers": "20"}, r"num_hidden_layers \('20'\) must be of type int"), ({"eos_token_id": "0"}, "eos"),
+    ({"rms_norm_eps": True}, "rms_norm_eps"), ({"rope_theta": [1]}, "rope_theta"), ({"n_group": 8.0}, "n_group"),
+    ({"model_type": ["bailing_moe"]}, "model_type"), ({"architectures": "BailingMoe"}, "architectures"),
     ({"topk_group": 2}, "moe_router_group_topk"), ({"score_function": "softmax"}, "score_function"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"), ({"hidden_size": None}, "hidden_size"),
     ({"architectures": ["BailingMoeForCausalLM"]}, "BailingMoeForCausalLM"), ({"model_type": "llama"}, "llama"),
@@ -96,8 +102,14 @@ def test_refuses_by_name_what_it_cannot_express(change: dict[str, object], named
         from_hf_config(PUBLISHED_LING_MINI | change)
 
 
+@pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}, {"type": "default", "rope_theta": 1e4}])
+def test_unscaled_rope_may_be_said_in_any_way(scaling: object) -> None:
+    assert from_hf_config(PUBLISHED_LING_MINI | {"rope_scaling": scaling, "rope_parameters": scaling})
+
+
 @pytest.mark.parametrize(("change", "named"), [
     ({"decoder_sparse_step": 2}, "decoder_sparse_step"), ({"mlp_only_layers": [3]}, "mlp_only_layers"),
+    ({"mlp_only_layers": [[0]]}, "mlp_only_layers"),
     ({"norm_topk_prob": None}, "norm_topk_prob"), ({"attention_bias": True}, "attention_bias")])
 def test_refuses_qwen3_variants_by_name(change: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):

@@ -85,6 +85,27 @@ def test_damaged_files_are_refused(tmp_path: Path, damage, message: str) -> None
         SafetensorsFolder(tmp_path)
 
 
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("header", [
+    [], "a", {"a": "F32"}, {"a": []}, {"a": {**ENTRY, "data_offsets": None}}, {"a": {**ENTRY, "data_offsets": [0]}},
+    {"a": {**ENTRY, "data_offsets": ["0", "8"]}}, {"a": {**ENTRY, "shape": None}}, {"a": {**ENTRY, "shape": ["2"]}},
+    {"a": {**ENTRY, "shape": [-1, -2]}}, {"a": {"dtype": "F32", "shape": [2]}}, {"a": {**ENTRY, "dtype": ["F32"]}}])
+def test_headers_of_another_shape_are_refused(tmp_path: Path, header: object) -> None:
+    encoded = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(8))
+    with pytest.raises(ValueError, match=r"model\.safetensors.* (corrupt|dtype)"):
+        SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": "a"}])
+def test_indices_of_another_shape_are_refused(tmp_path: Path, index: object) -> None:
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{INDEX_NAME} is no safetensors index"):
+        SafetensorsFolder(tmp_path)
+
+
 def test_index_that_names_a_missing_shard(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "one.safetensors")
     (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a.weight": "one.safetensors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,26 @@ def test_reads_what_torch_saved_transposed_and_as_a_view(tmp_path: Path) -> None
         out = torch.empty(expected.numel(), dtype=expected.dtype)
         reader.read(key, (0,) * expected.dim(), tuple(expected.shape), out)
         assert torch.equal(out.view(expected.shape), expected), key
+
+
+def test_a_damaged_byte_is_read_or_named(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    _write(folder, GRIDS["whole"])
+    out = torch.empty(120)
+    generator = random.Random(0)
+    for name, step in (("__0_0.distcp", 5), (".metadata", 10)):
+        whole = (folder / name).read_bytes()
+        for place in range(0, len(whole), step):
+            (folder / name).write_bytes(whole[:place] + generator.randbytes(1) + whole[place + 1:])
+            try:
+                reader = TorchDistReader(folder)
+                for key, tensor in reader.metadata.tensors.items():
+                    if tensor.shape == (6, 4, 5) and tensor.dtype == torch.float32:
+                        reader.read(key, (0, 0, 0), (6, 4, 5), out)
+                reader.close()
+            except ValueError as error:
+                assert str(folder) in str(error), place
+        (folder / name).write_bytes(whole)
 
 
 class _Evil:
