@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Elements averaged at a time: the fp64 sums stay in a core's cache.
 _TILE = 1 << 17
+# dtype -> lowest bits of the fp32 numbers that a second rounding may send the wrong way: (which, their value).
+_MOVED = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0x1, 0x0)}
 # Learning rate left after a fraction x of the decay.
 _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
@@ -43,7 +45,7 @@ def weighted_mean(inputs: Sequence[Tensor], weights: Sequence[float], out: Tenso
     """Mean in fp64, rounded once.
 
     Args:
-        inputs: k tensors [n] of one floating dtype.
+        inputs: k tensors [n] of one floating dtype: bf16, fp16, fp32 or fp64.
         weights: [k], summing to 1; equal ones are applied as one division, so that the mean of equal tensors
             is that tensor, bit for bit.
         out: [n] of the same dtype.
@@ -68,19 +70,24 @@ def weighted_mean(inputs: Sequence[Tensor], weights: Sequence[float], out: Tenso
 def round_once(values: Tensor, out: Tensor) -> None:
     """Round fp64 to the dtype of `out`, to nearest, ties to even.
 
-    torch goes from fp64 to bf16 by way of fp32, and two roundings in a row can end one step off: where the
-    first one lands exactly halfway between two bf16 numbers, it is moved back to the side it came from.
+    torch goes from fp64 to bf16 and fp16 by way of fp32, and two roundings in a row can end one step off: where the
+    first one lands exactly halfway between two numbers of `out`, it is moved back to the side it came from. In fp16
+    the place of the bit that tells halfway depends on the number, so there every fp32 whose last bit is 0 is moved.
 
     Args:
         values: [n] fp64.
-        out: [n] bf16 or fp32.
+        out: [n] bf16, fp16, fp32 or fp64.
     """
+    if out.dtype == torch.float64:
+        out.copy_(values)
+        return
     single = values.to(torch.float32)
-    if out.dtype == torch.bfloat16:
+    if out.dtype in _MOVED:
+        low_bits, pattern = _MOVED[out.dtype]
         bits = single.view(torch.int32)
-        halfway = (bits & 0xFFFF) == 0x8000
-        if halfway.any():
+        is_moved = (bits & low_bits) == pattern
+        if is_moved.any():
             # In sign and magnitude, one bit more or less is one step away from or towards zero.
-            lost = values.abs() - single.double().abs()
-            bits += (torch.sign(lost) * halfway).to(torch.int32)
+            lost = torch.nan_to_num(values.abs() - single.double().abs())
+            bits += (torch.sign(lost) * is_moved).to(torch.int32)
     out.copy_(single)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,14 +66,30 @@ def test_two_roundings_would_differ() -> None:
     assert values.bfloat16().tolist() != out.tolist()
 
 
-def test_mean_of_fp32_equals_fp64_rounded_once() -> None:
-    inputs = list(torch.randn(3, 200_000))
-    out = torch.empty(200_000)
+def test_fp16_is_rounded_once_too() -> None:
+    """Over its normal numbers, its subnormal ones and beyond both ends."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(3000, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(
+        -9, 6, (3000,), generator=generator)
+    middles = torch.tensor([1 + 2.0**-11, 2.0**-15 + 2.0**-25, 2.0**-25, 65520.0], dtype=torch.float64)
+    values = torch.cat([values, middles, middles * (1 + 2.0**-45), -middles * (1 - 2.0**-45)])
+    out = torch.empty(len(values), dtype=torch.float16)
+    round_once(values, out)
+    with np.errstate(over="ignore"):
+        expected = values.numpy().astype(np.float16)  # in one step
+    assert torch.equal(out, torch.from_numpy(expected))
+    assert not torch.equal(out, values.half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_mean_of_wide_dtypes_equals_fp64_rounded_once(dtype: torch.dtype) -> None:
+    inputs = list(torch.randn(3, 200_000, dtype=dtype))
+    out = torch.empty(200_000, dtype=dtype)
     weighted_mean(inputs, [1 / 3] * 3, out)
-    assert torch.equal(out, torch.stack(inputs).double().mean(0).float())
+    assert torch.equal(out, torch.stack(inputs).double().mean(0).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", ["uniform", "1-sqrt", "cosine"])
 @pytest.mark.parametrize("number", [2, 3, 5, 7])
 def test_mean_of_equal_tensors_is_the_tensor(number: int, kind: str, dtype: torch.dtype) -> None:
