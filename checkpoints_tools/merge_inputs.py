@@ -65,10 +65,10 @@ class TorchDistInput(MergeInput):
         self.reader.read(self.keys[name], offsets, sizes, out)
 
     def description(self) -> dict[str, Any]:
-        """Model, contract and tokenizer."""
+        """What the tensors mean, contract and tokenizer."""
         content = self.contract.content
         tokenizer = tokenizer_folder(self.folder, self.contract)
-        return {**{f"model.{name}": value for name, value in content["model"].items()},
+        return {**{f"model.{name}": getattr(self.contract.model, name) for name in folders.IDENTITY},
                 **{f"contract.{name}": value for name, value in content["contract"].items()},
                 "tokenizer": _fingerprint(tokenizer)}
 
@@ -124,6 +124,8 @@ def check_alike(inputs: list[MergeInput]) -> None:
             raise ValueError(f"tensor {names[0]} is in {holder.folder} but not in {lacking.folder} ({len(names)} names "
                              "differ); only checkpoints of one model have a mean.")
         for name, entry in first.tensors.items():
+            if not entry[0].is_floating_point:
+                raise ValueError(f"tensor {name} is {_show(entry)} in {first.folder}; only floating point has a mean.")
             if other.tensors[name] != entry:
                 raise ValueError(f"tensor {name} is {_show(entry)} in {first.folder} and {_show(other.tensors[name])} "
                                  f"in {other.folder}; only checkpoints of one model and precision have a mean.")

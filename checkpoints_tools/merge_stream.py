@@ -16,14 +16,17 @@ from torch import Tensor
 from checkpoints_tools.averaging import weighted_mean
 from checkpoints_tools.mcore_folder import TOKENIZER, tokenizer_folder, write_json_files
 from checkpoints_tools.merge_inputs import HFInput, MergeInput, TorchDistInput
+from checkpoints_tools.model_card import PROVENANCE, merge_card
 from checkpoints_tools.output_folder import output_folder
 from checkpoints_tools.param_map import extra_state_keys, key_aliases
 from checkpoints_tools.safetensors_io import SafetensorsWriter
 from checkpoints_tools.streaming import Task, check_finite, run, split_rows
+from checkpoints_tools.tokenizer_files import TOKENIZER_FILES
 from checkpoints_tools.torch_dist_write import TorchDistWriter
 from megatron_dllm import checkpoint_folder as folders
 
-PROVENANCE = "provenance.json"
+# Of a Hugging Face folder: what belongs to the model beside its weights and its history.
+_COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py", "LICENSE*")
 # Per input; all inputs' pieces are in memory at once.
 _PIECE_BYTES = 16 * 1024**2
 
@@ -41,6 +44,7 @@ def merge_into(inputs: list[MergeInput], weights: list[float], output: Path, pro
     with output_folder(output, total_bytes) as temporary:
         if isinstance(inputs[0], HFInput):
             _merge_hf(cast(list[HFInput], inputs), weights, temporary, total_bytes, provenance)
+            (temporary / "README.md").write_text(merge_card(output.name, provenance), encoding="utf-8")
         else:
             _merge_torch_dist(cast(list[TorchDistInput], inputs), weights, temporary, total_bytes, provenance)
 
@@ -56,10 +60,8 @@ def _merge_hf(inputs: list[HFInput], weights: list[float], folder: Path, total_b
         writer.close()
     finally:
         writer.abandon()
-    weight_files = {tensor.path.name for tensor in last.reader.tensors.values()}
-    for path in sorted(last.folder.iterdir()):
-        if path.is_file() and path.name not in weight_files and not path.name.endswith(".safetensors.index.json"):
-            shutil.copyfile(path, folder / path.name)
+    for path in sorted(path for pattern in _COPIED for path in last.folder.glob(pattern)):
+        shutil.copyfile(path, folder / path.name)
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 

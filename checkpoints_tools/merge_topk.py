@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
+import subprocess
 from pathlib import Path
+from typing import Any
 
 from checkpoints_tools.averaging import WEIGHTS, merge_weights
 from checkpoints_tools.command import main_guard
+from checkpoints_tools.mcore_folder import read_contract, read_validation
 from checkpoints_tools.merge_inputs import MergeInput, check_alike, open_input
 from checkpoints_tools.merge_stream import merge_into
 from megatron_dllm import checkpoint_folder as folders
@@ -23,17 +27,21 @@ FORMATS = ("auto", "torch_dist", "hf")
 
 
 def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None,
-           block_size: int | None = None) -> list[Path]:
+           block_size: int | None = None) -> tuple[list[Path], dict[str, Any]]:
     """The k best checkpoints of a run, oldest first.
 
-    Candidates share the contract (objective, block size) of the run's last checkpoint.
+    Candidates share the contract (objective, block size) of the run's last checkpoint; one whose metric is not a
+    finite number is none.
 
     Args:
         run: run folder.
         k: how many.
         metric: one of METRICS; lower is better.
         last_n: only among the last n candidates.
-        block_size: at which the metric was measured; None: the run's target block size.
+        block_size: at which the metric was measured; None: the target block size of the last evaluation.
+
+    Returns:
+        The folders, and what provenance.json says about the choice.
 
     Raises:
         ValueError: too few evaluated checkpoints.
@@ -41,35 +49,42 @@ def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None,
     complete = folders.list_checkpoints(run / "checkpoints") or folders.list_checkpoints(run)
     if not complete:
         raise ValueError(f"run ({run}) holds no complete checkpoint; name a run folder.")
-    contracts = {folder: folders.read_json(folder / folders.CONTRACT)["contract"] for folder in complete}
+    contracts = {folder: read_contract(folder).content["contract"] for folder in complete}
     alike = [folder for folder in complete if contracts[folder] == contracts[complete[-1]]]
     if len(alike) < len(complete):
         logger.info("%d of %d checkpoints were trained with another objective or block size and stay out",
                     len(complete) - len(alike), len(complete))
     candidates = alike[-last_n:] if last_n else alike
-    scores = {folder: _score(folder, metric, block_size) for folder in candidates}
+    validations = {folder: found for folder in candidates if (found := read_validation(folder)) is not None}
+    if block_size is None and validations:
+        block_size = validations[max(validations)]["target_block_size"]
+    ranking = _rank(validations, metric, block_size)
+    choice = {"run": str(run.absolute()), "metric": metric, "block_size": block_size, "last_n": last_n,
+              "ranking": [{"checkpoint": folder.name, metric: score} for score, folder in ranking]}
     if last_n and k >= len(candidates) == last_n:
         logger.info("all of the last %d checkpoints", last_n)
-        return candidates
-    ranking = sorted((score, folder) for folder, score in scores.items() if score is not None)
+        return candidates, choice
     for number, (score, folder) in enumerate(ranking):
         logger.info("%s %2d. %s  %s %.5f", "*" if number < k else " ", number + 1, folder.name, metric, score)
     if len(ranking) < k:
         raise ValueError(f"k ({k}) must not exceed the checkpoints of {run} with {metric} in validation.json "
                          f"({len(ranking)} of "
                          f"{len(candidates)}); lower k, evaluate more checkpoints, or list them with --checkpoints.")
-    return sorted(folder for _, folder in ranking[:k])
+    return sorted(folder for _, folder in ranking[:k]), choice
 
 
-def _score(folder: Path, metric: str, block_size: int | None) -> float | None:
-    if not (folder / folders.VALIDATION).is_file():
-        return None
-    validation = folders.read_json(folder / folders.VALIDATION)
-    value = (validation.get(metric) or {}).get(str(block_size or validation["target_block_size"]))
-    return None if value is None else float(value)
+def _rank(validations: dict[Path, dict[str, Any]], metric: str, block_size: int | None) -> list[tuple[float, Path]]:
+    """Checkpoints with their metric, the best first."""
+    scores = [(float(value), folder) for folder, found in validations.items()
+              if (value := found[metric].get(str(block_size))) is not None]
+    for score, folder in scores:
+        if not math.isfinite(score):
+            logger.warning("%s stays out: its %s is %s", folder.name, metric, score)
+    return sorted(item for item in scores if math.isfinite(item[0]))
 
 
-def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input_format: str = "auto") -> None:
+def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input_format: str = "auto",
+          choice: dict[str, Any] | None = None) -> None:
     """Average checkpoints.
 
     Args:
@@ -77,6 +92,7 @@ def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input
         output: folder to make; must not exist.
         weights: one of WEIGHTS.
         input_format: one of FORMATS; auto: torch_dist where there is a contract.json.
+        choice: how they were chosen, for provenance.json.
 
     Raises:
         ValueError: the inputs are not the same model; nothing is left behind.
@@ -88,15 +104,36 @@ def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input
         check_alike(inputs)
         values = merge_weights(weights, len(inputs))
         provenance = {
-            "tool": "merge_topk", "weights": weights,
+            "tool": "merge_topk", "commit": _commit(), "weights": weights,
             "inputs": [{"checkpoint": str(item.folder.absolute()), "weight": value, "step": item.step,
-                        "elbo": folders.validation_elbo(item.folder)}
-                       for item, value in zip(inputs, values, strict=True)],
+                        "elbo": _elbo(item.folder)} for item, value in zip(inputs, values, strict=True)],
+            "choice": choice,
         }
         merge_into(inputs, values, output, provenance)
     finally:
         for item in inputs:
             item.close()
+
+
+def _elbo(folder: Path) -> float | None:
+    """At the target block size, in nats per token; None where the checkpoint was not evaluated."""
+    validation = read_validation(folder)
+    return validation["elbo"].get(str(validation["target_block_size"])) if validation else None
+
+
+def _commit() -> str | None:
+    """Of this code, with "-dirty" where files differ from it; None outside a git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"({text}) must be a whole number of at least 1")
+    return int(text)
 
 
 def main() -> None:
@@ -106,19 +143,20 @@ def main() -> None:
     source.add_argument("--run", type=Path, help="run folder: its best checkpoints")
     source.add_argument("--checkpoints", type=Path, nargs="+", help="these folders, oldest first")
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--k", type=int, help="how many of a run (default 5, or last_n)")
+    parser.add_argument("--k", type=_positive, help="how many of a run (default 5, or last_n)")
     parser.add_argument("--metric", choices=METRICS, default="elbo", help="of validation.json; lower is better")
-    parser.add_argument("--block_size", type=int, help="at which the metric was measured (default: the target)")
-    parser.add_argument("--last_n", type=int, help="only the last n checkpoints; alone: all of them, evaluated or not")
+    parser.add_argument("--block_size", type=_positive, help="at which the metric was measured (default: the target)")
+    parser.add_argument("--last_n", type=_positive,
+                        help="only the last n checkpoints; alone: all of them, evaluated or not")
     parser.add_argument("--weights", choices=WEIGHTS, default="uniform", help="uniform, or imitating a decay (WSM)")
     parser.add_argument("--input_format", choices=FORMATS, default="auto")
     arguments = parser.parse_args()
     with main_guard(parser):
-        checkpoints = arguments.checkpoints
+        checkpoints, choice = arguments.checkpoints, None
         if checkpoints is None:
             k = arguments.k or arguments.last_n or 5
-            checkpoints = choose(arguments.run, k, arguments.metric, arguments.last_n, arguments.block_size)
-        merge(checkpoints, arguments.output, arguments.weights, arguments.input_format)
+            checkpoints, choice = choose(arguments.run, k, arguments.metric, arguments.last_n, arguments.block_size)
+        merge(checkpoints, arguments.output, arguments.weights, arguments.input_format, choice)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.hf_config import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES
-from checkpoints_tools.mcore_folder import Contract
-from megatron_dllm import checkpoint_folder as folders
+from checkpoints_tools.mcore_folder import Contract, read_object, read_validation
 
 PROVENANCE = "provenance.json"
 
@@ -40,6 +39,7 @@ def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_na
     content = contract.content
     is_diffusion = architecture in DIFFUSION_ARCHITECTURES
     has_bias = contract.model.is_moe and contract.model.moe_router_enable_expert_bias
+    provenance = _provenance(checkpoint)
     rows = [
         ("Architecture", f"{ARCHITECTURE_CLASS[architecture]} ({architecture})"),
         ("Weights", f"{dtype_name}, expert_bias float32" if has_bias else dtype_name),
@@ -54,34 +54,57 @@ def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_na
     ]
     if content.get("source"):
         rows.append(("Converted from", str(content["source"])))
-    run_folder = checkpoint.absolute().parent.parent
-    if (run_folder / "config.yaml").is_file():
-        rows.append(("Recipe", str(run_folder / "config.yaml")))
+    run = _run_folder(Path(provenance["inputs"][0]["checkpoint"]) if provenance else checkpoint.absolute())
+    if run is not None and (run / "config.yaml").is_file():
+        rows.append(("Recipe", str(run / "config.yaml")))
     tags = ["block-diffusion"] * is_diffusion + ["mixture-of-experts"] * contract.model.is_moe
+    own_run = _run_folder(checkpoint.absolute())
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation",
              f"tags: [{', '.join(tags)}]", "---", "",
-             f"# {run_folder.name if content.get('step') else checkpoint.absolute().name}", "", "## Provenance", "",
+             f"# {own_run.name if own_run else checkpoint.absolute().name}", "", "## Provenance", "",
              "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    lines += _validation_lines(checkpoint) + _merge_lines(checkpoint)
+    lines += _validation_lines(read_validation(checkpoint)) + (_merge_lines(provenance) if provenance else [])
     use = _USE.format(block_size=contract.block_size) if architecture == "llada2_moe" else ""
     return "\n".join(lines) + "\n" + use
 
 
-def _validation_lines(checkpoint: Path) -> list[str]:
-    if not (checkpoint / folders.VALIDATION).is_file():
+def merge_card(name: str, provenance: dict[str, Any]) -> str:
+    """Write the card of a mean of Hugging Face folders: what went in.
+
+    Args:
+        name: of the result.
+        provenance: its provenance.json.
+    """
+    return "\n".join([f"# {name}", *_merge_lines(provenance)]) + "\n"
+
+
+def _run_folder(checkpoint: Path) -> Path | None:
+    """The run that saved a checkpoint, or None for one that a tool wrote."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
+def _provenance(checkpoint: Path) -> dict[str, Any] | None:
+    path = checkpoint / PROVENANCE
+    if not path.is_file():
+        return None
+    provenance = read_object(path)
+    if not provenance.get("inputs") or not all(
+            isinstance(entry, dict) and {"checkpoint", "weight"} <= entry.keys() for entry in provenance["inputs"]):
+        raise ValueError(f"{path} is damaged (no inputs); merge the checkpoints again.")
+    return provenance
+
+
+def _validation_lines(validation: dict[str, Any] | None) -> list[str]:
+    if validation is None:
         return []
-    validation: dict[str, Any] = folders.read_json(checkpoint / folders.VALIDATION)
-    bits = validation.get("bits_per_byte") or {}
+    bits = validation["bits_per_byte"]
     rows = [f"| {size} | {value:.4f} | {bits[size]:.4f} |" if size in bits else f"| {size} | {value:.4f} | |"
-            for size, value in validation["elbo"].items()]
+            for size, value in sorted(validation["elbo"].items(), key=lambda item: (len(item[0]), item[0]))]
     return ["", "## Validation", "", "| block size | ELBO (nats per token) | bits per byte |", "|---|---|---|", *rows]
 
 
-def _merge_lines(checkpoint: Path) -> list[str]:
-    if not (checkpoint / PROVENANCE).is_file():
-        return []
-    provenance = folders.read_json(checkpoint / PROVENANCE)
+def _merge_lines(provenance: dict[str, Any]) -> list[str]:
     rows = [f"| {entry['checkpoint']} | {entry['weight']:.4f} | {entry.get('elbo')} |"
             for entry in provenance["inputs"]]
-    return ["", "## Merge", "", f"Weighted mean ({provenance['weights']}) of:", "",
+    return ["", "## Merge", "", f"Weighted mean ({provenance.get('weights')}) of:", "",
             "| checkpoint | weight | ELBO |", "|---|---|---|", *rows]

@@ -15,8 +15,8 @@ from typing import Any
 # The id that serving uses, by the vocabulary's size, and the text SDAR and LLaDA2 give the token.
 RESERVED_MASK_IDS = {157184: (156895, "<|mask|>"), 151936: (151669, "<|MASK|>")}
 MASK_TEXTS = ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-          "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
 # A token nobody has given a meaning yet.
 _PLACEHOLDER = re.compile(r"reserved|unused|placeholder|extra_\d|dummy", re.IGNORECASE)
 
@@ -120,7 +120,7 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
     Returns:
         Names of the files written.
     """
-    names = [name for name in _FILES if (files.folder / name).is_file()]
+    names = [name for name in TOKENIZER_FILES if (files.folder / name).is_file()]
     for name in names:
         shutil.copyfile(files.folder / name, target / name)
     if files.exists and files.special_id("mask_token") != mask_id:

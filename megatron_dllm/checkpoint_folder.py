@@ -32,7 +32,7 @@ TEMPORARY_PREFIX = ".tmp-"
 DAMAGED_PREFIX = "damaged-"
 _CHUNK = 1 << 22
 # Fields of the model that decide what its tensors mean; others may change between runs.
-_IDENTITY = (
+IDENTITY = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "vocab_size", "qk_layernorm", "layernorm_epsilon", "rotary_base", "rotary_percent", "tie_word_embeddings",
     "num_dense_layers", "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
@@ -209,7 +209,7 @@ def check_identity(folder: Path, model: Any, contract: dict[str, Any] | None = N
         raise ValueError(f"{folder / CONTRACT}: format ({stored.get('format')}) is not {FORMAT}; "
                          "convert the checkpoint with the version that wrote it.")
     ours = asdict(model)
-    for name in _IDENTITY:
+    for name in IDENTITY:
         if stored["model"].get(name) != ours[name]:
             raise ValueError(f"model.{name} ({ours[name]}) differs from the checkpoint {folder} "
                              f"({stored['model'].get(name)}); choose the model recipe it was made with.")

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -234,6 +234,21 @@ def test_checkpoint_of_another_model_than_its_contract(checkpoint: Path, tmp_pat
     contract_with(vocab_size=40, colour="red")
     with pytest.raises(ValueError, match=r"model\.colour is not known"):
         mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    assert left_in(tmp_path) == {"hf", "checkpoint"}
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("config.json", []), ("contract.json", []), ("contract.json", {"format": 1}), (MANIFEST, []),
+    ("contract.json", {"format": 1, "model": {"num_layers": "3"}, "contract": {}}), (MANIFEST, {"common.pt": 5}),
+    ("contract.json", {"format": 1, "model": asdict(LING), "contract": {"shift": "no", "block_size": 1}}),
+    ("validation.json", []), ("validation.json", {"elbo": {"32": "2.5"}})])
+def test_json_of_another_shape_is_named(name: str, content: object, hf: Path, checkpoint: Path, tmp_path: Path) -> None:
+    folder = hf if name == "config.json" else checkpoint
+    if name == "contract.json":
+        (checkpoint / MANIFEST).unlink()
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=name):
+        (hf_to_mcore if folder == hf else mcore_to_hf).convert(folder, tmp_path / "out")
     assert left_in(tmp_path) == {"hf", "checkpoint"}
 
 

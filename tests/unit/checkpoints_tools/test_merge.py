@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import mcore_to_hf, merge_stream
 from checkpoints_tools.mcore_folder import open_checkpoint, read_contract, write_json_files
-from checkpoints_tools.merge_topk import choose, merge
+from checkpoints_tools.merge_topk import choose, main, merge
 from checkpoints_tools.param_map import key_aliases
 from checkpoints_tools.torch_dist_write import TorchDistWriter
 from megatron_dllm import checkpoint_folder as folders
@@ -68,6 +69,49 @@ def test_hf_folders_merge_to_the_same(make_checkpoint, tmp_path: Path) -> None:
     assert "c1" in (tmp_path / "expected" / "README.md").read_text()
 
 
+def test_an_hf_merge_takes_the_model_and_not_its_history(make_checkpoint, tmp_path: Path) -> None:
+    make_checkpoint("a", 0), make_checkpoint("b", 1)
+    a, b = tmp_path / "a_hf", tmp_path / "b_hf"
+    (b / "README.md").write_text("ELBO 1.5")
+    for name in ("tokenizer.json", "modeling_x.py", "LICENSE", "pytorch_model.bin", "optimizer.pt", "notes.txt"):
+        for folder in (a, b):
+            (folder / name).write_text("{}")
+    merge([a, b], tmp_path / "out")
+    assert left_in(tmp_path / "out") == {"config.json", "tokenizer.json", "modeling_x.py", "LICENSE", "README.md",
+                                         "provenance.json", "model.safetensors"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("# out\n") and f"| {a} | 0.5000 | None |" in card and "1.5" not in card
+
+
+def test_only_what_tells_models_apart_must_be_equal(make_checkpoint, tmp_path: Path) -> None:
+    inputs = [make_checkpoint("a", 0), make_checkpoint("b", 1)]
+    _change_contract(inputs[1], "model", "attention_backend", "dense")
+    merge(inputs, tmp_path / "out")
+    assert read_contract(tmp_path / "out").model.attention_backend == "dense"
+
+
+def test_the_card_of_a_merge_names_its_run(make_checkpoint, tmp_path: Path) -> None:
+    run = _run(tmp_path, make_checkpoint, [3.0, 2.0, 4.0])
+    (run / "config.yaml").write_text("")
+    checkpoints, choice = choose(run, 2)
+    merge(checkpoints, tmp_path / "best", choice=choice)
+    provenance = folders.read_json(tmp_path / "best" / "provenance.json")
+    assert [entry["elbo"] for entry in provenance["inputs"]] == [3.0, 2.0]
+    assert len(provenance["commit"].removesuffix("-dirty")) == 40
+    assert {name: provenance["choice"][name] for name in ("metric", "block_size", "last_n")} == {
+        "metric": "elbo", "block_size": 32, "last_n": None}
+    assert [(entry["checkpoint"], entry["elbo"]) for entry in provenance["choice"]["ranking"]] == [
+        ("step_0000001", 2.0), ("step_0000000", 3.0), ("step_0000002", 4.0)]
+    titles = {}
+    for name, folder in (("merge", tmp_path / "best"), ("run", run), ("converted", tmp_path / "c0")):
+        mcore_to_hf.convert(folder, tmp_path / f"{name}_out")
+        card = (tmp_path / f"{name}_out" / "README.md").read_text()
+        titles[name] = next(line for line in card.splitlines() if line.startswith("# "))
+        assert (f"| Recipe | {run / 'config.yaml'} |" in card) == (name != "converted")
+        assert f"| Converted from | {tmp_path / 'c'}" in card
+    assert titles == {"merge": "# best", "run": "# run", "converted": "# c0"}
+
+
 def _run(tmp_path: Path, make_checkpoint, elbos: list[float | None]) -> Path:
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
@@ -85,7 +129,7 @@ def test_chooses_the_best_and_keeps_their_order(make_checkpoint, tmp_path: Path)
     run = _run(tmp_path, make_checkpoint, [3.0, 2.0, 4.0, None, 2.5])
 
     def steps(*args: object, **kwargs: object) -> list[int]:
-        return [int(folder.name.removeprefix("step_")) for folder in choose(run, *args, **kwargs)]
+        return [int(folder.name.removeprefix("step_")) for folder in choose(run, *args, **kwargs)[0]]
 
     assert steps(2) == [1, 4]
     assert steps(3) == [0, 1, 4]
@@ -99,6 +143,23 @@ def test_chooses_the_best_and_keeps_their_order(make_checkpoint, tmp_path: Path)
         choose(tmp_path, 2)
 
 
+def test_what_is_not_finite_is_not_the_best(make_checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = _run(tmp_path, make_checkpoint, [3.0, float("nan"), 2.0, float("-inf")])
+    assert [folder.name for folder in choose(run, 2)[0]] == ["step_0000000", "step_0000002"]
+    assert "step_0000001 stays out: its elbo is nan" in caplog.text
+    with pytest.raises(ValueError, match=r"k \(3\) must not exceed .*\(2 of 4\)"):
+        choose(run, 3)
+
+
+@pytest.mark.parametrize("arguments", [("--k", "0"), ("--k", "-1"), ("--last_n", "-2"), ("--block_size", "x")])
+def test_numbers_must_be_positive(arguments: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["merge_topk", "--run", str(tmp_path), "--output", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"{arguments[0]}: ({arguments[1]}) must be a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_other_stages_stay_out(make_checkpoint, tmp_path: Path) -> None:
     run = _run(tmp_path, make_checkpoint, [1.0, 2.0, 3.0])
     path = run / "checkpoints" / "step_0000000" / "contract.json"
@@ -106,7 +167,7 @@ def test_other_stages_stay_out(make_checkpoint, tmp_path: Path) -> None:
     content["contract"]["block_size"] = 99
     text = json.dumps(content)
     path.write_text(text + " " * (path.stat().st_size - len(text)))
-    assert [folder.name for folder in choose(run, 2)] == ["step_0000001", "step_0000002"]
+    assert [folder.name for folder in choose(run, 2)[0]] == ["step_0000001", "step_0000002"]
 
 
 def _change_contract(folder: Path, part: str, name: str, value: object) -> None:
@@ -178,11 +239,22 @@ def test_interrupted_merge_leaves_nothing(make_checkpoint, tmp_path: Path, monke
     assert left_in(tmp_path) == {"a", "a_hf", "b", "b_hf"}
 
 
-def test_inputs_with_and_without_second_names_merge(make_checkpoint, tmp_path: Path) -> None:
-    """A converter's checkpoint names the norms before experts twice, a run's does not."""
-    inputs = [make_checkpoint("a", 0), _as_a_run_saves_it(make_checkpoint("b", 1), tmp_path / "run")]
-    merge(inputs, tmp_path / "merged")
-    assert _tensors(tmp_path / "merged").keys() == _tensors(inputs[0]).keys()
+@pytest.mark.parametrize("has_local_names", [True, False])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_checkpoints_with_one_set_of_names(make_checkpoint, tmp_path: Path, has_local_names: bool,
+                                           is_last: bool) -> None:
+    """A converter names the norms before experts twice; a run once, a model of megatron-core's own specs either way."""
+    sources = [make_checkpoint("a", 0), make_checkpoint("b", 1)]
+    inputs = [sources[0], _as_a_run_saves_it(sources[1], tmp_path / "run", has_local_names)]
+    merge(inputs if is_last else inputs[::-1], tmp_path / "merged")
+    merge(sources, tmp_path / "expected")
+    actual, expected = _tensors(tmp_path / "merged"), _tensors(tmp_path / "expected")
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], value) for key, value in expected.items())
+    mcore_to_hf.convert(inputs[1], tmp_path / "hf")
+    exported, original = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "b_hf"))
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[key], value) for key, value in original.items())
 
 
 def test_optimizer_state_stays_out(make_checkpoint, tmp_path: Path) -> None:
@@ -195,11 +267,12 @@ def test_optimizer_state_stays_out(make_checkpoint, tmp_path: Path) -> None:
     assert exported.keys() == expected.keys()
 
 
-def _as_a_run_saves_it(source: Path, target: Path) -> Path:
-    """The same weights beside optimizer state, without second names, in chunks split along columns."""
+def _as_a_run_saves_it(source: Path, target: Path, has_local_names: bool = True) -> Path:
+    """The same weights beside optimizer state, with one set of names, in chunks split along columns."""
     target.mkdir()
     writer = TorchDistWriter(target)
-    second = set(key_aliases(LING).values())
+    aliases = key_aliases(LING)
+    second = set(aliases.values() if has_local_names else aliases)
     for key, value in {**_tensors(source), "optimizer.exp_avg": torch.randn(5)}.items():
         if key in second:
             continue
