@@ -89,15 +89,15 @@ def train_ranks(world_size: int, *arguments: Any) -> list[int]:
     return run_ranks(train_here, world_size, *arguments, timeout_s=500.0)
 
 
-def train_here(config: TrainConfig, signal_at: int | None = None, number: int = signal.SIGTERM) -> int:
-    """Train on this rank; returns the exit code. Rank 0 sends itself a signal during step `signal_at`."""
+def train_here(config: TrainConfig, signal_at: int | None = None, number: int = signal.SIGTERM, rank: int = 0) -> int:
+    """Train on this rank; returns the exit code. One rank sends itself a signal during step `signal_at`."""
     from megatron_dllm.train import train
     from megatron_dllm.training import loop
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == signal_at and os.environ["RANK"] == "0":
+        if steps == signal_at and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), number)
         return step(*args, **kwargs)
 

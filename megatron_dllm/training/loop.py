@@ -111,6 +111,8 @@ class Trainer:
                                        self.lease.check if self.lease else None)
         self.state = RunState(stream=self.stream.state_dict())
         self._resumed_from: Path | None = None
+        # What the start weights were converted from.
+        self._source: str | None = None
         self._load()
         model = config.model
         self.router = (RouterLoad(self.engine.chunks, model.num_layers, model.num_moe_experts,
@@ -139,6 +141,7 @@ class Trainer:
         if found is not None:
             folder, state = found
             self._resumed_from = folder
+            self._source = folders.read_json(folder / folders.CONTRACT).get("source")
             self.state = RunState(**{k: state[k] for k in RunState.__dataclass_fields__ if k in state})
             self.stream.load_state_dict(self.state.stream)
             if self.is_rank_zero:
@@ -150,7 +153,7 @@ class Trainer:
             trim_metrics(self.folder, -1)  # of a start that ended before its first checkpoint
         if config.checkpoint.load:
             start = folders.resolve_checkpoint(Path(config.checkpoint.load))
-            check_identity(start, config.model)
+            self._source = check_identity(start, config.model).get("source")
             load_weights(start, self.engine.chunks, config.checkpoint.verify)
             self.engine.optimizer.reload_model_params()
             if self.is_rank_zero:
@@ -298,6 +301,8 @@ class Trainer:
             model = chunk.module.module if hasattr(chunk.module, "module") else chunk.module
             if model.pre_process:
                 embedding = model.embedding.word_embeddings
+                if self.config.optimizer.overlap_param_gather:  # the step moved this rank's share alone, as yet
+                    chunk.param_to_bucket_group[embedding.weight].start_param_sync(force_sync=True)
                 local = self.config.model.mask_token_id - embedding.vocab_start_index
                 is_owner = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
                 if is_owner and 0 <= local < embedding.weight.shape[0]:
@@ -377,7 +382,7 @@ class Trainer:
                          "block_size": stage.config.block_size},
             "step": self.state.step, "consumed_tokens": self.state.consumed_tokens, "stage": stage.name,
             "is_stage_end": is_stage_end, "layout": asdict(config.parallel), "world_size": dist.get_world_size(),
-            "tokenizer": "../../tokenizer" if config.data.tokenizer else None}
+            "tokenizer": "../../tokenizer" if config.data.tokenizer else None, "source": self._source}
 
 
 def _git_state() -> str:

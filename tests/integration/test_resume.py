@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.config import CheckpointConfig, EvaluationConfig, ParallelConfig, TrainConfig
+from megatron_dllm.config import CheckpointConfig, EvaluationConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_dllm.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
-from tests.tiny_run import STAGES, checkpoints_of, read_metrics, read_tensors, run_config, train_ranks, write_corpus
+from tests.distributed.ranks import run_ranks
+from tests.tiny_run import (
+    STAGES,
+    checkpoints_of,
+    read_metrics,
+    read_tensors,
+    run_config,
+    train_here,
+    train_ranks,
+    write_corpus,
+)
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2)
 TP2_EP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2,
@@ -31,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken_two(folder: Path) -> TrainConfig:
-    config = run_config(folder, "unbroken_two")
+    config = _evaluated(run_config(folder, "unbroken_two"))
     assert train_ranks(2, config) == [0, 0]
     return config
 
@@ -41,6 +53,12 @@ def unbroken_one(folder: Path) -> TrainConfig:
     config = run_config(folder, "unbroken_one")
     assert train_ranks(1, config) == [0]
     return config
+
+
+def _evaluated(config: TrainConfig) -> TrainConfig:
+    """With a validation at every checkpoint."""
+    return replace(config, evaluation=EvaluationConfig(block_sizes=[8], num_tokens=300, micro_batch_size=4),
+                   data=replace(config.data, validation=config.data.train))
 
 
 def _last(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -70,19 +88,22 @@ def _assert_close(config: TrainConfig, expected: TrainConfig, tolerance: float =
 
 
 def _steps_of_stages(config: TrainConfig) -> list[int]:
-    stages = [record["stage"] for record in read_metrics(config)]
+    stages = [record["stage"] for record in read_metrics(config) if "validation" not in record]
     return [stages.count(name) for name in STAGES]
 
 
-@pytest.mark.parametrize("is_async", [False, True])
-def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig, is_async: bool) -> None:
-    """Stopped in the first stage, exactly at its end, and inside a chunk of the second."""
-    config = run_config(folder, f"stopped_{is_async}",
-                        checkpoint=CheckpointConfig(save_interval_tokens=600, is_async=is_async, timeout_minutes=10.0))
+@pytest.mark.parametrize("is_overlapping", [False, True], ids=["", "async saves, overlapping collectives"])
+def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig, is_overlapping: bool) -> None:
+    """Stopped in the first stage, exactly at its end, and inside a chunk of the second; by a signal to either rank."""
+    config = _evaluated(run_config(
+        folder, f"stopped_{is_overlapping}",
+        checkpoint=CheckpointConfig(save_interval_tokens=600, is_async=is_overlapping, timeout_minutes=10.0),
+        optimizer=OptimizerConfig(adam_eps=1e-3, overlap_grad_reduce=is_overlapping,
+                                  overlap_param_gather=is_overlapping)))
     first, second, _ = _steps_of_stages(unbroken_two)
     assert first > 3 and second > 3, "the stops must lie inside the stages"
-    for steps, number in ((3, signal.SIGTERM), (first - 3, signal.SIGUSR1), (2, signal.SIGTERM)):
-        assert train_ranks(2, config, steps, number) == [EXIT_PREEMPTED] * 2
+    for steps, number, rank in ((3, signal.SIGTERM, 1), (first - 3, signal.SIGUSR1, 0), (2, signal.SIGTERM, 1)):
+        assert train_ranks(2, config, steps, number, rank) == [EXIT_PREEMPTED] * 2
     assert read_metrics(config)[-1]["step"] == first + 2
     assert train_ranks(2, config) == [0, 0]
     _assert_equal(config, unbroken_two)
@@ -99,20 +120,31 @@ def test_a_run_moves_through_all_layouts(folder: Path, unbroken_one: TrainConfig
     _assert_close(config, unbroken_one)
 
 
-def test_a_checkpoint_is_evaluated_that_was_not_before_the_run_ended(folder: Path, unbroken_one: TrainConfig) -> None:
-    config = run_config(folder, "evaluated", evaluation=EvaluationConfig(block_sizes=[8], num_tokens=500))
-    config = replace(config, data=replace(config.data, validation=config.data.train))
-    first = _steps_of_stages(unbroken_one)[0]
-    assert train_ranks(1, config, first) == [EXIT_PREEMPTED]
-    validation = folders.step_folder(checkpoints_of(config), first) / folders.VALIDATION
-    expected, records = validation.read_text(), read_metrics(config)
-    validation.unlink()
-    metrics = checkpoints_of(config).parent / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
-    assert train_ranks(1, config, 1) == [EXIT_PREEMPTED]
-    assert validation.read_text() == expected
-    assert read_metrics(config)[:len(records)] == records
-    assert records[-1]["validation"]
+def _train_stopped_in_validation(config: TrainConfig) -> int:
+    from megatron_dllm.training import loop
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    evaluate, loop.evaluate = loop.evaluate, interrupted
+    return train_here(config)
+
+
+def test_a_run_that_is_asked_to_stop_leaves_the_validation_to_its_next_start(folder: Path) -> None:
+    unbroken, config = (_evaluated(run_config(folder, name)) for name in ("evaluated", "evaluated_later"))
+    assert train_ranks(1, unbroken, 6) == [EXIT_PREEMPTED]
+    expected = read_metrics(unbroken)
+    (step,) = [record["step"] for record in expected if "validation" in record and record["is_stage_end"]]
+    assert train_ranks(1, config, step) == [EXIT_PREEMPTED]
+    validation = folders.step_folder(checkpoints_of(config), step) / folders.VALIDATION
+    assert read_metrics(config)[-1] == next(record for record in expected if record["step"] == step)
+    assert run_ranks(_train_stopped_in_validation, 1, config, timeout_s=500.0) == [EXIT_PREEMPTED]
+    assert not validation.exists()
+    assert train_ranks(1, config, 6 - step) == [EXIT_PREEMPTED]
+    assert read_metrics(config) == expected
+    assert validation.read_text() == (
+        folders.step_folder(checkpoints_of(unbroken), step) / folders.VALIDATION).read_text()
 
 
 def test_a_stage_has_its_own_layout(folder: Path, unbroken_one: TrainConfig) -> None:
