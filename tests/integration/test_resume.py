@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ PP2_VIRTUAL = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_mo
 CP2 = ParallelConfig(context_parallel_size=2)
 PP2_EP2 = ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)
 
+KEEP_ALL = CheckpointConfig(save_interval_tokens=600, keep_last=9, timeout_minutes=10.0)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,7 +53,7 @@ def unbroken_two(folder: Path) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def unbroken_one(folder: Path) -> TrainConfig:
-    config = run_config(folder, "unbroken_one")
+    config = run_config(folder, "unbroken_one", checkpoint=KEEP_ALL)
     assert train_ranks(1, config) == [0]
     return config
 
@@ -107,6 +110,28 @@ def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig
     assert read_metrics(config)[-1]["step"] == first + 2
     assert train_ranks(2, config) == [0, 0]
     _assert_equal(config, unbroken_two)
+
+
+def _begin_with(config: TrainConfig, other: TrainConfig, after: int) -> None:
+    """Give a run the first checkpoint that another one wrote after so many steps."""
+    start = next(path for path in folders.step_folders(checkpoints_of(other))
+                 if folders.read_json(path / folders.CONTRACT)["step"] > after)
+    shutil.copytree(start, checkpoints_of(config) / start.name)
+    shutil.copy(checkpoints_of(other).parent / "metrics.jsonl", checkpoints_of(config).parent)
+
+
+@pytest.mark.parametrize("layout", [pytest.param(PP2_VIRTUAL, id="PP2 virtual"), pytest.param(TP2_EP2, id="TP2 EP2")])
+def test_a_model_parallel_run_equals_one_rank_and_itself(folder: Path, unbroken_one: TrainConfig,
+                                                         layout: ParallelConfig) -> None:
+    """Through all stages: against one rank, and continued from a checkpoint inside the second."""
+    name = f"parallel_{layout.pipeline_model_parallel_size}"
+    unbroken, config = (run_config(folder, name, layout, checkpoint=KEEP_ALL) for name in (name, f"{name}_continued"))
+    _begin_with(unbroken, unbroken_one, after=0)  # random weights differ between layouts
+    assert train_ranks(2, unbroken) == [0, 0]
+    _assert_close(unbroken, unbroken_one)
+    _begin_with(config, unbroken, after=_steps_of_stages(unbroken)[0])
+    assert train_ranks(2, config) == [0, 0]
+    _assert_equal(config, unbroken)
 
 
 def test_a_run_moves_through_all_layouts(folder: Path, unbroken_one: TrainConfig) -> None:
