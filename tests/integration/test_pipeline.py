@@ -76,6 +76,20 @@ def test_the_exported_folder_is_complete(demo: Path) -> None:
         f.name for f in (demo / "hf").iterdir()}
 
 
+def test_the_card_tells_the_weights_history(demo: Path) -> None:
+    card = (demo / "hf" / "README.md").read_text().splitlines()
+    steps = json.loads((demo / "merged" / "provenance.json").read_text())["inputs"][-1]["step"]
+    rows = dict(line.strip("| ").split(" | ", 1) for line in card if line.startswith("| "))
+    assert "# merged" in card
+    assert {name: rows[name] for name in ("Converted from", "Recipe", "Checkpoint", "Optimizer steps")} == {
+        "Converted from": str(demo / "base_hf"), "Recipe": str(demo / "convert" / "config.yaml"),
+        "Checkpoint": str(demo / "merged"), "Optimizer steps": str(steps)}
+    validation = json.loads((demo / "merged" / "validation.json").read_text())
+    assert rows["32"] == f"{validation['elbo']['32']:.4f} | {validation['bits_per_byte']['32']:.4f}"
+    merged = [name for name in rows if name.startswith(str(demo / "convert" / "checkpoints"))]
+    assert len(merged) == 2 and all(rows[name].startswith("0.5000 | ") for name in merged)
+
+
 def test_samples_merge_and_report_are_there(demo: Path) -> None:
     samples = [json.loads(line) for line in (demo / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4 and all(s["num_denoising_forwards"] > 0 for s in samples)
