@@ -12,8 +12,9 @@ from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, 
 
 # Codes with which a rank ends on purpose.
 ORDERLY = (0, EXIT_PREEMPTED, EXIT_LAYOUT, EXIT_FENCED)
-# A rank that the launcher killed because another had failed is not the cause.
-_KILLED = (-signal.SIGKILL, -signal.SIGTERM)
+# A rank that the launcher ended because another had failed is not the cause. SIGKILL is one: where the launcher sends
+# it, the rank's wrapper ends too and writes no record; with a record, the kernel (out of memory) or a person sent it.
+_ENDED_BY_LAUNCHER = -signal.SIGTERM
 
 
 def exit_records(start_folder: Path) -> list[dict[str, Any]]:
@@ -23,9 +24,9 @@ def exit_records(start_folder: Path) -> list[dict[str, Any]]:
 
 
 def failed_first(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first rank that failed by itself, or else the first that was killed; None if none failed."""
+    """The first rank that failed by itself, or else the first that the launcher ended; None if none failed."""
     failed = [entry for entry in records if entry["code"] not in ORDERLY]
-    by_itself = [entry for entry in failed if entry["code"] not in _KILLED]
+    by_itself = [entry for entry in failed if entry["code"] != _ENDED_BY_LAUNCHER]
     return next(iter(by_itself or failed), None)
 
 
@@ -37,12 +38,14 @@ _SECOND_HAND = re.compile(r"Connection (reset|closed|refused)|connection was clo
 def root_cause(start_folder: Path, records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The record of the rank that failed for a reason of its own, as far as the last words tell; None if none failed.
 
-    Ranks that lose their peer end within moments of it, in any order.
+    Ranks that lose their peer end within moments of it, in any order; one that was killed had no last words to say.
     """
     first = failed_first(records)
     for entry in records:
-        if entry["code"] in ORDERLY or entry["code"] in _KILLED:
+        if entry["code"] in ORDERLY or entry["code"] == _ENDED_BY_LAUNCHER:
             continue
+        if entry["code"] == -signal.SIGKILL:
+            return entry
         words = last_lines(start_folder / f"rank_{entry['rank']:05d}.log", 2)
         if words and not _SECOND_HAND.search(words[-1]):
             return entry

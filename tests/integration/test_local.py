@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,14 +77,18 @@ def test_a_chain_runs_once_and_is_skipped_after(recipes: Path) -> None:
     assert states == {"corpus": "finished", "base": "finished"}
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(recipes: Path) -> None:
-    process = subprocess.Popen(command(recipes), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               env={**os.environ, "FAKE_STEPS": "100000", "FAKE_STEP_SECONDS": "0.05"})
-    metrics = recipes.parent / "small" / "base" / "metrics.jsonl"
+def wait_for(metrics: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not metrics.exists():
         assert time.monotonic() < deadline and process.poll() is None, "training never began"
         time.sleep(0.1)
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(recipes: Path) -> None:
+    process = subprocess.Popen(command(recipes), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               env={**os.environ, "FAKE_STEPS": "100000", "FAKE_STEP_SECONDS": "0.05"})
+    metrics = recipes.parent / "small" / "base" / "metrics.jsonl"
+    wait_for(metrics, process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) == 130
     assert process.stderr is not None and "the same command continues it" in process.stderr.read()
@@ -96,6 +102,33 @@ def test_a_failure_shows_the_failing_rank_s_words(recipes: Path) -> None:
     assert done.returncode == 1
     assert "deliberate failure of rank 0 at step 3" in done.stderr and "rank 0 on" in done.stderr
     assert run(recipes, steps=6).returncode == 0
+
+
+def rank_process(rank: int, folder: Path) -> int | None:
+    """Process number of a running rank (not of its wrapper) of a chain below `folder`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_text()
+            if (str(folder) in words and "fake_train" in words and "rank.py" not in words
+                    and f"\0RANK={rank}\0" in (process / "environ").read_text()):
+                return int(process.name)
+    return None
+
+
+def test_a_killed_rank_is_named_before_the_one_that_lost_it(recipes: Path) -> None:
+    process = subprocess.Popen(command(recipes, "cluster.ranks_per_node=2"), cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "FAKE_STEPS": "100000"}, start_new_session=True)
+    try:
+        wait_for(recipes.parent / "small" / "base" / "metrics.jsonl", process)
+        killed = rank_process(1, recipes.parent)
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        _, said = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert re.search(r"rank 1 on \S+: killed by SIGKILL", said), said
+    assert process.returncode == 1 and "rank 0 on" not in said
 
 
 def test_a_stage_that_was_killed_after_its_rename_counts_as_finished(recipes: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import pytest
+
 from launch import record
 from launch.ending import ending_of
 from launch.failure import collect_failure, overall_code
@@ -37,6 +39,16 @@ def test_the_rank_with_a_reason_of_its_own_is_named_before_those_that_lost_it(tm
     assert ending.how == "crashed" and "rank 2 on node2: exit code 1" in ending.reason
     text = (tmp_path / "failure.txt").read_text()
     assert "ValueError: the cause" in text and text.startswith("rank 2 on node2")
+
+
+@pytest.mark.parametrize("order", [[1, 0, 2], [0, 2, 1]])
+def test_a_killed_rank_is_named_before_those_that_lost_it(tmp_path: Path, order: list[int]) -> None:
+    lost = "RuntimeError: [gloo] Connection closed by peer\n"
+    ranks(tmp_path, {0: 1, 1: -signal.SIGKILL, 2: -signal.SIGTERM}, {0: lost, 1: "step 4\n"}, order)
+    reason = ending_of(tmp_path, HOSTS, 4, None, False).reason
+    assert "rank 1 on node1: killed by SIGKILL" in reason
+    ranks(tmp_path, {0: 1, 1: -signal.SIGKILL, 2: 1}, {0: lost, 1: "step 4\n", 2: "ValueError: the cause\n"}, [0, 2, 1])
+    assert "rank 2 on node2: exit code 1" in ending_of(tmp_path, HOSTS, 4, None, False).reason
 
 
 def test_a_node_without_a_sign_is_named(tmp_path: Path) -> None:
