@@ -404,6 +404,10 @@ class ParallelConfig:
             _check(layers == 0,
                    f"parallel.num_layers_in_first/last_pipeline_stage ({first}, {last}) must add up to "
                    f"model.num_layers ({model.num_layers}).")
+            _check(vpp is None,
+                   f"parallel.num_layers_in_last_pipeline_stage ({last}) must be null with virtual stages ({vpp}) "
+                   f"where no stage lies between the first ({first} layers) and the last: megatron-core divides by the "
+                   "number of those; set it to null, and the last stage takes the rest.")
             return
         _check(layers > 0 and layers % (middle * (vpp or 1)) == 0,
                f"parallel.pipeline_model_parallel_size ({pp}, virtual {vpp or 1}, first {first}, last {last}) must "

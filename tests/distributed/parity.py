@@ -140,7 +140,8 @@ def main() -> int:
     results: dict[str, Result] = {}
     errors: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        (expected,) = run_ranks(prepare, 1, folder, timeout_s=600.0)
+        variants = {ALL_LAYOUTS[name].variant for name in args.layouts}
+        (expected,) = run_ranks(prepare, 1, folder, variants, timeout_s=600.0)
         for name in track(args.layouts, description="layouts", console=console):
             try:
                 results[name] = measure(ALL_LAYOUTS[name], folder, expected, args.stages, timeout_s=600.0)

@@ -41,7 +41,7 @@ def _evaluate(layout: Layout, folder: str) -> dict[str, float]:
     config = train_config(layout, STAGES["ar"], Path(folder) / "corpus")
     config = replace(config, evaluation=EvaluationConfig(block_sizes=[4, 32], num_tokens=500))
     chunks = build_chunks(config)
-    load_weights(Path(folder) / "start", chunks)
+    load_weights(Path(folder) / "start_experts", chunks)
     return evaluate(chunks, config, Corpus(config.data.train, config.model), NAMES, torch.device("cpu")).nats_per_token
 
 

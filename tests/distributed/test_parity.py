@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.parity import ALL_LAYOUTS, measure, violations
-from tests.distributed.parity_layouts import STAGES
+from tests.distributed.parity_layouts import SKIPPING, STAGES
 from tests.distributed.parity_run import Trained, prepare
 from tests.distributed.ranks import run_ranks
 
@@ -16,17 +16,19 @@ Start = tuple[str, dict[str, Trained]]
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """Folder with the common checkpoint, and what one rank makes of it."""
     folder = str(tmp_path_factory.mktemp("parity"))
-    (expected,) = run_ranks(prepare, 1, folder, timeout_s=300.0)
+    variants = {f"fp32_{model}" for model in ("experts", SKIPPING, "dense")}
+    (expected,) = run_ranks(prepare, 1, folder, variants, timeout_s=300.0)
     return folder, expected
 
 
 @pytest.mark.parametrize("name", ["accumulation 4", "recompute full", "DP2 overlap", "TP2 x EP2", "PP2 virtual 2",
-                                  "CP2", "CP2 ulysses", "EP2 alltoall", "PP2 virtual 2 dense"])
+                                  "CP2", "CP2 ulysses", "EP2 alltoall", "PP2 virtual 2 dense", "CP2, skipping",
+                                  "TP2 x EP2, skipping"])
 def test_layouts_train_what_one_rank_trains(name: str, start: Start) -> None:
     assert violations(measure(ALL_LAYOUTS[name], *start, list(STAGES)), "fp32") == []
 
 
-@pytest.mark.parametrize("name", ["TP2 x CP2", "PP2 x EP2"])
+@pytest.mark.parametrize("name", ["TP2 x CP2", "PP2 x EP2", "PP2 x EP2 overlap, skipping"])
 def test_four_ranks_train_what_one_rank_trains(name: str, start: Start) -> None:
     assert violations(measure(ALL_LAYOUTS[name], *start, ["ar", "complementary"]), "fp32") == []
 
