@@ -79,12 +79,18 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
         parallel.destroy()
 
 
-def _print(record: dict[str, Any], checkpoint: Path, result: Any, num_rows: int) -> None:
+def _age(folder: Path, checkpoint: Path, step: int) -> str:
+    """Where the weights stand, seen from the step."""
+    if checkpoint.resolve().parent != folder.resolve().parents[1] / "checkpoints":
+        return "not a checkpoint of this run"
+    at = folders.read_json(checkpoint / folders.CONTRACT)["step"]
+    return f"step {at}" + (f", {abs(step - at)} steps {'before' if at < step else 'after'}" if at != step else "")
+
+
+def _print(folder: Path, record: dict[str, Any], checkpoint: Path, result: Any, num_rows: int) -> None:
     console = Console(soft_wrap=True)
     console.print(f"step {record['step']} of stage {record['stage']}: {record['reason']}", highlight=False)
-    weights_step = folders.read_json(checkpoint / folders.CONTRACT)["step"]
-    age = "" if weights_step == record["step"] else f", {record['step'] - weights_step} steps before"
-    console.print(f"weights of {checkpoint} (step {weights_step}{age})", highlight=False)
+    console.print(f"weights of {checkpoint} ({_age(folder, checkpoint, record['step'])})", highlight=False)
     console.print(f"loss {result.loss:.6g} (in the run {record['loss']:.6g}), gradient norm {result.grad_norm:.6g} "
                   f"(in the run {record['grad_norm']:.6g})", highlight=False)
     bad = [row for row in result.rows if not math.isfinite(row.badness)]
@@ -111,7 +117,7 @@ def main(words: list[str] | None = None) -> int:
     except ValueError as error:
         log.error("%s", error)
         return 2
-    _print(record, checkpoint, result, arguments.rows)
+    _print(arguments.folder, record, checkpoint, result, arguments.rows)
     return 0
 
 

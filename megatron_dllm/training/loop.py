@@ -223,8 +223,9 @@ class Trainer:
             state.num_skipped += 1
             if config.optimizer.on_non_finite == "stop" or state.num_skipped >= _MAX_SKIPPED:
                 self.writer.finish()
-                log.error("step %d: %s (%d in a row); the batch is in %s", state.step, result.reason,
-                          state.num_skipped, self.folder / "replay")
+                in_a_row = f" ({state.num_skipped} steps in a row)" if state.num_skipped > 1 else ""
+                log.error("step %d: %s%s; the batch is in %s", state.step, result.reason, in_a_row,
+                          self.folder / "replay")
                 return EXIT_NON_FINITE
             log.warning("step %d skipped: %s", state.step, result.reason)
         state.step += 1

@@ -142,7 +142,7 @@ def replay_step(model: nn.Module, ranks: list[list[Batch]], noise: EmbeddingNois
                     nll, _ = model(single.to(device), mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
                     loss = weighted_nll(nll, single.loss_weights.to(device)) / denominator
                 loss.backward()
-                rows.append(_row_replay(single, (data_rank, index, row), float(loss), _gradient_norm(model, total),
+                rows.append(_row_replay(single, (data_rank, index, row), loss.item(), _gradient_norm(model, total),
                                         next(iter(bad), "")))
     norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in total.values()))
     rows.sort(key=lambda row: row.badness, reverse=True)

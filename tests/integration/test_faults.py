@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE
+from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.lease import LEASE_VARIABLE, Lease
 from megatron_dllm.training.replay import load_step
 from tests.distributed.ranks import run_ranks
-from tests.integration.kill_test import TorchrunLife, run_test
+from tests.integration.kill_test import ROOT, TorchrunLife, run_test
 from tests.tiny_run import (
     MODEL,
     STAGES,
@@ -181,6 +186,14 @@ def _replay(folder: Path) -> tuple[dict[str, Any], Path, Any]:
     return replay(folder, None)
 
 
+def _replay_command(*words: str) -> tuple[int, str]:
+    """Exit code and output of `python -m megatron_dllm.replay`."""
+    from megatron_dllm.replay import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as output, mock.patch.dict(os.environ, COLUMNS="300"):
+        return main(list(words)), output.getvalue()
+
+
 def test_replay_names_the_rows_that_are_not_finite(folder: Path) -> None:
     model = replace(MODEL, mask_embedding_noise=0.0)  # its scale is a mean over all embeddings
     start = run_config(folder, "poisoned_start", model=model)
@@ -199,6 +212,12 @@ def test_replay_names_the_rows_that_are_not_finite(folder: Path) -> None:
     assert 0 < len(expected) < len(result.rows), "some rows read the token and some do not"
     assert all("embedding" in row.first_bad for row in result.rows[:len(bad)])
     assert all(row.first_bad == "" and row.sample_ids for row in result.rows[len(bad):])
+    code, text = run_ranks(_replay_command, 1, str(dumped), "--rows", "1", timeout_s=300.0)[0]
+    assert code == 0
+    assert re.search(r"step 1 of stage warmup: .*not finite", text)
+    assert f"weights of {checkpoint} (not a checkpoint of this run)" in text
+    assert f"{len(bad)} of {len(result.rows)} rows are not finite" in text
+    assert text.count(result.rows[0].first_bad) == 1, "one row is asked for"
 
 
 def _train_with_short_window(config: TrainConfig) -> int:
@@ -246,7 +265,7 @@ def test_torchrun_is_stopped_in_order_and_continues(folder: Path) -> None:
     log = folder / "torchrun.log"
     life = TorchrunLife(config, 2, log, [str(folder), "torchrun", "20", "0"])
     try:
-        _wait_for(lambda: len(read_metrics(config)) >= 2, life)
+        _wait_for(lambda: len(read_metrics(config)) >= 2, life.process)
         os.kill(life.process.pid, signal.SIGTERM)
         life.process.wait(60)
     finally:
@@ -256,6 +275,35 @@ def test_torchrun_is_stopped_in_order_and_continues(folder: Path) -> None:
     expected = folders.step_folder(checkpoints_of(config), int(saved[0]))
     assert folders.latest_checkpoint(checkpoints_of(config)) == expected
     assert read_metrics(config)[-1]["step"] == int(saved[0])
+
+
+def test_a_process_says_by_its_exit_code_how_it_ended(folder: Path) -> None:
+    """The command itself: stopped by a signal, then continued to the end."""
+    run = folder / "runs" / "command"
+    words = ["experiment=tiny_base", f"run.root={run.parent}", "run.name=command", f"data.train={folder}/corpus",
+             "data.validation=null", "data.tokenizer=null", "evaluation.num_tokens=0", "evaluation.block_sizes=[32]",
+             "schedule.context_length=32", "schedule.stages.ar.lr_warmup_tokens=0", "model.hidden_size=32",
+             "model.num_layers=2", "logging.interval_steps=1", "logging.tensorboard=false"]
+
+    def start(num_tokens: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-m", "megatron_dllm.train", *words,
+                                 f"schedule.stages.ar.num_tokens={num_tokens}"], cwd=ROOT)
+
+    metrics = run / "metrics.jsonl"
+    process = start(10**9)
+    try:
+        _wait_for(lambda: len(metrics.read_bytes().splitlines()) >= 2, process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == EXIT_PREEMPTED
+        saved = folders.latest_checkpoint(run / "checkpoints")
+        assert saved is not None
+        process = start(folders.read_json(saved / folders.STATE)["consumed_tokens"] + 1000)
+        assert process.wait(300) == 0
+    finally:
+        process.kill()
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == [*range(1, len(steps) + 1)]
+    assert steps[-1] > folders.read_json(saved / folders.STATE)["step"]
 
 
 def _train_as_generation_one(config: TrainConfig) -> int:
@@ -271,7 +319,7 @@ def test_a_start_that_was_superseded_before_it_began_says_so_on_all_ranks(folder
     assert not checkpoints_of(config).exists(), "nothing is written"
 
 
-def _wait_for(condition: Any, life: TorchrunLife) -> None:
+def _wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         try:
@@ -279,7 +327,7 @@ def _wait_for(condition: Any, life: TorchrunLife) -> None:
                 return
         except FileNotFoundError:
             pass
-        assert life.poll() is None, "torchrun ended before its time"
+        assert process.poll() is None, "the process ended before its time"
         time.sleep(0.02)
     raise TimeoutError("nothing happened within 300 s")
 
@@ -300,3 +348,4 @@ def test_replay_refuses_what_is_not_there(folder: Path) -> None:
         find_checkpoint(_run_folder(config) / "replay" / "step_0000003", 3, config)
     with pytest.raises(ValueError, match=r"holds no batch"):
         load_step(folder)
+    assert _replay_command(str(folder))[0] == 2
