@@ -9,12 +9,11 @@ Every command starts with its input out of the page cache and ends with its outp
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import evict, model_of_size, run, shell, size_of, table, tool
+from benchmarks.measure import evict, model_of_size, run, shell, size_of, table, tool, write_results
 from checkpoints_tools.compare import compare
 from checkpoints_tools.synthetic import write_synthetic
 
@@ -56,12 +55,13 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=0.3)
     parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / "convert", help="without suffix")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="convert-") as folder:
         rows = measure(Path(folder), arguments.gigabytes, arguments.repetitions)
     print(table(rows))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "convert.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.output, "Conversion, against cp of the same bytes",
+                  {"repetitions": arguments.repetitions}, rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import Measurement, evict, model_of_size, run, shell, size_of, table, tool
+from benchmarks.measure import Measurement, evict, model_of_size, run, shell, size_of, table, tool, write_results
 from checkpoints_tools import hf_to_mcore
 from checkpoints_tools.compare import compare
 from checkpoints_tools.synthetic import write_synthetic
@@ -84,12 +84,13 @@ def main() -> None:
     parser.add_argument("--mergekit", type=Path, help="path of the mergekit-yaml executable")
     parser.add_argument("--folder", type=Path, help="where to work (default: the temporary folder)")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS / "merge", help="without suffix")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="merge-") as folder:
         rows = measure(Path(folder), arguments.gigabytes, arguments.k, arguments.repetitions, arguments.mergekit)
     print(table(rows))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "merge.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_results(arguments.output, "Merging, against reading the inputs and writing one",
+                  {"k": arguments.k, "repetitions": arguments.repetitions}, rows)
 
 
 if __name__ == "__main__":
