@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slurm check install parity study benchmarks clean
+.PHONY: demo test test-slurm test-transformers4 check install parity study benchmarks clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,13 @@ test: install
 SLURM_TESTS ?= slurm
 test-slurm: install
 	$(BIN)/python -m pytest -m "$(SLURM_TESTS)" tests/slurm
+
+# An exported model also loads under transformers 4.57, which goes into a folder of its own.
+TRANSFORMERS4 := $(abspath $(VENV))/transformers4
+test-transformers4: install
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TRANSFORMERS4) \
+		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
+	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/integration/test_conversion.py
 
 check: install
 	$(BIN)/ruff check .

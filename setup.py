@@ -16,6 +16,7 @@ INSTALL = [
     "pyarrow>=16",  # .parquet corpora
     "zstandard>=0.22",  # .jsonl.zst corpora
     "rich>=13",  # tables and progress bars
+    "tqdm>=4.66",  # progress bars of the checkpoint tools
     "matplotlib>=3.8",  # the pictures of the report
     "tensorboard>=2.16",  # metrics
     "wandb>=0.17",  # metrics, offline too
@@ -38,7 +39,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dllm*", "checkpoints_tools*", "launch*"]),
-    package_data={"checkpoints_tools": ["hf_files/*.py"], "launch": ["*.sh", "templates/*"]},
+    package_data={"checkpoints_tools": ["hf_files/*.py"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
 )

@@ -1,6 +1,6 @@
 """Converted weights compute what the original computes, on every layout, and decode the same tokens.
 
-Runs under transformers 5 and 4.57: PYTHONPATH=FOLDER_WITH_4.57 pytest tests/integration/test_conversion.py
+Runs under transformers 5 and 4.57: make test-transformers4
 """
 
 from __future__ import annotations
