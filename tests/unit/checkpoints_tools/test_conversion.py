@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf, output_folder
 from checkpoints_tools.mcore_folder import read_contract
 from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsFolder
 from checkpoints_tools.synthetic import write_synthetic
+from checkpoints_tools.tokenizer_files import TokenizerFiles
 from checkpoints_tools.torch_dist_read import TorchDistReader
 from megatron_dllm.checkpoint_folder import MANIFEST, damaged_files, read_json
 
 from .conftest import LING, MODELS, left_in
+from .test_tokenizer_files import make_tokenizer
 
 
 def _bits(folder: Path) -> dict[str, torch.Tensor]:
@@ -288,3 +291,32 @@ def test_mask_token_needs_a_row_and_an_id(tmp_path: Path) -> None:
         hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out")
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out", 7)
     assert read_contract(tmp_path / "out").model == replace(LING, mask_token_id=7)
+
+
+def test_the_mask_token_enters_with_the_tokenizer(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    """As for a chat model: its tokenizer gives the mask token's id to another token, another tokenizer does not."""
+    def convert(output: str, *arguments: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", ["hf_to_mcore", "--hf", str(hf), "--output", str(tmp_path / output),
+                                          *arguments])
+        try:
+            hf_to_mcore.main()
+        except SystemExit as stopped:
+            return stopped.code
+        return 0
+
+    make_tokenizer(tmp_path / "chat", {"<eos>": 3, "<|role_end|>": 5})
+    make_tokenizer(tmp_path / "base", {"<eos>": 3})
+    for path in (tmp_path / "chat").iterdir():
+        shutil.copy(path, hf)
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"mask_token_id": 5}))
+    assert convert("refused") == 2
+    assert "mask_token_id (5) is <|role_end|>" in capsys.readouterr().err
+    assert convert("mcore", "--tokenizer", str(tmp_path / "base")) == 0
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back")
+    for folder in (tmp_path / "mcore" / "tokenizer", tmp_path / "back"):
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        assert tokenizer.token_to_id("<|mask|>") == 5 == TokenizerFiles(folder).special_id("mask_token")
+        assert tokenizer.token_to_id("<|role_end|>") is None
+    assert not any(name.startswith((".", "refused")) for name in left_in(tmp_path))
