@@ -22,7 +22,8 @@ from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
 from megatron_dllm.compose import RECIPES, compose_dict, to_train_config
 from megatron_dllm.config import TrainConfig
 
-LAUNCH_KEYS = ("cluster", "experiment", "name", "root", "nodes", "min_nodes", "stages", "requeue", "train_module")
+LAUNCH_KEYS = ("cluster", "experiment", "name", "root", "inputs", "nodes", "min_nodes", "stages", "requeue",
+               "train_module")
 
 
 def _check(condition: bool, message: str) -> None:
@@ -54,7 +55,9 @@ class StageSpec:
     nodes: int = 1
     # A restart may run on fewer nodes, down to this many; null: always on `nodes`.
     min_nodes: int | None = None
-    is_cpu_only: bool = False
+    # Processes of a tool on each of its nodes, started as training's ranks are, with a GPU each where the cluster has
+    # any; null: one process, without a GPU.
+    ranks_per_node: int | None = None
     # null: the cluster's.
     time_limit: str | None = None
 
@@ -72,8 +75,12 @@ class StageSpec:
                f"stages.{name}.module ({self.module!r}) must be the dotted name of a Python module.")
         _check(self.nodes > 0 and (self.min_nodes is None or 0 < self.min_nodes <= self.nodes),
                f"stages.{name}.nodes, min_nodes ({self.nodes}, {self.min_nodes}) must satisfy 0 < min_nodes <= nodes.")
-        _check(self.module is None or self.nodes == 1,
-               f"stages.{name}.nodes ({self.nodes}) must be 1 for a tool: it is one process.")
+        _check(self.module is None or self.nodes == 1 or self.ranks_per_node is not None,
+               f"stages.{name}.nodes ({self.nodes}) must be 1 for a tool that is one process; set ranks_per_node for "
+               "one that runs on several ranks.")
+        _check(self.ranks_per_node is None or (self.module is not None and self.ranks_per_node > 0),
+               f"stages.{name}.ranks_per_node ({self.ranks_per_node}) must be positive and belong to a tool; training "
+               "takes cluster.ranks_per_node.")
         if self.time_limit is not None:
             time_limit_seconds(self.time_limit)
         for other in self.after or []:
@@ -107,6 +114,8 @@ class LaunchConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     stages: dict[str, StageSpec] = field(default_factory=dict)
     requeue: RequeueConfig = field(default_factory=RequeueConfig)
+    # What the user brings, by name: a chain's stages use it as ${inputs.NAME}; ??? where there is no default.
+    inputs: dict[str, str] = field(default_factory=dict)
     # Started by torchrun for every training stage; another one must keep the same exit codes and run folder.
     train_module: str = "megatron_dllm.train"
 
@@ -119,6 +128,9 @@ class LaunchConfig:
         names = list(self.stages)
         for position, (name, spec) in enumerate(self.stages.items()):
             spec.validate(name, names[:position])
+            _check((spec.ranks_per_node or 0) <= self.cluster.num_ranks_per_node or not self.cluster.gpus_per_node,
+                   f"stages.{name}.ranks_per_node ({spec.ranks_per_node}) must not exceed the cluster's "
+                   f"({self.cluster.num_ranks_per_node}): every rank needs a GPU of its own; raise nodes instead.")
 
 
 @dataclass(frozen=True)
@@ -147,8 +159,17 @@ class Stage:
 
     @property
     def is_training(self) -> bool:
-        """Whether it is a training run (torchrun) rather than a tool (one process)."""
+        """Whether it is a training run rather than a tool."""
         return self.config is not None
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether it runs as ranks on nodes with GPUs, where there are any, rather than as one process without."""
+        return self.is_training or self.spec.ranks_per_node is not None
+
+    def ranks_per_node(self, cluster: ClusterConfig) -> int:
+        """Its processes on each node."""
+        return cluster.num_ranks_per_node if self.is_training else self.spec.ranks_per_node or 1
 
 
 @dataclass(frozen=True)
@@ -206,12 +227,19 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
     is_chain = name in chains
     choice = [f"chain={name}"] if is_chain else []
     composed = compose_dict([*choice, *launch_overrides], "launch", recipes, LaunchConfig)
+    missing = [key for key in composed.inputs if OmegaConf.is_missing(composed.inputs, key)]
+    _check(not missing, f"{', '.join(f'inputs.{key}' for key in missing)} must be given: {name} starts from what you "
+                        f"bring; add {' '.join(f'inputs.{key}=PATH' for key in missing)}.")
     if is_chain:
         _check("nodes" not in selected and "min_nodes" not in selected,
                "nodes has no effect on a chain, whose stages have their own; use stages.NAME.nodes.")
         misplaced = [word for word in train_overrides if word.startswith(("run.name=", "run.root="))]
         _check(not misplaced, f"{misplaced} would put every stage into one folder; use name= and root=.")
+        if composed.cluster.run_root and not any(word.startswith("root=") for word in launch_overrides):
+            composed.root = composed.cluster.run_root
     else:
+        if composed.cluster.run_root and not any(word.startswith("run.root=") for word in train_overrides):
+            train_overrides = [f"run.root={json.dumps(composed.cluster.run_root)}", *train_overrides]
         run = to_train_config(_compose_train(name, train_overrides, recipes)).run
         composed.name, composed.root = run.name, run.root
     config = OmegaConf.to_object(composed)

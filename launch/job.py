@@ -28,15 +28,17 @@ def valid_nodes(chain: Chain, stage: Stage) -> list[int]:
     """
     spec, ranks = stage.spec, chain.config.cluster.num_ranks_per_node
     if stage.config is None:
-        return [1]
+        return [spec.nodes]
     stage.config.validate(spec.nodes * ranks)
+    least = 1
     for part in schedule_parts(stage.config):
         needed, _ = spread(part["world_size"] or 1, ranks)
         if needed > spec.nodes:
             raise ValueError(f"schedule.stages.{part['name']}.world_size ({part['world_size']}) needs {needed} nodes "
                              f"of {ranks} ranks; nodes is {spec.nodes}: raise it.")
+        least = max(least, needed)
     counts = [spec.nodes]
-    for count in range(spec.nodes - 1, (spec.min_nodes or spec.nodes) - 1, -1):
+    for count in range(spec.nodes - 1, max(spec.min_nodes or spec.nodes, least) - 1, -1):
         try:
             stage.config.validate(count * ranks)
         except ValueError:
@@ -47,7 +49,7 @@ def valid_nodes(chain: Chain, stage: Stage) -> list[int]:
 
 def tasks_per_node(cluster: ClusterConfig, stage: Stage) -> int:
     """Tasks srun starts on a node: one torchrun, or one per rank."""
-    return cluster.num_ranks_per_node if stage.is_training and cluster.launcher == "srun" else 1
+    return stage.ranks_per_node(cluster) if stage.is_parallel and cluster.launcher == "srun" else 1
 
 
 def _time(seconds: int) -> str:
@@ -63,12 +65,11 @@ def sbatch_options(chain: Chain, stage: Stage, project: Path) -> list[str]:
     seconds = time_limit_seconds(spec.time_limit or cluster.time_limit)
     nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
     options = [
-        f"--job-name={chain.config.name}.{stage.name}", f"--nodes={nodes}",
-        f"--ntasks-per-node={tasks_per_node(cluster, stage)}", f"--time={_time(seconds)}",
+        f"--job-name={chain.config.name}.{stage.name}", f"--nodes={nodes}", f"--time={_time(seconds)}",
         f"--signal=B:USR1@{stop_seconds(cluster, seconds)}", "--requeue", "--open-mode=append",
         f"--output={folder / 'slurm.log'}", f"--chdir={project}",
     ]
-    is_on_cpu = spec.is_cpu_only or not stage.is_training
+    is_on_cpu = not stage.is_parallel
     partition = cluster.cpu_partition or cluster.partition if is_on_cpu else cluster.partition
     named = {"partition": partition, "account": cluster.account, "qos": cluster.qos,
              "reservation": cluster.reservation, "constraint": None if is_on_cpu else cluster.constraint,
@@ -76,10 +77,14 @@ def sbatch_options(chain: Chain, stage: Stage, project: Path) -> list[str]:
     options += [f"--{name}={value}" for name, value in named.items() if value is not None]
     if not is_on_cpu and cluster.gpus_per_node:
         kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
-        options.append(f"--gpus-per-node={kind}{cluster.gpus_per_node}")
-    cpus = cpus_per_task(cluster, stage)
-    if cpus:
-        options.append(f"--cpus-per-task={cpus}")
+        # A tool's ranks get a GPU each; training has its nodes to itself, with all they have.
+        options.append(f"--gpus-per-node={kind}{stage.spec.ranks_per_node or cluster.gpus_per_node}")
+    tasks, cpus = tasks_per_node(cluster, stage), cpus_per_task(cluster, stage)
+    if len(counts) > 1:
+        # With a number of tasks a node, SLURM gives a range's smallest number of nodes, however many are free.
+        options.append(f"--mincpus={tasks * (cpus or 1)}")
+    else:
+        options += [f"--ntasks-per-node={tasks}", *([f"--cpus-per-task={cpus}"] if cpus else [])]
     if cluster.is_exclusive and not is_on_cpu:
         options.append("--exclusive")
     return options + cluster.sbatch_options
@@ -92,7 +97,7 @@ def stop_seconds(cluster: ClusterConfig, limit: int) -> int:
 
 def cpus_per_task(cluster: ClusterConfig, stage: Stage) -> int | None:
     """CPUs of one srun task, or None to leave it to the site."""
-    if not stage.is_training:
+    if not stage.is_parallel:
         return cluster.cpu_cpus
     return cluster.cpus_per_node // tasks_per_node(cluster, stage) if cluster.cpus_per_node else None
 
@@ -132,7 +137,7 @@ def supervisor_details(chain: Chain, stage: Stage, code: Path, project: Path) ->
         "code": str(code),
         "valid_nodes": valid_nodes(chain, stage),
         "parts": schedule_parts(stage.config) if stage.config else [],
-        "launcher": cluster.launcher if stage.is_training else "srun",
+        "launcher": cluster.launcher if stage.is_parallel else "srun",
         "srun_options": srun,
         "command_prefix": prefix,
         "rank_python": cluster.container.python if has_container else job_python(cluster),
@@ -143,6 +148,7 @@ def supervisor_details(chain: Chain, stage: Stage, code: Path, project: Path) ->
             "is_on": cluster.is_preflight_on and stage.is_training,
             "gpus": cluster.gpus_per_node,
             "min_free_disk_gib": cluster.min_free_disk_gib,
+            "min_free_memory_gib": cluster.min_free_memory_gib,
             "node_bandwidth_gb_per_s": cluster.node_bandwidth_gb_per_s,
             "network_bandwidth_gb_per_s": cluster.network_bandwidth_gb_per_s,
         },

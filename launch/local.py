@@ -36,8 +36,8 @@ EXIT_INTERRUPTED = 130
 
 
 def world_size(chain: Chain, stage: Stage) -> int:
-    """Ranks of a training stage: as many as on the cluster, so that the layout and the numbers are the same."""
-    return stage.spec.nodes * chain.config.cluster.num_ranks_per_node
+    """Ranks of a stage: as many as on the cluster, so that the layout and the numbers are the same."""
+    return stage.spec.nodes * stage.ranks_per_node(chain.config.cluster)
 
 
 def _environment(chain: Chain) -> dict[str, str]:
@@ -52,7 +52,7 @@ def run_stage(chain: Chain, stage: Stage) -> int:
     record.append_event(folder, "start", digest=stage.digest, host=os.uname().nodename)
     environment = _environment(chain)
     arguments = rank_arguments(chain, stage)
-    if not stage.is_training:
+    if not stage.is_parallel:
         try:
             return subprocess.run([sys.executable, "-u", *arguments], env=environment, check=False).returncode
         except KeyboardInterrupt:
@@ -64,13 +64,14 @@ def run_stage(chain: Chain, stage: Stage) -> int:
 
 
 def start_ranks(chain: Chain, stage: Stage, environment: dict[str, str]) -> int:
-    """One start of a training stage under torchrun; its exit code."""
-    assert stage.run_folder is not None and stage.config is not None, "a training stage has both"
+    """One start of a stage under torchrun; its exit code."""
     folder = chain.stage_folder(stage)
     start = record.next_start(folder)
-    ranks = wanted_ranks(schedule_parts(stage.config), stage.run_folder) or world_size(chain, stage)
-    lease = Lease.take_next(stage.run_folder)
-    environment = {**environment, SHOW_VARIABLE: "1", RUN_VARIABLE: str(stage.run_folder),
+    parts = schedule_parts(stage.config) if stage.config else []
+    guarded = stage.run_folder or folder
+    ranks = wanted_ranks(parts, guarded) or world_size(chain, stage)
+    lease = Lease.take_next(guarded)
+    environment = {**environment, SHOW_VARIABLE: "1", RUN_VARIABLE: str(guarded),
                    LEASE_VARIABLE: str(lease.generation)}
     command = torchrun_command(sys.executable, ranks, rendezvous_options({}), start,
                                [sys.executable, "-u", *rank_arguments(chain, stage)])

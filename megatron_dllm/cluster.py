@@ -1,6 +1,6 @@
 """What a cluster is: its partitions, nodes, container and environment. One file of recipes/cluster/ each.
 
-Read by the launcher, which turns it into a job, and by the planner, which asks whether a run fits.
+Read by the launcher, which turns it into jobs.
 """
 
 from __future__ import annotations
@@ -98,16 +98,17 @@ class ClusterConfig:
     sbatch_options: list[str] = field(default_factory=list)
     # Fast local folder of a node for temporary files; null: the system's.
     scratch: str | None = None
+    # Where runs lie that name no other place: root of a chain, run.root of an experiment. All nodes must share it.
+    run_root: str | None = None
     # Examine every node before each start of a run: GPUs, memory, collectives, disk, clock, versions.
     is_preflight_on: bool = True
     # Free disk space under the run folder below which the preflight refuses, in GiB.
     min_free_disk_gib: float = 1.0
+    # Free memory of a node (not its GPUs') below which the preflight refuses, in GiB.
+    min_free_memory_gib: float = 1.0
     # What a good node reaches; the preflight names nodes below half of it. 0: compare with the other nodes only.
     node_bandwidth_gb_per_s: float = 0.0
     network_bandwidth_gb_per_s: float = 0.0
-    # For the planner.
-    gpu_memory_gib: float = 0.0
-    gpu_peak_tflops: float = 0.0
 
     @property
     def num_ranks_per_node(self) -> int:

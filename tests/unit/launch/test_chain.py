@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from launch.chain import compose_chain
+from launch.job import sbatch_options
 from megatron_dllm.compose import compose_train_config
 
 
@@ -51,6 +53,40 @@ def test_a_stage_s_digest_follows_what_it_and_the_stages_before_it_run(recipes: 
     assert digests("cluster.partition=other", "stages.convert.time_limit='01:00:00'") == plain
 
 
+def test_runs_lie_where_the_cluster_keeps_them_unless_told_otherwise(recipes: Path) -> None:
+    def folders(*words: str) -> list[str]:
+        return [str(compose_chain([*words, "cluster.run_root=/big"], recipes).folder)]
+
+    assert folders("experiment=three") == ["/big/three"]
+    assert folders("experiment=three", "root=/mine") == ["/mine/three"]
+    assert folders("experiment=tiny_base") == ["/big/base"]
+    assert folders("experiment=tiny_base", "run.root=/mine") == ["/mine/base"]
+
+
+def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
+    chain = compose_chain(["experiment=llada2_mini_full", "cluster=h100x8", "cluster.cpu_partition=cpu", "root=/r",
+                           "inputs.hf=/data/hf", "inputs.train=/data/t", "inputs.validation=/data/v"])
+    names = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "evaluate", "export"]
+    assert [stage.name for stage in chain.stages] == names
+    assert [stage.after for stage in chain.stages] == [(), *((name,) for name in names[:-1])]
+    options = {stage.name: sbatch_options(chain, stage, Path("/project")) for stage in chain.stages}
+    for name in names:
+        is_on_gpus = name in ("warmup", "stable", "decay", "evaluate")
+        assert (f"--partition={'batch' if is_on_gpus else 'cpu'}" in options[name]) and (
+            ("--gpus-per-node=8" in options[name]) == is_on_gpus), name
+    assert [options[name][1] for name in names] == ["--nodes=1", "--nodes=4", "--nodes=8-16", "--nodes=8", "--nodes=1",
+                                                    "--nodes=1", "--nodes=1"]
+    configs = [stage.config for stage in chain.stages if stage.config]
+    assert [config.checkpoint.load for config in configs] == [f"/r/llada2_mini_full/{name}"
+                                                              for name in ("start", "warmup", "stable")]
+    # Together the three runs see what one run of the whole schedule sees.
+    whole = compose_train_config(["experiment=llada2_mini", "data.train=x"]).schedule.stages
+    parts = {name: part for config in configs for name, part in config.schedule.stages.items()}
+    assert list(parts) == list(whole)
+    for name, part in parts.items():
+        assert replace(part, lr_warmup_tokens=whole[name].lr_warmup_tokens) == whole[name]
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["experiment=tiny_bse"], "experiment ('tiny_bse') is not a recipe; there are:"),
     (["experiment=tiny_base", "cluster=moon"], "cluster (moon) is not a recipe"),
@@ -67,6 +103,10 @@ def test_a_stage_s_digest_follows_what_it_and_the_stages_before_it_run(recipes: 
     (["experiment=three", "stages.base.module=x"], "must have either experiment"),
     (["experiment=three", "stages.base.after=[convert]"], "must name a stage listed before it"),
     (["experiment=three", "stages.first.nodes=2"], "must be 1 for a tool"),
+    (["experiment=three", "stages.base.ranks_per_node=2"], "belong to a tool"),
+    (["experiment=three", "cluster=h100x8", "stages.first.ranks_per_node=9"], "every rank needs a GPU of its own"),
+    (["experiment=llada2_mini_full", "inputs.train=x"], "inputs.hf, inputs.validation must be given"),
+    (["experiment=llada2_mini_full", "inputs.hff=x"], "inputs.hff is not a key"),
     (["experiment=three", "stages.first.module='os;ls'"], "dotted name of a Python module"),
     (["experiment=tiny_base", "cluster.time_limit='1 day'"], "must read HH:MM:SS"),
     (["experiment=tiny_base", "cluster.environment.A-B=x"], "not the name of an environment variable"),

@@ -39,7 +39,31 @@ def test_an_elastic_run_lists_the_nodes_it_fits() -> None:
     chain = chain_of("nodes=8", "min_nodes=1", "cluster.ranks_per_node=1")
     # A global batch of 8 rows divides over 8, 4, 2 and 1 replicas.
     assert valid_nodes(chain, chain.stages[0]) == [8, 4, 2, 1]
-    assert "--nodes=1-8" in sbatch_options(chain, chain.stages[0], Path("/project"))
+    options = sbatch_options(chain, chain.stages[0], Path("/project"))
+    assert "--nodes=1-8" in options
+    # SLURM would take tasks a node as a reason to give the fewest nodes.
+    assert not [option for option in options if option.startswith("--ntasks")]
+
+
+def test_an_elastic_run_keeps_the_nodes_that_a_part_of_its_schedule_needs() -> None:
+    chain = chain_of("nodes=4", "min_nodes=1", "cluster.ranks_per_node=1", "schedule.stages.ar.world_size=4")
+    assert valid_nodes(chain, chain.stages[0]) == [4]
+    chain = chain_of("nodes=4", "min_nodes=1", "cluster.ranks_per_node=1", "schedule.stages.ar.world_size=2")
+    assert valid_nodes(chain, chain.stages[0]) == [4, 3, 2]
+
+
+def test_a_tool_is_one_process_without_a_gpu_unless_it_asks_for_ranks(recipes: Path) -> None:
+    def options(*words: str) -> list[str]:
+        chain = compose_chain(["experiment=three", "cluster=h100x8", "cluster.cpu_partition=cpu", *words], recipes)
+        details = supervisor_details(chain, chain.stages[0], Path("/code"), Path("/project"))
+        return [*sbatch_options(chain, chain.stages[0], Path("/project")), f"launcher={details['launcher']}"]
+
+    plain = options()
+    assert "--partition=cpu" in plain and "launcher=srun" in plain
+    assert not [option for option in plain if option.startswith(("--gpus", "--exclusive"))]
+    parallel = options("stages.first.ranks_per_node=4", "stages.first.nodes=2")
+    for expected in ("--partition=batch", "--nodes=2", "--gpus-per-node=4", "launcher=torchrun"):
+        assert expected in parallel
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:
