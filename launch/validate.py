@@ -5,18 +5,22 @@ Each check yields sentences; a submission shows all of them at once and submits 
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import logging
 import os
+import pkgutil
 import struct
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.chain import Chain, Stage
 from launch.job import job_python, valid_nodes
 from launch.progress import Progress, progress_of
-from launch.record import read_json
+from launch.record import output_exists, read_json
 from megatron_dllm import checkpoint_folder
 from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
 from megatron_dllm.config import TrainConfig
@@ -24,11 +28,17 @@ from megatron_dllm.config import TrainConfig
 log = logging.getLogger("launch")
 ROOT = Path(__file__).resolve().parents[1]
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
+# Arguments of the tools that name what they read.
+_INPUT_OPTIONS = ("--hf", "--checkpoint", "--checkpoints", "--run", "--input", "--tokenizer")
+_INPUT_KEYS = ("checkpoint", "checkpoint.load", "data.train", "data.validation", "data.tokenizer", "prompts_file")
+# sbatch's --output replaces %j and the like, and a container's mounts are separated by commas and colons.
+_SPECIAL = "%,:\\"
 
 
 def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
     """Problems of everything that is still to run, each a sentence with its remedy; empty if there are none."""
-    problems = [*container_problems(chain.config.cluster), *folder_problems(chain.folder)]
+    cluster = chain.config.cluster
+    problems = [*container_problems(cluster), *folder_problems(chain.folder)]
     ready: list[Stage] = []
     later: list[Stage] = []
     for number, stage in enumerate(chain.stages):
@@ -40,11 +50,13 @@ def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
             problems.append(f"stage {stage.name}: {error}")
             continue
         produced = [name for earlier in chain.stages[:number] for name in produced_by(earlier)]
-        problems += [f"stage {stage.name}: {text}" for text in stage_problems(stage, produced, chain.config.cluster)]
+        found = [*stage_problems(stage, produced, cluster), *mount_problems(chain, stage)]
+        problems += [f"stage {stage.name}: {text}" for text in found]
         if stage.config is not None:
             (later if _reads(stage.config, produced) else ready).append(stage)
     if not problems and chain.config.train_module == "megatron_dllm.train":
-        problems += training_problems(ready, later, job_python(chain.config.cluster))
+        # In a container the nodes' own Python may know nothing of training; then ask the one that submits.
+        problems += training_problems(ready, later, list(dict.fromkeys([job_python(cluster), sys.executable])))
     return problems
 
 
@@ -54,13 +66,13 @@ def _reads(config: TrainConfig, produced: list[str]) -> bool:
     return any(_is_produced(path, produced) for path in inputs if path)
 
 
-def training_problems(ready: list[Stage], later: list[Stage], python: str) -> list[str]:
+def training_problems(ready: list[Stage], later: list[Stage], pythons: Sequence[str]) -> list[str]:
     """What training itself would refuse, asked in a process of its own: this one need not have torch.
 
     Args:
         ready: stages whose inputs are there.
         later: stages whose inputs an earlier stage makes.
-        python: interpreter of the ranks; where it cannot import training, the nodes will have to tell.
+        pythons: interpreters to ask, until one can import training; where none can, the nodes will have to tell.
     """
     if not ready and not later:
         return []
@@ -69,18 +81,19 @@ def training_problems(ready: list[Stage], later: list[Stage], python: str) -> li
             (Path(folder) / stage.name).mkdir()
             (Path(folder) / stage.name / "config.yaml").write_text(stage.config_text, encoding="utf-8")
         names = [[str(Path(folder) / stage.name) for stage in stages] for stages in (ready, later)]
-        words = [python, "-m", "megatron_dllm.check", *names[0], "--without_inputs", *names[1]]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, check=False,
-                                  env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-        except OSError as error:
-            log.warning("the inputs were not checked as training does (%s): the nodes will have to", error)
-            return []
-    if done.returncode == 2:
-        return [f"stage {line}" for line in done.stdout.splitlines()]
-    if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-        log.warning("the inputs were not checked as training does (%s): the nodes will have to", reason[0])
+        reason = "no interpreter"
+        for python in pythons:
+            words = [python, "-m", "megatron_dllm.check", *names[0], "--without_inputs", *names[1]]
+            try:
+                done = subprocess.run(words, capture_output=True, text=True, check=False,
+                                      env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+            except OSError as error:
+                reason = str(error)
+                continue
+            if done.returncode in (0, 2):
+                return [f"stage {line}" for line in done.stdout.splitlines()] if done.returncode else []
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    log.warning("the inputs were not checked as training does (%s): the nodes will have to", reason)
     return []
 
 
@@ -108,6 +121,7 @@ def stage_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) ->
     if stage.spec.time_limit and time_limit_seconds(stage.spec.time_limit) < 60:
         yield f"time_limit ({stage.spec.time_limit}) must be at least a minute: SLURM counts whole minutes."
     if config is None:
+        yield from tool_problems(stage, produced, cluster)
         return
     for key, prefix in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         if prefix and not _is_produced(prefix, produced):
@@ -123,7 +137,63 @@ def stage_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) ->
             yield f"checkpoint.load ({config.checkpoint.load}): {error}"
     assert stage.run_folder is not None, "a training stage has a run folder"
     yield from folder_problems(stage.run_folder)
-    yield from memory_problems(stage.run_folder, cluster)
+
+
+def tool_inputs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What a tool's arguments name that it reads: option or key, and path or prefix."""
+    option = ""
+    for word in arguments:
+        key, _, value = word.partition("=")
+        if word.startswith("--"):
+            option = key
+        elif option in _INPUT_OPTIONS:
+            key, value = option, word
+        if key in (*_INPUT_OPTIONS, *_INPUT_KEYS) and value:
+            yield key, value
+
+
+def tool_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) -> Iterator[str]:
+    """A module that is not there, or an input that neither exists nor is made by an earlier stage."""
+    module = stage.spec.module
+    assert module is not None, "a stage without a configuration is a tool"
+    package = module.partition(".")[0]
+    # Other people's modules may lie in the image alone.
+    is_here = cluster.container.kind == "none" or (ROOT / package).exists()
+    if is_here and not _has_module(module):
+        parent = module.rpartition(".")[0]
+        folders = importlib.util.find_spec(parent) if parent and _has_module(parent) else None
+        names = [f"{parent}.{found.name}" for found in pkgutil.iter_modules(folders.submodule_search_locations)
+                 ] if folders else []
+        near = difflib.get_close_matches(module, names, n=1)
+        yield f"module ({module}) does not exist; {f'did you mean {near[0]}?' if near else 'correct its name.'}"
+    for key, path in tool_inputs(stage.spec.arguments):
+        if not _is_produced(path, produced) and not output_exists(path):
+            yield f"{key} ({path}) does not exist; correct the path, or list the stage that makes it before this one."
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def mount_problems(chain: Chain, stage: Stage) -> Iterator[str]:
+    """Paths that a stage uses and its container does not show."""
+    container = chain.config.cluster.container
+    if container.kind == "none":
+        return
+    config = stage.config
+    named: list[tuple[str, str | None]] = [("output", stage.spec.output), *tool_inputs(stage.spec.arguments)]
+    if config is not None:
+        named = [("data.train", config.data.train), ("data.validation", config.data.validation),
+                 ("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)]
+    shown = [*(mount.split(":")[1] for mount in container.mounts), os.getcwd(), str(chain.folder.absolute())]
+    for key, path in named:
+        if path and (key == "output" or output_exists(path)) and not _is_produced(path, shown):
+            place = Path(os.path.abspath(path)).parent
+            yield (f"{key} ({path}) lies under no mount of the container; add {place}:{place} to "
+                   "cluster.container.mounts.")
 
 
 def corpus_problems(key: str, prefix: str, config: TrainConfig) -> Iterator[str]:
@@ -152,6 +222,11 @@ def corpus_problems(key: str, prefix: str, config: TrainConfig) -> Iterator[str]
 def folder_problems(folder: Path) -> Iterator[str]:
     """Whether files can be made in a folder that may not exist yet: tried, not asked."""
     place = folder.absolute()
+    special = [letter for letter in str(place) if letter in _SPECIAL or not letter.isprintable()]
+    if special:
+        yield (f"{folder} has {special[0]!r} in its path ({place}), which sbatch or a container would misread; choose "
+               "another run.root (root= for a chain).")
+        return
     while not place.exists() and place != place.parent:
         place = place.parent
     try:
@@ -174,15 +249,3 @@ def container_problems(cluster: ClusterConfig) -> Iterator[str]:
         host = mount.split(":")[0]
         if not Path(host).exists():
             yield f"cluster.container.mounts ({mount}): {host} does not exist on this machine; correct the path."
-
-
-def memory_problems(run_folder: Path, cluster: ClusterConfig) -> Iterator[str]:
-    """What a plan beside the run says about memory, where there is one."""
-    plan = read_json(run_folder / "plan.json")
-    if not isinstance(plan, dict) or not cluster.gpu_memory_gib:
-        return
-    needed = plan.get("peak_memory_gib", 0.0)
-    if needed > cluster.gpu_memory_gib:
-        yield (f"the plan ({run_folder / 'plan.json'}) needs {needed:.1f} GiB a GPU, which has "
-               f"{cluster.gpu_memory_gib:g} (cluster.gpu_memory_gib); choose another layout with "
-               "python -m megatron_dllm.plan.")

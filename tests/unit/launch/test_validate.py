@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch.chain import compose_chain
 from launch.submit import dependencies_of, readable_refusal
-from launch.validate import check_chain
+from launch.validate import check_chain, training_problems
 
 HEADER = struct.pack("<9sQB", b"MMIDIDX\x00\x00", 1, 4)
 
@@ -40,7 +41,7 @@ def test_every_problem_is_shown_at_once(root: Path) -> None:
     (root / "train.idx").unlink()
     found = problems(root, "data.tokenizer=/nowhere", "checkpoint.load=/nowhere",
                      "cluster.container.kind=apptainer", "cluster.container.image=/nowhere.sif",
-                     "cluster.container.mounts=['/nowhere:/data']")
+                     f"cluster.container.mounts=['/nowhere:/data','{root}:{root}']")
     assert len(found) == 5
     for text in ("train.idx; tokenize the text", "data.tokenizer (/nowhere)", "holds no complete checkpoint",
                  "image (/nowhere.sif) does not exist", "mounts (/nowhere:/data)"):
@@ -61,12 +62,48 @@ def test_a_folder_that_cannot_be_written_is_named(root: Path) -> None:
     assert found and all("/proc/nowhere/run cannot be written" in sentence for sentence in found)
 
 
-def test_a_plan_that_does_not_fit_is_believed(root: Path) -> None:
-    (root / "run").mkdir()
-    (root / "run" / "plan.json").write_text('{"peak_memory_gib": 90.5}')
-    (sentence,) = problems(root, "cluster.gpu_memory_gib=80")
-    assert "needs 90.5 GiB a GPU, which has 80" in sentence
-    assert problems(root, "cluster.gpu_memory_gib=141") == []
+@pytest.mark.parametrize("name", ["%j", "a,b", "a:b"])
+def test_a_folder_that_sbatch_or_a_container_would_misread_is_refused(root: Path, name: str) -> None:
+    found = problems(root, f"run.root='{root}/{name}'")
+    assert found and all("would misread" in sentence for sentence in found)
+
+
+def test_what_a_container_does_not_show_is_named(root: Path) -> None:
+    (root / "x.sif").touch()
+    words = ["cluster.container.kind=apptainer", f"cluster.container.image={root}/x.sif", f"run.root={root}/runs"]
+    found = problems(root, *words)
+    assert len(found) == 3 and all("lies under no mount of the container" in sentence for sentence in found)
+    assert f"data.train ({root}/train)" in found[0] and f"add {root}:{root} to cluster.container.mounts" in found[0]
+    assert problems(root, *words, f"cluster.container.mounts=['{root}:{root}:ro']") == []
+
+
+def test_a_tool_s_module_and_inputs_must_be_there(recipes: Path, tmp_path: Path) -> None:
+    text = """# @package _global_
+name: tools
+stages:
+  weights: {module: checkpoints_tools.hf_to_mcor, arguments: [--hf, /nowhere/hf, --output, "${root}/start"]}
+  merge: {module: nosuch.merge, arguments: [--checkpoints, "${root}/start", /nowhere/b, --output, "${root}/merged"]}
+  measure: {module: megatron_dllm.evaluate, arguments: ["checkpoint.load=${root}/merged", data.validation=/nowhere/v]}
+"""
+    (recipes / "chain" / "tools.yaml").write_text(text)
+    found = check_chain(compose_chain(["experiment=tools", f"root={tmp_path}"], recipes))
+    for expected in ("did you mean checkpoints_tools.hf_to_mcore?", "--hf (/nowhere/hf) does not exist",
+                     "module (nosuch.merge) does not exist; correct its name", "--checkpoints (/nowhere/b) does not",
+                     "stage measure: data.validation (/nowhere/v) does not exist"):
+        assert any(expected in sentence for sentence in found), expected
+    assert len(found) == 5
+
+
+def test_training_is_asked_by_an_interpreter_that_has_it(root: Path, tmp_path: Path) -> None:
+    """The nodes' own Python, which starts the container, need not have torch."""
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")
+    bare.chmod(0o755)
+    (stage,) = compose_chain(["experiment=tiny_base", "data.train=/nowhere/x", "data.validation=null",
+                              "data.tokenizer=null", "evaluation.num_tokens=0"]).stages
+    assert training_problems([stage], [], [str(bare)]) == []
+    (sentence,) = training_problems([stage], [], [str(bare), sys.executable])
+    assert sentence.startswith("stage train: ") and "/nowhere/x" in sentence
 
 
 def test_what_an_earlier_stage_makes_is_not_missing(recipes: Path, tmp_path: Path) -> None:
