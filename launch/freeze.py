@@ -29,8 +29,11 @@ _PACKAGES = ("megatron_dllm", "checkpoints_tools", "launch", "recipes")
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in the project, or None where the project is no git checkout."""
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    """Output of git in the project, or None where the project is no git checkout or git is not installed."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
     return done.stdout if done.returncode == 0 else None
 
 
@@ -112,7 +115,7 @@ def freeze_stage(chain: Chain, stage: Stage, **details: Any) -> Path:
         "run_folder": str(stage.run_folder.absolute()) if stage.run_folder else None,
         "output": stage.spec.output,
         "nodes": stage.spec.nodes,
-        "ranks_per_node": cluster.num_ranks_per_node if stage.is_training else 1,
+        "ranks_per_node": stage.ranks_per_node(cluster),
         **details,
     })
     return folder

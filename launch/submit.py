@@ -87,16 +87,22 @@ def rehearse(job: Job, path: Path) -> None:
 
 
 def queued_jobs(chain: Chain) -> dict[str, str]:
-    """Stages of the chain that are in the queue now, with their job's number."""
-    book = record.read_json(chain.folder / "chain.json") or {}
-    jobs = {name: entry["job"] for name, entry in book.get("stages", {}).items() if entry.get("job")}
-    if not jobs:
-        return {}
-    done = subprocess.run(["squeue", "--noheader", "--format=%A", "--me"], capture_output=True, text=True, check=False)
+    """Stages of the chain that are in the queue now, with their job's number.
+
+    Told by the scripts of the jobs in the queue: these also know of a submission that was killed half-way.
+    """
+    done = subprocess.run(["squeue", "--noheader", "--format=%A %o", "--me"], capture_output=True, text=True,
+                          check=False)
     if done.returncode != 0:
         raise ValueError(f"squeue failed, so it is not known what already runs: {done.stderr.strip()}; try again.")
-    alive = set(done.stdout.split())
-    return {name: job for name, job in jobs.items() if job in alive}
+    scripts = {script: job for job, _, script in (line.partition(" ") for line in done.stdout.splitlines())}
+    paths = {stage.name: str(script_of(chain, stage)) for stage in chain.stages}
+    return {name: scripts[path] for name, path in paths.items() if path in scripts}
+
+
+def script_of(chain: Chain, stage: Stage) -> Path:
+    """Where a stage's job script lies; the same path again is the same stage."""
+    return chain.stage_folder(stage).absolute() / "job.sh"
 
 
 def build_jobs(chain: Chain, code: Path, project: Path, allow_changes: bool) -> list[Job]:
@@ -119,7 +125,7 @@ def print_dry_run(jobs: list[Job], chain: Chain) -> None:
     """Show what would be done, writing nothing."""
     numbers: dict[str, str] = {}
     for job in jobs:
-        path = chain.stage_folder(job.stage).absolute() / "job.sh"
+        path = script_of(chain, job.stage)
         waits = dependencies_of(chain, job.stage, numbers)
         numbers[job.stage.name] = f"JOB_{job.stage.name}"
         print(f"# ---- {path}\n{job.script}\n# command:\n{shlex.join(job.command(str(path), waits))}\n")
@@ -132,29 +138,30 @@ def submit(jobs: list[Job], chain: Chain, code: Path, project: Path) -> dict[str
         The job number of every submitted stage.
 
     Raises:
-        ValueError: SLURM refused one; those submitted before it have been cancelled.
+        ValueError: SLURM refused one; those submitted before it have been cancelled, as after any other error.
     """
     for job in jobs:
-        folder = freeze_stage(chain, job.stage, **supervisor_details(chain, job.stage, code, project))
-        (folder / "job.sh").write_text(job.script, encoding="utf-8")
+        freeze_stage(chain, job.stage, **supervisor_details(chain, job.stage, code, project))
+        script_of(chain, job.stage).write_text(job.script, encoding="utf-8")
     for job in jobs:
-        rehearse(job, chain.stage_folder(job.stage) / "job.sh")
+        rehearse(job, script_of(chain, job.stage))
     numbers: dict[str, str] = {}
     book: dict[str, Any] = record.read_json(chain.folder / "chain.json") or {"stages": {}}
     book["name"] = chain.config.name
     try:
         for job in jobs:
-            folder = chain.stage_folder(job.stage).absolute()
-            words = job.command(str(folder / "job.sh"), dependencies_of(chain, job.stage, numbers))
-            record.append_event(folder, "submitted", digest=job.stage.digest)
+            words = job.command(str(script_of(chain, job.stage)), dependencies_of(chain, job.stage, numbers))
+            record.append_event(chain.stage_folder(job.stage), "submitted", digest=job.stage.digest)
             numbers[job.stage.name] = sbatch(words)
             entry = book["stages"].setdefault(job.stage.name, {})
             entry |= {"job": numbers[job.stage.name], "command": shlex.join(words), "digest": job.stage.digest}
-    except ValueError as error:
+            record.write_json(chain.folder / "chain.json", book)
+    except BaseException as error:
         if numbers:
             subprocess.run(["scancel", *numbers.values()], check=False)
-        raise ValueError(f"stage {job.stage.name}: {error}; no job of this chain is left in the queue.") from error
-    record.write_json(chain.folder / "chain.json", book)
+        if isinstance(error, ValueError):
+            raise ValueError(f"stage {job.stage.name}: {error}; no job of this chain is left in the queue.") from error
+        raise
     return numbers
 
 

@@ -1,0 +1,104 @@
+"""Submission with stand-ins for SLURM's commands on PATH; the real ones are met in tests/slurm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch import freeze, record, submit
+
+CHAIN = """# @package _global_
+name: pair
+root: %s
+stages:
+  first: {module: platform}
+  second: {module: platform}
+"""
+# Job numbers count up from 101; FAIL_AT is the call that is refused, and every call notes what chain.json says.
+SBATCH = """#!/bin/bash
+[[ " $* " == *" --test-only "* ]] && exit 0
+cat "$HOME/pair/chain.json" >>"$HOME/books" 2>/dev/null; echo >>"$HOME/books"
+count=$(wc -l <"$HOME/calls"); echo call >>"$HOME/calls"
+[ "$count" != "$FAIL_AT" ] || { echo "sbatch: error: the queue is full" >&2; exit 1; }
+echo $((count + 101))
+"""
+
+
+@pytest.fixture
+def pair(recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Words that submit a chain of two tools to the stand-ins."""
+    (recipes / "chain" / "pair.yaml").write_text(CHAIN % tmp_path)
+    commands = {"sbatch": SBATCH, "scancel": '#!/bin/sh\necho "$@" >>"$HOME/cancelled"\n',
+                "squeue": '#!/bin/sh\ncat "$HOME/queue"\n'}
+    (tmp_path / "bin").mkdir()
+    for name, text in commands.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("calls", "queue"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return ["experiment=pair", "--recipes", str(recipes)]
+
+
+def test_a_refused_stage_takes_those_before_it_along(pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                     caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("FAIL_AT", "1")
+    assert submit.main(pair) == 2
+    assert (tmp_path / "cancelled").read_text() == "101\n"
+    assert ("stage second: SLURM refused the job: the queue is full; no job of this chain is left in the queue."
+            in caplog.text)
+    # Had submit.py been killed at the second call, the first job would have been known already.
+    assert '"job": "101"' in (tmp_path / "books").read_text()
+
+
+def test_an_interrupted_submission_leaves_no_jobs(pair: list[str], tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter(["101"])
+
+    def interrupted(words: list[str]) -> str:
+        for number in numbers:
+            return number
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(submit, "sbatch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        submit.main(pair)
+    assert (tmp_path / "cancelled").read_text() == "101\n"
+
+
+def test_jobs_of_a_killed_submission_are_found_in_the_queue(pair: list[str], tmp_path: Path,
+                                                            caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "queue").write_text(f"7 {tmp_path}/pair/launch/second/job.sh\n8 /elsewhere/job.sh\n9 \n")
+    assert submit.main(pair) == 2
+    assert "pair is in the queue already (second: job 7)" in caplog.text
+    assert not (tmp_path / "calls").read_text()
+
+
+def test_code_is_frozen_without_git(pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    freeze.freeze_environment(tmp_path)
+    assert (tmp_path / "commit.txt").read_text() == "not a git checkout\n"
+    code = freeze.freeze_code(tmp_path)
+    assert (code / "launch" / "supervise.py").is_file() and (code / "recipes" / "train.yaml").is_file()
+
+
+def test_status_tells_elbo_and_time_left(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=tiny_base", f"run.root={tmp_path}", "run.name=run"]
+    stage = tmp_path / "run" / "launch" / "train"
+    stage.mkdir(parents=True)
+    record.write_json(tmp_path / "run" / "chain.json", {"stages": {"train": {"job": "7"}}})
+    record.write_json(stage / "stage.json", {"run_folder": str(tmp_path / "run")})
+    (stage / "config.yaml").write_text("schedule:\n  stages:\n    ar:\n      num_tokens: 8000\nrun:\n  seed: 1\n")
+    record.append_event(stage, "start", digest="x")
+    lines = [{"step": 4, "loss": 2.5, "tokens_per_second": 10.0, "consumed_tokens": 400},
+             {"step": 4, "validation": True, "validation_elbo/32": 3.25}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "queue").write_text("7|RUNNING|None\n")
+    assert submit.main([*words, "--status"]) == 0
+    shown = capsys.readouterr().out
+    # 7600 tokens at 10 a second.
+    for text in ("running", "2.5000", "3.2500", "00:12:40"):
+        assert text in shown
