@@ -111,12 +111,18 @@ def _network(torch: Any, node: int, nodes: int, has_gpu: bool) -> dict[str, Any]
             "to_next_gb_per_s": size / to_next / 1e9, "clock_seconds": clock}
 
 
+def free_memory_gib() -> float:
+    """Memory that programs can still get, the page cache counted as free."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) / 2**20
+
+
 def examine(settings: dict[str, Any], node: int, nodes: int) -> dict[str, Any]:
     """Everything about this node as plain data. Errors are data too: a node that cannot answer is named, not lost."""
     report: dict[str, Any] = {"host": socket.gethostname(), "node": node, "versions": versions(), "errors": []}
     disk = shutil.disk_usage(settings["run_folder"])
     report["free_disk_gib"] = disk.free / 2**30
-    report["free_memory_gib"] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    report["free_memory_gib"] = free_memory_gib()
     try:
         import torch
 
@@ -143,6 +149,9 @@ def _node_problems(report: dict[str, Any], settings: dict[str, Any]) -> list[str
     if report["free_disk_gib"] < settings["min_free_disk_gib"]:
         problems.append(f"has {report['free_disk_gib']:.1f} GiB free in the run folder, less than "
                         f"cluster.min_free_disk_gib ({settings['min_free_disk_gib']:g})")
+    if report["free_memory_gib"] < settings["min_free_memory_gib"]:
+        problems.append(f"has {report['free_memory_gib']:.1f} GiB of memory free, less than "
+                        f"cluster.min_free_memory_gib ({settings['min_free_memory_gib']:g})")
     promised = settings["node_bandwidth_gb_per_s"]
     if len(gpus) > 1 and report["local_gb_per_s"] < SLOW_SHARE * promised:
         problems.append(f"its GPUs reach each other at {report['local_gb_per_s']:.1f} GB/s, less than half of "
@@ -196,6 +205,24 @@ def judge(folder: Path, hosts: list[str], settings: dict[str, Any]) -> list[str]
         if problems:
             sentences.append(f"{report['host']}: {'; '.join(problems)}")
     return sentences
+
+
+def _span(values: list[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}"
+
+
+def summary(folder: Path, nodes: int) -> str:
+    """One line of what was measured on nodes that all gave a report."""
+    reports = [read_json(folder / f"node_{number:05d}.json") for number in range(nodes)]
+    words = [f"free memory {_span([report['free_memory_gib'] for report in reports])} GiB",
+             f"free disk {_span([report['free_disk_gib'] for report in reports])} GiB"]
+    if all(len(report["gpus"]) > 1 for report in reports):
+        words.append(f"between a node's GPUs {_span([report['local_gb_per_s'] for report in reports])} GB/s")
+    if all("network" in report for report in reports):
+        links = [report["network"] for report in reports]
+        words += [f"from node to node {_span([link['to_next_gb_per_s'] for link in links])} GB/s",
+                  f"all-reduce {_span([link['all_reduce_gb_per_s'] for link in links])} GB/s"]
+    return f"{nodes} nodes are good: {', '.join(words)}"
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ from launch.ending import Ending, ending_of, ending_of_silent
 from launch.failure import exit_records, failed_first
 from launch.policy import Verdict, judge
 from launch.preflight import judge as judge_nodes
-from launch.preflight import versions
+from launch.preflight import summary, versions
 from launch.rank import LEASE_SECONDS, REPEAT_SECONDS, RUN_VARIABLE
 from launch.world import spread, wanted_ranks
 from megatron_dllm.exit_codes import EXIT_FENCED
@@ -242,6 +242,8 @@ class Supervisor:
         problems = judge_nodes(folder, list(hosts), settings)
         for line in problems:
             log.error("preflight: %s", line)
+        if not problems:
+            log.info("preflight: %s", summary(folder, len(hosts)))
         return "; ".join(problems) or None
 
     def changed_packages(self) -> list[str]:

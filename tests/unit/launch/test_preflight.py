@@ -4,10 +4,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from launch.preflight import examine, judge
+from launch.preflight import examine, judge, summary
 from launch.record import write_json
 
-SETTINGS = {"gpus": 2, "min_free_disk_gib": 1.0, "node_bandwidth_gb_per_s": 300.0, "network_bandwidth_gb_per_s": 0.0}
+SETTINGS = {"gpus": 2, "min_free_disk_gib": 1.0, "min_free_memory_gib": 8.0,
+            "node_bandwidth_gb_per_s": 300.0, "network_bandwidth_gb_per_s": 0.0}
 HOSTS = [f"node{n}" for n in range(4)]
 
 
@@ -30,6 +31,10 @@ def sentences(tmp_path: Path, change: Any, settings: dict[str, Any] = SETTINGS) 
 
 def test_good_nodes_pass(tmp_path: Path) -> None:
     assert sentences(tmp_path, lambda reports: None) == []
+    line = summary(tmp_path, 4)
+    for text in ("4 nodes are good", "free memory 100.0 to 100.0 GiB", "node's GPUs 350.0 to 350.0 GB/s",
+                 "node to node 45.0 to 45.0 GB/s", "all-reduce 40.0 to 40.0 GB/s"):
+        assert text in line
 
 
 def test_each_fault_names_its_node_alone(tmp_path: Path) -> None:
@@ -41,6 +46,8 @@ def test_each_fault_names_its_node_alone(tmp_path: Path) -> None:
     fault("another process holds it",
           lambda r: r[2].update(gpus=[r[2]["gpus"][0], {"name": "H100", "free_gib": 30.0, "total_gib": 79.0}]))
     fault("GiB free in the run folder", lambda r: r[2].update(free_disk_gib=0.2))
+    fault("has 3.0 GiB of memory free, less than cluster.min_free_memory_gib (8)",
+          lambda r: r[2].update(free_memory_gib=3.0))
     fault("reach each other at 20.0 GB/s", lambda r: r[2].update(local_gb_per_s=20.0))
     fault("has torch 2.12, the others 2.13", lambda r: r[2]["versions"].update(torch="2.12"))
     fault("clock is off by +30 s", lambda r: r[2]["network"].update(clock_seconds=1030.0))
@@ -62,9 +69,11 @@ def test_a_silent_node_is_named(tmp_path: Path) -> None:
 
 
 def test_this_machine_can_be_examined(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "gpus": 0, "min_free_disk_gib": 0.0, "run_folder": str(tmp_path)}
+    settings = {**SETTINGS, "gpus": 0, "min_free_disk_gib": 0.0, "min_free_memory_gib": 0.0,
+                "run_folder": str(tmp_path)}
     found = examine(settings, 0, 1)
     assert found["errors"] == [] and found["versions"]["torch"] != "missing"
     assert found["free_disk_gib"] > 0 and found["free_memory_gib"] > 0
     write_json(tmp_path / "node_00000.json", found)
     assert judge(tmp_path, [found["host"]], settings) == []
+    assert summary(tmp_path, 1).startswith("1 nodes are good: free memory")
