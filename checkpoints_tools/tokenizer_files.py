@@ -28,14 +28,18 @@ class TokenizerFiles:
         """Read the files; a folder without any is allowed.
 
         Raises:
-            ValueError: a file is no JSON.
+            ValueError: a file is no JSON, or not of a tokenizer.
         """
         self.folder = folder
         self.tokenizer = _read_json(folder / "tokenizer.json")
         self.config = _read_json(folder / "tokenizer_config.json")
         self.special = _read_json(folder / "special_tokens_map.json")
         self.generation = _read_json(folder / "generation_config.json")
-        self.ids = self._ids()
+        try:
+            self.ids = self._ids()
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder}: the tokenizer's files name its tokens in an unknown way ({error!r}); download "
+                             "them again.") from error
         self.texts = {token_id: text for text, token_id in self.ids.items()}
 
     @property

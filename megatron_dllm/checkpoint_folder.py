@@ -72,7 +72,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {path.parent} is not a complete checkpoint; "
                          "choose another one.") from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another checkpoint.") from None
 
 

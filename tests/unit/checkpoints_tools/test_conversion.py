@@ -241,7 +241,8 @@ def test_checkpoint_of_another_model_than_its_contract(checkpoint: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("config.json", []), ("contract.json", []), ("contract.json", {"format": 1}), (MANIFEST, []),
+    ("config.json", []), ("config.json", b"\xff"), ("contract.json", b"\xff"), ("contract.json", []),
+    ("contract.json", {"format": 1}), (MANIFEST, []),
     ("contract.json", {"format": 1, "model": {"num_layers": "3"}, "contract": {}}), (MANIFEST, {"common.pt": 5}),
     ("contract.json", {"format": 1, "model": asdict(LING), "contract": {"shift": "no", "block_size": 1}}),
     ("validation.json", []), ("validation.json", {"elbo": {"32": "2.5"}})])
@@ -249,7 +250,7 @@ def test_json_of_another_shape_is_named(name: str, content: object, hf: Path, ch
     folder = hf if name == "config.json" else checkpoint
     if name == "contract.json":
         (checkpoint / MANIFEST).unlink()
-    (folder / name).write_text(json.dumps(content))
+    (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(ValueError, match=name):
         (hf_to_mcore if folder == hf else mcore_to_hf).convert(folder, tmp_path / "out")
     assert left_in(tmp_path) == {"hf", "checkpoint"}

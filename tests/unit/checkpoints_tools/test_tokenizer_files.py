@@ -103,3 +103,7 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "a" / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json is no JSON"):
         TokenizerFiles(tmp_path / "a")
+    for content in ({"model": ["BPE"]}, {"model": {"vocab": {}}, "added_tokens": [{"id": 3}]}, {"added_tokens": [5]}):
+        (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"{tmp_path / 'a'}: the tokenizer's files"):
+            TokenizerFiles(tmp_path / "a")
