@@ -220,8 +220,10 @@ class _Reader:
 
 def _rope_kind(parameters: dict[str, Any]) -> str:
     """What a RoPE setting scales by; "default" is nothing. Without a name of its kind it may only say the basics."""
-    kind = parameters.get("rope_type", parameters.get("type"))
-    return str(kind or ("default" if parameters.keys() <= {"rope_theta", "partial_rotary_factor"} else parameters))
+    kinds = [str(parameters[name]) for name in ("rope_type", "type") if parameters.get(name) is not None]
+    if kinds:
+        return next((kind for kind in kinds if kind != "default"), "default")
+    return "default" if parameters.keys() <= {"rope_theta", "partial_rotary_factor"} else str(parameters)
 
 
 def _common(reader: _Reader, family: str) -> ModelConfig:
@@ -235,7 +237,7 @@ def _common(reader: _Reader, family: str) -> ModelConfig:
         family=family, num_layers=reader.need("num_hidden_layers"), hidden_size=hidden,
         ffn_hidden_size=reader.need("intermediate_size"), num_attention_heads=heads,
         num_query_groups=reader.need("num_key_value_heads"),
-        kv_channels=reader.get("head_dim", 0) or hidden // heads,
+        kv_channels=reader.get("head_dim", 0) or hidden // max(heads, 1),
         vocab_size=reader.need("vocab_size"), max_position_embeddings=reader.need("max_position_embeddings"),
         layernorm_epsilon=reader.need("rms_norm_eps", float), rotary_base=theta, rotary_percent=1.0,
         tie_word_embeddings=reader.get("tie_word_embeddings", False, bool),
@@ -253,7 +255,7 @@ def _bailing(reader: _Reader, model: ModelConfig) -> ModelConfig:
     factor = reader.rope("partial_rotary_factor")
     if factor is None:
         # Ling-1T gives the number of rotated features instead.
-        factor = reader.need("rotary_dim") / model.kv_channels
+        factor = reader.need("rotary_dim") / max(model.kv_channels, 1)
     num_groups = reader.get("n_group", 0)
     num_shared = reader.get("num_shared_experts", 0)
     shared_size = num_shared * reader.need("moe_intermediate_size")

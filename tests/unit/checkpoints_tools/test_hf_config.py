@@ -88,6 +88,8 @@ def test_softmax_before_top_k_where_probabilities_are_not_normalised() -> None:
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling \(yarn\)"), ({"rope_theta": None}, "rope_theta"),
     ({"rope_scaling": {"factor": 4}}, r"rope_scaling \(\{'factor': 4\}\)"), ({"rope_scaling": "yarn"}, "rope_scaling"),
     ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, r"rope_scaling \(yarn\)"),
+    ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, r"rope_scaling \(yarn\)"),
+    ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads"),
     ({"rope_parameters": {"rope_type": "linear"}}, r"rope_parameters \(linear\)"),
     ({"num_hidden_layers": "20"}, r"num_hidden_layers \('20'\) must be of type int"), ({"eos_token_id": "0"}, "eos"),
     ({"rms_norm_eps": True}, "rms_norm_eps"), ({"rope_theta": [1]}, "rope_theta"), ({"n_group": 8.0}, "n_group"),
