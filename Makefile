@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slurm test-transformers4 check install parity study benchmarks clean
+.PHONY: demo test test-slurm test-transformers4 check install parity kill study benchmarks clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ check: install
 # Every parallel layout against one rank; writes benchmarks/results/parity.md. Minutes on two free cores.
 parity: install
 	$(BIN)/python -W ignore -m tests.distributed.parity
+
+# 30 ranks killed at random moments, with checkpoints written in and behind training; writes benchmarks/results/kill.md
+kill: install
+	$(BIN)/python -W ignore -m tests.integration.kill_test --kills 30
 
 clean:
 	rm -rf runs/demo

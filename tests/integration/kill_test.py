@@ -1,17 +1,19 @@
 """Kill -9 of random ranks at random moments, again and again; the run must end as if nothing had happened.
 
-    python -m tests.integration.kill_test --kills 30 [--ranks 2] [--launcher torchrun] [--async_saves] [--seed 0]
+    python -m tests.integration.kill_test --kills 30 [--saves sync async] [--ranks 2] [--launcher torchrun] [--seed 0]
 
-Every life continues from the newest checkpoint. Half of the kills wait for a checkpoint to be written and hit while
-it is. At the end the weights, the optimizer state and every step's record (loss, fingerprint of samples, masks and
-noise levels) must equal those of a run that was left alone, bit for bit. A life that does not end soon after its
-rank was killed is a hang, and fails the test.
+Every life continues from the newest checkpoint. The kills take turns: between steps, while a checkpoint is written,
+and while a life starts (it verifies and loads its checkpoint, cuts its records back). At the end the weights, the
+optimizer state and every step's record (loss, fingerprint of samples, masks and noise levels) must equal those of a run
+that was left alone, bit for bit. A life that fails by itself, or does not end soon after its rank was killed, fails
+the test. Writes benchmarks/results/kill.json and .md.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import os
 import random
@@ -20,13 +22,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from benchmarks.attention import machine
 from megatron_dllm.config import TrainConfig
 from tests.distributed.ranks import set_rank
 from tests.tiny_run import checkpoints_of, read_metrics, read_tensors, scaled_config, train_here, write_corpus
@@ -131,88 +135,118 @@ class TorchrunLife:
 
 @dataclass
 class Report:
-    """What happened: kills by moment, lives, and the slowest end of a life after its kill, in seconds."""
+    """What happened: kills by the moment they hit, lives, and the slowest end of a life after its kill, in seconds."""
 
     kills: int = 0
+    in_steps: int = 0
     in_saves: int = 0
+    in_starts: int = 0
     lives: int = 0
-    slowest_end: float = 0.0
     seconds: float = 0.0
+    slowest_end: float = 0.0
+    # Steps of the run, and those not made once with the samples, masks and noise levels of the unbroken run.
+    steps: int = 0
+    other_samples: int = 0
+
+
+KINDS = ("in_steps", "in_saves", "in_starts")
 
 
 def run_with_kills(start: Callable[[], Life], config: TrainConfig, kills: int, seed: int,
-                   say: Callable[[str], None]) -> Report:
-    """Start lives until the run has finished, killing a random rank in each of the first `kills`."""
+                   say: Callable[[str], None], steps: int = 0) -> Report:
+    """Start lives until the run has finished, killing a random rank in each of the first `kills`.
+
+    The kills are spread over the `steps` of the run, less some at its end in which the last ones find their moment.
+    """
     dice, report, began = random.Random(seed), Report(), time.monotonic()
+    start_seconds = 1.0
     while True:
         report.lives += 1
-        life = start()
+        moment = Moment(config, start, start_seconds)
         try:
-            is_killing = report.kills < kills
-            finished = _live(life, config, dice, report) if is_killing else _finish(life, config)
+            kind = None
+            if report.kills < kills:
+                turns = (kills - report.kills) // len(KINDS) + 2
+                stride = max(1, 2 * (steps - moment.resumed - 10) // turns)
+                kind = moment.kill(KINDS[report.kills % len(KINDS)], dice, stride)
+            died = time.monotonic()
+            finished = _finish(moment.life, config) if kind is None else _wait(moment.life, DOWN_SECONDS)
         finally:
-            life.stop()
-        say(f"life {report.lives}: {'finished' if finished else 'killed'}, newest checkpoint {_newest(config)}, "
-            f"{report.kills} kills")
+            moment.life.stop()
+        assert finished or kind is not None, "a life that nobody killed has failed; see its output"
+        if not finished:
+            report.kills += 1
+            setattr(report, kind, getattr(report, kind) + 1)
+            report.slowest_end = max(report.slowest_end, time.monotonic() - died)
+        start_seconds = moment.start_seconds
+        end = "finished" if finished else f"kill {report.kills}, {kind}"
+        say(f"life {report.lives}: {end}; newest checkpoint {_newest(config)}")
         if finished:
             report.seconds = time.monotonic() - began
+            assert report.lives == report.kills + 1
             return report
-        assert is_killing, "a life that nobody killed has failed; see its output"
 
 
-def _live(life: Life, config: TrainConfig, dice: random.Random, report: Report) -> bool:
-    """One life with its kill; whether the run finished before it."""
-    is_in_save = dice.random() < 0.5
-    steps = dice.randint(0, 6)
-    moment = _Moment(config, life)
-    if is_in_save and not moment.wait_for_save(dice.randint(0, 1)):
-        return _wait(life, DOWN_SECONDS)
-    if not is_in_save and not moment.wait_for_steps(steps):
-        return _wait(life, DOWN_SECONDS)
-    time.sleep(dice.random() * (0.03 if is_in_save else 0.2))
-    pids = life.pids()
-    if life.poll() is not None or not pids:
-        return _wait(life, DOWN_SECONDS)
-    is_hit = bool(list(checkpoints_of(config).glob(".tmp-step*")))
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(dice.choice(pids), signal.SIGKILL)
-    died = time.monotonic()
-    finished = _wait(life, DOWN_SECONDS)
-    if not finished:
-        report.kills += 1
-        report.in_saves += is_hit
-        report.slowest_end = max(report.slowest_end, time.monotonic() - died)
-    return finished
+class Moment:
+    """Starts a life and looks at it for the moment to kill a rank."""
 
-
-class _Moment:
-    """Waits for something to happen in a life; false when the life ends first."""
-
-    def __init__(self, config: TrainConfig, life: Life) -> None:
+    def __init__(self, config: TrainConfig, start: Callable[[], Life], start_seconds: float) -> None:
+        """Start it; the life before took `start_seconds` to its first step."""
         self._metrics = Path(config.run.root) / config.run.name / "metrics.jsonl"
-        self._checkpoints, self._life = checkpoints_of(config), life
-        self._began = time.time()
+        self._checkpoints = checkpoints_of(config)
+        self._began, self.resumed = time.time(), int(_newest(config).removeprefix("step_"))
+        self._seen: set[str] = set()
+        self.start_seconds = start_seconds
+        self.life = start()
 
-    def wait_for_save(self, skipped: int) -> bool:
-        """Until a checkpoint is being written, after `skipped` others."""
-        seen: set[str] = set()
+    def kill(self, kind: str, dice: random.Random, stride: int) -> str | None:
+        """Kill a random rank at a moment of that kind, within `stride` steps if that is between steps.
 
-        def is_saving() -> bool:
-            seen.update(path.name for path in self._checkpoints.glob(".tmp-step*")
-                        if path.stat().st_ctime > self._began)
-            return len(seen) > skipped
-        return self._until(is_saving)
+        Returns:
+            What it hit, or None where the life ended before.
+        """
+        if not self._wait_for(kind, dice, stride) or not self._until(lambda: bool(self.life.pids())):
+            return None
+        hit = self._kind()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(dice.choice(self.life.pids()), signal.SIGKILL)
+        return hit
 
-    def wait_for_steps(self, steps: int) -> bool:
-        """Until so many steps of this life are logged."""
-        def count() -> int:
-            # The file is cut back to the checkpoint when a life begins.
-            is_new = self._metrics.exists() and self._metrics.stat().st_mtime > self._began
-            return len(self._metrics.read_bytes().splitlines()) if is_new else 0
-        if not self._until(lambda: count() > 0):
+    def _wait_for(self, kind: str, dice: random.Random, stride: int) -> bool:
+        if kind == "in_starts":
+            time.sleep(dice.random() * self.start_seconds)
+            return self.life.poll() is None
+        if not self._until(lambda: self._steps() > 0):
             return False
-        first = count()
-        return self._until(lambda: count() >= first + steps)
+        self.start_seconds = time.time() - self._began
+        if kind == "in_steps":
+            steps = dice.randint(1, stride)
+            is_there = self._until(lambda: self._steps() >= steps)
+            time.sleep(dice.random() * 0.2)
+            return is_there and self.life.poll() is None
+        passed = dice.randint(0, 1)
+        while self._until(lambda passed=passed: len(self._saves()) > passed):
+            time.sleep(dice.random() * 0.03)
+            if self._kind() == kind:
+                return True
+            passed = len(self._seen)
+        return False
+
+    def _kind(self) -> str:
+        """What is going on now."""
+        if self._steps() == 0:
+            return "in_starts"
+        return "in_saves" if any(self._checkpoints.glob(".tmp-step*")) else "in_steps"
+
+    def _steps(self) -> int:
+        """Steps this life has logged. It cuts the file back to the checkpoint before its first one."""
+        is_new = self._metrics.exists() and self._metrics.stat().st_mtime > self._began
+        return self._metrics.read_bytes().count(b"\n") - self.resumed if is_new else 0
+
+    def _saves(self) -> set[str]:
+        """Checkpoints that this life has been seen writing; it removes what earlier ones left before its first step."""
+        self._seen.update(path.name for path in self._checkpoints.glob(".tmp-step*"))
+        return self._seen
 
     def _until(self, condition: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + STILL_SECONDS
@@ -220,7 +254,7 @@ class _Moment:
             with contextlib.suppress(FileNotFoundError):
                 if condition():
                     return True
-            if self._life.poll() is not None:
+            if self.life.poll() is not None:
                 return False
             time.sleep(0.002)
         raise TimeoutError(f"nothing happened within {STILL_SECONDS:g} s: the run hangs")
@@ -252,7 +286,7 @@ def _finish(life: Life, config: TrainConfig) -> bool:
 
 def _newest(config: TrainConfig) -> str:
     names = sorted(path.name for path in checkpoints_of(config).glob("step_*"))
-    return names[-1] if names else "none"
+    return names[-1] if names else "step_0"
 
 
 def compare(config: TrainConfig, expected: TrainConfig) -> list[str]:
@@ -270,6 +304,13 @@ def compare(config: TrainConfig, expected: TrainConfig) -> list[str]:
     return problems
 
 
+def count_other_samples(config: TrainConfig, expected: TrainConfig) -> int:
+    """Steps that are missing, were made twice, or on other samples, masks or noise levels than in the unbroken run."""
+    made, planned = (Counter((record["step"], record["data_fingerprint"]) for record in read_metrics(run))
+                     for run in (config, expected))
+    return len({step for step, _ in (made - planned) | (planned - made)})
+
+
 def run_test(folder: Path, kills: int, ranks: int, scale: float, seed: int, launcher: str = "fork",
              is_async: bool = False, say: Callable[[str], None] = lambda text: None) -> tuple[Report, list[str]]:
     """The whole test; what happened, and what differs from the unbroken run (nothing, or it failed)."""
@@ -285,28 +326,56 @@ def run_test(folder: Path, kills: int, ranks: int, scale: float, seed: int, laun
 
     unbroken, killed = (scaled_config(folder, name, scale, is_async) for name in ("unbroken", "killed"))
     run_with_kills(starter(unbroken), unbroken, 0, seed, say)
-    report = run_with_kills(starter(killed), killed, kills, seed, say)
+    steps = len(read_metrics(unbroken))
+    report = run_with_kills(starter(killed), killed, kills, seed, say, steps)
+    report.steps = steps
+    report.other_samples = count_other_samples(killed, unbroken)
     return report, compare(killed, unbroken)
 
 
+def _write(output: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    lines = ["# Ranks killed at random moments", "",
+             *(f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()), "",
+             "A random rank is killed (SIGKILL) again and again; every life continues from the newest checkpoint. "
+             "slowest_end: the most seconds from a kill to the end of that life's last rank. other_samples: steps "
+             "lost, repeated, or made on other samples, masks or noise levels than in a run left alone. end: the "
+             "weights, optimizer state and records of all steps against that run's, bit for bit.", "",
+             "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values())
+              + " |" for row in rows]
+    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
 def main() -> int:
-    """Run the test and print its figures."""
+    """Run the test, print its figures and write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--saves", nargs="+", choices=("sync", "async"), default=["sync", "async"],
+                        help="how checkpoints are written; so many kills in each")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--scale", type=float, help="length of the run (default: enough for the kills)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launcher", choices=("fork", "torchrun"), default="fork")
-    parser.add_argument("--async_saves", action="store_true", help="write checkpoints in the background")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kill", help="without suffix")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        report, problems = run_test(
-            Path(folder), arguments.kills, arguments.ranks, arguments.scale or 1.0 + arguments.kills / 4.0,
-            arguments.seed, arguments.launcher, arguments.async_saves, lambda text: print(text, flush=True))
-    print(f"{report.kills} kills ({report.in_saves} while a checkpoint was written) in {report.lives} lives and "
-          f"{report.seconds:.0f} s; a life ended at most {report.slowest_end:.1f} s after its rank was killed")
-    print("equal to the unbroken run, bit for bit" if not problems else f"DIFFERENT: {problems[:5]}")
-    return int(bool(problems) or report.kills < arguments.kills)
+    scale = arguments.scale or 1.0 + arguments.kills / 4.0
+    rows: list[dict[str, Any]] = []
+    for saves in arguments.saves:
+        with tempfile.TemporaryDirectory() as folder:
+            report, problems = run_test(Path(folder), arguments.kills, arguments.ranks, scale, arguments.seed,
+                                        arguments.launcher, saves == "async", lambda text: print(text, flush=True))
+        rows.append({"saves": saves, **asdict(report), "end": "different" if problems else "equal"})
+        print(rows[-1], *problems[:5], flush=True)
+    about = machine(torch.device("cpu")) | {
+        "cores": os.cpu_count(), "ranks": arguments.ranks, "launcher": arguments.launcher,
+        "command": " ".join(["python -m tests.integration.kill_test", *sys.argv[1:]])}
+    _write(arguments.output, about, rows)
+    is_passed = all(row["end"] == "equal" and row["other_samples"] == 0 and row["kills"] == arguments.kills
+                    and row["in_saves"] >= row["kills"] // 4 for row in rows)
+    print(f"{'passed' if is_passed else 'FAILED'}; wrote {arguments.output}.md")
+    return int(not is_passed)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTE
 from megatron_dllm.lease import LEASE_VARIABLE, Lease
 from megatron_dllm.training.replay import load_step
 from tests.distributed.ranks import run_ranks
-from tests.integration.kill_test import ROOT, TorchrunLife, run_test
+from tests.integration.kill_test import ROOT, TorchrunLife, run_test, run_with_kills
 from tests.tiny_run import (
     MODEL,
     STAGES,
@@ -334,10 +334,31 @@ def _wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_killed_ranks_leave_no_trace(tmp_path: Path, is_async: bool) -> None:
-    """The short form of `python -m tests.integration.kill_test`."""
+    """The short form of `python -m tests.integration.kill_test`: between steps, in a save, in a start."""
     report, problems = run_test(tmp_path, kills=3, ranks=2, scale=2.0, seed=int(is_async), is_async=is_async)
     assert problems == []
-    assert report.kills == 3
+    assert report.other_samples == 0
+    assert (report.kills, report.lives) == (3, 4)
+    assert report.in_saves >= 1
+
+
+class _CrashingLife:
+    """A life whose rank fails by itself."""
+
+    def pids(self) -> list[int]:
+        return []
+
+    def poll(self) -> bool | None:
+        return False
+
+    def stop(self) -> None:
+        pass
+
+
+def test_a_life_that_fails_by_itself_fails_the_kill_test(folder: Path) -> None:
+    for kills in (0, 1, 3):
+        with pytest.raises(AssertionError, match="a life that nobody killed has failed"):
+            run_with_kills(_CrashingLife, run_config(folder, "crashing"), kills, seed=0, say=lambda text: None)
 
 
 def test_replay_refuses_what_is_not_there(folder: Path) -> None:
