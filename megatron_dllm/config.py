@@ -17,6 +17,7 @@ from omegaconf import MISSING
 from megatron_dllm.exit_codes import EXIT_FENCED as EXIT_FENCED
 from megatron_dllm.exit_codes import EXIT_NON_FINITE as EXIT_NON_FINITE
 from megatron_dllm.exit_codes import EXIT_PREEMPTED as EXIT_PREEMPTED
+from megatron_dllm.nearest_layout import as_overrides, nearest_layout
 
 ATTENTION_BACKENDS = ("auto", "dense", "chunked", "shared_prefix", "flex")
 BLOCK_ORIGINS = ("document", "row")
@@ -207,7 +208,8 @@ class StageConfig:
     # Layout of this stage alone; null: the run's `parallel`. A run ends where the layout changes, and its next start
     # takes the next stage's (docs/runs.md).
     parallel: ParallelConfig | None = None
-    # Ranks this stage needs, where they differ from the run's other stages; null: as many as it is started with.
+    # Ranks this stage needs, where stages differ in that: then every stage gives its own. Null: as many as the run is
+    # started with.
     world_size: int | None = None
 
     @property
@@ -248,6 +250,11 @@ def _nearest_divisors(number: int, wanted: int) -> str:
     return f"{below} or {above}"
 
 
+def _nearest_multiples(number: int, unit: int) -> str:
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
 @dataclass
 class ScheduleConfig:
     """The stages in order, and the two lengths that stay the same through all of them."""
@@ -267,6 +274,12 @@ class ScheduleConfig:
         """Raise ValueError for stages that cannot be packed into the rows."""
         _check_positive("schedule.context_length", self.context_length)
         _check(len(self.stages) > 0, "schedule.stages ({}) must name at least one stage; choose a schedule group.")
+        counts = {name: stage.world_size for name, stage in self.stages.items()}
+        silent = [name for name, count in counts.items() if count is None]
+        _check(not silent or len(silent) == len(counts),
+               f"schedule.stages.{silent[0] if silent else ''}.world_size (null) must be given where other stages give "
+               f"theirs ({', '.join(f'{name}: {count}' for name, count in counts.items() if count is not None)}): null "
+               "is the number of ranks of whichever start comes, and those will differ; give each stage its number.")
         for name, stage in self.stages.items():
             stage.validate(name, self.context_length)
             needed = self.context_length * max(stage.num_views, 1)
@@ -338,15 +351,19 @@ class ParallelConfig:
         """Replicas that read different rows."""
         return world_size // self.model_parallel_size
 
-    def validate(self, world_size: int, model: ModelConfig) -> None:
-        """Refuse layouts that megatron-core would refuse late or train wrongly."""
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-                     "expert_model_parallel_size"):
-            _check_positive(f"parallel.{name}", getattr(self, name))
+    def validate_choices(self) -> None:
+        """Refuse what is wrong on every number of ranks."""
         _check_choice("parallel.precision", self.precision, PRECISIONS)
         _check_choice("parallel.recompute", self.recompute, ("none", "selective", "full"))
         _check_choice("parallel.context_parallel_method", self.context_parallel_method, CONTEXT_PARALLEL_METHODS)
         _check_choice("parallel.moe_token_dispatcher", self.moe_token_dispatcher, TOKEN_DISPATCHERS)
+
+    def validate(self, world_size: int, model: ModelConfig) -> None:
+        """Refuse layouts that megatron-core would refuse late or train wrongly."""
+        self.validate_choices()
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+                     "expert_model_parallel_size"):
+            _check_positive(f"parallel.{name}", getattr(self, name))
         _check(world_size % self.model_parallel_size == 0,
                f"parallel: tensor x pipeline x context ({self.tensor_model_parallel_size} x "
                f"{self.pipeline_model_parallel_size} x {self.context_parallel_size} = {self.model_parallel_size}) must "
@@ -361,12 +378,11 @@ class ParallelConfig:
         for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size", "moe_shared_expert_intermediate_size"):
             value = getattr(model, name)
             _check(value % tp == 0,
-                   f"parallel.tensor_model_parallel_size ({tp}) must divide model.{name} ({value}); "
-                   f"use {_nearest_divisors(value, tp)}.")
+                   f"parallel.tensor_model_parallel_size ({tp}) must divide model.{name} ({value}).")
         groups = model.num_query_groups
         _check(groups % tp == 0 or tp % groups == 0,
                f"parallel.tensor_model_parallel_size ({tp}) must divide model.num_query_groups ({groups}) "
-               f"or be a multiple of it; use {_nearest_divisors(groups, tp)}.")
+               "or be a multiple of it.")
         _check(not self.sequence_parallel or tp > 1,
                f"parallel.sequence_parallel (true) needs tensor_model_parallel_size above 1 (it is {tp}); "
                "set it to false.")
@@ -382,7 +398,7 @@ class ParallelConfig:
         _check(heads % cp == 0 and (groups % cp == 0 or cp % groups == 0),
                f"parallel.context_parallel_size ({cp}) must divide the {heads} attention heads of a tensor rank, and "
                f"divide its {groups} query groups or be a multiple of them, with context_parallel_method ulysses; "
-               "use a smaller size, or gather.")
+               "use another size, or gather.")
 
     def _validate_pipeline(self, model: ModelConfig) -> None:
         pp = self.pipeline_model_parallel_size
@@ -411,8 +427,7 @@ class ParallelConfig:
             return
         _check(layers > 0 and layers % (middle * (vpp or 1)) == 0,
                f"parallel.pipeline_model_parallel_size ({pp}, virtual {vpp or 1}, first {first}, last {last}) must "
-               f"divide the layers left for the middle stages ({layers} of {model.num_layers}); "
-               "set num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage.")
+               f"divide the layers left for the middle stages ({layers} of {model.num_layers}).")
 
     def _validate_experts(self, world_size: int, model: ModelConfig) -> None:
         ep = self.expert_model_parallel_size
@@ -425,14 +440,14 @@ class ParallelConfig:
         etp = self.expert_tensor_parallel_size or tp
         _check(model.num_moe_experts % ep == 0,
                f"parallel.expert_model_parallel_size ({ep}) must divide model.num_moe_experts "
-               f"({model.num_moe_experts}); use {_nearest_divisors(model.num_moe_experts, ep)}.")
+               f"({model.num_moe_experts}).")
         _check(ep > 1 or etp == tp,
                f"parallel.expert_tensor_parallel_size ({etp}) must equal tensor_model_parallel_size ({tp}) when "
                "expert_model_parallel_size is 1: megatron-core 0.16 would reduce the experts' gradients over the ranks "
                f"of the dense weights and train wrongly without an error; set it to {tp} or use expert parallelism.")
         _check(model.moe_ffn_hidden_size % etp == 0,
                f"parallel.expert_tensor_parallel_size ({etp}) must divide model.moe_ffn_hidden_size "
-               f"({model.moe_ffn_hidden_size}); use {_nearest_divisors(model.moe_ffn_hidden_size, etp)}.")
+               f"({model.moe_ffn_hidden_size}).")
         expert_ranks = ep * etp * self.pipeline_model_parallel_size
         _check(world_size % expert_ranks == 0,
                f"parallel: expert x expert-tensor x pipeline ({ep} x {etp} x {self.pipeline_model_parallel_size} = "
@@ -575,26 +590,54 @@ class TrainConfig:
         _check(layout.precision == self.parallel.precision,
                f"schedule.stages.{name}.parallel.precision ({layout.precision}) must be the run's "
                f"({self.parallel.precision}); a run keeps its precision.")
+        layout.validate_choices()
         try:
-            layout.validate(world_size, self.model)
+            self._check_sizes(name, layout, world_size)
         except ValueError as error:
-            if layout is self.parallel and world_size == run_world_size:
-                raise
-            raise ValueError(f"schedule.stages.{name}, on {world_size} ranks: {error}") from None
+            place = "" if layout is self.parallel and world_size == run_world_size else (
+                f"schedule.stages.{name}, on {world_size} ranks: ")
+            raise ValueError(f"{place}{error} {self._layout_that_works(name, layout, world_size)}") from None
+        self._check_batch(name, stage, layout, world_size)
+
+    def _layout_that_works(self, name: str, wish: ParallelConfig, world_size: int) -> str:
+        """The remedy for a refused layout: the nearest one that suits every stage which shares it."""
+        sharing = {other: stage for other, stage in self.schedule.stages.items() if self.layout_of(stage) is wish}
+
+        def check(layout: ParallelConfig) -> None:
+            for other, stage in sharing.items():
+                self._check_sizes(other, layout, stage.world_size or world_size)
+                self._check_batch(other, stage, layout, stage.world_size or world_size)
+
+        layout = nearest_layout(wish, world_size, self.model, check)
+        if layout is None:
+            return (f"On {world_size} ranks no layout works with these global_batch_size and micro_batch_size; make "
+                    f"each global_batch_size a multiple of {world_size} x micro_batch_size, or start another number of "
+                    "ranks.")
+        prefix = "parallel" if wish is self.parallel else f"schedule.stages.{name}.parallel"
+        return f"On {world_size} ranks this works: {as_overrides(wish, layout, prefix)}"
+
+    def _check_sizes(self, name: str, layout: ParallelConfig, world_size: int) -> None:
+        layout.validate(world_size, self.model)
         split = layout.tensor_model_parallel_size * layout.context_parallel_size
-        _check(self.schedule.tokens_per_row % split == 0,
-               f"schedule.row_length ({self.schedule.tokens_per_row}) must be a multiple of tensor x context "
-               f"parallel size ({split}) in stage {name}.")
+        row_length = self.schedule.tokens_per_row
+        _check(row_length % split == 0,
+               f"schedule.row_length ({row_length}) must be a multiple of tensor x context parallel size ({split}) in "
+               f"stage {name}; use {-(-row_length // split) * split}.")
+
+    @staticmethod
+    def _check_batch(name: str, stage: StageConfig, layout: ParallelConfig, world_size: int) -> None:
         dp = layout.data_parallel_size(world_size)
         rows = dp * stage.micro_batch_size
         _check(stage.global_batch_size % rows == 0,
                f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must be a multiple of "
-               f"data parallel size x micro_batch_size ({dp} x {stage.micro_batch_size} = {rows}).")
+               f"data parallel size x micro_batch_size ({dp} x {stage.micro_batch_size} = {rows}); "
+               f"use {_nearest_multiples(stage.global_batch_size, rows)}.")
         pp = layout.pipeline_model_parallel_size
         _check(layout.virtual_pipeline_model_parallel_size is None or stage.global_batch_size // rows % pp == 0,
                f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must give a multiple of "
                f"pipeline_model_parallel_size ({pp}) micro-batches to each rank with virtual pipeline stages, and "
-               f"gives {stage.global_batch_size // rows}; use a multiple of {rows * pp}.")
+               f"gives {stage.global_batch_size // rows}; "
+               f"use {_nearest_multiples(stage.global_batch_size, rows * pp)}.")
 
 
 @dataclass

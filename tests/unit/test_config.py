@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from megatron_dllm.config import (
     CheckpointConfig,
@@ -96,19 +97,20 @@ REFUSED_LAYOUTS = [
     (2, _layout(tp=2), {}, ("sequence_parallel (false)", "mixture of experts", "set it to true")),
     (1, _layout(sequence_parallel=True), {}, ("sequence_parallel (true)", "above 1", "set it to false")),
     (3, _layout(tp=3), dict(num_moe_experts=0),
-     ("tensor_model_parallel_size (3)", "num_attention_heads (8)", "use 2 or 4")),
+     ("tensor_model_parallel_size (3)", "num_attention_heads (8)", "tensor_model_parallel_size=1")),
     (4, _layout(tp=4, sequence_parallel=True), dict(ffn_hidden_size=90),
-     ("tensor_model_parallel_size (4)", "ffn_hidden_size (90)", "use 3 or 5")),
+     ("tensor_model_parallel_size (4)", "ffn_hidden_size (90)", "works: parallel.tensor_model_parallel_size=2")),
     (4, _layout(tp=4, sequence_parallel=True), dict(vocab_size=190),
-     ("tensor_model_parallel_size (4)", "vocab_size (190)", "use 2 or 5")),
+     ("tensor_model_parallel_size (4)", "vocab_size (190)", "works: parallel.tensor_model_parallel_size=2")),
     (4, _layout(tp=4, sequence_parallel=True), dict(moe_shared_expert_intermediate_size=30),
-     ("tensor_model_parallel_size (4)", "moe_shared_expert_intermediate_size (30)", "use 3 or 5")),
+     ("tensor_model_parallel_size (4)", "moe_shared_expert_intermediate_size (30)",
+      "works: parallel.tensor_model_parallel_size=2")),
     (4, _layout(tp=4, sequence_parallel=True), dict(num_attention_heads=24, num_query_groups=6),
-     ("tensor_model_parallel_size (4)", "num_query_groups (6)", "use 3 or 6")),
+     ("tensor_model_parallel_size (4)", "num_query_groups (6)", "works: parallel.tensor_model_parallel_size=2")),
     (2, _layout(tp=2, sequence_parallel=True, etp=2), dict(moe_ffn_hidden_size=33),
-     ("expert_tensor_parallel_size (2)", "moe_ffn_hidden_size (33)", "use 1 or 3")),
-    (5, _layout(pp=5), {}, ("pipeline_model_parallel_size (5", "12 of 12", "num_layers_in_first_pipeline_stage")),
-    (2, _layout(pp=2, vpp=4), {}, ("virtual 4", "12 of 12", "num_layers_in_first_pipeline_stage")),
+     ("expert_tensor_parallel_size (2)", "moe_ffn_hidden_size (33)", "expert_tensor_parallel_size=1")),
+    (5, _layout(pp=5), {}, ("pipeline_model_parallel_size (5", "12 of 12", "num_layers_in_first_pipeline_stage=3")),
+    (2, _layout(pp=2, vpp=4), {}, ("virtual 4", "12 of 12", "virtual_pipeline_model_parallel_size=3")),
     (2, _layout(pp=2, first=5, last=6), {}, ("(5, 6)", "add up to model.num_layers (12)")),
     (2, _layout(pp=2, first=0), {}, ("num_layers_in_first_pipeline_stage (0)", "positive", "null")),
     (2, _layout(pp=2, vpp=2, last=3), {}, ("num_layers_in_last_pipeline_stage (3)", "virtual stages (2)", "null")),
@@ -117,14 +119,14 @@ REFUSED_LAYOUTS = [
     (1, _layout(first=3), {}, ("num_layers_in_first_pipeline_stage (3)", "above 1", "null")),
     (1, _layout(vpp=2), {}, ("virtual_pipeline_model_parallel_size (2)", "above 1", "null")),
     (2, _layout(pp=2, vpp=1), {}, ("virtual_pipeline_model_parallel_size (1)", "above 1", "null")),
-    (3, _layout(ep=3), {}, ("expert_model_parallel_size (3)", "num_moe_experts (16)", "use 2 or 4")),
+    (3, _layout(ep=3), {}, ("expert_model_parallel_size (3)", "num_moe_experts (16)", "expert_model_parallel_size=1")),
     (2, _layout(ep=2), dict(num_moe_experts=0), ("expert_model_parallel_size (2)", "experts", "set it to 1")),
     (2, _layout(ep=4), {}, ("expert x expert-tensor x pipeline (4 x 1 x 1 = 4)", "ranks (2)", "multiple of 4")),
     (2, _layout(ep=2, etp=0), {}, ("expert_tensor_parallel_size (0)", "positive")),
     (6, _layout(cp=4), {}, ("(1 x 1 x 4 = 4)", "ranks (6)", "multiple of 4")),
-    (0, _layout(tp=0), {}, ("tensor_model_parallel_size (0)", "positive")),
+    (1, _layout(tp=0), {}, ("tensor_model_parallel_size (0)", "positive")),
     (16, _layout(cp=16, context_parallel_method="ulysses"), {},
-     ("context_parallel_size (16)", "8 attention heads", "use a smaller size, or gather")),
+     ("context_parallel_size (16)", "8 attention heads", "or gather", "context_parallel_size=8")),
     (1, _layout(context_parallel_method="ring"), {}, ("context_parallel_method (ring)", "gather, ulysses")),
     (1, _layout(moe_token_dispatcher="flex"), {}, ("moe_token_dispatcher (flex)", "alltoall")),
     (1, _layout(precision="fp8"), {}, ("precision (fp8)", "fp32, bf16")),
@@ -138,19 +140,38 @@ def test_layouts_that_do_not_train_are_refused(world_size: int, layout: Parallel
     message = _refusal(lambda: _config(model=_model(**model), parallel=layout).validate(world_size))
     for part in parts:
         assert part in message
+    if "is not known" not in message:  # a choice by name: the message lists them
+        _config(model=_model(**model), parallel=_suggested(message, layout)).validate(world_size)
+
+
+def _suggested(message: str, layout: ParallelConfig) -> ParallelConfig:
+    """The layout with what a message says to change."""
+    words = message.split(" ranks this works: ")[1].split()
+    changes = dict(word.removeprefix("parallel.").split("=") for word in words)
+    return replace(layout, **{name: yaml.safe_load(value) for name, value in changes.items()})
+
+
+def test_a_suggested_layout_suits_every_stage_that_shares_it() -> None:
+    stages = {"one": _stage(global_batch_size=8), "two": _stage(global_batch_size=4), "own": _stage(parallel=_layout())}
+    config = _config(model=_model(ffn_hidden_size=90), parallel=_layout(tp=4, sequence_parallel=True),
+                     schedule=ScheduleConfig(context_length=256, stages=stages))
+    message = _refusal(lambda: config.validate(8))
+    assert message.endswith("On 8 ranks this works: parallel.tensor_model_parallel_size=2"), message
+    assert "On 13 ranks no layout works" in _refusal(lambda: config.validate(13))
 
 
 def test_row_must_divide_among_tensor_and_context_ranks() -> None:
     schedule = ScheduleConfig(context_length=256, row_length=516, stages={"one": _stage()})
     layout = _layout(tp=2, sequence_parallel=True, cp=4)
     message = _refusal(lambda: _config(schedule=schedule, parallel=layout).validate(8))
-    assert "row_length (516)" in message and "(8)" in message
+    assert "row_length (516)" in message and "(8)" in message and "use 520" in message
+    assert message.endswith("On 8 ranks this works: parallel.context_parallel_size=2")
 
 
 @pytest.mark.parametrize(("layout", "world_size", "stage", "parts"), [
-    (_layout(), 3, _stage(), ("global_batch_size (16)", "3 x 1 = 3")),
+    (_layout(), 3, _stage(), ("global_batch_size (16)", "3 x 1 = 3", "use 15 or 18")),
     (_layout(), 2, _stage(micro_batch_size=3), ("micro_batch_size (3)", "global_batch_size (16)")),
-    (_layout(pp=2, vpp=2), 2, _stage(global_batch_size=3), ("global_batch_size (3)", "gives 3", "multiple of 2")),
+    (_layout(pp=2, vpp=2), 2, _stage(global_batch_size=3), ("global_batch_size (3)", "gives 3", "use 2 or 4")),
 ])
 def test_batches_must_divide_among_ranks(layout: ParallelConfig, world_size: int, stage: StageConfig,
                                          parts: tuple[str, ...]) -> None:
@@ -204,6 +225,18 @@ def test_stages_that_cannot_run_are_refused(changes: dict[str, object], parts: t
     message = _refusal(lambda: _config(schedule=schedule).validate(1))
     for part in parts:
         assert part in message
+
+
+def test_all_stages_or_none_give_their_ranks() -> None:
+    halves = _layout(tp=2, sequence_parallel=True)
+    stages = {"warmup": _stage(), "stable": _stage(parallel=halves, world_size=2), "decay": _stage()}
+    config = _config(parallel=_layout(tp=4, sequence_parallel=True),
+                     schedule=ScheduleConfig(context_length=256, stages=stages))
+    message = _refusal(lambda: config.validate(8))
+    assert "schedule.stages.warmup.world_size (null)" in message and "stable: 2" in message
+    stages |= {name: replace(stages[name], world_size=8) for name in ("warmup", "decay")}
+    for world_size in (8, 2):  # every start is checked with each stage's own number
+        config.validate(world_size)
 
 
 @pytest.mark.parametrize(("schedule", "parts"), [
