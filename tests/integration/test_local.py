@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 
 from launch import record
+from launch.failure import exit_records
 from launch.progress import Progress, progress_of
 from launch.status import rows, total_tokens
 from launch.world import spread, wanted_ranks
 from megatron_dllm.compose import RECIPES
+from megatron_dllm.exit_codes import EXIT_LAYOUT
 from tests.slurm.test_lives import expected_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +159,30 @@ def test_the_next_part_of_a_schedule_chooses_the_ranks(tmp_path: Path) -> None:
     assert spread(3, 4) == (1, 3) and spread(8, 4) == (2, 4)
     with pytest.raises(ValueError, match="must be a multiple"):
         spread(6, 4)
+
+
+PARTS = """context_length: 32
+stages:
+  warmup: {num_tokens: 600, global_batch_size: 4, learning_rate: 1.0e-3, world_size: 1}
+  stable: {num_tokens: 600, global_batch_size: 4, learning_rate: 1.0e-3, world_size: 2,
+           parallel: {pipeline_model_parallel_size: 2}}
+  decay: {num_tokens: 600, global_batch_size: 4, learning_rate: 1.0e-3, world_size: 1}
+"""
+
+
+def test_a_chain_goes_on_with_the_ranks_of_each_part(recipes: Path) -> None:
+    (recipes / "schedule" / "parts.yaml").write_text(PARTS)
+    (recipes / "chain" / "small.yaml").write_text(
+        CHAIN.replace("slurm.fake_train", "integration.part_train")
+        .replace("overrides: [", "nodes: 2\n    overrides: [schedule=parts, "))
+    done = run(recipes)
+    assert done.returncode == 0, done.stderr
+    folder = recipes.parent / "small"
+    starts = [[entry["code"] for entry in exit_records(start)]
+              for start in sorted((folder / "launch" / "base").glob("start_*"))]
+    assert starts == [[EXIT_LAYOUT], [EXIT_LAYOUT] * 2, [0]]
+    assert record.read_json(folder / "base" / "checkpoints" / "step_3" / "state.json") == {
+        "done": ["warmup", "stable", "decay"], "consumed_tokens": 1800}
 
 
 def test_the_frozen_schedule_gives_the_tokens_to_come(recipes: Path) -> None:
