@@ -8,6 +8,7 @@ import pytest
 
 from launch.chain import Chain, compose_chain
 from launch.job import job_script, sbatch_options, supervisor_details, valid_nodes
+from tests.conftest import NOT_RUN
 
 NASTY = "a b'c\"d$(touch /tmp/pwned)`x`;\\n"
 
@@ -72,7 +73,8 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
         valid_nodes(chain, chain.stages[0])
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck (apt-get install shellcheck)")
+@pytest.mark.skipif(shutil.which("shellcheck") is None,
+                    reason=f"{NOT_RUN}no shellcheck here; apt-get install -y shellcheck")
 def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
     fixture = Path(__file__).parents[2] / "slurm" / "fixture"
     script = tmp_path / "job.sh"
