@@ -113,6 +113,13 @@ def stage_state(entry: dict[str, Any], stage_folder: Path, queued: dict[str, str
     return ("running" if seen[-1]["event"] == "start" else "unfinished"), last
 
 
+def starts_cell(events: list[dict[str, Any]]) -> str:
+    """How often a stage was started, and how long the last interruption kept it from training."""
+    starts = sum(event["event"] == "start" for event in events)
+    pauses = [event["pause"] for event in events if event["event"] == "training" and event.get("pause")]
+    return (str(starts) if starts else "") + (f" (pause {pauses[-1]:.0f} s)" if pauses else "")
+
+
 def rows(chain_folder: Path) -> list[Row]:
     """One row a stage, in the chain's order.
 
@@ -129,8 +136,7 @@ def rows(chain_folder: Path) -> list[Row]:
         folder = chain_folder / "launch" / name
         frozen = record.read_json(folder / "stage.json") or {}
         state, last = stage_state(entry, folder, queued)
-        starts = sum(event["event"] == "start" for event in record.events(folder))
-        row = Row(name, state, str(entry.get("job") or ""), starts=str(starts or ""), last=last)
+        row = Row(name, state, str(entry.get("job") or ""), starts=starts_cell(record.events(folder)), last=last)
         if frozen.get("run_folder"):
             training_cells(row, Path(frozen["run_folder"]), total_tokens(folder))
         found.append(row)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import record, slurm
 from launch.ending import Ending, ending_of, ending_of_silent
 from launch.failure import exit_records, failed_first
+from launch.first_step import FirstStep
 from launch.policy import Verdict, judge
 from launch.preflight import judge as judge_nodes
 from launch.preflight import summary, versions
@@ -115,7 +116,8 @@ class Supervisor:
             words = [python, str(CODE / "launch" / "rank.py"), str(start), "--", python, "-u", *stage["arguments"]]
         return [*stage["command_prefix"], *words]
 
-    def run_ranks(self, command: Sequence[str], environment: dict[str, str], start: Path) -> str | None:
+    def run_ranks(self, command: Sequence[str], environment: dict[str, str], start: Path,
+                  first_step: FirstStep | None) -> str | None:
         """Run the step to its end; why it had to be ended by force, or None.
 
         A stop request goes to srun, which forwards it to all tasks, again and again: a task that was not ready has
@@ -128,6 +130,8 @@ class Supervisor:
             step = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         while step.poll() is None:
             now = time.monotonic()
+            if first_step and (found := first_step.look()):
+                record.append_event(self.folder, "training", start=start.name, **found)
             if failed_at is None and failed_first(exit_records(start)):
                 failed_at = now
             if failed_at is not None and now - failed_at > FAILURE_GRACE_SECONDS:
@@ -219,7 +223,9 @@ class Supervisor:
             ending = Ending("crashed", f"preflight: {problem}")
         else:
             tasks = per_node if stage["launcher"] == "srun" else 1
-            forced = self.run_ranks([*self.srun(tasks, hosts), *self.step_command(start)], environment, start)
+            first_step = FirstStep(self.run_folder) if self.run_folder else None
+            forced = self.run_ranks([*self.srun(tasks, hosts), *self.step_command(start)], environment, start,
+                                    first_step)
             ending = ending_of(start, hosts, nodes * per_node, forced, self.stop_signal is not None)
         if ending.how == "layout" and self._checkpoint() == before:
             ending = Ending("crashed", "the run asked for another layout without having moved on", ending.code)

@@ -93,6 +93,7 @@ def test_status_tells_elbo_and_time_left(pair: list[str], tmp_path: Path, capsys
     record.write_json(stage / "stage.json", {"run_folder": str(tmp_path / "run")})
     (stage / "config.yaml").write_text("schedule:\n  stages:\n    ar:\n      num_tokens: 8000\nrun:\n  seed: 1\n")
     record.append_event(stage, "start", digest="x")
+    record.append_event(stage, "training", start="start_0002", seconds=9.0, pause=41.3)
     lines = [{"step": 4, "loss": 2.5, "tokens_per_second": 10.0, "consumed_tokens": 400},
              {"step": 4, "validation": True, "validation_elbo/32": 3.25}]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -100,5 +101,5 @@ def test_status_tells_elbo_and_time_left(pair: list[str], tmp_path: Path, capsys
     assert submit.main([*words, "--status"]) == 0
     shown = capsys.readouterr().out
     # 7600 tokens at 10 a second.
-    for text in ("running", "2.5000", "3.2500", "00:12:40"):
+    for text in ("running", "2.5000", "3.2500", "00:12:40", "1 (pause 41 s)"):
         assert text in shown
