@@ -1,7 +1,7 @@
 """A throw-away SLURM cluster for the tests of this folder, and words to drive it.
 
 The cluster is real: munge, slurmctld and one slurmd a virtual node, all on this machine
-(apt-get install slurm-wlm slurmctld slurmd munge). Without those packages every test here is skipped, and says so.
+(apt-get install slurm-wlm slurmctld slurmd munge). Without those packages every test here is skipped, in red.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from launch import record
+from tests.conftest import NOT_RUN
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = ROOT / "tests" / "slurm" / "fixture"
@@ -32,16 +33,21 @@ def missing_programs() -> list[str]:
     return [name for name in NEEDED if shutil.which(name, path=path) is None]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what needs the cluster loudly where there is none."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs the cluster, loudly, where there is none."""
     missing = missing_programs()
-    mine = [item for item in items if "running_cluster" in getattr(item, "fixturenames", ())]
-    if not mine or not missing:
-        return
-    for item in mine:
-        item.add_marker(pytest.mark.skip(reason=f"NO SLURM HERE ({', '.join(missing)} missing): {REMEDY}"))
-    config.issue_config_time_warning(
-        pytest.PytestWarning(f"{len(mine)} SLURM tests did NOT run: {', '.join(missing)} missing; {REMEDY}"), 2)
+    for item in items if missing else []:
+        if "running_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.skip(reason=f"{NOT_RUN}no SLURM here ({', '.join(missing)} missing); {REMEDY}"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what the tests have measured (record_property)."""
+    measured = [found for report in terminalreporter.stats.get("passed", []) for found in report.user_properties]
+    if measured:
+        terminalreporter.section("from an interruption to the first step after it")
+        for name, value in measured:
+            terminalreporter.write_line(f"{value:>8}  {name}")
 
 
 class Cluster:
@@ -95,6 +101,13 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
             return found
         time.sleep(0.2)
     raise AssertionError(f"waited {seconds:g} s in vain for {what}")
+
+
+def first_step_after(stage: Path, moment: float) -> str:
+    """How long it took from a moment to the first logged step of a start after it, as told by the stage's events."""
+    begun = wait_for(lambda: [event for event in record.events(stage)
+                              if event["event"] == "training" and event["time"] > moment], 180, "the first step")
+    return f"{begun[0]['time'] - moment:.0f} s"
 
 
 @pytest.fixture(scope="session")
@@ -160,6 +173,10 @@ class FakeRun:
     def log(self) -> str:
         """The job's log."""
         return (self.stage / "slurm.log").read_text()
+
+    def seconds_to_step(self, moment: float) -> str:
+        """From a moment to the first logged step of the next start."""
+        return first_step_after(self.stage, moment)
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 The "model" is a hash chained over the steps, so that a lost, repeated or foreign step changes the end. Every step all
 ranks meet at rank 0 (plain sockets), as they would in a collective; a rank that is gone breaks the others.
-Settings: FAKE_STEPS, FAKE_STEP_SECONDS, FAKE_SAVE_EVERY, FAKE_SAVE_SECONDS, FAKE_RAISE=rank:step[:once],
-FAKE_PRINT (name of a variable whose value is printed).
+Settings: FAKE_STEPS, FAKE_STEP_SECONDS, FAKE_SLOW=step:seconds (of one step), FAKE_SAVE_EVERY, FAKE_SAVE_SECONDS,
+FAKE_RAISE=rank:step[:once], FAKE_PRINT (name of a variable whose value is printed).
 """
 
 from __future__ import annotations
@@ -96,11 +96,13 @@ def train() -> int:
         step, state = saved["step"], saved["state"]
     steps, every = int(os.environ.get("FAKE_STEPS", "10")), int(os.environ.get("FAKE_SAVE_EVERY", "5"))
     bad_rank, bad_step, *once = os.environ.get("FAKE_RAISE", "-1:-1").split(":")
-    print(f"rank {rank} of {ranks} on {socket.gethostname()} starts at step {step}", flush=True)
+    slow_step, slow_seconds = os.environ.get("FAKE_SLOW", "-1:0").split(":")
+    print(f"rank {rank} of {ranks} on {socket.gethostname()} starts at step {step}, from {__file__}", flush=True)
     print(os.environ.get(os.environ.get("FAKE_PRINT", ""), ""), flush=True)
     while step < steps:
         time.sleep(float(os.environ.get("FAKE_STEP_SECONDS", "0.02")))
         step += 1
+        time.sleep(float(slow_seconds) if step == int(slow_step) else 0.0)
         state = hashlib.sha256(f"{state}:{step}".encode()).hexdigest()
         if rank == int(bad_rank) and step == int(bad_step):
             flag = run / "raised_once"

@@ -6,10 +6,14 @@ The stand-in's state is a hash chained over the steps: an equal end means that n
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from megatron_dllm.compose import RECIPES
 from tests.slurm.conftest import FakeRun, wait_for
 
 pytestmark = pytest.mark.slurm
@@ -23,23 +27,33 @@ def expected_state(steps: int, seed: int = 1234) -> dict[str, object]:
 
 
 def test_a_run_longer_than_the_time_limit_continues_by_itself(fake_run: FakeRun) -> None:
-    job = fake_run.submit("cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=750, step_seconds=0.2,
+    job = fake_run.submit("cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=300, step_seconds=0.2,
                           save_every=10000)
     wait_for(fake_run.is_done, 480, "the run to finish")
     stops = [event for event in fake_run.events("end") if event["how"] == "stopped"]
     assert len(stops) >= 3, fake_run.log()
     assert {event["job"] for event in fake_run.events("start")} == {job}
-    assert fake_run.final_state() == expected_state(750)
+    assert fake_run.final_state() == expected_state(300)
 
 
-def test_preemption_saves_and_continues(fake_run: FakeRun) -> None:
-    fake_run.submit(steps=150, step_seconds=0.2, save_every=10000)
+def test_preemption_saves_and_continues_what_was_submitted(fake_run: FakeRun, tmp_path: Path,
+                                                           record_property: Callable[[str, object], None]) -> None:
+    recipes = tmp_path / "recipes"
+    shutil.copytree(RECIPES, recipes)
+    fake_run.submit("--recipes", str(recipes), steps=150, step_seconds=0.2, save_every=10000)
     wait_for(lambda: fake_run.step() > 5, 60, "the first steps")
+    # What the job runs is frozen: neither the recipe's new seed nor this checkout reaches its next life.
+    recipe = recipes / "experiment" / "tiny_base.yaml"
+    recipe.write_text(recipe.read_text().replace("run: {", "run: {seed: 99, "))
+    preempted = time.time()
     fake_run.cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null",
                          "--wrap=sleep 2")
     wait_for(fake_run.is_done, 180, "the preempted run to finish")
     ends = fake_run.events("end")
     assert [event["how"] for event in ends] == ["stopped", "finished"], fake_run.log()
+    record_property("preempted by a job of 2 s, stand-in", fake_run.seconds_to_step(preempted))
+    last = sorted(fake_run.stage.glob("start_*"))[-1]
+    assert f"from {fake_run.folder}/launch/code_" in (last / "rank_00000.log").read_text()
     assert ends[0]["checkpoint"] is not None
     assert fake_run.final_state() == expected_state(150)
 
@@ -61,15 +75,20 @@ def test_a_crash_is_named_and_ends_the_job_soon(fake_run: FakeRun) -> None:
     assert "failed" in status and "deliberate failure of rank 3 at step 7" in status
 
 
-def test_a_crash_that_happens_once_is_survived(fake_run: FakeRun) -> None:
+def test_a_crash_that_happens_once_is_survived(fake_run: FakeRun,
+                                               record_property: Callable[[str, object], None]) -> None:
     fake_run.submit(steps=20, step_seconds=0.1, save_every=5, **{"raise": "1:12:once"})
     wait_for(fake_run.is_done, 120, "the run to finish")
     assert [event["how"] for event in fake_run.events("end")] == ["crashed", "finished"]
+    pause = fake_run.events("training")[1]["pause"]
+    assert pause > 1
+    record_property("rank crashed, stand-in", f"{pause:.0f} s")
     assert fake_run.final_state() == expected_state(20)
 
 
 @pytest.mark.parametrize("moment", ["step", "save"])
-def test_a_lost_node_costs_only_the_steps_since_the_checkpoint(fake_run: FakeRun, moment: str) -> None:
+def test_a_lost_node_costs_only_the_steps_since_the_checkpoint(
+        fake_run: FakeRun, moment: str, record_property: Callable[[str, object], None]) -> None:
     saving = moment == "save"
     fake_run.submit(steps=200, step_seconds=0.1, save_every=40, save_seconds=4 if saving else 0.1)
     # Rank 0 saves, on the first node: that one is lost in mid-save, taking the supervisor with it.
@@ -88,7 +107,7 @@ def test_a_lost_node_costs_only_the_steps_since_the_checkpoint(fake_run: FakeRun
         assert list((fake_run.folder / "checkpoints").glob(".step_0000080.*")), "it was not lost in mid-save"
     assert node not in began["nodes"]
     assert began["checkpoint"] == "step_0000040"
-    print(f"node lost in mid-{moment}: running again after {began['time'] - crashed:.0f} s")
+    record_property(f"node lost in mid-{moment}, stand-in", fake_run.seconds_to_step(crashed))
     wait_for(fake_run.is_done, 120, "the run to finish")
     first = fake_run.events("end")[0]
     assert node in first["reason"], fake_run.log()
@@ -144,8 +163,8 @@ def test_the_preflight_refuses_and_names_bad_nodes(fake_run: FakeRun) -> None:
 
 
 def test_ranks_that_do_not_stop_in_time_are_requeued_before_the_limit(fake_run: FakeRun) -> None:
-    """Each step outlasts the time between the request and the limit; saved steps are not lost."""
-    job = fake_run.submit("cluster.time_limit='00:02:00'", "cluster.stop_seconds=80", steps=2, step_seconds=70,
+    """A step outlasts the time between the request and the limit; saved steps are not lost."""
+    job = fake_run.submit("cluster.time_limit='00:02:00'", "cluster.stop_seconds=80", steps=2, slow="2:200",
                           save_every=1)
     wait_for(lambda: fake_run.events("end"), 240, "the end of the first start")
     assert fake_run.events("end")[0]["how"] == "overran", fake_run.log()

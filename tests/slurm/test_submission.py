@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch import record
 from megatron_dllm.compose import RECIPES
-from tests.slurm.conftest import Cluster, FakeRun, wait_for
+from tests.slurm.conftest import ROOT, Cluster, FakeRun, wait_for
 from tests.slurm.test_lives import expected_state
 
 pytestmark = pytest.mark.slurm
@@ -21,7 +22,6 @@ stages:
     module: tests.slurm.fake_tool
     arguments: [--output, "${root}/${name}/corpus.txt", --text, corpus]
     output: "${root}/${name}/corpus.txt"
-    is_cpu_only: true
   base: {experiment: tiny_base, nodes: 2}
   merge:
     module: tests.slurm.fake_tool
@@ -29,8 +29,10 @@ stages:
     output: "${root}/${name}/merged.txt"
   side:
     module: tests.slurm.fake_tool
-    arguments: [--output, "${root}/${name}/side.txt", --text, side]
+    arguments: [--output, "${root}/${name}/side.txt", --text, side of RANKS]
     output: "${root}/${name}/side.txt"
+    nodes: 2
+    ranks_per_node: 2
     after: [corpus]
   tune: {experiment: tiny_base, after: [merge, side]}
 """
@@ -87,6 +89,32 @@ def test_a_user_s_strings_stay_strings_in_a_job(fake_run: FakeRun) -> None:
     assert not Path("/tmp/pwned").exists()
 
 
+def test_modules_and_a_container_surround_the_ranks(fake_run: FakeRun, tmp_path: Path) -> None:
+    """Stand-ins on PATH: `module` notes what it is to load, `apptainer` its options, and runs the rest."""
+    stubs = {"module": 'echo "module $*" >>"$STUBS/calls"',
+             "apptainer": 'echo "apptainer $*" >>"$STUBS/calls"\nuntil [ "$1" = "$STUBS/x.sif" ]; do shift; done\n'
+                          'shift\nINSIDE=yes exec "$@"'}
+    folder = tmp_path / "stubs"
+    folder.mkdir()
+    for name, text in stubs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "x.sif").touch()
+    environment = fake_run.cluster.environment
+    fake_run.cluster.environment = {**environment, "PATH": f"{folder}:{environment['PATH']}", "STUBS": str(folder)}
+    fake_run.submit("cluster.modules=[tools/1.0]", "cluster.container.kind=apptainer",
+                    f"cluster.container.image={folder}/x.sif", f"cluster.container.python={sys.executable}",
+                    f"cluster.container.mounts=['{tmp_path}:{tmp_path}']", f"cluster.scratch={folder}",
+                    steps=2, print="INSIDE")
+    fake_run.cluster.environment = environment
+    wait_for(fake_run.is_done, 60, "the run to finish")
+    assert "yes" in (fake_run.stage / "start_0001" / "rank_00003.log").read_text().split()
+    calls = (folder / "calls").read_text().splitlines()
+    assert calls[0] == "module load tools/1.0" and len(calls) == 5
+    for mount in (tmp_path, ROOT, fake_run.folder):
+        assert f"--bind {mount}:{mount}" in calls[1]
+
+
 def chain_words(cluster: Cluster, root: Path, seconds: float) -> list[str]:
     """Recipes with the chain, and the words that submit it."""
     run = FakeRun(cluster, root)
@@ -119,6 +147,7 @@ def test_a_chain_with_a_killed_stage_is_finished_by_a_second_submission(cluster:
         assert f"{name:<20} finished before" in again.stderr
     wait_for((folder / "launch" / "tune" / "done.json").exists, 180, "the chain to finish")
     assert (folder / "merged.txt").read_text() == "merged"
+    assert (folder / "side.txt").read_text() == "side of 4"
     for name in ("base", "tune"):
         latest = record.latest_checkpoint(folder / name)
         assert record.read_json(folder / name / "checkpoints" / str(latest) / "state.json") == expected_state(12)
