@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_dllm.config import ParallelConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.context_deal import load_ratio, visible_keys
 from megatron_dllm.parallel import deal_context
@@ -20,13 +21,20 @@ def row_ratios(micro_batches: Sequence[Batch], cp_size: int) -> list[float]:
             for roles, tokens in zip(batch.roles.numpy(), deal_context(batch, cp_size).numpy(), strict=True)]
 
 
-def context_balance(micro_batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
-    """The ratio's mean and maximum over the rows of the global batch (a collective); empty without context parallelism.
+def context_balance(micro_batches: Sequence[Batch], parallel: ParallelConfig,
+                    device: torch.device) -> dict[str, float]:
+    """The ratio's mean and maximum over the rows of the global batch (a collective).
 
     Counts on the host what the rows are dealt by: call it where something is logged, not in every step.
+
+    Args:
+        micro_batches: this rank's, of whole rows.
+        parallel: the layout; nothing is counted without context parallelism, nor with ulysses, where every rank has
+            some heads of the whole row and the work is even whatever the deal.
+        device: of the collective.
     """
-    cp_size = parallel_state.get_context_parallel_world_size()
-    if cp_size == 1:
+    cp_size = parallel.context_parallel_size
+    if cp_size == 1 or parallel.context_parallel_method == "ulysses":
         return {}
     ratios = torch.tensor(row_ratios(micro_batches, cp_size), dtype=torch.float64)
     group = parallel_state.get_data_parallel_group()

@@ -279,7 +279,7 @@ class Trainer:
         norm = self._mask_embedding_norm()
         fingerprint = step_fingerprint(step.micro_batches)
         check_agreement(fingerprint)
-        balance = context_balance(step.micro_batches, self.device)
+        balance = context_balance(step.micro_batches, self.config.parallel, self.device)
         if self.metrics is None:
             return
         record: dict[str, Any] = {

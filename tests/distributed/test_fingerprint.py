@@ -36,13 +36,14 @@ def _global_fingerprint() -> str:
     return step_fingerprint(rows[torch.distributed.get_rank()::torch.distributed.get_world_size()])
 
 
-def _balance() -> dict[str, float]:
+def _balance(method: str) -> dict[str, float]:
     from megatron_dllm import parallel
     from megatron_dllm.training.context_balance import context_balance
 
-    parallel.initialize(ParallelConfig(context_parallel_size=2), RunConfig(name="test"))
+    layout = ParallelConfig(context_parallel_size=2, context_parallel_method=method)
+    parallel.initialize(layout, RunConfig(name="test"))
     batch = tiny_batch(tiny_model(), [[40, 20], [57]], row_length=128, block_size=4)
-    return context_balance([batch], torch.device("cpu"))
+    return context_balance([batch], layout, torch.device("cpu"))
 
 
 def test_equal_data_agrees_and_other_data_is_named() -> None:
@@ -53,9 +54,10 @@ def test_equal_data_agrees_and_other_data_is_named() -> None:
 
 
 def test_balance_is_reported_alike_on_every_rank() -> None:
-    first, second = run_ranks(_balance, 2)
+    first, second = run_ranks(_balance, 2, "gather")
     assert first == second
     assert 1.0 <= first["context_pairs/mean"] <= first["context_pairs/max"] <= 1.05
+    assert run_ranks(_balance, 2, "ulysses") == [{}, {}], "even by construction: the deal's ratio would say nothing"
 
 
 def test_rows_count_in_their_global_order() -> None:

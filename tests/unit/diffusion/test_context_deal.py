@@ -44,11 +44,13 @@ def test_visible_keys_count_the_mask(num_views: int) -> None:
 @pytest.mark.parametrize("length", [8192, 32768])
 @pytest.mark.parametrize("block_size", [32, 512, CONTEXT], ids=["block32", "block512", "document"])
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
-def test_no_rank_has_more_than_five_percent_above_the_mean(length: int, block_size: int, num_ranks: int) -> None:
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_no_rank_has_more_than_five_percent_above_the_mean(length: int, block_size: int, num_ranks: int,
+                                                           num_views: int) -> None:
     rng = np.random.default_rng(length + block_size + num_ranks)
     target_ratios, in_order_ratios = [], []
     for _ in range(6):
-        roles, is_target = _row(rng, length, block_size)
+        roles, is_target = _row(rng, length, block_size, num_views)
         tokens = deal_row(roles, is_target, num_ranks)
         assert tokens.shape == (num_ranks, length // num_ranks)
         assert np.array_equal(np.sort(tokens.ravel()), np.arange(length))
