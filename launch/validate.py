@@ -132,7 +132,7 @@ def stage_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) ->
     if config.checkpoint.load and not _is_produced(config.checkpoint.load, produced):
         try:
             folder = checkpoint_folder.resolve_checkpoint(Path(config.checkpoint.load))
-            checkpoint_folder.check_identity(folder, config.model)
+            checkpoint_folder.check_start(folder, config)
         except ValueError as error:
             yield f"checkpoint.load ({config.checkpoint.load}): {error}"
     assert stage.run_folder is not None, "a training stage has a run folder"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.record import latest_checkpoint, read_json
+from launch.record import read_json
+from megatron_dllm.checkpoint_folder import STATE, latest_checkpoint
 
 if TYPE_CHECKING:
     # The job's supervisor runs without packages.
@@ -21,8 +22,9 @@ def schedule_parts(config: TrainConfig) -> list[dict[str, Any]]:
 
 def wanted_ranks(parts: Sequence[dict[str, Any]], run_folder: Path) -> int | None:
     """Ranks that the part of the schedule which comes next asks for; None: as many as there are."""
-    name = latest_checkpoint(run_folder)
-    state = read_json(run_folder / "checkpoints" / name / "state.json") if name else None
+    # As training itself finds it: `latest` may lag behind, or name one that is damaged.
+    folder = latest_checkpoint(run_folder / "checkpoints")
+    state = read_json(folder / STATE) if folder else None
     consumed = (state or {}).get("consumed_tokens", 0)
     end = 0
     for part in parts:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 # Model-space optimizer state with keys that do not depend on how many optimizers are chained.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 _POLL_SECONDS = 0.05
+_MAKE_ROOM = "make room, or choose another run.root"
 # Errors that keep their kind on the ranks where they did not occur.
 _KINDS: tuple[type[Exception], ...] = (ValueError, LeaseLost)
 
@@ -56,6 +58,22 @@ def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
                for i, state in enumerate(states)}
     assert not any(isinstance(value, ShardedObject) for value in nested_values(tensors)), "an object lies deeper"
     return tensors
+
+
+def _check_space(folder: Path) -> None:
+    """Refuse to begin a checkpoint that will not fit, judged by the one before it.
+
+    Raises:
+        OSError: naming both sizes.
+    """
+    before = folders.latest_checkpoint(folder.parent)
+    if before is None:
+        return
+    needed = sum(entry["size"] for entry in folders.read_manifest(before).values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"writing {folder}: it needs about {needed / 2**30:.3g} GiB, as {before.name} does, and "
+                      f"{free / 2**30:.3g} GiB are free; {_MAKE_ROOM}")
 
 
 def _optimizers(optimizer: MegatronOptimizer) -> list[Any]:
@@ -149,7 +167,10 @@ class CheckpointWriter:
             sharded: dict[str, Any] = dict(model)
             if optimizer is not None:
                 sharded["optimizer"] = _optimizer_state(optimizer, model, is_loading=False)
-            request = dist_checkpointing.save(sharded, str(temporary), self._strategy, async_sharded_save=True)
+            try:
+                request = dist_checkpointing.save(sharded, str(temporary), self._strategy, async_sharded_save=True)
+            except (OSError, RuntimeError) as error:  # torch hides what the operating system said
+                raise RuntimeError(f"writing {temporary}: {error}; if the disk is full, {_MAKE_ROOM}") from error
             assert request is not None, "an asynchronous save must return a request"
             save = _Save(temporary, final, request, contract, state)
             if self._is_async:
@@ -211,6 +232,7 @@ class CheckpointWriter:
                     self._before_publish()
                 folders.remove(temporary)
                 temporary.mkdir(parents=True)
+                _check_space(temporary)
             except Exception as caught:
                 error = caught
         raise_together(error)
@@ -218,8 +240,11 @@ class CheckpointWriter:
     def _complete(self, save: _Save, written: Written) -> None:
         """Describe, verify and rename a folder whose tensor files all ranks have written."""
         hand_over(save.request, written)
-        for finalize in save.request.finalize_fns:
-            finalize()
+        try:
+            for finalize in save.request.finalize_fns:
+                finalize()
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(f"writing {save.temporary}: {error}; if the disk is full, {_MAKE_ROOM}") from error
         parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, written.checksums)
         error: Exception | None = None
@@ -257,7 +282,7 @@ def verify(folder: Path, hash_content: bool = True) -> None:
     """
     error: Exception | None = None
     try:
-        manifest = folders.read_json(folder / folders.MANIFEST)
+        manifest = folders.read_manifest(folder)
         names = sorted(manifest)[dist.get_rank()::dist.get_world_size()]
         problems = folders.damaged_files(folder, manifest, names, hash_content)
         if problems:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -24,6 +25,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 CONTRACT, STATE, MANIFEST, VALIDATION, LATEST = (
@@ -138,20 +141,36 @@ def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str], 
     return problems
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Size and sha256 of every file of a checkpoint, as they were written.
+
+    Raises:
+        ValueError: it is missing or no such table.
+    """
+    manifest = read_json(folder / MANIFEST)
+    entries = manifest.values() if isinstance(manifest, dict) else [None]
+    if not all(isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+               for entry in entries) or CONTRACT not in manifest:
+        raise ValueError(f"{folder / MANIFEST} is damaged: it does not give sizes and checksums; choose another "
+                         "checkpoint.")
+    return manifest
+
+
 def check_complete(folder: Path) -> None:
-    """Refuse a folder with a file missing or cut short; contents are compared when loading.
+    """Refuse a folder with a file missing or cut short, or an altered description; tensors are compared when loading.
 
     Raises:
         ValueError: naming the files.
     """
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     problems = damaged_files(folder, manifest, manifest, hash_content=False)
+    problems = problems or damaged_files(folder, manifest, [name for name in (CONTRACT, STATE) if name in manifest])
     if problems:
         raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file is there with its size (contents are compared when loading)."""
+    """Whether `check_complete` has nothing to say."""
     try:
         check_complete(folder)
     except ValueError:
@@ -184,17 +203,22 @@ def set_aside(folder: Path) -> Path:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the latest of a run folder.
+    """The checkpoint folder that `path` means: itself, or the newest of a run folder.
 
     Raises:
-        ValueError: there is no complete checkpoint.
+        ValueError: there is none, or the newest one is damaged; an older one must be asked for by its name.
     """
     if (path / CONTRACT).is_file():
         return path
     for checkpoints in (path / "checkpoints", path):
-        found = latest_checkpoint(checkpoints)
-        if found is not None:
-            return found
+        for newest in step_folders(checkpoints)[-1:]:
+            try:
+                check_complete(newest)
+            except ValueError as error:
+                older = latest_checkpoint(checkpoints)
+                remedy = f"the newest whole one is {older}" if older else "there is no older one"
+                raise ValueError(f"{newest} is the newest checkpoint of {path}: {error} {remedy}.") from None
+            return newest
     raise ValueError(f"{path} holds no complete checkpoint; give a run folder or one of its step_* folders.")
 
 
@@ -220,13 +244,39 @@ def check_identity(folder: Path, model: Any, contract: dict[str, Any] | None = N
     return stored
 
 
+def check_start(folder: Path, config: Any) -> dict[str, Any]:
+    """Refuse weights that the run's first stage would misread; returns the checkpoint's contract.json.
+
+    Autoregressive weights may start any stage. Diffusion weights predict a token at its own place, in blocks counted
+    from `block_origin`: another diffusion stage on the same grid continues them.
+
+    Raises:
+        ValueError: naming the field, both values and the remedy.
+    """
+    stored = check_identity(folder, config.model)
+    contract = stored["contract"]
+    if contract.get("shift", True):
+        return stored
+    name, first = next(iter(config.schedule.stages.items()))
+    if first.objective == "ar":
+        raise ValueError(f"schedule.stages.{name}.objective (ar) cannot start from the diffusion weights {folder}; "
+                         "start from an autoregressive checkpoint, or with a diffusion stage.")
+    if contract.get("block_origin", config.data.block_origin) != config.data.block_origin:
+        raise ValueError(f"data.block_origin ({config.data.block_origin}) differs from that of the diffusion weights "
+                         f"{folder} ({contract['block_origin']}); continue with the grid they were trained on.")
+    return stored
+
+
 def validation_elbo(folder: Path) -> float | None:
     """ELBO at the target block size in nats per token, or None where the checkpoint was not evaluated."""
     if not (folder / VALIDATION).is_file():
         return None
-    validation = read_json(folder / VALIDATION)
-    value = validation["elbo"].get(str(validation["target_block_size"]))
-    return None if value is None else float(value)
+    try:
+        validation = read_json(folder / VALIDATION)
+        value = validation["elbo"].get(str(validation["target_block_size"]))
+        return None if value is None else float(value)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder / VALIDATION} is damaged ({error}); remove it, or evaluate again.") from None
 
 
 def clean_temporary(checkpoints: Path) -> list[Path]:
@@ -247,19 +297,27 @@ def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -
     """Delete checkpoints that no rule keeps; returns the deleted folders.
 
     Kept: the last `keep_last`, the `keep_best` with the lowest validation ELBO among those trained as the newest
-    one (only they can be merged with it), every one whose step is a multiple of `keep_every`, and every stage's
-    end. An incomplete folder never counts as one that is kept,
-    so the newest complete checkpoint always stays.
+    one (only they can be merged with it), every `keep_every`-th of those saved at the interval, and every stage's
+    end. An incomplete folder never counts as one that is kept, so the newest complete checkpoint always stays.
     """
     complete = list_checkpoints(checkpoints)
     kept = set(complete[-max(keep_last, 1):])
-    rivals = [f for f in complete if _kind(f) == _kind(complete[-1])]
-    ranked = sorted((elbo, f) for f in rivals if (elbo := validation_elbo(f)) is not None and math.isfinite(elbo))
-    kept |= {f for _, f in ranked[:keep_best]}
+    ranked = []
+    for folder in (f for f in complete if _kind(f) == _kind(complete[-1])):
+        try:
+            elbo = validation_elbo(folder)
+        except ValueError as error:
+            log.warning("%s stays: %s", folder.name, error)
+            kept.add(folder)
+            continue
+        if elbo is not None and math.isfinite(elbo):
+            ranked.append((elbo, folder))
+    kept |= {f for _, f in sorted(ranked)[:keep_best]}
     deleted = []
     for folder in complete:
         contract = read_json(folder / CONTRACT)
-        is_multiple = keep_every > 0 and contract["step"] % keep_every == 0
+        number = contract.get("save_number")
+        is_multiple = keep_every > 0 and number is not None and number % keep_every == 0
         if folder in kept or is_multiple or contract.get("is_stage_end", False):
             continue
         remove(folder)

@@ -465,7 +465,8 @@ class CheckpointConfig:
     resume: bool = True
     # Save every so many document tokens, besides the end of every stage; 0: only there.
     save_interval_tokens: int = 0
-    # Checkpoints kept: the last n, the k with the best validation ELBO, every m-th (0: none for that reason).
+    # Checkpoints kept: the last n, the k with the best validation ELBO, every m-th of those saved at the interval
+    # (0: none for that reason).
     keep_last: int = 2
     keep_best: int = 5
     keep_every: int = 0
@@ -473,7 +474,8 @@ class CheckpointConfig:
     is_async: bool = False
     # Compare checksums of every file before loading it.
     verify: bool = True
-    # A writer that has not finished after so many minutes is dead: the run stops with an error.
+    # A writer that has not finished after so many minutes is dead: the run stops with an error. In a synchronous save
+    # ranks wait for the slowest, and run.distributed_timeout_minutes limits that as well.
     timeout_minutes: float = 30.0
 
     def validate(self) -> None:

@@ -23,7 +23,7 @@ from megatron.core import parallel_state
 from omegaconf import OmegaConf
 
 from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.checkpoint import CheckpointWriter, check_identity, load_weights
+from megatron_dllm.checkpoint import CheckpointWriter, load_weights
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.dataset import BatchLoader, GlobalStep, RowDataset
@@ -153,7 +153,7 @@ class Trainer:
             trim_metrics(self.folder, -1)  # of a start that ended before its first checkpoint
         if config.checkpoint.load:
             start = folders.resolve_checkpoint(Path(config.checkpoint.load))
-            self._source = check_identity(start, config.model).get("source")
+            self._source = folders.check_start(start, config).get("source")
             load_weights(start, self.engine.chunks, config.checkpoint.verify)
             self.engine.optimizer.reload_model_params()
             if self.is_rank_zero:
@@ -249,7 +249,9 @@ class Trainer:
         is_due = interval > 0 and before // interval != state.consumed_tokens // interval
         if finished is not None or is_due or must_stop:
             is_validated = self.validation is not None and (finished is not None or is_due)
-            is_complete = self._save(stage, finished is not None, is_validated, must_stop)
+            details = {"is_stage_end": finished is not None, "is_validated": is_validated,
+                       "save_number": state.consumed_tokens // interval if is_due else None}
+            is_complete = self._save(stage, details)
             must_stop = not is_complete or (must_stop and not self.schedule.is_finished(state.consumed_tokens))
         if must_stop:
             self.writer.finish()
@@ -313,8 +315,11 @@ class Trainer:
 
     # ---- checkpoints -------------------------------------------------------------------------
 
-    def _save(self, stage: Stage, is_stage_end: bool, is_validated: bool, must_stop: bool) -> bool:
+    def _save(self, stage: Stage, details: dict[str, Any]) -> bool:
         """Write a checkpoint and evaluate it if it is to be; false where a request to stop left that to the next start.
+
+        `details`, for its contract.json: `is_stage_end`, `is_validated`, and `save_number`, which counts the saves
+        at the interval.
 
         A job that is asked to stop has a grace period, which a validation may exceed.
         """
@@ -323,9 +328,9 @@ class Trainer:
             for chunk in self.engine.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)
         folder = self.writer.save(self.state.step, self.engine.chunks, self.engine.optimizer,
-                                  {**self._contract(stage, is_stage_end), "is_validated": is_validated},
-                                  asdict(self.state))
-        validation = self._validate(stage, is_stage_end) if is_validated and not must_stop else None
+                                  {**self._contract(stage), **details}, asdict(self.state))
+        is_validated = details["is_validated"]
+        validation = self._validate(stage, details["is_stage_end"]) if is_validated else None
         if overlap:
             for chunk in self.engine.chunks:
                 chunk.enable_forward_pre_hook()
@@ -357,7 +362,7 @@ class Trainer:
     def _validate(self, stage: Stage, is_stage_end: bool) -> Validation | None:
         """Target block size at every checkpoint, all of them at a stage's end; AR models by their exact NLL.
 
-        None where the run is asked to stop meanwhile.
+        None where the run was asked to stop, before or meanwhile.
         """
         sizes = [str(size) for size in self.config.evaluation.block_sizes]
         names = [AR] if stage.config.objective == AR else (sizes if is_stage_end else sizes[:1])
@@ -375,14 +380,14 @@ class Trainer:
                 **{f"validation_bits_per_byte/{name}": value for name, value in result.bits_per_byte.items()}})
         return result
 
-    def _contract(self, stage: Stage, is_stage_end: bool) -> dict[str, Any]:
+    def _contract(self, stage: Stage) -> dict[str, Any]:
         config = self.config
         return {
             "format": folders.FORMAT, "model": asdict(config.model),
             "contract": {**run_contract(config), "shift": stage.config.objective == AR,
                          "block_size": stage.config.block_size},
             "step": self.state.step, "consumed_tokens": self.state.consumed_tokens, "stage": stage.name,
-            "is_stage_end": is_stage_end, "layout": asdict(config.parallel), "world_size": dist.get_world_size(),
+            "layout": asdict(config.parallel), "world_size": dist.get_world_size(),
             "tokenizer": "../../tokenizer" if config.data.tokenizer else None, "source": self._source}
 
 

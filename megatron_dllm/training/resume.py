@@ -19,6 +19,7 @@ from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.lease import Lease, LeaseLost
 from megatron_dllm.parallel import start_process_group
+from megatron_dllm.training.evaluate import AR
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,24 @@ def check_inputs(config: TrainConfig) -> None:
                          f"{run_checkpoints(config)}; choose another name, or remove them.")
     if config.checkpoint.load and not has_checkpoints:
         start = folders.resolve_checkpoint(Path(config.checkpoint.load))
-        check_identity(start, config.model)
         folders.check_complete(start)
+        folders.check_start(start, config)
+
+
+def _check_same_stage(folder: Path, stored: dict[str, Any], config: TrainConfig) -> None:
+    """Refuse to continue in a schedule whose stage of that name is another one than the checkpoint was trained in."""
+    name, contract = stored.get("stage"), stored["contract"]
+    if name is None:
+        return
+    if name not in config.schedule.stages:
+        raise ValueError(f"schedule.stages has no {name}, the stage of the checkpoint {folder}; continue with the "
+                         "run's own schedule (its config.yaml), or start a new run from the weights.")
+    stage = config.schedule.stages[name]
+    for field, value in (("shift", stage.objective == AR), ("block_size", stage.block_size)):
+        if contract.get(field, value) != value:
+            raise ValueError(f"schedule.stages.{name}: {field} ({value}) differs from the checkpoint {folder} "
+                             f"({contract[field]}); continue with the run's own schedule (its config.yaml), or start "
+                             "a new run from the weights.")
 
 
 def acquire_lease(run_folder: Path) -> Lease | None:
@@ -137,6 +154,7 @@ def load_newest(config: TrainConfig, chunks: Sequence[nn.Module],
             log.warning("passed over %s: %s", folder.name, error)
             continue
         stored = check_identity(folder, config.model, run_contract(config))
+        _check_same_stage(folder, stored, config)
         precision = stored.get("layout", {}).get("precision", config.parallel.precision)
         if precision != config.parallel.precision:
             raise ValueError(f"parallel.precision ({config.parallel.precision}) differs from the checkpoint {folder} "

@@ -7,7 +7,10 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -54,6 +57,10 @@ def _engine(folder: Path, layout: ParallelConfig, model: ModelConfig = MODEL) ->
     return build_engine(config)
 
 
+def _bf16(layouts: dict[str, ParallelConfig]) -> dict[str, ParallelConfig]:
+    return {name: replace(layout, precision="bf16") for name, layout in layouts.items()}
+
+
 def _writer(folder: Path, **options: Any) -> Any:
     from megatron_dllm.checkpoint import CheckpointWriter
 
@@ -62,8 +69,9 @@ def _writer(folder: Path, **options: Any) -> Any:
 
 def _save(writer: Any, step: int, engine: Any) -> Path:
     layout = {"precision": "fp32"}
-    contract = {"format": 1, "model": asdict(MODEL), "step": step, "layout": layout,
-                "contract": {"block_origin": "document", "mask_token_id": MODEL.mask_token_id, "context_length": 32}}
+    contract = {"format": 1, "model": asdict(MODEL), "step": step, "layout": layout, "stage": "stable",
+                "contract": {"shift": False, "block_size": 32,
+                             "block_origin": "document", "mask_token_id": MODEL.mask_token_id, "context_length": 32}}
     return writer.save(step, engine.chunks, engine.optimizer, contract,
                        {"optimizer_step": OPTIMIZER_STEP, "step": step})
 
@@ -82,13 +90,16 @@ def _fill_moments(engine: Any) -> None:
             for name in ("exp_avg", "exp_avg_sq"):
                 entry[name].copy_(torch.rand(entry[name].shape, generator=generator))
             entry["step"] = torch.tensor(float(OPTIMIZER_STEP))
+        for group in getattr(part, "shard_fp32_from_float16_groups", []):
+            for main in group:  # the fp32 weights behind bf16 ones: close to them, not equal
+                main.mul_(1 + 1e-4 * torch.rand(main.shape, generator=generator))
 
 
 # ---- layouts -------------------------------------------------------------------------------------
 
 
-def _write_reference(folder: Path, model: ModelConfig) -> None:
-    engine = _engine(folder, ParallelConfig(), model)
+def _write_reference(folder: Path, model: ModelConfig, precision: str) -> None:
+    engine = _engine(folder, ParallelConfig(precision=precision), model)
     _fill_moments(engine)
     _save(_writer(folder), 0, engine)
 
@@ -119,15 +130,21 @@ def _load_and_save(folder: Path, layouts: dict[str, ParallelConfig], model: Mode
     pytest.param(MODEL, 4, FOUR_RANKS, id="experts-4"),
     pytest.param(DENSE, 2, {name: replace(TWO_RANKS[name], expert_tensor_parallel_size=None)
                             for name in ("DP2", "TP2", "PP2")}, id="dense-2"),
+    pytest.param(MODEL, 2, _bf16({name: TWO_RANKS[name] for name in ("DP2", "TP2 x EP2", "PP2")}), id="bf16-2"),
 ])
 def test_weights_and_optimizer_state_pass_through_every_layout_bit_for_bit(
         tmp_path: Path, model: ModelConfig, ranks: int, layouts: dict[str, ParallelConfig]) -> None:
-    run_ranks(_write_reference, 1, tmp_path, model, timeout_s=300.0)
+    precision = next(iter(layouts.values())).precision
+    run_ranks(_write_reference, 1, tmp_path, model, precision, timeout_s=300.0)
     different = run_ranks(_load_and_save, ranks, tmp_path, layouts, model, timeout_s=500.0)[0]
     assert different == {name: [] for name in layouts}
     tensors = read_tensors(checkpoints_of(run_config(tmp_path, "run")) / "step_0000000")
     moments = [tensor for key, tensor in tensors.items() if "exp_avg" in key]
     assert all(tensor.count_nonzero() > 0.99 * tensor.numel() for tensor in moments), "the moments were not saved"
+    if precision == "bf16":
+        weight, main = tensors["output_layer.weight"], tensors["optimizer.state.param.output_layer.weight"]
+        assert weight.dtype == torch.bfloat16 and main.dtype == torch.float32
+        assert not torch.equal(weight.float(), main), "the optimizer's own weights were not saved"
 
 
 # ---- writers that fail ---------------------------------------------------------------------------
@@ -159,15 +176,15 @@ def _failing_saves(folder: Path) -> dict[str, str]:
 
 
 class _limit_files:
-    """A disk that is full after 2,000 bytes: writing on fails as there, with OSError."""
+    """A disk that is full after some bytes of a file: writing on fails as there, with OSError."""
 
-    def __init__(self, is_here: bool) -> None:
-        self._is_here = is_here
+    def __init__(self, is_here: bool, num_bytes: int = 2000) -> None:
+        self._is_here, self._num_bytes = is_here, num_bytes
 
     def __enter__(self) -> Callable[[Any], None]:
         self._limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if self._is_here:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, self._limits[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self._num_bytes, self._limits[1]))
         return lambda writer: None
 
     def __exit__(self, *_: object) -> None:
@@ -227,6 +244,40 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, expected[key]) for key, tensor in read_tensors(checkpoints / name).items())
 
 
+def _full_disk(folder: Path) -> tuple[str, str]:
+    """What is said where the checkpoint before would not fit, and where the disk is full in spite of that."""
+    engine = _engine(folder, ParallelConfig())
+    _fill_moments(engine)
+    writer = _writer(folder)
+    _save(writer, 1, engine)
+    usage = shutil.disk_usage(folder)
+    with pytest.raises(RuntimeError) as no_space, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_dllm.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=5000))
+        _save(writer, 2, engine)
+    if dist.get_world_size() > 1:
+        return str(no_space.value), ""
+    with pytest.raises(RuntimeError) as quota, _limit_files(is_here=True, num_bytes=10):
+        _save(writer, 2, engine)
+    assert [f.name for f in folders.list_checkpoints(writer._checkpoints)] == ["step_0000001"]
+    return str(no_space.value), str(quota.value)
+
+
+def test_a_full_disk_is_named_before_or_while_writing(tmp_path: Path) -> None:
+    first, second = run_ranks(_full_disk, 2, tmp_path, timeout_s=300.0)
+    assert first == second, "every rank says the same"
+    assert re.search(r"as step_0000001 does, and 4.66e-06 GiB are free; make room, or choose another", first[0])
+    _, quota = run_ranks(_full_disk, 1, tmp_path / "alone", timeout_s=300.0)[0]
+    assert re.search(r"writing .*step_0000002.*if the disk is full, make room, or choose another run.root", quota)
+
+
+def test_a_save_that_does_not_end_ends_the_process() -> None:
+    code = ("import time; from megatron_dllm.checkpoint import _Deadline\n"
+            "with _Deadline(0.001, 'Saving step_7'): time.sleep(300)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 1
+    assert "Saving step_7 did not finish within checkpoint.timeout_minutes (0.001)" in done.stderr
+
+
 def _slow_write(folder: Path) -> tuple[int, bool]:
     """Number of looks while the writer was busy, and whether later changes of the weights stayed out of the files."""
     from megatron_dllm import checkpoint_process
@@ -269,6 +320,11 @@ def _alter(folder: Path) -> None:
         stream.write(bytes([byte[0] ^ 1]))
 
 
+def _alter_state(folder: Path) -> None:
+    path = folder / folders.STATE
+    path.write_text(path.read_text().replace(f": {OPTIMIZER_STEP}", ": 8"))
+
+
 def _lose(folder: Path) -> None:
     (folder / "__1_0.distcp").unlink()
 
@@ -296,7 +352,8 @@ def _poison(folder: Path) -> None:
 
 
 DAMAGES = {_truncate: "__1_0.distcp has 1000 bytes instead of", _alter: "__0_0.distcp does not have the checksum",
-           _lose: "__1_0.distcp is missing", _half: "manifest.json is missing",
+           _alter_state: "state.json does not have the checksum", _lose: "__1_0.distcp is missing",
+           _half: "manifest.json is missing",
            _poison: ".metadata is not the metadata of a torch_dist checkpoint"}
 
 
@@ -358,7 +415,10 @@ def _other_identity(folder: Path) -> list[str]:
     others = [replace(config, model=replace(MODEL, hidden_size=64)),
               replace(config, data=replace(config.data, block_origin="row")),
               replace(config, model=replace(MODEL, mask_token_id=3)),
-              replace(config, parallel=ParallelConfig(precision="bf16"))]
+              replace(config, parallel=ParallelConfig(precision="bf16")),
+              replace(config, schedule=replace(config.schedule, stages={
+                  **config.schedule.stages, "stable": replace(config.schedule.stages["stable"], block_size=16)})),
+              replace(config, schedule=replace(config.schedule, stages={"other": config.schedule.stages["stable"]}))]
     said = []
     for other in others:
         with pytest.raises(ValueError) as caught:
@@ -368,8 +428,10 @@ def _other_identity(folder: Path) -> list[str]:
 
 
 def test_a_checkpoint_of_another_model_or_contract_is_refused(tmp_path: Path) -> None:
-    model, grid, mask, precision = run_ranks(_other_identity, 1, tmp_path, timeout_s=300.0)[0]
+    model, grid, mask, precision, block, stages = run_ranks(_other_identity, 1, tmp_path, timeout_s=300.0)[0]
     assert "model.hidden_size (64) differs from the checkpoint" in model
     assert "block_origin (row) differs from the checkpoint" in grid
     assert "model.mask_token_id (3) differs from the checkpoint" in mask
     assert "parallel.precision (bf16) differs from the checkpoint" in precision
+    assert "schedule.stages.stable: block_size (16) differs from the checkpoint" in block
+    assert "schedule.stages has no stable, the stage of the checkpoint" in stages

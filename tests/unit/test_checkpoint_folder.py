@@ -7,22 +7,23 @@ from pathlib import Path
 import pytest
 
 from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.config import ModelConfig
+from megatron_dllm.config import ModelConfig, ScheduleConfig, StageConfig, TrainConfig
 
 MODEL = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1,
                     kv_channels=4, vocab_size=16, mask_token_id=2, eos_token_id=0, pad_token_id=1)
 
 
 def _make(checkpoints: Path, step: int, elbo: float | None = None, is_stage_end: bool = False,
-          block_size: int = 32) -> Path:
+          block_size: int = 32, shift: bool = False, save_number: int | None = None) -> Path:
     """A checkpoint as the writer leaves it, one small file for the tensors."""
     final = folders.step_folder(checkpoints, step)
     temporary = final.with_name(folders.TEMPORARY_PREFIX + final.name)
     temporary.mkdir(parents=True)
     contract = {"format": 1, "model": asdict(MODEL), "contract": {"block_origin": "document", "mask_token_id": 2,
-                                                                  "block_size": block_size},
-                "step": step, "is_stage_end": is_stage_end}
+                                                                  "block_size": block_size, "shift": shift},
+                "step": step, "is_stage_end": is_stage_end, "save_number": save_number}
     folders.write_json(temporary / folders.CONTRACT, contract)
+    folders.write_json(temporary / folders.STATE, {"step": step, "consumed_tokens": 100 * step, "text": "x" * 50})
     (temporary / "__0_0.distcp").write_bytes(bytes(range(100)))
     manifest = {name: folders.checksum(temporary / name) for name in folders.payload_files(temporary)}
     folders.write_json(temporary / folders.MANIFEST, manifest)
@@ -75,19 +76,41 @@ def test_damage_is_named(tmp_path: Path, damage, words: str) -> None:
             folders.check_complete(folder)
 
 
+@pytest.mark.parametrize("name", [folders.CONTRACT, folders.STATE])
+def test_altered_descriptions_are_seen_without_reading_the_tensors(tmp_path: Path, name: str) -> None:
+    good, folder = _make(tmp_path, 1), _make(tmp_path, 2)
+    _alter(folder / name)
+    with pytest.raises(ValueError, match=f"{name} does not have the checksum it was written with"):
+        folders.check_complete(folder)
+    assert folders.latest_checkpoint(tmp_path) == good
+    assert folders.retire(tmp_path, keep_last=1, keep_best=0, keep_every=0) == []
+
+
+@pytest.mark.parametrize("content", ["[]", '{"contract.json": 5}', '{"__0_0.distcp": {"size": 100, "sha256": "0"}}'])
+def test_manifest_of_another_shape_is_damage(tmp_path: Path, content: str) -> None:
+    (_make(tmp_path, 1) / folders.MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+        folders.check_complete(tmp_path / "step_0000001")
+
+
 def test_folder_without_manifest_is_not_complete(tmp_path: Path) -> None:
     folder = _make(tmp_path, 1)
     (folder / folders.MANIFEST).unlink()
     assert not folders.is_complete(folder)
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match=r"manifest.json is missing.*there is no older one"):
         folders.resolve_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        folders.resolve_checkpoint(tmp_path / "nowhere")
 
 
 def test_latest_passes_over_incomplete_folders(tmp_path: Path) -> None:
     good = _make(tmp_path, 1)
     (_make(tmp_path, 2) / "__0_0.distcp").unlink()
     assert folders.latest_checkpoint(tmp_path) == good
-    assert folders.resolve_checkpoint(tmp_path) == good
+    # A resume falls back and says so; what a user asks for by the run's name is the newest or nothing.
+    with pytest.raises(ValueError, match=r"step_0000002 is the newest .*__0_0.distcp is missing.*is .*step_0000001"):
+        folders.resolve_checkpoint(tmp_path)
+    assert folders.resolve_checkpoint(good) == good
     assert folders.latest_checkpoint(tmp_path / "nowhere") is None
 
 
@@ -154,6 +177,24 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
         folders.check_identity(folder, MODEL)
 
 
+def _run(**stage: object) -> TrainConfig:
+    schedule = ScheduleConfig(context_length=64, row_length=64, stages={"first": StageConfig(**stage)})
+    return TrainConfig(model=MODEL, schedule=schedule)
+
+
+def test_diffusion_weights_start_what_they_were_trained_for(tmp_path: Path) -> None:
+    autoregressive, diffusion = _make(tmp_path / "ar", 1, shift=True), _make(tmp_path / "diffusion", 1)
+    to_diffusion, to_ar = _run(objective="block_diffusion", block_size=4), _run(objective="ar", block_size=1)
+    for folder, config in ((autoregressive, to_diffusion), (autoregressive, to_ar), (diffusion, to_diffusion)):
+        folders.check_start(folder, config)
+    with pytest.raises(ValueError, match=r"stages.first.objective \(ar\) cannot start from the diffusion weights"):
+        folders.check_start(diffusion, to_ar)
+    to_diffusion.data.block_origin = "row"
+    folders.check_start(autoregressive, to_diffusion)
+    with pytest.raises(ValueError, match=r"data.block_origin \(row\) differs .* \(document\)"):
+        folders.check_start(diffusion, to_diffusion)
+
+
 # ---- retention -----------------------------------------------------------------------------------
 
 
@@ -181,10 +222,20 @@ def test_the_best_are_chosen_among_those_that_can_be_merged(tmp_path: Path) -> N
 
 
 def test_multiples_and_stage_ends_stay(tmp_path: Path) -> None:
-    for step in (10, 15, 20, 25, 30):
-        _make(tmp_path, step, is_stage_end=step == 15)
-    folders.retire(tmp_path, keep_last=1, keep_best=0, keep_every=20)
-    assert _steps(tmp_path) == [15, 20, 30]
+    # Steps are as long as rows are full: the third save at the interval is some step or other.
+    for step, number in ((11, 1), (15, None), (19, 2), (31, 3), (38, 4), (52, 5), (64, 6), (70, None), (75, 7)):
+        _make(tmp_path, step, is_stage_end=step == 15, save_number=number)
+    folders.retire(tmp_path, keep_last=1, keep_best=0, keep_every=3)
+    assert _steps(tmp_path) == [15, 31, 64, 75]
+
+
+def test_a_damaged_validation_deletes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step, elbo in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 5.0)):
+        _make(tmp_path, step, elbo)
+    (tmp_path / "step_0000010" / folders.VALIDATION).write_text('{"elbo": [')
+    folders.retire(tmp_path, keep_last=1, keep_best=1, keep_every=0)
+    assert _steps(tmp_path) == [10, 20, 40]
+    assert "step_0000010 stays" in caplog.text
 
 
 def test_the_only_good_one_is_never_deleted(tmp_path: Path) -> None:
