@@ -107,7 +107,7 @@ def _steps_of_stages(config: TrainConfig) -> list[int]:
     return [stages.count(name) for name in STAGES]
 
 
-@pytest.mark.parametrize("is_overlapping", [False, True], ids=["", "async saves, overlapping collectives"])
+@pytest.mark.parametrize("is_overlapping", [False, True], ids=["plain", "async saves, overlapping collectives"])
 def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig, is_overlapping: bool) -> None:
     """Stopped in the first stage, exactly at its end, and inside a chunk of the second; by a signal to either rank."""
     config = _evaluated(run_config(
