@@ -11,7 +11,16 @@ from pathlib import Path
 
 import yaml
 
+from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.exit_codes import EXIT_LAYOUT
+
+
+def write_checkpoint(folder: Path, state: dict[str, object]) -> None:
+    """A whole checkpoint, as far as its descriptions go."""
+    folders.write_json(folder / folders.CONTRACT, {})
+    folders.write_json(folder / folders.STATE, state)
+    folders.write_json(folder / folders.MANIFEST,
+                       {name: folders.checksum(folder / name) for name in folders.payload_files(folder)})
 
 
 def train() -> int:
@@ -35,7 +44,7 @@ def train() -> int:
         while len(list(folder.iterdir())) < ranks:  # all must have read `latest`
             time.sleep(0.05)
         consumed = sum(parts[part]["num_tokens"] for part in done)
-        (folder / "state.json").write_text(json.dumps({"done": done, "consumed_tokens": consumed}))
+        write_checkpoint(folder, {"done": done, "consumed_tokens": consumed})
         latest.write_text(folder.name)
     return EXIT_LAYOUT if len(done) < len(parts) else 0
 

@@ -22,6 +22,7 @@ from launch.status import rows, total_tokens
 from launch.world import spread, wanted_ranks
 from megatron_dllm.compose import RECIPES
 from megatron_dllm.exit_codes import EXIT_LAYOUT
+from tests.integration.part_train import write_checkpoint
 from tests.slurm.test_lives import expected_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,11 +152,16 @@ def test_a_stage_that_was_killed_after_its_rename_counts_as_finished(recipes: Pa
 def test_the_next_part_of_a_schedule_chooses_the_ranks(tmp_path: Path) -> None:
     parts = [{"name": "a", "num_tokens": 100, "world_size": 4}, {"name": "b", "num_tokens": 100, "world_size": None}]
     assert wanted_ranks(parts, tmp_path) == 4
-    (tmp_path / "checkpoints" / "step_1").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "latest").write_text("step_1\n")
-    for consumed, expected in ((99, 4), (100, None), (200, None)):
-        record.write_json(tmp_path / "checkpoints" / "step_1" / "state.json", {"consumed_tokens": consumed})
+    for step, (consumed, expected) in enumerate(((99, 4), (100, None), (200, None))):
+        folder = tmp_path / "checkpoints" / f"step_{step}"
+        folder.mkdir(parents=True)
+        write_checkpoint(folder, {"consumed_tokens": consumed})
         assert wanted_ranks(parts, tmp_path) == expected
+    # One that training will pass over does not count, whatever `latest` says.
+    (tmp_path / "checkpoints" / "latest").write_text("step_2\n")
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step_{step}" / "manifest.json").unlink()
+    assert wanted_ranks(parts, tmp_path) == 4
     assert spread(3, 4) == (1, 3) and spread(8, 4) == (2, 4)
     with pytest.raises(ValueError, match="must be a multiple"):
         spread(6, 4)
