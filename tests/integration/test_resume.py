@@ -147,6 +147,18 @@ def test_a_model_parallel_run_equals_one_rank_and_itself(folder: Path, unbroken_
     _assert_equal(config, unbroken)
 
 
+def test_a_bf16_run_continues_with_its_fp32_weights(folder: Path) -> None:
+    layout = ParallelConfig(precision="bf16")
+    unbroken, config = (run_config(folder, name, layout, checkpoint=KEEP_ALL) for name in ("bf16", "bf16_continued"))
+    assert train_ranks(2, unbroken) == [0, 0]
+    _begin_with(config, unbroken, after=_steps_of_stages(unbroken)[0])
+    assert train_ranks(2, config) == [0, 0]
+    _assert_equal(config, unbroken)
+    tensors = _last(config)
+    assert tensors["output_layer.weight"].dtype == torch.bfloat16
+    assert tensors["optimizer.state.param.output_layer.weight"].dtype == torch.float32
+
+
 def test_a_run_moves_through_all_layouts(folder: Path, unbroken_one: TrainConfig) -> None:
     """Two steps in each: TP, TP x EP, virtual pipeline, CP, PP x EP, data parallel; then one rank to the end."""
     config = run_config(folder, "moving")
