@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ import pytest
 import torch
 
 from launch import record
-from tests.slurm.conftest import ROOT, Cluster, wait_for
+from megatron_dllm.compose import RECIPES
+from tests.slurm.conftest import ROOT, Cluster, first_step_after, wait_for
 from tests.tiny_run import read_tensors, write_corpus
 
 pytestmark = pytest.mark.slurm
@@ -27,6 +30,8 @@ MODEL = ["num_layers=2", "hidden_size=32", "ffn_hidden_size=64", "num_attention_
          "moe_shared_expert_intermediate_size=16", "mask_embedding_noise=0"]
 TOKENS = {"warmup_1": 2000, "warmup_4": 2000, "warmup_32": 2000, "warmup_64": 2000, "stable": 4000,
           "decay_128": 2000, "decay_32": 4000}
+# Waits where a test asks it to; otherwise training itself.
+PACED = "train_module=tests.slurm.paced_train"
 VARYING = ("tokens_per_second", "forward_tokens_per_second", "step_seconds", "peak_memory_gib", "time")
 
 
@@ -124,6 +129,7 @@ def test_a_submitted_run_equals_torchrun(cluster: Cluster, unbroken: Training, r
     assert "finished" in status and str(run.step()) in status
 
 
+@pytest.mark.slow
 def test_one_task_a_rank_equals_torchrun(cluster: Cluster, unbroken: Training, root: Path) -> None:
     run = Training(root, "by_srun")
     run.submit(cluster, "cluster.launcher=srun")
@@ -131,36 +137,110 @@ def test_one_task_a_rank_equals_torchrun(cluster: Cluster, unbroken: Training, r
     assert_same(run, unbroken)
 
 
-def test_preemption_changes_nothing(cluster: Cluster, unbroken: Training, root: Path) -> None:
+@pytest.mark.slow
+def test_preemption_changes_nothing(cluster: Cluster, unbroken: Training, root: Path,
+                                    record_property: Callable[[str, object], None]) -> None:
     run = Training(root, "preempted")
     run.submit(cluster)
     wait_for(lambda: run.step() >= 5, 600, "the first steps")
+    preempted = time.time()
     cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    record_property("preempted by a job of 1 s, training", first_step_after(run.stage, preempted))
     wait_for(run.is_done, 1500, "the run to finish")
     assert len(run.events("start")) >= 2, run.log()
     assert_same(run, unbroken)
 
 
-def test_lost_nodes_and_daemons_change_nothing(cluster: Cluster, unbroken: Training, root: Path) -> None:
-    """First a node in mid-training, then the daemon of a node whose ranks live on."""
+def test_lost_nodes_and_daemons_change_nothing(cluster: Cluster, unbroken: Training, root: Path,
+                                               record_property: Callable[[str, object], None]) -> None:
+    """First the node of rank 0 in the middle of a save, then the daemon of a node whose ranks live on."""
     run = Training(root, "lost")
-    run.submit(cluster)
-    wait_for(lambda: run.step() >= 5, 600, "the first steps")
-    cluster.host("crash", run.events("start")[0]["nodes"][1])
-    wait_for(lambda: len(run.events("start")) > 1, 600, "the second life")
-    seen = run.step()
-    wait_for(lambda: run.step() >= seen + 5, 600, "steps of the second life")
-    cluster.host("kill-daemon", run.events("start")[-1]["nodes"][0])
+    run.submit(cluster, PACED)
+    wait_for(lambda: record.latest_checkpoint(run.folder), 600, "the first checkpoint")
+    (run.folder / "hold_save").touch()
+    wait_for(lambda: list((run.folder / "checkpoints").glob(".*step_*/manifest.json")), 600, "a save in progress")
+    saved = record.latest_checkpoint(run.folder)
+    cluster.host("crash", run.events("start")[0]["nodes"][0])
+    crashed = time.time()
+    (run.folder / "hold_save").unlink()
+    (run.folder / "slow_steps").touch()
+    record_property("node lost in mid-save, training", first_step_after(run.stage, crashed))
+    assert run.events("start")[1]["checkpoint"] == saved
+
+    cluster.host("kill-daemon", run.events("start")[1]["nodes"][0])
+    killed = time.time()
     wait_for(lambda: len(run.events("start")) > 2, 600, "the third life")
+    (run.folder / "slow_steps").unlink()
+    record_property("daemon lost, training", first_step_after(run.stage, killed))
     wait_for(run.is_done, 1500, "the run to finish")
     assert_same(run, unbroken)
 
 
-def test_time_limits_change_nothing(cluster: Cluster, root: Path) -> None:
-    expected = Training(root, "long_unbroken", scale=40)
-    run = Training(root, "long", scale=40)
-    run.submit(cluster, "cluster.time_limit='00:02:00'", "cluster.stop_seconds=75")
-    wait_for(run.is_done, 1500, "the run to finish")
-    assert sum(event["how"] == "stopped" for event in run.events("end")) >= 3, run.log()
-    expected.run_by_torchrun()
-    assert_same(run, expected)
+@pytest.mark.slow
+def test_time_limits_change_nothing(cluster: Cluster, unbroken: Training, root: Path) -> None:
+    run = Training(root, "limited")
+    run.submit(cluster, PACED, "cluster.time_limit='00:02:00'", "cluster.stop_seconds=75")
+    wait_for(run.folder.exists, 60, "the run's folder")
+    (run.folder / "slow_steps").touch()
+    wait_for(lambda: sum(event["how"] == "stopped" for event in run.events("end")) >= 3, 600, "three stops")
+    (run.folder / "slow_steps").unlink()
+    wait_for(run.is_done, 600, "the run to finish")
+    assert_same(run, unbroken)
+
+
+CHAIN = """# @package _global_
+name: chain
+inputs: {start: "???"}
+stages:
+  to_hf:
+    module: checkpoints_tools.mcore_to_hf
+    arguments: [--checkpoint, "${inputs.start}", --output, "${root}/${name}/start_hf", --dtype, fp32]
+    output: "${root}/${name}/start_hf"
+  to_mcore:
+    module: checkpoints_tools.hf_to_mcore
+    arguments: [--hf, "${root}/${name}/start_hf", --output, "${root}/${name}/start"]
+    output: "${root}/${name}/start"
+  convert: {experiment: tiny_convert, nodes: 2, overrides: ["checkpoint.load=${root}/${name}/start", %WORDS%]}
+  merge:
+    module: checkpoints_tools.merge_topk
+    arguments: [--run, "${root}/${name}/convert", --last_n, "2", --output, "${root}/${name}/merged"]
+    output: "${root}/${name}/merged"
+  export:
+    module: checkpoints_tools.mcore_to_hf
+    arguments: [--checkpoint, "${root}/${name}/merged", --output, "${root}/${name}/hf", --dtype, fp32]
+    output: "${root}/${name}/hf"
+"""
+
+
+def test_a_chain_of_real_stages_survives_a_cancelled_one(cluster: Cluster, unbroken: Training, root: Path) -> None:
+    """Weights out, in, conversion, merge, weights out: the end is to the byte what the chain gives on this machine."""
+    recipes = root / "recipes"
+    shutil.copytree(RECIPES, recipes)
+    words = [word for word in unbroken.words if not word.startswith(("experiment=", "run."))]
+    (recipes / "chain" / "real.yaml").write_text(CHAIN.replace("%WORDS%", json.dumps(words)[1:-1]))
+    words = ["experiment=real", f"inputs.start={unbroken.folder}", "cluster=laptop", "cluster.ranks_per_node=2", PACED,
+             "cluster.environment.OMP_NUM_THREADS='1'", "--recipes", str(recipes)]
+    here = subprocess.Popen([sys.executable, "launch/local.py", *words, f"root={root}/here"], cwd=ROOT,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = root / "slurm" / "chain"
+    (folder / "convert").mkdir(parents=True)
+    (folder / "convert" / "slow_steps").touch()
+    done = cluster.submit(*words, f"root={root}/slurm")
+    assert done.returncode == 0, done.stderr
+    jobs = {name: entry["job"] for name, entry in record.read_json(folder / "chain.json")["stages"].items()}
+    wait_for(lambda: record.latest_checkpoint(folder / "convert"), 600, "a checkpoint of the conversion")
+    cluster.run("scancel", jobs["convert"])
+    wait_for(lambda: cluster.state(jobs["export"]) == "CANCELLED", 120, "the stages after it to be cancelled")
+    (folder / "convert" / "slow_steps").unlink()
+    again = cluster.submit(*words, f"root={root}/slurm")
+    assert again.returncode == 0, again.stderr
+    for name in ("to_hf", "to_mcore"):
+        assert f"{name:<20} finished before" in again.stderr
+    wait_for((folder / "launch" / "export" / "done.json").exists, 900, "the chain to finish")
+    starts = {name: [event["event"] for event in record.events(folder / "launch" / name)].count("start")
+              for name in jobs}
+    assert starts == {"to_hf": 1, "to_mcore": 1, "convert": 2, "merge": 1, "export": 1}
+    assert here.wait(600) == 0
+    expected = {path.name: path.read_bytes() for path in (root / "here" / "chain" / "hf").glob("*.safetensors")}
+    found = {path.name: path.read_bytes() for path in (folder / "hf").glob("*.safetensors")}
+    assert expected and found == expected
