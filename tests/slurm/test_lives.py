@@ -27,13 +27,13 @@ def expected_state(steps: int, seed: int = 1234) -> dict[str, object]:
 
 
 def test_a_run_longer_than_the_time_limit_continues_by_itself(fake_run: FakeRun) -> None:
-    job = fake_run.submit("cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=300, step_seconds=0.2,
+    job = fake_run.submit("cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=350, step_seconds=0.2,
                           save_every=10000)
     wait_for(fake_run.is_done, 480, "the run to finish")
     stops = [event for event in fake_run.events("end") if event["how"] == "stopped"]
     assert len(stops) >= 3, fake_run.log()
     assert {event["job"] for event in fake_run.events("start")} == {job}
-    assert fake_run.final_state() == expected_state(300)
+    assert fake_run.final_state() == expected_state(350)
 
 
 def test_preemption_saves_and_continues_what_was_submitted(fake_run: FakeRun, tmp_path: Path,
@@ -86,7 +86,7 @@ def test_a_crash_that_happens_once_is_survived(fake_run: FakeRun,
     assert fake_run.final_state() == expected_state(20)
 
 
-@pytest.mark.parametrize("moment", ["step", "save"])
+@pytest.mark.parametrize("moment", ["step", pytest.param("save", marks=pytest.mark.slow)])
 def test_a_lost_node_costs_only_the_steps_since_the_checkpoint(
         fake_run: FakeRun, moment: str, record_property: Callable[[str, object], None]) -> None:
     saving = moment == "save"
@@ -114,6 +114,7 @@ def test_a_lost_node_costs_only_the_steps_since_the_checkpoint(
     assert fake_run.final_state() == expected_state(200)
 
 
+@pytest.mark.slow
 def test_a_lost_daemon_leaves_no_second_writer(fake_run: FakeRun) -> None:
     """slurmd of a node dies while its ranks live on: SLURM starts the job a second time beside them."""
     fake_run.submit("nodes=1", steps=400, step_seconds=0.2, save_every=10)
@@ -162,6 +163,7 @@ def test_the_preflight_refuses_and_names_bad_nodes(fake_run: FakeRun) -> None:
     assert not (fake_run.folder / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_stop_in_time_are_requeued_before_the_limit(fake_run: FakeRun) -> None:
     """A step outlasts the time between the request and the limit; saved steps are not lost."""
     job = fake_run.submit("cluster.time_limit='00:02:00'", "cluster.stop_seconds=80", steps=2, slow="2:200",

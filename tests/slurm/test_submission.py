@@ -127,6 +127,7 @@ def chain_words(cluster: Cluster, root: Path, seconds: float) -> list[str]:
             "cluster.environment.FAKE_STEPS='12'", "cluster.environment.FAKE_STEP_SECONDS='0.1'"]
 
 
+@pytest.mark.slow
 def test_a_chain_with_a_killed_stage_is_finished_by_a_second_submission(cluster: Cluster, tmp_path: Path) -> None:
     words = chain_words(cluster, tmp_path, 20)
     folder = tmp_path / "chain"
