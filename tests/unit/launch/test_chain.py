@@ -8,7 +8,7 @@ import yaml
 
 from launch.chain import compose_chain
 from launch.job import sbatch_options
-from megatron_dllm.compose import compose_train_config
+from megatron_dllm.compose import RECIPES, compose_train_config
 
 
 def test_a_plain_experiment_is_a_chain_of_one_stage() -> None:
@@ -119,3 +119,10 @@ def test_mistakes_are_refused_in_one_sentence(recipes: Path, words: list[str], m
     with pytest.raises(ValueError) as caught:
         compose_chain(words, recipes)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("cluster", sorted(path.stem for path in (RECIPES / "cluster").glob("*.yaml")))
+def test_every_cluster_describes_a_job(cluster: str) -> None:
+    chain = compose_chain(["experiment=tiny_base", f"cluster={cluster}", "schedule.stages.ar.micro_batch_size=1",
+                           "schedule.stages.ar.global_batch_size=8"])
+    assert sbatch_options(chain, chain.stages[0], Path("/project"))
