@@ -137,3 +137,10 @@ def test_a_stage_waits_for_the_unfinished_stages_before_it(recipes: Path) -> Non
 def test_sbatch_s_refusal_is_readable() -> None:
     said = "sbatch: error: invalid partition specified: x\nallocation failure: Invalid partition name specified\n"
     assert readable_refusal(said) == "invalid partition specified: x Invalid partition name specified"
+
+
+@pytest.mark.parametrize("name", ["tiny_demo", "tiny_study"])
+def test_the_project_s_own_chains_hang_together_in_any_folder(tmp_path: Path, name: str) -> None:
+    chain = compose_chain([f"experiment={name}", f"root={tmp_path}", "train_module=tests.slurm.fake_train"])
+    # The study starts from what the demo leaves behind, which need not be there.
+    assert not [sentence for sentence in check_chain(chain) if "runs/demo" not in sentence]
