@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import struct
-import sys
 from pathlib import Path
 
 import pytest
@@ -96,14 +95,13 @@ stages:
 
 def test_training_is_asked_by_an_interpreter_that_has_it(root: Path, tmp_path: Path) -> None:
     """The nodes' own Python, which starts the container, need not have torch."""
-    bare = tmp_path / "python"
-    bare.write_text("#!/bin/sh\necho 'No module named torch' >&2\nexit 1\n")
-    bare.chmod(0o755)
-    (stage,) = compose_chain(["experiment=tiny_base", "data.train=/nowhere/x", "data.validation=null",
-                              "data.tokenizer=null", "evaluation.num_tokens=0"]).stages
-    assert training_problems([stage], [], [str(bare)]) == []
-    (sentence,) = training_problems([stage], [], [str(bare), sys.executable])
-    assert sentence.startswith("stage train: ") and "/nowhere/x" in sentence
+    for name, text in (("bare", "echo 'No module named torch' >&2; exit 1"), ("full", "echo 'train: no corpus'; exit 2")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (stage,) = compose_chain(["experiment=tiny_base"]).stages
+    bare, full = str(tmp_path / "bare"), str(tmp_path / "full")
+    assert training_problems([stage], [], [bare]) == []
+    assert training_problems([stage], [], [bare, full]) == ["stage train: no corpus"]
 
 
 def test_what_an_earlier_stage_makes_is_not_missing(recipes: Path, tmp_path: Path) -> None:
