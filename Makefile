@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slurm test-transformers4 check install parity kill study benchmarks clean
+.PHONY: demo test test-slurm test-transformers4 check install parity kill study clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
