@@ -76,6 +76,13 @@ def _check_space(folder: Path) -> None:
                       f"{free / 2**30:.3g} GiB are free; {_MAKE_ROOM}")
 
 
+def _altered_file(folder: Path, parts: Sequence[dict[str, Any]]) -> Exception | None:
+    """Read the files of a rank far from this one, so of another node; an error where they are not what it wrote."""
+    part = parts[(dist.get_rank() + max(1, len(parts) // 2)) % len(parts)]
+    problems = folders.damaged_files(folder, part, part)
+    return OSError(f"{problems[0]}; the storage does not keep what is written to it") if problems else None
+
+
 def _optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     """The distributed optimizers behind a chain, without the stubs of ranks that own no parameter."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -142,12 +149,17 @@ class CheckpointWriter:
     """Writes checkpoints of one run, one after the other, synchronously or behind training."""
 
     def __init__(self, checkpoints: Path, is_async: bool = False, timeout_minutes: float = 30.0,
-                 before_publish: Callable[[], None] | None = None) -> None:
-        """Args: folder of the run's checkpoints; `before_publish` may refuse (raise) before the final rename."""
+                 before_publish: Callable[[], None] | None = None, reads_back: bool = True) -> None:
+        """Args: folder of the run's checkpoints; `before_publish` may refuse (raise) before the final rename.
+
+        `reads_back`: before that, every rank compares another rank's files with their checksums (not in asynchronous
+        saves, where training would stand still meanwhile).
+        """
         self._checkpoints = checkpoints
         self._is_async = is_async
         self._timeout = timeout_minutes
         self._before_publish = before_publish
+        self._reads_back = reads_back and not is_async
         self._background: tuple[_Save, BackgroundWrite] | None = None
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
@@ -247,6 +259,8 @@ class CheckpointWriter:
             raise RuntimeError(f"writing {save.temporary}: {error}; if the disk is full, {_MAKE_ROOM}") from error
         parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, written.checksums)
+        if self._reads_back:
+            raise_together(_altered_file(save.temporary, parts))
         error: Exception | None = None
         if dist.get_rank() == 0:
             try:

@@ -472,7 +472,7 @@ class CheckpointConfig:
     keep_every: int = 0
     # Write in a background process while training goes on.
     is_async: bool = False
-    # Compare checksums of every file before loading it.
+    # Compare checksums of every file before loading it, and of another rank's files before a synchronous save counts.
     verify: bool = True
     # A writer that has not finished after so many minutes is dead: the run stops with an error. In a synchronous save
     # ranks wait for the slowest, and run.distributed_timeout_minutes limits that as well.

@@ -108,7 +108,7 @@ class Trainer:
         self._prepare_folder()
         self.engine = build_engine(config)
         self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.is_async, config.checkpoint.timeout_minutes,
-                                       self.lease.check if self.lease else None)
+                                       self.lease.check if self.lease else None, config.checkpoint.verify)
         self.state = RunState(stream=self.stream.state_dict())
         self._resumed_from: Path | None = None
         # What the start weights were converted from.

@@ -147,12 +147,17 @@ def test_a_model_parallel_run_equals_one_rank_and_itself(folder: Path, unbroken_
     _assert_equal(config, unbroken)
 
 
-def test_a_bf16_run_continues_with_its_fp32_weights(folder: Path) -> None:
+def test_a_bf16_run_continues_with_its_fp32_weights_past_an_altered_description(folder: Path) -> None:
     layout = ParallelConfig(precision="bf16")
     unbroken, config = (run_config(folder, name, layout, checkpoint=KEEP_ALL) for name in ("bf16", "bf16_continued"))
     assert train_ranks(2, unbroken) == [0, 0]
-    _begin_with(config, unbroken, after=_steps_of_stages(unbroken)[0])
+    first, second, _ = _steps_of_stages(unbroken)
+    for after in (first, first + second):
+        _begin_with(config, unbroken, after)
+    state = max(checkpoints_of(config).glob("step_*")) / folders.STATE
+    state.write_text(state.read_text().replace('"consumed_tokens": ', '"consumed_tokens": 9'))
     assert train_ranks(2, config) == [0, 0]
+    assert (state.parent.with_name(f"damaged-{state.parent.name}")).is_dir()
     _assert_equal(config, unbroken)
     tensors = _last(config)
     assert tensors["output_layer.weight"].dtype == torch.bfloat16
