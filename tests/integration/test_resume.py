@@ -155,7 +155,7 @@ def test_a_bf16_run_continues_with_its_fp32_weights_past_an_altered_description(
     for after in (first, first + second):
         _begin_with(config, unbroken, after)
     state = max(checkpoints_of(config).glob("step_*")) / folders.STATE
-    state.write_text(state.read_text().replace('"consumed_tokens": ', '"consumed_tokens": 9'))
+    state.write_text(state.read_text().replace(":", ";", 1))
     assert train_ranks(2, config) == [0, 0]
     assert (state.parent.with_name(f"damaged-{state.parent.name}")).is_dir()
     _assert_equal(config, unbroken)
