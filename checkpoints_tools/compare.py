@@ -50,6 +50,9 @@ class Difference:
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Count a piece [n] of both sides. NaN equals NaN, an infinity itself."""
+        self.num_elements += a.numel()
+        if a.dtype == b.dtype and torch.equal(a, b):
+            return  # the usual case, at a tenth of the cost
         difference = (a.double() - b.double()).abs()
         is_same = (a == b) | (torch.isnan(a) & torch.isnan(b))
         difference = torch.where(is_same, 0.0, difference)
@@ -58,7 +61,6 @@ class Difference:
         difference = torch.where(is_finite, difference, 0.0)
         self.largest = max(self.largest, float(difference.max()))
         self.total += float(difference.sum())
-        self.num_elements += a.numel()
 
 
 @dataclass
