@@ -27,20 +27,20 @@ def expected_state(steps: int, seed: int = 1234) -> dict[str, object]:
 
 
 def test_a_run_longer_than_the_time_limit_continues_by_itself(fake_run: FakeRun) -> None:
-    job = fake_run.submit("cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=350, step_seconds=0.2,
+    job = fake_run.submit("cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=450, step_seconds=0.2,
                           save_every=10000)
     wait_for(fake_run.is_done, 480, "the run to finish")
     stops = [event for event in fake_run.events("end") if event["how"] == "stopped"]
     assert len(stops) >= 3, fake_run.log()
     assert {event["job"] for event in fake_run.events("start")} == {job}
-    assert fake_run.final_state() == expected_state(350)
+    assert fake_run.final_state() == expected_state(450)
 
 
 def test_preemption_saves_and_continues_what_was_submitted(fake_run: FakeRun, tmp_path: Path,
                                                            record_property: Callable[[str, object], None]) -> None:
     recipes = tmp_path / "recipes"
     shutil.copytree(RECIPES, recipes)
-    fake_run.submit("--recipes", str(recipes), steps=150, step_seconds=0.2, save_every=10000)
+    fake_run.submit("--recipes", str(recipes), steps=60, step_seconds=0.2, save_every=10000)
     wait_for(lambda: fake_run.step() > 5, 60, "the first steps")
     # What the job runs is frozen: neither the recipe's new seed nor this checkout reaches its next life.
     recipe = recipes / "experiment" / "tiny_base.yaml"
@@ -55,7 +55,7 @@ def test_preemption_saves_and_continues_what_was_submitted(fake_run: FakeRun, tm
     last = sorted(fake_run.stage.glob("start_*"))[-1]
     assert f"from {fake_run.folder}/launch/code_" in (last / "rank_00000.log").read_text()
     assert ends[0]["checkpoint"] is not None
-    assert fake_run.final_state() == expected_state(150)
+    assert fake_run.final_state() == expected_state(60)
 
 
 def test_a_crash_is_named_and_ends_the_job_soon(fake_run: FakeRun) -> None:
