@@ -10,8 +10,10 @@ from torch import Tensor
 
 # Elements averaged at a time: the fp64 sums stay in a core's cache.
 _TILE = 1 << 17
-# dtype -> lowest bits of the fp32 numbers that a second rounding may send the wrong way: (which, their value).
-_MOVED = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0x1, 0x0)}
+# Of the bits of an fp64 number: those that fp32 has no room for, all but the sign, and fp32's smallest normal number.
+_CUT_OFF = (1 << 29) - 1
+_MAGNITUDE = (1 << 63) - 1
+_SMALLEST = (1023 - 126) << 52
 # Learning rate left after a fraction x of the decay.
 _DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
@@ -52,6 +54,7 @@ def weighted_mean(inputs: Sequence[Tensor], weights: Sequence[float], out: Tenso
     """
     is_uniform = len(set(weights)) == 1
     total = torch.empty(min(_TILE, out.numel()), dtype=torch.float64)
+    scratch = torch.empty(len(total), dtype=torch.int64)
     for begin in range(0, out.numel(), _TILE):
         end = min(begin + _TILE, out.numel())
         tile = total[:end - begin]
@@ -64,30 +67,31 @@ def weighted_mean(inputs: Sequence[Tensor], weights: Sequence[float], out: Tenso
             tile.zero_()
             for tensor, weight in zip(inputs, weights, strict=True):
                 tile.add_(tensor[begin:end], alpha=weight)
-        round_once(tile, out[begin:end])
+        round_once(tile, out[begin:end], scratch[:end - begin])
 
 
-def round_once(values: Tensor, out: Tensor) -> None:
+def round_once(values: Tensor, out: Tensor, scratch: Tensor | None = None) -> None:
     """Round fp64 to the dtype of `out`, to nearest, ties to even.
 
-    torch goes from fp64 to bf16 and fp16 by way of fp32, and two roundings in a row can end one step off: where the
-    first one lands exactly halfway between two numbers of `out`, it is moved back to the side it came from. In fp16
-    the place of the bit that tells halfway depends on the number, so there every fp32 whose last bit is 0 is moved.
+    torch goes from fp64 to bf16 and fp16 by way of fp32, and two roundings to nearest can end one step off. Here the
+    first one is to odd (whatever is cut off leaves a 1 in the last bit that stays), after which the second is right.
 
     Args:
-        values: [n] fp64.
+        values: [n] fp64; overwritten.
         out: [n] bf16, fp16, fp32 or fp64.
+        scratch: [n] int64 to compute in.
     """
-    if out.dtype == torch.float64:
-        out.copy_(values)
-        return
-    single = values.to(torch.float32)
-    if out.dtype in _MOVED:
-        low_bits, pattern = _MOVED[out.dtype]
-        bits = single.view(torch.int32)
-        is_moved = (bits & low_bits) == pattern
-        if is_moved.any():
-            # In sign and magnitude, one bit more or less is one step away from or towards zero.
-            lost = torch.nan_to_num(values.abs() - single.double().abs())
-            bits += (torch.sign(lost) * is_moved).to(torch.int32)
-    out.copy_(single)
+    if out.dtype in (torch.bfloat16, torch.float16):
+        bits = values.view(torch.int64)
+        scratch = torch.empty_like(bits) if scratch is None else scratch
+        torch.bitwise_and(bits, _CUT_OFF, out=scratch)
+        bits |= scratch.add_(_CUT_OFF).bitwise_and_(_CUT_OFF + 1)
+        bits &= ~_CUT_OFF
+        # Numbers below fp32's normal ones, but not 0: less one (as unsigned), they are below the smallest normal one.
+        torch.bitwise_and(bits, _MAGNITUDE, out=scratch)
+        if len(bits) and int(scratch.sub_(1).bitwise_and_(_MAGNITUDE).amin()) < _SMALLEST - 1:
+            # fp32 has fewer bits there than were kept: round in the steps of `out`.
+            is_tiny = values.abs() < torch.finfo(torch.float32).tiny
+            step = torch.finfo(out.dtype).smallest_normal * torch.finfo(out.dtype).eps
+            values[is_tiny] = (values[is_tiny] / step).round() * step
+    out.copy_(values)

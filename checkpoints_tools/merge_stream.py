@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -98,12 +99,13 @@ def _write_box(writer: TorchDistWriter, key: str, offsets: tuple[int, ...], size
 
 
 class _Mean:
-    """Reads a piece of every input and averages it, in one thread's memory."""
+    """Reads a piece of every input, all at once, and averages it."""
 
     def __init__(self, inputs: list[Any], weights: list[float]) -> None:
         self._inputs = inputs
         self._weights = weights
         self._staging = torch.empty(0, dtype=torch.uint8)
+        self._readers = ThreadPoolExecutor(len(inputs))
 
     def tasks(self, boxes: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]], writer_of: Any) -> Iterator[Task]:
         """One task per piece.
@@ -125,8 +127,7 @@ class _Mean:
             self._staging = torch.empty(num_bytes * len(self._inputs), dtype=torch.uint8)
         parts = [self._staging[number * num_bytes:(number + 1) * num_bytes].view(out.dtype)
                  for number in range(len(self._inputs))]
-        for item, part in zip(self._inputs, parts, strict=True):
-            item.read(name, first, offsets, sizes, part)
+        list(self._readers.map(lambda item, part: item.read(name, first, offsets, sizes, part), self._inputs, parts))
         weighted_mean(parts, self._weights, out)
         low, high = torch.aminmax(out)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):

@@ -55,13 +55,24 @@ def test_mean_of_bf16_is_rounded_once() -> None:
     assert out.tolist() == expected
 
 
+def test_subnormal_bf16_is_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(3000, generator=generator, dtype=torch.float64) * 2.0 ** torch.randint(
+        -137, -122, (3000,), generator=generator)
+    middle = 3.5 * 2.0**-133  # of two subnormal numbers
+    values = torch.cat([values, torch.tensor([0.0, middle, middle * (1 + 2.0**-40), -middle * (1 - 2.0**-40)])])
+    out = torch.empty(len(values), dtype=torch.bfloat16)
+    round_once(values.clone(), out)
+    assert out.tolist() == [_nearest_bf16(Fraction(float(value))) for value in values]
+
+
 def test_two_roundings_would_differ() -> None:
     # Just above and just below the middle between 1 and 1 + 2^-7: fp32 cannot tell them from the middle.
     middle = 1 + 2.0**-8
     values = torch.tensor([middle + 2.0**-40, middle - 2.0**-40, middle, middle + 2.0**-7, -middle - 2.0**-40],
                           dtype=torch.float64)
     out = torch.empty(5, dtype=torch.bfloat16)
-    round_once(values, out)
+    round_once(values.clone(), out)
     assert out.tolist() == [1 + 2.0**-7, 1.0, 1.0, 1 + 2.0**-6, -1 - 2.0**-7]
     assert values.bfloat16().tolist() != out.tolist()
 
@@ -74,7 +85,7 @@ def test_fp16_is_rounded_once_too() -> None:
     middles = torch.tensor([1 + 2.0**-11, 2.0**-15 + 2.0**-25, 2.0**-25, 65520.0], dtype=torch.float64)
     values = torch.cat([values, middles, middles * (1 + 2.0**-45), -middles * (1 - 2.0**-45)])
     out = torch.empty(len(values), dtype=torch.float16)
-    round_once(values, out)
+    round_once(values.clone(), out)
     with np.errstate(over="ignore"):
         expected = values.numpy().astype(np.float16)  # in one step
     assert torch.equal(out, torch.from_numpy(expected))
