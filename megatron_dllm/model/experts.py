@@ -1,8 +1,8 @@
 """All experts of a rank at once: SequentialMLP's parameters and checkpoints, without a module call per expert.
 
 The tokens arrive sorted by expert. On CUDA with bf16 one grouped matrix product serves all experts; elsewhere
-each expert that has tokens is one matrix product on its rows, written into place. (On CPU that was faster than
-torch's grouped product, which wants the weights in one tensor, and than padding all experts to the busiest one.)
+each expert that has tokens computes its rows, written into place. (On CPU that was faster than torch's grouped
+product, which wants the weights in one tensor, and than padding all experts to the busiest one.)
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
+from megatron.core.fusions.fused_bias_swiglu import (
+    weighted_bias_swiglu_impl,
+    weighted_swiglu,
+    weighted_swiglu_back,
+)
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
@@ -42,55 +46,64 @@ class BatchedExperts(SequentialMLP):
         Returns:
             [m, h] outputs (partial sums where the experts are split over tensor ranks), and no bias.
         """
-        hidden = permuted_local_hidden_states
-        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
-            product: Any = _GroupedProduct
-            sections: Any = tokens_per_expert.to(hidden.device, non_blocking=True).cumsum(0).int()
-        else:
-            product, sections = _SectionProduct, tokens_per_expert.tolist()
-        inner = product.apply(hidden, sections, *(weight_of(expert.linear_fc1) for expert in self.local_experts))
-        inner = self._activate(inner, permuted_probs.unsqueeze(-1))
-        return product.apply(inner, sections, *(weight_of(expert.linear_fc2) for expert in self.local_experts)), None
-
-    def _activate(self, inner: Tensor, probs: Tensor) -> Tensor:
-        """[m, 2f] (gate, up) and [m, 1] factors to [m, f]."""
-        if self.config.bias_activation_fusion:
-            return weighted_bias_swiglu_impl(inner, None, probs)
-        gate, up = inner.chunk(2, dim=-1)
-        return (F.silu(gate) * up * probs).to(inner.dtype)
+        hidden, probs = permuted_local_hidden_states, permuted_probs.unsqueeze(-1)
+        first = [weight_of(expert.linear_fc1) for expert in self.local_experts]
+        second = [weight_of(expert.linear_fc2) for expert in self.local_experts]
+        if not (hidden.is_cuda and hidden.dtype == torch.bfloat16):
+            return _SectionExperts.apply(hidden, probs, tokens_per_expert.tolist(), *first, *second), None
+        ends = tokens_per_expert.to(hidden.device, non_blocking=True).cumsum(0).int()
+        inner = weighted_bias_swiglu_impl(_GroupedProduct.apply(hidden, ends, *first), None, probs)
+        return _GroupedProduct.apply(inner, ends, *second), None
 
 
-class _SectionProduct(torch.autograd.Function):
-    """Rows [m, k] in sections of `sizes` rows, each section times its own weight [n, k] transposed: [m, n]."""
+class _SectionExperts(torch.autograd.Function):
+    """Rows [m, h] in sections of `sizes` rows, each through its own expert: [m, h] times the factor `probs` [m, 1].
+
+    Keeps the first product [m, 2f] alone; the activation and its gradients exist for one section at a time.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], *weights: Tensor) -> Tensor:  # type: ignore[override]
-        out = rows.new_empty(rows.shape[0], weights[0].shape[0])
-        for weight, part, out_part in zip(weights, rows.split(sizes), out.split(sizes), strict=True):
+    def forward(ctx: Any, rows: Tensor, probs: Tensor, sizes: list[int],
+                *weights: Tensor) -> Tensor:  # type: ignore[override]
+        first, second = weights[:len(sizes)], weights[len(sizes):]
+        inner = rows.new_empty(rows.shape[0], first[0].shape[0])
+        out = rows.new_empty(rows.shape[0], second[0].shape[0])
+        sections = zip(*(tensor.split(sizes) for tensor in (rows, probs, inner, out)), strict=True)
+        for up, down, (part, factor, inner_part, out_part) in zip(first, second, sections, strict=True):
             if len(part):
-                torch.mm(part, weight.t(), out=out_part)
-        ctx.save_for_backward(rows, *weights)
+                torch.mm(part, up.t(), out=inner_part)
+                torch.mm(weighted_swiglu(inner_part, factor), down.t(), out=out_part)
+        ctx.save_for_backward(rows, probs, inner, *weights)
         ctx.sizes = sizes
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        rows, *weights = ctx.saved_tensors
-        grad_rows = torch.empty_like(rows)
+        rows, probs, inner, *weights = ctx.saved_tensors
+        sizes = ctx.sizes
+        first, second = weights[:len(sizes)], weights[len(sizes):]
+        grad_rows, grad_probs = torch.empty_like(rows), torch.empty_like(probs)
         # A tensor for every weight, of zeros where an expert had no token: the data-parallel wrapper waits for all.
-        grad_weights = rows.new_empty(len(weights), *weights[0].shape)
-        sections = zip(*(tensor.split(ctx.sizes) for tensor in (rows, grad, grad_rows)), strict=True)
-        for weight, grad_weight, (part, grad_part, grad_rows_part) in zip(weights, grad_weights, sections, strict=True):
-            if len(part):
-                torch.mm(grad_part, weight, out=grad_rows_part)
-                torch.mm(grad_part.t(), part, out=grad_weight)
-            else:
-                grad_weight.zero_()
-        return grad_rows, None, *grad_weights.unbind(0)
+        grad_first = rows.new_empty(len(sizes), *first[0].shape)
+        grad_second = rows.new_empty(len(sizes), *second[0].shape)
+        sections = zip(*(tensor.split(sizes) for tensor in (rows, probs, inner, grad, grad_rows, grad_probs)),
+                       strict=True)
+        experts = zip(first, second, grad_first, grad_second, sections, strict=True)
+        for up, down, grad_up, grad_down, (part, factor, inner_part, grad_part, to_rows, to_probs) in experts:
+            if not len(part):
+                grad_up.zero_()
+                grad_down.zero_()
+                continue
+            torch.mm(grad_part.t(), weighted_swiglu(inner_part, factor), out=grad_down)
+            grad_inner, grad_factor = weighted_swiglu_back(torch.mm(grad_part, down), inner_part, factor)
+            to_probs.copy_(grad_factor)
+            torch.mm(grad_inner, up, out=to_rows)
+            torch.mm(grad_inner.t(), part, out=grad_up)
+        return grad_rows, grad_probs, None, *grad_first.unbind(0), *grad_second.unbind(0)
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """The same by torch's grouped product; `ends` [e] int32 on the device are the sections' ends.
+    """Rows [m, k] in sections that end at `ends` [e] int32 (on the device), each times its weight [n, k] transposed.
 
     The kernel wants all weights in one tensor. It is put together in both directions and kept in neither:
     kept, it would be a second copy of the model.

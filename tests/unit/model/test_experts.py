@@ -53,14 +53,15 @@ def test_equals_sequential_mlp_with_gradients(sizes: list[int], experts: Any) ->
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_grouped_product_equals_sections(sizes: list[int]) -> None:
-    from megatron_dllm.model.experts import _GroupedProduct, _SectionProduct
+def test_grouped_product_equals_a_product_for_every_section(sizes: list[int]) -> None:
+    from megatron_dllm.model.experts import _GroupedProduct
 
     rows = _inputs(sizes)[0]
     weights = [torch.randn(16, 48, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(8)]
     ends = torch.tensor(sizes).cumsum(0).int()
     results = []
-    for out in (_GroupedProduct.apply(rows, ends, *weights), _SectionProduct.apply(rows, sizes, *weights)):
+    sections = [part @ weight.t() for part, weight in zip(rows.split(sizes), weights, strict=True)]
+    for out in (_GroupedProduct.apply(rows, ends, *weights), torch.cat(sections)):
         results.append([out, *torch.autograd.grad(out.square().sum(), [rows, *weights])])
     for tensor, expected_tensor in zip(*results, strict=True):
         torch.testing.assert_close(tensor, expected_tensor, rtol=1e-5, atol=1e-4)
