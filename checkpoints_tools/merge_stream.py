@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,6 +31,8 @@ from megatron_dllm import checkpoint_folder as folders
 _COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py", "LICENSE*")
 # Per input; all inputs' pieces are in memory at once.
 _PIECE_BYTES = 16 * 1024**2
+# One waits for the disk while the other averages.
+_NUM_READERS = 2
 
 
 def merge_into(inputs: list[MergeInput], weights: list[float], output: Path, provenance: dict[str, Any]) -> None:
@@ -57,7 +60,8 @@ def _merge_hf(inputs: list[HFInput], weights: list[float], folder: Path, total_b
     mean = _Mean(inputs, weights)
     try:
         run(mean.tasks({name: [((0,) * len(shape), shape)] for name, (_, shape) in last.tensors.items()},
-                       lambda name, first, offsets, sizes: partial(writer.write, name, first)), total_bytes, "merge")
+                       lambda name, first, offsets, sizes: partial(writer.write, name, first)), total_bytes, "merge",
+            _NUM_READERS)
         writer.close()
     finally:
         writer.abandon()
@@ -78,7 +82,7 @@ def _merge_torch_dist(inputs: list[TorchDistInput], weights: list[float], folder
         for key in boxes:
             writer.add(key, *last.tensors[key])
         run(mean.tasks(boxes, lambda key, first, offsets, sizes: partial(_write_box, writer, key, offsets, sizes)),
-            total_bytes, "merge")
+            total_bytes, "merge", _NUM_READERS)
         for key, alias in key_aliases(model).items():
             writer.alias(key, alias)
         writer.add_empty_objects(list(extra_state_keys(model)))
@@ -104,7 +108,7 @@ class _Mean:
     def __init__(self, inputs: list[Any], weights: list[float]) -> None:
         self._inputs = inputs
         self._weights = weights
-        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._own = threading.local()
         self._readers = ThreadPoolExecutor(len(inputs))
 
     def tasks(self, boxes: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]], writer_of: Any) -> Iterator[Task]:
@@ -123,9 +127,10 @@ class _Mean:
 
     def _read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
         num_bytes = out.numel() * out.dtype.itemsize
-        if self._staging.numel() < num_bytes * len(self._inputs):
-            self._staging = torch.empty(num_bytes * len(self._inputs), dtype=torch.uint8)
-        parts = [self._staging[number * num_bytes:(number + 1) * num_bytes].view(out.dtype)
+        staging = getattr(self._own, "staging", torch.empty(0, dtype=torch.uint8))
+        if staging.numel() < num_bytes * len(self._inputs):
+            staging = self._own.staging = torch.empty(num_bytes * len(self._inputs), dtype=torch.uint8)
+        parts = [staging[number * num_bytes:(number + 1) * num_bytes].view(out.dtype)
                  for number in range(len(self._inputs))]
         list(self._readers.map(lambda item, part: item.read(name, first, offsets, sizes, part), self._inputs, parts))
         weighted_mean(parts, self._weights, out)

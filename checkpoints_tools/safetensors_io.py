@@ -133,9 +133,7 @@ class SafetensorsFolder:
             ValueError: the file ended early.
         """
         tensor = self.tensors[name]
-        if tensor.path not in self._files:
-            self._files[tensor.path] = os.open(tensor.path, os.O_RDONLY)
-        read_exactly(self._files[tensor.path], tensor.start + start * tensor.dtype.itemsize, out,
+        read_exactly(descriptor_of(tensor.path, self._files), tensor.start + start * tensor.dtype.itemsize, out,
                      f"{tensor.path}: {name}")
 
     def close(self) -> None:
@@ -143,6 +141,15 @@ class SafetensorsFolder:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
+
+
+def descriptor_of(path: Path, files: dict[Path, int]) -> int:
+    """The descriptor of a file, opened on first use and kept in `files`; several threads may ask at once."""
+    if path not in files:
+        opened = os.open(path, os.O_RDONLY)
+        if files.setdefault(path, opened) != opened:
+            os.close(opened)
+    return files[path]
 
 
 def read_exactly(descriptor: int, position: int, out: Tensor, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Moves tensors from files to files: one thread reads ahead while the caller writes, in fixed memory."""
+"""Moves tensors from files to files: other threads read ahead while the caller writes, in fixed memory."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ class Task:
     write: Callable[[Tensor], None]
 
 
-def run(tasks: Iterable[Task], total_bytes: int, title: str) -> None:
+def run(tasks: Iterable[Task], total_bytes: int, title: str, num_readers: int = 1) -> None:
     """Read, check and write every piece in order.
 
     Args:
         tasks: pieces of at most MAX_PIECE_BYTES each.
         total_bytes: their sum, for the progress bar.
         title: of the progress bar.
+        num_readers: threads that call `read`, each of another batch; more than one where reading computes.
 
     Raises:
         ValueError: a piece holds NaN or Inf, or could not be read.
@@ -52,7 +53,7 @@ def run(tasks: Iterable[Task], total_bytes: int, title: str) -> None:
     buffers: SimpleQueue[Tensor] = SimpleQueue()
     for _ in range(_NUM_BUFFERS):
         buffers.put(torch.empty(0, dtype=torch.uint8))
-    with (ThreadPoolExecutor(1) as reader,
+    with (ThreadPoolExecutor(num_readers) as reader,
           tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, smoothing=0.05, mininterval=0.5) as bar):
         pending: deque[tuple[list[Task], Future[tuple[Tensor, list[Tensor]]]]] = deque()
         try:

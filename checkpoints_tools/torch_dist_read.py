@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.safetensors_io import read_exactly
+from checkpoints_tools.safetensors_io import descriptor_of, read_exactly
 from checkpoints_tools.torch_dist_metadata import Chunk, DistMetadata, read_metadata
 
 
@@ -68,7 +68,7 @@ class TorchDistReader:
         """
         self.folder = folder
         self.metadata: DistMetadata = read_metadata(folder)
-        self._files: dict[str, int] = {}
+        self._files: dict[Path, int] = {}
         self._layouts: dict[Chunk, _Layout] = {}
         self._sorted: dict[str, tuple[list[Chunk], list[int], int]] = {}
         self._headers: dict[tuple[int, tuple[int, ...], torch.dtype], bytes] = {}
@@ -134,9 +134,7 @@ class TorchDistReader:
         read_exactly(self._descriptor(chunk.file_name), position + first * out.dtype.itemsize, out, what)
 
     def _descriptor(self, file_name: str) -> int:
-        if file_name not in self._files:
-            self._files[file_name] = os.open(self.folder / file_name, os.O_RDONLY)
-        return self._files[file_name]
+        return descriptor_of(self.folder / file_name, self._files)
 
     def _layout(self, key: str, chunk: Chunk) -> _Layout:
         if chunk not in self._layouts:
