@@ -1,7 +1,7 @@
 """Time and memory of the attention backends, forward and backward, as a ratio to the dense mask of the same run.
 
-    python benchmarks/attention.py                                  # all of it; long
-    python benchmarks/attention.py --lengths 1024 --blocks 32       # quick
+    python -m benchmarks.attention                                  # all of it; long
+    python -m benchmarks.attention --lengths 1024 --blocks 32       # quick
 
 A row is [x_t; x_0]: every document with one noisy view and its whole clean copy, 2 x length tokens. The limit
 beside the ratios is the share of (query, key) pairs that the mask allows. CPU times are CPU seconds, the least
@@ -12,10 +12,6 @@ that torch operations return, not what kernels use inside.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +22,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_dllm.diffusion.roles import count_visible_pairs
+from benchmarks.record import RESULTS, machine, write_results
+from megatron_dllm.diffusion.roles import visible_keys
 from megatron_dllm.model.attention.core import BACKENDS
 
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("length", "documents", "block", "limit", "backend", "seconds", "ratio", "plan_seconds", "peak_mib",
-           "kept_mib", "peak_ratio")
+NOTE = "ratio and peak_ratio are against the first backend of the same mask; limit is the share of visible pairs."
 
 
 class LiveMemory(TorchDispatchMode):
@@ -126,7 +121,7 @@ def measure(args: argparse.Namespace, length: int, documents: str, block: int, d
     key, value = (torch.randn(1, args.groups, 2 * length, args.head_dim, generator=generator) for _ in range(2))
     inputs = tuple(tensor.to(device, dtype).requires_grad_() for tensor in (query, key, value))
     grad = grad.to(device, dtype)
-    limit = count_visible_pairs(roles.cpu()) / (2 * length) ** 2
+    limit = float(visible_keys(roles[0].cpu().numpy()).sum()) / (2 * length) ** 2
     runs, rows = {}, {}
     for backend in args.backends:
         module = BACKENDS[backend]
@@ -136,9 +131,9 @@ def measure(args: argparse.Namespace, length: int, documents: str, block: int, d
         runs[backend] = lambda module=module, plan=plan: module.attend(*inputs, plan, args.head_dim**-0.5)
         torch.autograd.grad(runs[backend](), inputs, grad)
         peak, kept = measure_memory(runs[backend], inputs, grad)
-        rows[backend] = dict(length=length, documents=documents, block=block, limit=round(limit, 4), backend=backend,
-                             seconds=float("inf"), plan_seconds=round(plan_seconds, 4),
-                             peak_mib=round(peak / 2**20, 1), kept_mib=round(kept / 2**20, 1))
+        rows[backend] = dict(length=length, documents=documents, block=block, limit=limit, backend=backend,
+                             seconds=float("inf"), ratio=None, plan_seconds=plan_seconds, peak_mib=peak / 2**20,
+                             kept_mib=kept / 2**20)
     for _ in range(args.repeats):
         for backend, run in runs.items():
             started = clock(device)
@@ -146,33 +141,9 @@ def measure(args: argparse.Namespace, length: int, documents: str, block: int, d
             rows[backend]["seconds"] = min(rows[backend]["seconds"], clock(device) - started)
     base = rows[args.backends[0]]
     for row in rows.values():
-        row["ratio"] = round(row["seconds"] / base["seconds"], 4)
-        row["peak_ratio"] = round(row["peak_mib"] / base["peak_mib"], 4)
-        row["seconds"] = round(row["seconds"], 4)
+        row["ratio"] = row["seconds"] / base["seconds"]
+        row["peak_ratio"] = row["peak_mib"] / base["peak_mib"]
     return list(rows.values())
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """What the numbers were taken on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-                            cwd=Path(__file__).parent).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return dict(device=name, threads=torch.get_num_threads(), torch=torch.__version__, commit=commit,
-                date=time.strftime("%Y-%m-%d"), command="python " + " ".join(sys.argv))
-
-
-def write(output: Path, about: dict, rows: list[dict]) -> None:
-    """The JSON file and, beside it, a markdown table."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    lines = ["# Attention backends, forward and backward", ""]
-    lines += [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()]
-    lines += ["", "ratio and peak_ratio are against the first backend of the same mask; limit is the share of visible "
-              "pairs.", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(str(row[name]) for name in COLUMNS) + " |" for row in rows]
-    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
@@ -206,8 +177,8 @@ def main() -> None:
                     continue
                 rows += measure(args, length, documents, block, device)
                 for row in rows[-len(args.backends):]:
-                    print({name: row[name] for name in COLUMNS}, flush=True)
-                write(output, about, rows)
+                    print(row, flush=True)
+                write_results(output, "Attention backends, forward and backward", about, {"rows": rows}, NOTE)
 
 
 if __name__ == "__main__":

@@ -9,24 +9,23 @@ stands what it would be if every rank took its stretch of the row as it lies.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.attention import machine
+from benchmarks.record import RESULTS, machine, write_results
 from megatron_dllm.data.batch import Row, RowContent, build_row
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import LENGTH, RowStream
-from megatron_dllm.diffusion.context_deal import deal_row, load_ratio, visible_keys
+from megatron_dllm.diffusion.context_deal import deal_row, load_ratio
 from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.roles import visible_keys
 
-RESULTS = Path(__file__).parent / "results" / "context_balance"
 VOCAB_SIZE, MASK = 1000, 0
-COLUMNS = ("views", "block_size", "ranks", "pairs_mean", "pairs_max", "targets_max", "undealt_pairs_mean",
-           "milliseconds")
+NOTE = ("Visible (query, key) pairs, and targets, of the busiest rank over the mean of the ranks: mean and maximum "
+        "over the rows. undealt: each rank takes a stretch of the row as it lies. milliseconds: CPU time of one deal.")
 
 
 def build_rows(geometry: RowGeometry, num_rows: int, median: float, sigma: float) -> list[Row]:
@@ -73,10 +72,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--median", type=float, default=700.0, help="tokens of the median document")
     parser.add_argument("--sigma", type=float, default=1.2, help="of the logarithm of the length")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="without suffix")
+    parser.add_argument("--output", type=Path, default=RESULTS / "context_balance", help="without suffix")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    about = machine(torch.device("cpu")) | {name: getattr(args, name) for name in (
+    about = machine() | {name: getattr(args, name) for name in (
         "context_length", "row_length", "rows", "median", "sigma")}
     table: list[dict[str, float]] = []
     for views in (1, 2):
@@ -89,15 +88,7 @@ def main() -> None:
             for ranks in args.ranks:
                 table.append(dict(views=views, block_size=block, ranks=ranks) | measure(rows, ranks))
                 print(table[-1], flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps({"about": about, "rows": table}, indent=1) + "\n")
-    lines = ["# Balance of the context-parallel deal", ""]
-    lines += [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()]
-    lines += ["", "Visible (query, key) pairs, and targets, of the busiest rank over the mean of the ranks: mean and "
-              "maximum over the rows. undealt: each rank takes a stretch of the row as it lies. milliseconds: CPU time "
-              "of one deal.", "", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    lines += ["| " + " | ".join(str(row[name]) for name in COLUMNS) + " |" for row in table]
-    args.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_results(args.output, "Balance of the context-parallel deal", about, {"rows": table}, NOTE)
 
 
 if __name__ == "__main__":

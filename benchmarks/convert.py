@@ -13,11 +13,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import evict, model_of_size, run, shell, size_of, table, tool, write_results
+from benchmarks.measure import evict, model_of_size, run, shell, size_of, tool
+from benchmarks.record import RESULTS, machine, table, write_results
 from checkpoints_tools.compare import compare
 from checkpoints_tools.synthetic import write_synthetic
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def measure(folder: Path, gigabytes: float, repetitions: int) -> list[dict[str, object]]:
@@ -61,7 +60,7 @@ def main() -> None:
         rows = measure(Path(folder), arguments.gigabytes, arguments.repetitions)
     print(table(rows))
     write_results(arguments.output, "Conversion, against cp of the same bytes",
-                  {"repetitions": arguments.repetitions}, rows)
+                  machine() | {"repetitions": arguments.repetitions}, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,9 +12,7 @@ from math import prod
 from pathlib import Path
 
 import psutil
-import torch
 
-from benchmarks.attention import machine
 from checkpoints_tools.param_map import weight_map
 from megatron_dllm.config import ModelConfig
 
@@ -120,31 +117,3 @@ def model_of_size(num_bytes: float, family: str = "bailing_moe") -> ModelConfig:
 
     per_layer = bytes_of(3) - bytes_of(2)
     return build(max(2, 2 + round((num_bytes - bytes_of(2)) / per_layer)))
-
-
-def table(rows: list[dict[str, object]]) -> str:
-    """Rows with the same keys as a Markdown table."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
-              + " |"
-              for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def write_results(output: Path, title: str, about: dict[str, object], rows: list[dict[str, object]]) -> None:
-    """The JSON file and, beside it, the machine, the command and a Markdown table.
-
-    Args:
-        output: without suffix.
-        title: of the table.
-        about: settings worth naming beside the machine.
-        rows: with the same keys.
-    """
-    command = f"python -m benchmarks.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}".strip()
-    about = {**machine(torch.device("cpu")), "command": command, **about}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n",
-                                           encoding="utf-8")
-    lines = [f"# {title}", ""]
-    lines += [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()]
-    output.with_suffix(".md").write_text("\n".join(lines) + "\n\n" + table(rows), encoding="utf-8")

@@ -15,12 +15,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from benchmarks.measure import Measurement, evict, model_of_size, run, shell, size_of, table, tool, write_results
+from benchmarks.measure import Measurement, evict, model_of_size, run, shell, size_of, tool
+from benchmarks.record import RESULTS, machine, table, write_results
 from checkpoints_tools import hf_to_mcore
 from checkpoints_tools.compare import compare
 from checkpoints_tools.synthetic import write_synthetic
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def measure(folder: Path, gigabytes: float, k: int, repetitions: int, mergekit: Path | None) -> list[dict[str, object]]:
@@ -90,7 +89,7 @@ def main() -> None:
         rows = measure(Path(folder), arguments.gigabytes, arguments.k, arguments.repetitions, arguments.mergekit)
     print(table(rows))
     write_results(arguments.output, "Merging, against reading the inputs and writing one",
-                  {"k": arguments.k, "repetitions": arguments.repetitions}, rows)
+                  machine() | {"k": arguments.k, "repetitions": arguments.repetitions}, {"rows": rows})
 
 
 if __name__ == "__main__":

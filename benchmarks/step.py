@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.attention import machine
+from benchmarks.record import RESULTS, machine, write_results
 from benchmarks.step_cases import BASELINE, MODELS, OURS, OURS_RECOMPUTED, SLICES, Variant, ablations, model_config
 
-RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("throughput", "ablation", "scaling")
+SEPARATOR = "; "
 CASE_COLUMNS = ("model", "grows", "value", "documents", "length", "block", "views")
 # Dense bf16 TFLOP/s of a device whose name contains the key.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
@@ -176,26 +176,18 @@ def scaling_row(axis: str, value: Any, case: Case) -> dict[str, Any]:
             "pairs_per_token": result["visible_pairs"] / case.length}
 
 
-def write(output: Path, about: dict[str, Any], sections: dict[str, list[dict[str, Any]]]) -> None:
-    """The JSON file and, beside it, a markdown table for every section, its rows in order of their case."""
+def save(output: Path, about: dict[str, Any], sections: dict[str, list[dict[str, Any]]]) -> None:
+    """Write the sections, their rows in order of their case."""
     for rows in sections.values():
         rows.sort(key=lambda row: [str(row[name]).zfill(9) for name in CASE_COLUMNS if name in row])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"about": about, **sections}, indent=1) + "\n")
-    lines = ["# A training step, baseline and ours", ""]
-    lines += [f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()]
-    for section, rows in sections.items():
-        if rows:
-            lines += ["", f"## {section}", "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-            lines += ["| " + " | ".join(_cell(row.get(name)) for name in rows[0]) + " |" for row in rows]
-    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_results(output, "A training step, baseline and ours", about, sections)
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else (
-        f"{value:.0f}" if isinstance(value, float) else str(value))
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What several commands that filled one table were run on, and the commands: values that differ in a row."""
+    values = {name: str(old.get(name, value)).split(SEPARATOR) for name, value in new.items()}
+    return {name: old.get(name, value) if str(value) in values[name] else SEPARATOR.join([*values[name], str(value)])
+            for name, value in new.items()}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -244,7 +236,7 @@ def main() -> None:
     sections: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
     if args.extend and output.with_suffix(".json").exists():
         sections |= json.loads(output.with_suffix(".json").read_text())
-        about = sections.pop("about") | about  # type: ignore[arg-type]
+        about = joined(sections.pop("about"), about)  # type: ignore[arg-type]
     for section, rows_of in (("throughput", throughput_rows), ("ablation", ablation_rows)):
         if section not in args.sections:
             continue
@@ -258,7 +250,7 @@ def main() -> None:
                 continue
             sections[section] += rows_of(case, args)
             print(json.dumps(sections[section][-1]), flush=True)
-            write(output, about, sections)
+            save(output, about, sections)
     if "scaling" in args.sections:
         for axis, value, case in scaling_cases(args):
             if any({"model": case.model, "grows": axis, "value": value}.items() <= row.items()
@@ -266,7 +258,7 @@ def main() -> None:
                 continue
             sections["scaling"].append(scaling_row(axis, value, case))
             print(json.dumps(sections["scaling"][-1]), flush=True)
-            write(output, about, sections)
+            save(output, about, sections)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.diffusion.roles import BLOCK, CLEAN_VIEW, DOC, PADDING_DOC, VIEW
+from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, PADDING_DOC, visible_keys
 
 _TOKENS = dict(mask_token_id=2, eos_token_id=0, pad_token_id=1)
 _SMALL = dict(num_layers=4, hidden_size=256, kv_channels=64, num_query_groups=2, max_position_embeddings=65536)
@@ -242,19 +243,6 @@ def needed_flops(model: ModelConfig, batch: Batch) -> float:
 
 
 def count_pairs(batch: Batch, targets_only: bool = False) -> int:
-    """Visible (query, key) pairs of the batch, from the number of keys each query sees."""
-    total = 0
-    is_target = torch.zeros(batch.roles.shape[:2], dtype=torch.bool).flatten()
-    is_target[batch.target_positions.cpu()] = True
-    for roles, chosen in zip(batch.roles.cpu().long(), is_target.view(batch.roles.shape[:2]), strict=True):
-        is_token = roles[:, DOC] >= 0
-        roles, chosen = roles[is_token], chosen[is_token]
-        keys, inverse, size = torch.unique(roles[:, [DOC, VIEW, BLOCK]], dim=0, return_inverse=True,
-                                           return_counts=True)
-        is_clean = keys[:, 1] == CLEAN_VIEW
-        # Clean tokens of earlier blocks of the document, for every (doc, view, block) that occurs.
-        clean = torch.zeros(int(keys[:, 0].max()) + 1, int(keys[:, 2].max()) + 2, dtype=torch.int64)
-        clean[keys[is_clean, 0], keys[is_clean, 2] + 1] = size[is_clean]
-        sees = size + clean.cumsum(1)[keys[:, 0], keys[:, 2]]
-        total += int((sees[inverse] * chosen).sum() if targets_only else sees[inverse].sum())
-    return total
+    """Visible (query, key) pairs of the batch; of its targets' queries alone if asked."""
+    seen = np.stack([visible_keys(roles) for roles in batch.roles.cpu().numpy()])
+    return int(seen.flat[batch.target_positions.cpu().numpy()].sum() if targets_only else seen.sum())

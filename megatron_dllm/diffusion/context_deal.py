@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.diffusion.roles import BLOCK, CLEAN_VIEW, DOC, VIEW
+from megatron_dllm.diffusion.roles import BLOCK, CLEAN_VIEW, DOC, VIEW, visible_keys
 
 IntArray = NDArray[np.int64]
 
@@ -31,24 +31,6 @@ MAX_SWAP_PAIRS = 1 << 16
 ACCEPTED_RATIO = 1.02
 # What an uneven number of targets counts, relative to equally uneven pairs.
 TARGET_WEIGHT = 0.25
-
-
-def visible_keys(roles: NDArray[np.integer]) -> IntArray:
-    """How many keys each token of a row sees, from its roles alone.
-
-    Args:
-        roles: [s, 3] integer roles (doc, block, view).
-
-    Returns:
-        [s] int64; 0 for padding. Their sum is `roles.count_visible_pairs`.
-    """
-    doc, block, view = (roles[:, index].astype(np.int64) for index in (DOC, BLOCK, VIEW))
-    num_blocks = int(block.max()) + 1
-    key = doc * num_blocks + block
-    _, inverse, sizes = np.unique(key * (int(view.max()) + 1) + view, return_inverse=True, return_counts=True)
-    clean = np.sort(key[(view == CLEAN_VIEW) & (doc >= 0)])
-    earlier_clean = np.searchsorted(clean, key) - np.searchsorted(clean, doc * num_blocks)
-    return np.where(doc >= 0, sizes[inverse] + earlier_clean, 0)
 
 
 def chunk_length(tokens_per_rank: int, limit: int = MAX_CHUNK) -> int:

@@ -12,7 +12,8 @@ the roles of the tokens that are present; none of them has a mask of its own.
 
 from __future__ import annotations
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 DOC, BLOCK, VIEW = 0, 1, 2
@@ -38,31 +39,19 @@ def visible(query_roles: Tensor, key_roles: Tensor) -> Tensor:
     return same_document & (same_block | earlier_clean)
 
 
-def count_visible_pairs(roles: Tensor) -> int:
-    """Number of (query, key) pairs that the mask allows, without building the mask.
-
-    Every query sees its own block of its own view, and the clean tokens of earlier blocks.
+def visible_keys(roles: NDArray[np.integer]) -> NDArray[np.int64]:
+    """How many keys each token of a row sees, without building the mask.
 
     Args:
-        roles: [..., s, 3] integer roles (doc, block, view) of whole rows, in any order inside a row.
+        roles: [s, 3] integer roles (doc, block, view).
 
     Returns:
-        The sum of `visible(roles, roles)` over all rows.
+        [s] int64; the sums over keys of `visible(roles, roles)`; 0 for padding.
     """
-    rows = roles.reshape(roles.shape[:-2].numel(), *roles.shape[-2:]).long()
-    row_ids = torch.arange(len(rows), device=roles.device).unsqueeze(-1).expand(rows.shape[:2])
-    # Sorted by (row, doc, block, view), one line for the tokens of one block in one view, with their number.
-    tokens = torch.cat([row_ids.unsqueeze(-1), rows], dim=-1)[rows[..., DOC] >= 0]
-    groups, size = torch.unique(tokens, dim=0, return_counts=True)
-    clean = torch.where(groups[:, 1 + VIEW] == CLEAN_VIEW, size, 0)
-    clean_before = torch.cat([clean.new_zeros(1), clean.cumsum(0)])
-    in_block, in_document = _first_of_run(groups[:, :3]), _first_of_run(groups[:, :2])
-    earlier = clean_before[in_block] - clean_before[in_document]
-    return int((size * (size + earlier)).sum())
-
-
-def _first_of_run(keys: Tensor) -> Tensor:
-    """[g] index of the first line equal to each line of the sorted `keys` [g, columns]."""
-    _, run, length = torch.unique_consecutive(keys, dim=0, return_inverse=True, return_counts=True)
-    first: Tensor = length.cumsum(0) - length
-    return first[run]
+    doc, block, view = (roles[:, index].astype(np.int64) for index in (DOC, BLOCK, VIEW))
+    num_blocks = int(block.max(initial=0)) + 1
+    key = doc * num_blocks + block
+    _, inverse, sizes = np.unique(key * (int(view.max(initial=0)) + 1) + view, return_inverse=True, return_counts=True)
+    clean = np.sort(key[(view == CLEAN_VIEW) & (doc >= 0)])
+    earlier_clean = np.searchsorted(clean, key) - np.searchsorted(clean, doc * num_blocks)
+    return np.where(doc >= 0, sizes[inverse] + earlier_clean, 0)

@@ -10,7 +10,8 @@ from megatron.core import parallel_state
 
 from megatron_dllm.config import ParallelConfig
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.diffusion.context_deal import load_ratio, visible_keys
+from megatron_dllm.diffusion.context_deal import load_ratio
+from megatron_dllm.diffusion.roles import visible_keys
 from megatron_dllm.parallel import deal_context
 
 

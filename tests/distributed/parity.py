@@ -12,24 +12,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.record import RESULTS, machine, markdown
 from tests.distributed.parity_layouts import ADAM_EPS, BF16, BROKEN, LAYOUTS, LEARNING_RATE, STAGES, Layout
 from tests.distributed.parity_run import NUM_STEPS, Difference, Trained, compare, prepare
 from tests.distributed.ranks import run_ranks
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "parity"
 ALL_LAYOUTS = {**LAYOUTS, **BF16, **BROKEN}
 # The largest relative difference from one rank that rounding explains. Weights start at order 0.1 to 1 and move by
 # about 1e-2 in two steps, so that rounding alone puts fp32 updates 100 times as far apart as weights.
@@ -70,20 +66,7 @@ def violations(result: Result, precision: str) -> list[str]:
                     for stage, is_equal in result.has_equal_data.items() if not is_equal]
 
 
-def _about() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-                            cwd=RESULTS.parent.parent).stdout.strip()
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())
-    from importlib.metadata import version
-
-    return dict(machine=f"{cpu}, {os.cpu_count()} cores, gloo", torch=torch.__version__,
-                megatron_core=version("megatron-core"), commit=commit, date=time.strftime("%Y-%m-%d"),
-                steps=NUM_STEPS, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS,
-                command=" ".join(["python -m tests.distributed.parity", *sys.argv[1:]]))
-
-
-def _rows(results: dict[str, Result]) -> list[list[str]]:
+def _rows(results: dict[str, Result]) -> list[dict[str, str]]:
     rows = []
     for name, result in results.items():
         layout = ALL_LAYOUTS[name]
@@ -91,40 +74,36 @@ def _rows(results: dict[str, Result]) -> list[list[str]]:
         verdict = "within" if is_within else "**off**"
         if name in BROKEN:
             verdict = "off, as it must" if not is_within else "**not noticed**"
-        rows.append([name, str(layout.world_size), *(f"{result.worst(measure):.1e}" for measure in MEASURES),
-                     "equal" if all(result.has_equal_data.values()) else "**differ**", verdict])
+        rows.append({"layout": name, "ranks": str(layout.world_size),
+                     **{measure: f"{result.worst(measure):.1e}" for measure in MEASURES},
+                     "data": "equal" if all(result.has_equal_data.values()) else "**differ**", "verdict": verdict})
     return rows
 
 
-HEADER = ("layout", "ranks", *MEASURES, "data", "verdict")
-
-
 def _write(results: dict[str, Result], stages: list[str], output: Path) -> None:
-    about = _about()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    about = machine() | dict(ranks="gloo", steps=NUM_STEPS, learning_rate=LEARNING_RATE, adam_eps=ADAM_EPS)
     layouts = {name: {"ranks": ALL_LAYOUTS[name].world_size, "parallel": asdict(ALL_LAYOUTS[name].parallel),
                       "stages": {stage: asdict(difference) for stage, difference in result.differences.items()},
                       "has_equal_data": result.has_equal_data} for name, result in results.items()}
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(
         json.dumps({"about": about, "tolerances": TOLERANCES, "layouts": layouts}, indent=1) + "\n")
-    lines = ["# Every layout against one rank", "",
-             *(f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()), "",
-             f"Relative difference from one rank after {NUM_STEPS} optimizer steps, the worst of the stages "
-             f"{', '.join(stages)}. weights and update (the weights less where they started) are L2 norms, by the "
-             "worst tensor; replica_spread is the largest absolute difference between two ranks' copies of one "
-             "weight.", "",
-             "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    lines += ["| " + " | ".join(row) + " |" for row in _rows(results)]
-    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    note = (f"Relative difference from one rank after {NUM_STEPS} optimizer steps, the worst of the stages "
+            f"{', '.join(stages)}. weights and update (the weights less where they started) are L2 norms, by the "
+            "worst tensor; replica_spread is the largest absolute difference between two ranks' copies of one weight.")
+    output.with_suffix(".md").write_text(
+        markdown("Every layout against one rank", about, {"layouts": _rows(results)}, note))
 
 
-def _table(results: dict[str, Result]) -> Table:
+def _print_table(results: dict[str, Result], console: Console) -> None:
     table = Table(title="Relative difference from one rank, worst of the stages")
-    for index, name in enumerate(HEADER):
+    rows = _rows(results)
+    for index, name in enumerate(rows[0] if rows else ()):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in _rows(results):
-        table.add_row(*(cell.replace("**", "") for cell in row), style="red" if "**" in row[-1] else None)
-    return table
+    for row in rows:
+        style = "red" if "**" in row["data"] + row["verdict"] else None
+        table.add_row(*(cell.replace("**", "") for cell in row.values()), style=style)
+    console.print(table)
 
 
 def main() -> int:
@@ -133,7 +112,7 @@ def main() -> int:
     parser.add_argument("--layouts", nargs="+", choices=list(ALL_LAYOUTS), default=list(ALL_LAYOUTS), metavar="NAME",
                         help="some of: " + "; ".join(ALL_LAYOUTS))
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--output", type=Path, default=RESULTS, help="without suffix")
+    parser.add_argument("--output", type=Path, default=RESULTS / "parity", help="without suffix")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -145,11 +124,11 @@ def main() -> int:
         for name in track(args.layouts, description="layouts", console=console):
             try:
                 results[name] = measure(ALL_LAYOUTS[name], folder, expected, args.stages, timeout_s=600.0)
-                console.print(f"{name}: {_rows({name: results[name]})[0][-1].strip('*')}")
+                console.print(f"{name}: {_rows({name: results[name]})[0]['verdict'].strip('*')}")
             except (RuntimeError, TimeoutError) as error:
                 errors[name] = str(error)
                 console.print(f"{name}: did not run")
-    console.print(_table(results))
+    _print_table(results, console)
     for name, error in errors.items():
         print(f"{name} did not run: {error}", file=sys.stderr)
     for name, result in results.items():

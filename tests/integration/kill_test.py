@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import random
@@ -30,12 +29,16 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.attention import machine
+from benchmarks.record import RESULTS, machine, write_results
 from megatron_dllm.config import TrainConfig
 from tests.distributed.ranks import set_rank
 from tests.tiny_run import checkpoints_of, read_metrics, read_tensors, scaled_config, train_here, write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
+NOTE = ("A random rank is killed (SIGKILL) again and again; every life continues from the newest checkpoint. "
+        "slowest_end: the most seconds from a kill to the end of that life's last rank. other_samples: steps lost, "
+        "repeated, or made on other samples, masks or noise levels than in a run left alone. end: the weights, "
+        "optimizer state and records of all steps against that run's, bit for bit.")
 # Seconds in which a life must be over once a rank is dead; torchrun gives the others 30 to end by themselves.
 DOWN_SECONDS = 60.0
 # Seconds without a further step that count as a hang.
@@ -333,21 +336,6 @@ def run_test(folder: Path, kills: int, ranks: int, scale: float, seed: int, laun
     return report, compare(killed, unbroken)
 
 
-def _write(output: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    lines = ["# Ranks killed at random moments", "",
-             *(f"- {name}: {f'`{value}`' if name == 'command' else value}" for name, value in about.items()), "",
-             "A random rank is killed (SIGKILL) again and again; every life continues from the newest checkpoint. "
-             "slowest_end: the most seconds from a kill to the end of that life's last rank. other_samples: steps "
-             "lost, repeated, or made on other samples, masks or noise levels than in a run left alone. end: the "
-             "weights, optimizer state and records of all steps against that run's, bit for bit.", "",
-             "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
-    lines += ["| " + " | ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values())
-              + " |" for row in rows]
-    output.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
 def main() -> int:
     """Run the test, print its figures and write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -358,7 +346,7 @@ def main() -> int:
     parser.add_argument("--scale", type=float, help="length of the run (default: enough for the kills)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launcher", choices=("fork", "torchrun"), default="fork")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "kill", help="without suffix")
+    parser.add_argument("--output", type=Path, default=RESULTS / "kill", help="without suffix")
     arguments = parser.parse_args()
     scale = arguments.scale or 1.0 + arguments.kills / 4.0
     rows: list[dict[str, Any]] = []
@@ -368,10 +356,8 @@ def main() -> int:
                                         arguments.launcher, saves == "async", lambda text: print(text, flush=True))
         rows.append({"saves": saves, **asdict(report), "end": "different" if problems else "equal"})
         print(rows[-1], *problems[:5], flush=True)
-    about = machine(torch.device("cpu")) | {
-        "cores": os.cpu_count(), "ranks": arguments.ranks, "launcher": arguments.launcher,
-        "command": " ".join(["python -m tests.integration.kill_test", *sys.argv[1:]])}
-    _write(arguments.output, about, rows)
+    write_results(arguments.output, "Ranks killed at random moments",
+                  machine() | {"ranks": arguments.ranks, "launcher": arguments.launcher}, {"rows": rows}, NOTE)
     is_passed = all(row["end"] == "equal" and row["other_samples"] == 0 and row["kills"] == arguments.kills
                     and row["in_saves"] >= row["kills"] // 4 for row in rows)
     print(f"{'passed' if is_passed else 'FAILED'}; wrote {arguments.output}.md")

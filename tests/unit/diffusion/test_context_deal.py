@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dllm.diffusion.context_deal import chunk_length, deal_row, load_ratio, visible_keys
-from megatron_dllm.diffusion.roles import count_visible_pairs, visible
+from megatron_dllm.diffusion.context_deal import chunk_length, deal_row, load_ratio
+from megatron_dllm.diffusion.roles import visible, visible_keys
 
 CONTEXT = 4096
 
@@ -38,7 +38,6 @@ def test_visible_keys_count_the_mask(num_views: int) -> None:
         roles = torch.from_numpy(_row(rng, 1024, block_size, num_views)[0])
         keys = visible_keys(roles.numpy())
         assert np.array_equal(keys, visible(roles, roles).sum(-1).numpy())
-        assert keys.sum() == count_visible_pairs(roles)
 
 
 @pytest.mark.parametrize("length", [8192, 32768])

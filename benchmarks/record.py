@@ -1,0 +1,87 @@
+"""What every benchmark writes: the machine, the command and the tables, as JSON and beside it as Markdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """What the numbers were taken on (the CPU unless a device is given), and with which command."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+                            cwd=RESULTS.parent).stdout.strip()
+    name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else _cpu_name()
+    return dict(device=name, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
+                megatron_core=version("megatron-core"), commit=commit, date=time.strftime("%Y-%m-%d"),
+                command=command_line())
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def command_line() -> str:
+    """The command that runs this program again, from the repository's root."""
+    spec = sys.modules["__main__"].__spec__
+    program = f"-m {spec.name}" if spec else os.path.relpath(sys.argv[0], RESULTS.parents[1])
+    return " ".join(["python", program, *sys.argv[1:]])
+
+
+def table(rows: Rows) -> str:
+    """Rows as a Markdown table under the keys of the first; floats to three digits."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    lines += ["| " + " | ".join(_cell(row.get(name)) for name in rows[0]) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def markdown(title: str, about: Mapping[str, Any], tables: Mapping[str, Rows], note: str = "") -> str:
+    """The page of a benchmark; tables have headings if there is more than one."""
+    parts = [f"# {title}\n"]
+    parts.append("".join(f"- {name}: {f'`{value}`' if name == 'command' else value}\n"
+                         for name, value in about.items()))
+    if note:
+        parts.append(note + "\n")
+    for name, rows in tables.items():
+        if rows:
+            parts += [f"## {name}\n"] if len(tables) > 1 else []
+            parts.append(table(rows))
+    return "\n".join(parts)
+
+
+def write_results(output: Path, title: str, about: Mapping[str, Any], tables: Mapping[str, Rows],
+                  note: str = "") -> None:
+    """Write `output`.json and `output`.md.
+
+    Args:
+        output: without suffix.
+        title: of the page.
+        about: `machine` and the settings worth naming.
+        tables: name -> rows with the same keys.
+        note: what the columns mean.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps({"about": about, **tables}, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(markdown(title, about, tables, note), encoding="utf-8")
