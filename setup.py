@@ -25,7 +25,6 @@ INSTALL = [
 ]
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.2"],  # TE linear layers, grouped experts, FusedAdam
-    "offload": ["deepspeed>=0.16"],  # CPU Adam for optimizer state kept in host memory
     "slurm": ["hydra-submitit-launcher==1.2.0", "submitit>=1.5"],  # sweeps on SLURM
     "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"],
 }

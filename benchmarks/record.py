@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,16 +14,17 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from megatron_dllm.code_version import ROOT, git
+
+RESULTS = ROOT / "benchmarks" / "results"
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
     """What the numbers were taken on (the CPU unless a device is given), and with which command."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
-                            cwd=RESULTS.parent).stdout.strip()
     name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else _cpu_name()
+    commit = (git("rev-parse", "--short", "HEAD") or "").strip()
     return dict(device=name, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
                 megatron_core=version("megatron-core"), commit=commit, date=time.strftime("%Y-%m-%d"),
                 command=command_line())
@@ -38,7 +38,7 @@ def _cpu_name() -> str:
 def command_line() -> str:
     """The command that runs this program again, from the repository's root."""
     spec = sys.modules["__main__"].__spec__
-    program = f"-m {spec.name}" if spec else os.path.relpath(sys.argv[0], RESULTS.parents[1])
+    program = f"-m {spec.name}" if spec else os.path.relpath(sys.argv[0], ROOT)
     return " ".join(["python", program, *sys.argv[1:]])
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from checkpoints_tools.mcore_folder import read_contract, read_validation
 from checkpoints_tools.merge_inputs import MergeInput, check_alike, open_input
 from checkpoints_tools.merge_stream import merge_into
 from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.code_version import commit
 
 logger = logging.getLogger(__name__)
 METRICS = ("elbo", "bits_per_byte")
@@ -104,7 +104,7 @@ def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input
         check_alike(inputs)
         values = merge_weights(weights, len(inputs))
         provenance = {
-            "tool": "merge_topk", "commit": _commit(), "weights": weights,
+            "tool": "merge_topk", "commit": commit(), "weights": weights,
             "inputs": [{"checkpoint": str(item.folder.absolute()), "weight": value, "step": item.step,
                         "elbo": _elbo(item.folder)} for item, value in zip(inputs, values, strict=True)],
             "choice": choice,
@@ -119,15 +119,6 @@ def _elbo(folder: Path) -> float | None:
     """At the target block size, in nats per token; None where the checkpoint was not evaluated."""
     validation = read_validation(folder)
     return validation["elbo"].get(str(validation["target_block_size"])) if validation else None
-
-
-def _commit() -> str | None:
-    """Of this code, with "-dirty" where files differ from it; None outside a git repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _positive(text: str) -> int:

@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,11 @@ from typing import Any
 from launch.chain import Chain, Stage
 from launch.record import write_json
 from megatron_dllm.cluster import ClusterConfig
+from megatron_dllm.code_version import FROZEN_STATE, ROOT, code_state, git
 
-ROOT = Path(__file__).resolve().parents[1]
 # Larger files are data, not source.
 MAX_SOURCE_BYTES = 1 << 20
 _PACKAGES = ("megatron_dllm", "checkpoints_tools", "launch", "recipes")
-
-
-def _git(*arguments: str) -> str | None:
-    """Output of git in the project, or None where the project is no git checkout or git is not installed."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def installed_packages() -> list[str]:
@@ -45,7 +35,7 @@ def installed_packages() -> list[str]:
 
 def _source_files() -> list[Path]:
     """Tracked and new source files relative to the project, without what git ignores."""
-    listed = _git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listed is not None:
         names = [Path(name) for name in listed.split("\0") if name]
     else:
@@ -70,15 +60,16 @@ def freeze_code(launch_folder: Path) -> Path:
         for name in files:
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, temporary / name)
+        (temporary / FROZEN_STATE).write_text(code_state(), encoding="utf-8")
         os.replace(temporary, target)
     return target
 
 
 def freeze_environment(launch_folder: Path) -> None:
     """Write the git commit, the difference to it, and the package list."""
-    commit = (_git("rev-parse", "HEAD") or "not a git checkout").strip()
+    commit, _, changes = code_state().partition("\n")
     (launch_folder / "commit.txt").write_text(commit + "\n", encoding="utf-8")
-    (launch_folder / "diff.patch").write_text(_git("diff", "HEAD") or "", encoding="utf-8")
+    (launch_folder / "diff.patch").write_text(changes, encoding="utf-8")
     (launch_folder / "packages.txt").write_text("\n".join(installed_packages()) + "\n", encoding="utf-8")
 
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from megatron_dllm.config.rules import check, check_choice
+
 CONTAINER_KINDS = ("none", "pyxis", "apptainer")
 LAUNCHERS = ("torchrun", "srun")
 _TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d{2}):(\d{2})$")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 def time_limit_seconds(text: str) -> int:
@@ -26,7 +23,7 @@ def time_limit_seconds(text: str) -> int:
         ValueError: another format.
     """
     match = _TIME_LIMIT.match(text)
-    _check(match is not None, f"time_limit ({text!r}) must read HH:MM:SS or DAYS-HH:MM:SS, for example 24:00:00.")
+    check(match is not None, f"time_limit ({text!r}) must read HH:MM:SS or DAYS-HH:MM:SS, for example 24:00:00.")
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())  # type: ignore[union-attr]
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
@@ -45,15 +42,14 @@ class ContainerConfig:
 
     def validate(self) -> None:
         """Raise ValueError for an unknown kind, a missing image, or a mount that is no HOST:CONTAINER."""
-        _check(self.kind in CONTAINER_KINDS,
-               f"cluster.container.kind ({self.kind}) is not known; use one of {', '.join(CONTAINER_KINDS)}.")
-        _check(self.kind == "none" or bool(self.image),
-               f"cluster.container.image (null) is needed with kind {self.kind}; name a file or a registry address.")
-        _check(self.kind != "none" or not self.image,
-               f"cluster.container.image ({self.image}) has no effect with kind none; set kind to pyxis or apptainer.")
+        check_choice("cluster.container.kind", self.kind, CONTAINER_KINDS)
+        check(self.kind == "none" or bool(self.image),
+              f"cluster.container.image (null) is needed with kind {self.kind}; name a file or a registry address.")
+        check(self.kind != "none" or not self.image,
+              f"cluster.container.image ({self.image}) has no effect with kind none; set kind to pyxis or apptainer.")
         for mount in self.mounts:
-            _check(mount.count(":") in (1, 2) and mount.startswith("/") and "," not in mount,
-                   f"cluster.container.mounts ({mount}) must read /HOST:/CONTAINER or /HOST:/CONTAINER:ro.")
+            check(mount.count(":") in (1, 2) and mount.startswith("/") and "," not in mount,
+                  f"cluster.container.mounts ({mount}) must read /HOST:/CONTAINER or /HOST:/CONTAINER:ro.")
 
 
 @dataclass
@@ -122,29 +118,28 @@ class ClusterConfig:
             ValueError: naming the field, its value, the rule and the remedy.
         """
         self.container.validate()
-        _check(self.launcher in LAUNCHERS,
-               f"cluster.launcher ({self.launcher}) is not known; use one of {', '.join(LAUNCHERS)}.")
-        _check(self.gpus_per_node >= 0,
-               f"cluster.gpus_per_node ({self.gpus_per_node}) must not be negative; 0 means CPU nodes.")
-        _check(self.num_ranks_per_node > 0,
-               f"cluster.ranks_per_node ({self.ranks_per_node}) must be positive; null means one per GPU.")
-        _check(self.gpus_per_node == 0 or self.num_ranks_per_node <= self.gpus_per_node,
-               f"cluster.ranks_per_node ({self.ranks_per_node}) must not exceed gpus_per_node ({self.gpus_per_node}): "
-               "every rank needs a GPU of its own.")
+        check_choice("cluster.launcher", self.launcher, LAUNCHERS)
+        check(self.gpus_per_node >= 0,
+              f"cluster.gpus_per_node ({self.gpus_per_node}) must not be negative; 0 means CPU nodes.")
+        check(self.num_ranks_per_node > 0,
+              f"cluster.ranks_per_node ({self.ranks_per_node}) must be positive; null means one per GPU.")
+        check(self.gpus_per_node == 0 or self.num_ranks_per_node <= self.gpus_per_node,
+              f"cluster.ranks_per_node ({self.ranks_per_node}) must not exceed gpus_per_node ({self.gpus_per_node}): "
+              "every rank needs a GPU of its own.")
         limit = time_limit_seconds(self.time_limit)
-        _check(0 < self.stop_seconds < limit,
-               f"cluster.stop_seconds ({self.stop_seconds}) must lie between 0 and the time limit ({limit} s).")
+        check(0 < self.stop_seconds < limit,
+              f"cluster.stop_seconds ({self.stop_seconds}) must lie between 0 and the time limit ({limit} s).")
         for name in self.environment:
-            _check(_VARIABLE.match(name) is not None,
-                   f"cluster.environment ({name!r}) is not the name of an environment variable; use letters, digits "
-                   "and underscores.")
+            check(_VARIABLE.match(name) is not None,
+                  f"cluster.environment ({name!r}) is not the name of an environment variable; use letters, digits "
+                  "and underscores.")
         for name in ("partition", "account", "qos", "constraint", "reservation", "cpu_partition", "gpu_type"):
             value = getattr(self, name)
-            _check(value is None or (value.isprintable() and " " not in value and value != ""),
-                   f"cluster.{name} ({value!r}) must be a word without spaces; set it to null to leave it out.")
+            check(value is None or (value.isprintable() and " " not in value and value != ""),
+                  f"cluster.{name} ({value!r}) must be a word without spaces; set it to null to leave it out.")
         for option in self.sbatch_options:
-            _check(option.startswith("--") and option.isprintable(),
-                   f"cluster.sbatch_options ({option!r}) must be whole long options such as --switches=1.")
+            check(option.startswith("--") and option.isprintable(),
+                  f"cluster.sbatch_options ({option!r}) must be whole long options such as --switches=1.")
         for module in self.modules:
-            _check(re.match(r"[A-Za-z0-9][A-Za-z0-9._/+-]*$", module) is not None,
-                   f"cluster.modules ({module!r}) is not a module's name; use letters, digits and ._/+-.")
+            check(re.match(r"[A-Za-z0-9][A-Za-z0-9._/+-]*$", module) is not None,
+                  f"cluster.modules ({module!r}) is not a module's name; use letters, digits and ._/+-.")

@@ -63,7 +63,7 @@ def load_model(source: CheckpointSource, precision: str | None, attention_backen
     Args:
         source: from `read_source`.
         precision: of parameters and activations; None: bf16 on a GPU, fp32 without one.
-        attention_backend: see `config.ATTENTION_BACKENDS`.
+        attention_backend: see `config.model.ATTENTION_BACKENDS`.
 
     Raises:
         ValueError: weights are missing, or do not fit the model.

@@ -1,8 +1,9 @@
-"""What the tests as a whole say at their end: which did not run for want of a program, and how to change that."""
+"""What all tests share: megatron-core on one rank, and a last word on tests that did not run for want of a program."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,3 +18,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reason, count in reasons.items():
         if reason.startswith(NOT_RUN):
             terminalreporter.write_line(f"{count} test{'s' * (count > 1)} {reason}", red=True, bold=True)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[None]:
+    """megatron-core on this process alone."""
+    from megatron_dllm.host import prepare_host
+
+    prepare_host()
+    from megatron_dllm.decoder import single_rank
+
+    with single_rank(0):
+        yield

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.config import BLOCK_ORIGINS, OBJECTIVES, DataConfig, ScheduleConfig, StageConfig
+from megatron_dllm.config import DataConfig, ScheduleConfig, StageConfig
+from megatron_dllm.config.data import BLOCK_ORIGINS
+from megatron_dllm.config.schedule import OBJECTIVES
 
 IntArray = NDArray[np.int64]
 

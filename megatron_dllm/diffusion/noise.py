@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.config import LOSS_WEIGHTS, T_UNITS, NoiseConfig, StageConfig
+from megatron_dllm.config import NoiseConfig, StageConfig
+from megatron_dllm.config.data import LOSS_WEIGHTS, T_UNITS
 
 # Second word of the Philox counter: what a draw is for, so that no two uses share random numbers.
 _LEVEL_OFFSET, _LEVEL, _STRATUM, _FIRST_MASKED, _TOKEN = range(5)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +22,7 @@ from omegaconf import OmegaConf
 
 from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.checkpoint import CheckpointWriter, load_weights
+from megatron_dllm.code_version import code_state
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.dataset import BatchLoader, GlobalStep, RowDataset
@@ -42,6 +41,7 @@ from megatron_dllm.training.replay import dump_step
 from megatron_dllm.training.resume import acquire_lease, changes_layout, load_newest, run_contract
 from megatron_dllm.training.router_load import RouterLoad, imbalance
 from megatron_dllm.training.step import EmbeddingNoise, StepResult, train_step
+from megatron_dllm.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 _SPIKE_WINDOW = 101
@@ -60,24 +60,6 @@ class RunState:
     # Of the steps applied in this stage: the next stage's noise gives other norms.
     grad_norms: list[float] = field(default_factory=list)
     num_skipped: int = 0  # in a row, up to now
-
-
-class _StopRequest:
-    """Turns SIGTERM and SIGUSR1 into a request that is looked at between steps."""
-
-    def __init__(self) -> None:
-        self._is_set = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        self._is_set = True
-
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop (a collective: all ranks stop at the same step)."""
-        flag = torch.tensor([int(self._is_set)], device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
 
 
 class Trainer:
@@ -103,7 +85,7 @@ class Trainer:
         self.validation = (Corpus(config.data.validation, config.model, config.data.tokenizer)
                            if config.data.validation and config.evaluation.num_tokens else None)
         self.stream = RowStream(self.corpus.document_lengths, config.run.seed, config.data.packing_chunk)
-        self.stop = _StopRequest()
+        self.stop = StopRequest()
         self.lease = acquire_lease(self.folder)
         self._prepare_folder()
         self.engine = build_engine(config)
@@ -128,7 +110,7 @@ class Trainer:
             for left in folders.clean_temporary(self.checkpoints):
                 log.warning("removed %s, which an interrupted writer left behind", left)
             folders.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.given_config)))
-            folders.write_text(self.folder / "git.txt", _git_state())
+            folders.write_text(self.folder / "git.txt", code_state())
             tokenizer = self.folder / "tokenizer"
             if self.config.data.tokenizer and not tokenizer.exists():
                 shutil.copytree(self.config.data.tokenizer, tokenizer)
@@ -389,14 +371,3 @@ class Trainer:
             "step": self.state.step, "consumed_tokens": self.state.consumed_tokens, "stage": stage.name,
             "layout": asdict(config.parallel), "world_size": dist.get_world_size(),
             "tokenizer": "../../tokenizer" if config.data.tokenizer else None, "source": self._source}
-
-
-def _git_state() -> str:
-    """Commit and uncommitted changes of the code that runs."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        parts = [subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20,
-                                check=True).stdout for arguments in (["rev-parse", "HEAD"], ["diff", "HEAD"])]
-    except (OSError, subprocess.SubprocessError):
-        return "no git repository\n"
-    return "\n".join(parts)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from megatron_dllm.config import (
     DataConfig,
     LoggingConfig,
@@ -174,15 +172,3 @@ def train_config(layout: Layout, stage: StageConfig, corpus: Path) -> TrainConfi
         schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages={"only": stage}),
         optimizer=OptimizerConfig(adam_eps=ADAM_EPS, overlap_grad_reduce=layout.has_overlap,
                                   overlap_param_gather=layout.has_overlap))
-
-
-def write_corpus(prefix: Path, num_documents: int = 300) -> None:
-    """Random documents of log-normal length (median 16, sigma 1), some longer than a context."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    rng = np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(str(prefix) + ".bin", dtype=np.uint16)
-    for length in np.clip(rng.lognormal(np.log(16), 1.0, num_documents).astype(int), 1, 120):
-        tokens = np.append(rng.integers(MASK + 1, VOCAB_SIZE, length - 1), EOS).astype(np.uint16)
-        builder.add_document(tokens, [len(tokens)])
-    builder.finalize(str(prefix) + ".idx")

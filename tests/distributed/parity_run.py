@@ -24,8 +24,8 @@ from tests.distributed.parity_layouts import (
     STAGES,
     Layout,
     train_config,
-    write_corpus,
 )
+from tests.tiny_run import write_corpus
 
 NUM_STEPS = 2
 Weights = dict[str, Tensor]
@@ -64,7 +64,7 @@ def prepare(folder: str, variants: set[str]) -> dict[str, Trained]:
     from megatron_dllm import parallel
 
     path = Path(folder)
-    write_corpus(path / "corpus")
+    write_corpus(path / "corpus", num_documents=300)
     results = {}
     for variant in variants:
         layout = EXPECTED[variant]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_dllm.config import EvaluationConfig, RunConfig
-from tests.distributed.parity_layouts import LAYOUTS, STAGES, Layout, train_config, write_corpus
+from tests.distributed.parity_layouts import LAYOUTS, STAGES, Layout, train_config
 from tests.distributed.parity_run import write_start
 from tests.distributed.ranks import run_ranks
+from tests.tiny_run import write_corpus
 
 NAMES = ["4", "32", "ar"]
 
@@ -21,7 +22,7 @@ def _prepare(folder: str) -> dict[str, float]:
     from megatron_dllm import parallel
 
     layout = LAYOUTS["accumulation 4"]
-    write_corpus(Path(folder) / "corpus")
+    write_corpus(Path(folder) / "corpus", num_documents=300)
     parallel.initialize(layout.parallel, RunConfig(name="test"))
     write_start(layout, Path(folder))
     parallel_state.destroy_model_parallel()

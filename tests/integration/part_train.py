@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,12 +24,17 @@ def write_checkpoint(folder: Path, state: dict[str, object]) -> None:
                        {name: folders.checksum(folder / name) for name in folders.payload_files(folder)})
 
 
-def train() -> int:
+def given_config() -> dict[str, Any]:
+    """The configuration that the launcher hands to megatron_dllm.train, as it stands in the file."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--config-dir", required=True)
+    parser.add_argument("--config-dir", type=Path, required=True)
     parser.add_argument("--config-name", required=True)
     arguments = parser.parse_args()
-    config = yaml.safe_load((Path(arguments.config_dir) / f"{arguments.config_name}.yaml").read_text())
+    return yaml.safe_load((arguments.config_dir / f"{arguments.config_name}.yaml").read_text())
+
+
+def train() -> int:
+    config = given_config()
     checkpoints = Path(config["run"]["root"]) / config["run"]["name"] / "checkpoints"
     latest = checkpoints / "latest"
     done = json.loads((checkpoints / latest.read_text() / "state.json").read_text())["done"] if latest.exists() else []

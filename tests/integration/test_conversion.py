@@ -6,7 +6,6 @@ Runs under transformers 5 and 4.57: make test-transformers4
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from checkpoints_tools.synthetic import write_synthetic
 from megatron_dllm.config import CheckpointConfig, DecodingConfig, ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.exit_codes import EXIT_PREEMPTED
-from megatron_dllm.host import prepare_host
 from tests.distributed.ranks import run_ranks
 from tests.reference_model import expected_logits, random_weights, tiny_model
 from tests.tiny_run import MODEL, checkpoints_of, run_config, train_ranks, write_corpus
@@ -34,15 +32,6 @@ from tests.tiny_run import MODEL, checkpoints_of, run_config, train_ranks, write
 LENGTH = 23
 # Block of every position: what is visible is every token of one's own block and of earlier ones.
 MASKS = {"full": [0] * LENGTH, "causal": list(range(LENGTH)), "block-causal": [i // 4 for i in range(LENGTH)]}
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
-    prepare_host()
-    from megatron_dllm.decoder import single_rank
-
-    with single_rank(0):
-        yield
 
 
 def _visible(blocks: list[int]) -> Tensor:

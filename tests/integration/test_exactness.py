@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,6 @@ from megatron_dllm.config import (
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.diffusion.noise import NoiseSpec
-from megatron_dllm.host import prepare_host
 from tests.reference_model import random_weights, tiny_model, to_megatron
 
 CONTEXT, ROW = 16, 48
@@ -33,16 +31,6 @@ CONTEXT, ROW = 16, 48
 @pytest.fixture(scope="module")
 def model_config() -> ModelConfig:
     return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
-    prepare_host()
-    from megatron_dllm import parallel
-
-    parallel.initialize(ParallelConfig(), RunConfig(name="test"))
-    yield
-    parallel.destroy()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from megatron_dllm.config import DecodingConfig, GenerateConfig, ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.generate import PromptResult, generate, parse_arguments
-from megatron_dllm.host import prepare_host
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 EOS, PAD, MASK = "<|eos|>", "<|pad|>", "<|mask|>"
@@ -33,15 +31,6 @@ QWEN = replace(
     moe_router_score_function="softmax", moe_router_enable_expert_bias=False)
 PROMPTS = ["the cat", "a", "once upon a time there was."]
 SETTINGS = GenerateConfig(threshold=0.5, max_new_tokens=24, block_size=8)
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
-    prepare_host()
-    from megatron_dllm.decoder import single_rank
-
-    with single_rank(0):
-        yield
 
 
 def write_tokenizer(folder: Path) -> None:

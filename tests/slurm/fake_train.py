@@ -8,7 +8,6 @@ FAKE_RAISE=rank:step[:once], FAKE_PRINT (name of a variable whose value is print
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,10 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-import yaml
-
 from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_PREEMPTED
 from megatron_dllm.lease import Lease, LeaseLost
+from tests.integration.part_train import given_config
 
 
 class Meeting:
@@ -75,11 +73,7 @@ def save(run: Path, step: int, state: str, lease: Lease) -> None:
 
 
 def train() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config-dir", required=True)
-    parser.add_argument("--config-name", required=True)
-    arguments = parser.parse_args()
-    config = yaml.safe_load((Path(arguments.config_dir) / f"{arguments.config_name}.yaml").read_text())
+    config = given_config()
     run = Path(config["run"]["root"]) / config["run"]["name"]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     asked = []

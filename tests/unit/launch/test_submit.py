@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch import freeze, record, submit
+from megatron_dllm import code_version
 
 CHAIN = """# @package _global_
 name: pair
@@ -80,9 +83,16 @@ def test_jobs_of_a_killed_submission_are_found_in_the_queue(pair: list[str], tmp
 def test_code_is_frozen_without_git(pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     freeze.freeze_environment(tmp_path)
-    assert (tmp_path / "commit.txt").read_text() == "not a git checkout\n"
+    assert (tmp_path / "commit.txt").read_text() == "no git repository\n"
     code = freeze.freeze_code(tmp_path)
     assert (code / "launch" / "supervise.py").is_file() and (code / "recipes" / "train.yaml").is_file()
+
+
+def test_a_frozen_copy_knows_the_commit_it_was_made_from(tmp_path: Path) -> None:
+    code = freeze.freeze_code(tmp_path)
+    script = "from megatron_dllm.code_version import code_state; print(code_state(), end='')"
+    told = subprocess.run([sys.executable, "-c", script], cwd=code, capture_output=True, text=True, check=True).stdout
+    assert told == code_version.code_state()
 
 
 def test_status_tells_elbo_and_time_left(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from itertools import product
 from math import log2
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.config.model import ModelConfig
+from megatron_dllm.config.parallel import ParallelConfig
 
 # What an uneven pipeline costs beside halving or doubling a size, which costs 1.
 _UNEVEN_COST = 1.0

@@ -1,0 +1,42 @@
+"""Every dataclass of the configuration, with units, defaults and the rules that a run must satisfy.
+
+Hydra composes YAML onto these classes (strict: an unknown key is an error); `TrainConfig.validate`
+checks what types cannot, before any process group or device exists. Every failure is a ValueError
+that says name (value), the rule, and the remedy.
+
+Token counts are *document tokens*: tokens of the corpus, counted once however many noisy or clean
+copies of them the model sees.
+"""
+
+from __future__ import annotations
+
+from megatron_dllm.config.data import DataConfig, NoiseConfig
+from megatron_dllm.config.generate import DecodingConfig, GenerateConfig
+from megatron_dllm.config.model import ModelConfig
+from megatron_dllm.config.parallel import ParallelConfig
+from megatron_dllm.config.run import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+from megatron_dllm.config.schedule import ScheduleConfig, StageConfig
+from megatron_dllm.config.train import TrainConfig
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DecodingConfig",
+    "EvaluationConfig",
+    "GenerateConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "NoiseConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "StageConfig",
+    "TrainConfig",
+]

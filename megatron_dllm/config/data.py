@@ -1,0 +1,52 @@
+"""The corpora, how rows are filled, and how tokens are masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from megatron_dllm.config.rules import check, check_choice, check_positive
+
+BLOCK_ORIGINS = ("document", "row")
+LOSS_WEIGHTS = ("elbo", "uniform", "realised")
+T_UNITS = ("block", "document", "row")
+
+
+@dataclass
+class DataConfig:
+    """Tokenized corpora (.bin/.idx prefixes, without suffix) and how rows are filled."""
+
+    train: str = MISSING
+    validation: str | None = None
+    tokenizer: str | None = None
+    # Documents packed together into rows; more fill rows better, and mix lengths further apart.
+    packing_chunk: int = 1024
+    block_origin: str = "document"
+    # Store the clean copy of a block only if a later block of its document reads it (exact).
+    prune_clean: bool = True
+    num_workers: int = 0
+
+    def validate(self) -> None:
+        """Raise ValueError for values no corpus could satisfy; files are checked when opened."""
+        check_choice("data.block_origin", self.block_origin, BLOCK_ORIGINS)
+        check_positive("data.packing_chunk", self.packing_chunk)
+        check(self.num_workers >= 0,
+              f"data.num_workers ({self.num_workers}) must not be negative; 0 builds rows in the training process.")
+
+
+@dataclass
+class NoiseConfig:
+    """How tokens are masked. `t` is the probability that a token is masked (linear schedule)."""
+
+    t_unit: str = "block"
+    # Lay t out evenly: over the blocks of a document and, by a low-discrepancy sequence, over documents.
+    is_stratified: bool = True
+    # Every block of a single view has a masked token; the weight is corrected so the ELBO stays unbiased.
+    at_least_one: bool = True
+    loss_weight: str = "elbo"
+
+    def validate(self) -> None:
+        """Raise ValueError for an unknown choice."""
+        check_choice("noise.t_unit", self.t_unit, T_UNITS)
+        check_choice("noise.loss_weight", self.loss_weight, LOSS_WEIGHTS)

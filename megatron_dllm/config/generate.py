@@ -1,0 +1,74 @@
+"""How text is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from megatron_dllm.config.model import ATTENTION_BACKENDS
+from megatron_dllm.config.parallel import PRECISIONS
+from megatron_dllm.config.rules import check, check_choice, check_positive
+
+
+@dataclass
+class DecodingConfig:
+    """How a block of masks becomes tokens. Lengths count tokens, probabilities lie in [0, 1]."""
+
+    # A step keeps every predicted token whose probability exceeds this, and at least `min_tokens_per_step` of them.
+    threshold: float = 0.95
+    min_tokens_per_step: int = 1
+    max_new_tokens: int = 256
+    # 0 takes the most probable token; above 0 samples, within `top_p` and `top_k` (0: the whole vocabulary).
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 1234
+
+    def validate(self) -> None:
+        """Raise ValueError for values no decoding could follow."""
+        check(0.0 < self.threshold <= 1.0,
+              f"threshold ({self.threshold}) must lie in (0, 1]; 1 accepts min_tokens_per_step tokens a step.")
+        for name in ("min_tokens_per_step", "max_new_tokens"):
+            check_positive(name, getattr(self, name))
+        check(0.0 <= self.temperature < float("inf"),
+              f"temperature ({self.temperature}) must be finite and not negative; 0 takes the most probable token.")
+        check(0.0 < self.top_p <= 1.0, f"top_p ({self.top_p}) must lie in (0, 1]; 1 keeps the whole distribution.")
+        check(self.top_k >= 0, f"top_k ({self.top_k}) must not be negative; 0 keeps the whole vocabulary.")
+        check(0 <= self.seed < 2**63, f"seed ({self.seed}) must lie in [0, 2^63).")
+
+
+@dataclass
+class GenerateConfig(DecodingConfig):
+    """What `megatron_dllm.generate` loads, decodes and writes."""
+
+    # An HF folder, a run folder, its checkpoints folder, or one torch_dist checkpoint folder.
+    checkpoint: str = MISSING
+    # Exactly one of the two: a text, or a file with one prompt a line (.jsonl: an object with "prompt" a line).
+    prompt: str | None = None
+    prompts_file: str | None = None
+    # JSON lines, one for each prompt; the file must not exist yet.
+    output: str | None = None
+    # Null: the folder that lies beside the weights.
+    tokenizer: str | None = None
+    # Null: what the checkpoint was trained for.
+    block_size: int | None = None
+    # Prompt and generated tokens together; null: the model's max_position_embeddings.
+    context_length: int | None = None
+    # Null: fp32 on a CPU, bf16 on a GPU.
+    precision: str | None = None
+    attention_backend: str = "auto"
+
+    def validate(self) -> None:
+        """Raise ValueError where the request is incomplete or contradicts itself; files are checked when opened."""
+        super().validate()
+        check(self.checkpoint not in ("", MISSING), "checkpoint (not given) is required: name an HF or a run folder.")
+        check((self.prompt is None) != (self.prompts_file is None),
+              f"prompt ({self.prompt!r}) and prompts_file ({self.prompts_file!r}): give exactly one of the two.")
+        check(self.prompt != "", "prompt ('') is empty; give at least one token to continue from.")
+        for name in ("block_size", "context_length"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"{name} ({value}) must be positive; null takes the checkpoint's.")
+        check(self.precision is None or self.precision in PRECISIONS,
+              f"precision ({self.precision}) is not known; use one of {', '.join(PRECISIONS)}, or null.")
+        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)

@@ -1,0 +1,33 @@
+"""How a wrong value is refused: a ValueError that says name (value), the rule, and the remedy."""
+
+from __future__ import annotations
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the choices."""
+    check(value in choices, f"{name} ({value}) is not known; use one of {', '.join(choices)}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse 0 and less."""
+    check(value > 0, f"{name} ({value}) must be positive; give a value above 0.")
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` next to `wanted`, for a message."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0] or [1]
+    below = max(d for d in divisors if d <= max(wanted, 1))
+    above = min((d for d in divisors if d >= wanted), default=number)
+    return f"{below} or {above}"
+
+
+def nearest_multiples(number: int, unit: int) -> str:
+    """The multiples of `unit` next to `number`, for a message."""
+    below = number // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

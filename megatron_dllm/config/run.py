@@ -1,0 +1,129 @@
+"""What a run is called, and how it steps, saves, evaluates and logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from megatron_dllm.config.rules import check, check_choice, check_positive, nearest_divisors
+
+NON_FINITE_ACTIONS = ("stop", "skip")
+
+
+@dataclass
+class RunConfig:
+    """Identity of a run: everything it writes lies under `root`/`name`."""
+
+    name: str = MISSING
+    root: str = "runs"
+    seed: int = 1234
+    # Backend of the process groups; auto: nccl with CUDA, gloo without.
+    distributed_backend: str = "auto"
+    distributed_timeout_minutes: float = 10.0
+
+    def validate(self) -> None:
+        """Raise ValueError for a name that is no plain folder name."""
+        plain = bool(self.name) and all(c.isalnum() or c in "._-" for c in self.name) and self.name[0] not in ".-"
+        check(plain, f"run.name ({self.name!r}) must be letters, digits, '.', '_' or '-', "
+                     "not starting with '.' or '-'; it names a folder.")
+        check_choice("run.distributed_backend", self.distributed_backend, ("auto", "gloo", "nccl"))
+        check(0 <= self.seed < 2**63, f"run.seed ({self.seed}) must lie in [0, 2^63).")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW in megatron-core's distributed optimizer, its state sharded over the data-parallel ranks."""
+
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    # What to do with a step whose loss or gradient norm is not finite: stop the run, or skip the step.
+    on_non_finite: str = "stop"
+    # A gradient norm this many times its running median counts as a spike and is treated alike; 0: off.
+    spike_factor: float = 0.0
+
+    def validate(self) -> None:
+        """Raise ValueError for values Adam cannot use."""
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            check(0.0 <= value < 1.0, f"optimizer.{name} ({value}) must lie in [0, 1).")
+        check_positive("optimizer.adam_eps", self.adam_eps)
+        check_choice("optimizer.on_non_finite", self.on_non_finite, NON_FINITE_ACTIONS)
+        check(self.clip_grad >= 0, f"optimizer.clip_grad ({self.clip_grad}) must not be negative; 0 turns it off.")
+        check(not self.overlap_param_gather or self.overlap_grad_reduce,
+              "optimizer.overlap_param_gather (true) needs overlap_grad_reduce; set both to true.")
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved, when, and what a run starts from."""
+
+    # Start from these weights (a torch_dist checkpoint folder); null: random weights.
+    load: str | None = None
+    # Continue from the run folder's latest checkpoint if there is one.
+    resume: bool = True
+    # Save every so many document tokens, besides the end of every stage; 0: only there.
+    save_interval_tokens: int = 0
+    # Checkpoints kept: the last n, the k with the best validation ELBO, every m-th of those saved at the interval
+    # (0: none for that reason).
+    keep_last: int = 2
+    keep_best: int = 5
+    keep_every: int = 0
+    # Write in a background process while training goes on.
+    is_async: bool = False
+    # Compare checksums of every file before loading it, and of another rank's files before a synchronous save counts.
+    verify: bool = True
+    # A writer that has not finished after so many minutes is dead: the run stops with an error. In a synchronous save
+    # ranks wait for the slowest, and run.distributed_timeout_minutes limits that as well.
+    timeout_minutes: float = 30.0
+
+    def validate(self) -> None:
+        """Raise ValueError where nothing would be kept."""
+        check(self.keep_last >= 1,
+              f"checkpoint.keep_last ({self.keep_last}) must be at least 1, or a run could not be resumed.")
+        for name in ("keep_best", "keep_every", "save_interval_tokens"):
+            value = getattr(self, name)
+            check(value >= 0, f"checkpoint.{name} ({value}) must not be negative; 0 turns it off.")
+        check_positive("checkpoint.timeout_minutes", self.timeout_minutes)
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation ELBO: exact in expectation, with the same noise for every checkpoint."""
+
+    # Block sizes at which the ELBO is measured; the first is the target that ranks checkpoints.
+    block_sizes: list[int] = field(default_factory=lambda: [32])
+    # Document tokens of held-out text, the same whole documents at every block size; 0: no validation.
+    num_tokens: int = 0
+    micro_batch_size: int = 1
+
+    def validate(self, context_length: int, has_validation: bool) -> None:
+        """Raise ValueError for block sizes that do not fit, or tokens without a corpus."""
+        check(self.num_tokens == 0 or has_validation,
+              f"evaluation.num_tokens ({self.num_tokens}) needs data.validation; "
+              "name a held-out corpus or set it to 0.")
+        check(len(self.block_sizes) > 0, "evaluation.block_sizes ([]) must name at least the target block size.")
+        for block_size in self.block_sizes:
+            check(block_size > 0 and context_length % block_size == 0,
+                  f"evaluation.block_sizes ({block_size}) must divide context_length ({context_length}); "
+                  f"use {nearest_divisors(context_length, block_size)}.")
+
+
+@dataclass
+class LoggingConfig:
+    """Where metrics go. metrics.jsonl is always written."""
+
+    interval_steps: int = 10
+    tensorboard: bool = True
+    wandb_mode: str = "disabled"
+    wandb_project: str = "megatron_dllm"
+
+    def validate(self) -> None:
+        """Raise ValueError for an unknown W&B mode."""
+        check_positive("logging.interval_steps", self.interval_steps)
+        check_choice("logging.wandb_mode", self.wandb_mode, ("disabled", "offline", "online"))

@@ -1,0 +1,106 @@
+"""The stages of a run and what is constant through all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from megatron_dllm.config.parallel import ParallelConfig
+from megatron_dllm.config.rules import check, check_choice, check_positive, nearest_divisors
+
+LR_SHAPES = ("constant", "linear", "cosine")
+OBJECTIVES = ("ar", "block_diffusion")
+
+
+@dataclass
+class StageConfig:
+    """One stage of the schedule: constant row geometry, its own learning rate, batch and noise range."""
+
+    objective: str = "block_diffusion"
+    # Tokens denoised together; `block_size == context_length` is the MDLM stage (no clean copy).
+    block_size: int = 1
+    num_tokens: int = MISSING
+    global_batch_size: int = MISSING
+    micro_batch_size: int = 1
+    learning_rate: float = MISSING
+    # Learning rate at the stage's end, reached along `lr_shape`; None: stays at learning_rate.
+    final_learning_rate: float | None = None
+    lr_shape: str = "constant"
+    lr_warmup_tokens: int = 0
+    t_min: float = 0.001
+    t_max: float = 1.0
+    # Two noisy views with opposite masks that share one clean copy (LLaDA2.0 section 5.1).
+    is_complementary: bool = False
+    # Layout of this stage alone; null: the run's `parallel`. A run ends where the layout changes, and its next start
+    # takes the next stage's (docs/runs.md).
+    parallel: ParallelConfig | None = None
+    # Ranks this stage needs, where stages differ in that: then every stage gives its own. Null: as many as the run is
+    # started with.
+    world_size: int | None = None
+
+    @property
+    def num_views(self) -> int:
+        """Noisy copies of every document: 0 for AR, 2 with complementary masking."""
+        if self.objective == "ar":
+            return 0
+        return 2 if self.is_complementary else 1
+
+    def validate(self, name: str, context_length: int) -> None:
+        """Raise ValueError with the stage's name where a value is impossible."""
+        prefix = f"schedule.stages.{name}"
+        check_choice(f"{prefix}.objective", self.objective, OBJECTIVES)
+        check_choice(f"{prefix}.lr_shape", self.lr_shape, LR_SHAPES)
+        for key in ("block_size", "num_tokens", "global_batch_size", "micro_batch_size", "learning_rate"):
+            check_positive(f"{prefix}.{key}", getattr(self, key))
+        check(context_length % self.block_size == 0,
+              f"{prefix}.block_size ({self.block_size}) must divide context_length ({context_length}); "
+              f"use {nearest_divisors(context_length, self.block_size)}.")
+        check(self.global_batch_size % self.micro_batch_size == 0,
+              f"{prefix}.micro_batch_size ({self.micro_batch_size}) must divide global_batch_size "
+              f"({self.global_batch_size}).")
+        check(0.0 <= self.t_min < self.t_max <= 1.0,
+              f"{prefix}.t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min < t_max <= 1.")
+        check(self.objective != "ar" or not self.is_complementary,
+              f"{prefix}.is_complementary (true) needs the block_diffusion objective; an AR stage masks nothing.")
+        check(not self.is_complementary or abs(self.t_min + self.t_max - 1.0) < 0.01,
+              f"{prefix}.t_min, t_max ({self.t_min}, {self.t_max}) must be symmetric about 0.5 with complementary "
+              f"masking, since the second view's mask ratio is 1 - t; use t_max = {1.0 - self.t_min:g}.")
+        check(self.lr_shape == "constant" or self.final_learning_rate is not None,
+              f"{prefix}.final_learning_rate (null) is needed with lr_shape {self.lr_shape}; give the last value.")
+
+
+@dataclass
+class ScheduleConfig:
+    """The stages in order, and the two lengths that stay the same through all of them."""
+
+    # Longest piece of a document; longer documents are split at multiples of it.
+    context_length: int = MISSING
+    # Tokens the model sees in a row (noisy, clean and padding); null: 2 x context_length.
+    row_length: int | None = None
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+
+    @property
+    def tokens_per_row(self) -> int:
+        """row_length with its default filled in."""
+        return self.row_length if self.row_length is not None else 2 * self.context_length
+
+    def validate(self) -> None:
+        """Raise ValueError for stages that cannot be packed into the rows."""
+        check_positive("schedule.context_length", self.context_length)
+        check(len(self.stages) > 0, "schedule.stages ({}) must name at least one stage; choose a schedule group.")
+        counts = {name: stage.world_size for name, stage in self.stages.items()}
+        silent = [name for name, count in counts.items() if count is None]
+        check(not silent or len(silent) == len(counts),
+              f"schedule.stages.{silent[0] if silent else ''}.world_size (null) must be given where other stages give "
+              f"theirs ({', '.join(f'{name}: {count}' for name, count in counts.items() if count is not None)}): null "
+              "is the number of ranks of whichever start comes, and those will differ; give each stage its number.")
+        for name, stage in self.stages.items():
+            stage.validate(name, self.context_length)
+            needed = self.context_length * max(stage.num_views, 1)
+            if stage.objective == "block_diffusion":
+                needed += self.context_length - stage.block_size
+            check(self.tokens_per_row >= needed,
+                  f"schedule.row_length ({self.tokens_per_row}) must hold the longest piece of stage {name}: "
+                  f"{max(stage.num_views, 1)} view(s) and the clean blocks of context_length "
+                  f"{self.context_length} take {needed} tokens; raise row_length or lower context_length.")

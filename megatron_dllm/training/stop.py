@@ -1,0 +1,27 @@
+"""Requests to stop (SIGTERM, or SIGUSR1 ahead of a time limit), heeded between steps by all ranks alike."""
+
+from __future__ import annotations
+
+import signal
+
+import torch
+import torch.distributed as dist
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGUSR1 into a request that is looked at between steps."""
+
+    def __init__(self) -> None:
+        """Take over the signals."""
+        self._is_set = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        self._is_set = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank was asked to stop (a collective: all ranks stop at the same step)."""
+        flag = torch.tensor([int(self._is_set)], device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
