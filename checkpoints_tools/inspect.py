@@ -17,7 +17,7 @@ import torch
 
 from checkpoints_tools.command import main_guard
 from checkpoints_tools.hf_config import read_hf_config
-from checkpoints_tools.mcore_folder import model_keys, open_checkpoint, read_validation
+from checkpoints_tools.mcore_folder import model_keys, open_checkpoint
 from checkpoints_tools.param_map import key_aliases
 from checkpoints_tools.safetensors_io import SafetensorsFolder
 from megatron_dllm import checkpoint_folder as folders
@@ -87,7 +87,7 @@ def _describe_torch_dist(folder: Path) -> dict[str, Any]:
         "source": content.get("source"), "tokenizer": content.get("tokenizer"),
         "bytes_on_disk": _bytes_on_disk(folder),
     }
-    validation = read_validation(folder)
+    validation = folders.read_validation(folder)
     return description | ({"validation": validation} if validation else {})
 
 

@@ -36,18 +36,6 @@ class Contract:
         return int(self.content["contract"]["block_size"])
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a checkpoint that holds an object.
-
-    Raises:
-        ValueError: it is missing, no JSON, or something else than an object.
-    """
-    content = folders.read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (no JSON object); choose another checkpoint.")
-    return content
-
-
 def read_contract(folder: Path) -> Contract:
     """Read contract.json.
 
@@ -55,7 +43,7 @@ def read_contract(folder: Path) -> Contract:
         ValueError: it is missing, damaged, of another format, or names a field we do not know.
     """
     path = folder / folders.CONTRACT
-    content = read_object(path)
+    content = folders.read_json(path)
     if content.get("format") != folders.FORMAT:
         raise ValueError(f"{path}: format ({content.get('format')}) is not {folders.FORMAT}; convert the checkpoint "
                          "with the version that wrote it.")
@@ -77,39 +65,14 @@ def read_contract(folder: Path) -> Contract:
     return Contract(ModelConfig(**content["model"]), content)
 
 
-def read_validation(folder: Path) -> dict[str, Any] | None:
-    """Read validation.json, or None where the checkpoint was not evaluated.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    path = folder / folders.VALIDATION
-    if not path.is_file():
-        return None
-    content = read_object(path)
-    for part in ("elbo", "bits_per_byte"):
-        values = content.get(part) or {}
-        if not isinstance(values, dict) or not all(isinstance(value, (int, float)) for value in values.values()):
-            raise ValueError(f"{path} is damaged ({part} holds no numbers); evaluate the checkpoint again.")
-    return {"elbo": {}, "bits_per_byte": {}, "target_block_size": None} | {
-        name: value for name, value in content.items() if value is not None}
-
-
 def open_checkpoint(folder: Path) -> tuple[Contract, TorchDistReader]:
     """Open a checkpoint whose files are all there, with the sizes they were written with.
 
     Raises:
-        ValueError: naming the file that is missing or truncated.
+        ValueError: naming the file that is missing, truncated or altered.
     """
     contract = read_contract(folder)
-    if (folder / folders.MANIFEST).is_file():
-        manifest = read_object(folder / folders.MANIFEST)
-        if not all(isinstance(entry, dict) and "size" in entry for entry in manifest.values()):
-            raise ValueError(f"{folder / folders.MANIFEST} is damaged (a file without its size); choose another "
-                             "checkpoint.")
-        problems = folders.damaged_files(folder, manifest, manifest, hash_content=False)
-        if problems:
-            raise ValueError(f"{problems[0]}; copy or save the checkpoint again.")
+    folders.check_complete(folder)
     return contract, TorchDistReader(folder)
 
 

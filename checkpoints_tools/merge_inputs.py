@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_tools.mcore_folder import Contract, model_keys, open_checkpoint, read_object, tokenizer_folder
+from checkpoints_tools.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
 from checkpoints_tools.safetensors_io import SafetensorsFolder
 from checkpoints_tools.torch_dist_read import TorchDistReader
 from megatron_dllm import checkpoint_folder as folders
@@ -92,7 +92,7 @@ class HFInput(MergeInput):
     def description(self) -> dict[str, Any]:
         """config.json and tokenizer."""
         path = self.folder / "config.json"
-        config = read_object(path) if path.is_file() else {}
+        config = folders.read_json(path) if path.is_file() else {}
         return {**{f"config.{name}": value for name, value in config.items() if name not in _FREE_KEYS},
                 "tokenizer": _fingerprint(self.folder)}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoints_tools.averaging import WEIGHTS, merge_weights
 from checkpoints_tools.command import main_guard
-from checkpoints_tools.mcore_folder import read_contract, read_validation
+from checkpoints_tools.mcore_folder import read_contract
 from checkpoints_tools.merge_inputs import MergeInput, check_alike, open_input
 from checkpoints_tools.merge_stream import merge_into
 from megatron_dllm import checkpoint_folder as folders
@@ -55,7 +55,7 @@ def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None,
         logger.info("%d of %d checkpoints were trained with another objective or block size and stay out",
                     len(complete) - len(alike), len(complete))
     candidates = alike[-last_n:] if last_n else alike
-    validations = {folder: found for folder in candidates if (found := read_validation(folder)) is not None}
+    validations = {folder: found for folder in candidates if (found := folders.read_validation(folder)) is not None}
     if block_size is None and validations:
         block_size = validations[max(validations)]["target_block_size"]
     ranking = _rank(validations, metric, block_size)
@@ -68,8 +68,8 @@ def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None,
         logger.info("%s %2d. %s  %s %.5f", "*" if number < k else " ", number + 1, folder.name, metric, score)
     if len(ranking) < k:
         raise ValueError(f"k ({k}) must not exceed the checkpoints of {run} with {metric} in validation.json "
-                         f"({len(ranking)} of "
-                         f"{len(candidates)}); lower k, evaluate more checkpoints, or list them with --checkpoints.")
+                         f"({len(ranking)} of {len(candidates)}); lower k, evaluate more checkpoints, or list them "
+                         "with --checkpoints.")
     return sorted(folder for _, folder in ranking[:k]), choice
 
 
@@ -106,19 +106,14 @@ def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input
         provenance = {
             "tool": "merge_topk", "commit": commit(), "weights": weights,
             "inputs": [{"checkpoint": str(item.folder.absolute()), "weight": value, "step": item.step,
-                        "elbo": _elbo(item.folder)} for item, value in zip(inputs, values, strict=True)],
+                        "elbo": folders.validation_elbo(item.folder)}
+                       for item, value in zip(inputs, values, strict=True)],
             "choice": choice,
         }
         merge_into(inputs, values, output, provenance)
     finally:
         for item in inputs:
             item.close()
-
-
-def _elbo(folder: Path) -> float | None:
-    """At the target block size, in nats per token; None where the checkpoint was not evaluated."""
-    validation = read_validation(folder)
-    return validation["elbo"].get(str(validation["target_block_size"])) if validation else None
 
 
 def _positive(text: str) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.hf_config import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES
-from checkpoints_tools.mcore_folder import Contract, read_object, read_validation
+from checkpoints_tools.mcore_folder import Contract
+from megatron_dllm import checkpoint_folder as folders
 
 PROVENANCE = "provenance.json"
 
@@ -63,7 +64,7 @@ def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_na
              f"tags: [{', '.join(tags)}]", "---", "",
              f"# {own_run.name if own_run else checkpoint.absolute().name}", "", "## Provenance", "",
              "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    lines += _validation_lines(read_validation(checkpoint)) + (_merge_lines(provenance) if provenance else [])
+    lines += _validation_lines(folders.read_validation(checkpoint)) + (_merge_lines(provenance) if provenance else [])
     use = _USE.format(block_size=contract.block_size) if architecture == "llada2_moe" else ""
     return "\n".join(lines) + "\n" + use
 
@@ -87,7 +88,7 @@ def _provenance(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / PROVENANCE
     if not path.is_file():
         return None
-    provenance = read_object(path)
+    provenance = folders.read_json(path)
     if not provenance.get("inputs") or not all(
             isinstance(entry, dict) and {"checkpoint", "weight"} <= entry.keys() for entry in provenance["inputs"]):
         raise ValueError(f"{path} is damaged (no inputs); merge the checkpoints again.")

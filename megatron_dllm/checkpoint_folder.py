@@ -64,19 +64,22 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a checkpoint.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint, which holds an object.
 
     Raises:
-        ValueError: the file is missing or no JSON.
+        ValueError: the file is missing, no JSON, or something else than an object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {path.parent} is not a complete checkpoint; "
                          "choose another one.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another checkpoint.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (no JSON object); choose another checkpoint.")
+    return content
 
 
 def checksum(path: Path) -> dict[str, Any]:
@@ -148,9 +151,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: it is missing or no such table.
     """
     manifest = read_json(folder / MANIFEST)
-    entries = manifest.values() if isinstance(manifest, dict) else [None]
     if not all(isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-               for entry in entries) or CONTRACT not in manifest:
+               for entry in manifest.values()) or CONTRACT not in manifest:
         raise ValueError(f"{folder / MANIFEST} is damaged: it does not give sizes and checksums; choose another "
                          "checkpoint.")
     return manifest
@@ -267,16 +269,28 @@ def check_start(folder: Path, config: Any) -> dict[str, Any]:
     return stored
 
 
+def read_validation(folder: Path) -> dict[str, Any] | None:
+    """Read validation.json, or None where the checkpoint was not evaluated.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = folder / VALIDATION
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    for part in ("elbo", "bits_per_byte"):
+        values = content.get(part) or {}
+        if not isinstance(values, dict) or not all(isinstance(value, (int, float)) for value in values.values()):
+            raise ValueError(f"{path} is damaged ({part} holds no numbers); evaluate the checkpoint again.")
+    return {"elbo": {}, "bits_per_byte": {}, "target_block_size": None} | {
+        name: value for name, value in content.items() if value is not None}
+
+
 def validation_elbo(folder: Path) -> float | None:
     """ELBO at the target block size in nats per token, or None where the checkpoint was not evaluated."""
-    if not (folder / VALIDATION).is_file():
-        return None
-    try:
-        validation = read_json(folder / VALIDATION)
-        value = validation["elbo"].get(str(validation["target_block_size"]))
-        return None if value is None else float(value)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder / VALIDATION} is damaged ({error}); remove it, or evaluate again.") from None
+    validation = read_validation(folder)
+    return validation["elbo"].get(str(validation["target_block_size"])) if validation else None
 
 
 def clean_temporary(checkpoints: Path) -> list[Path]:

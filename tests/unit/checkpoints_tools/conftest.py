@@ -10,6 +10,7 @@ import torch
 
 from checkpoints_tools import hf_to_mcore
 from checkpoints_tools.synthetic import write_synthetic
+from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.config import ModelConfig
 
 LING = ModelConfig(
@@ -62,3 +63,9 @@ def make_checkpoint(tmp_path: Path):
 def left_in(folder: Path) -> set[str]:
     """Names in a folder, hidden ones included: an error must leave no output behind."""
     return {path.name for path in folder.iterdir()}
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the manifest of the files as they are, so that a change made on purpose is no damage."""
+    folders.write_json(checkpoint / folders.MANIFEST, {
+        name: folders.checksum(checkpoint / name) for name in folders.payload_files(checkpoint)})

@@ -22,7 +22,7 @@ from checkpoints_tools.tokenizer_files import TokenizerFiles
 from checkpoints_tools.torch_dist_read import TorchDistReader
 from megatron_dllm.checkpoint_folder import MANIFEST, damaged_files, read_json
 
-from .conftest import LING, MODELS, left_in
+from .conftest import LING, MODELS, left_in, seal
 from .test_tokenizer_files import make_tokenizer
 
 
@@ -204,14 +204,21 @@ def test_half_written_checkpoints_are_refused(checkpoint: Path, tmp_path: Path) 
     data.write_bytes(whole[:-100])
     with pytest.raises(ValueError, match=r"__0_0\.distcp has .* bytes instead of"):
         mcore_to_hf.convert(checkpoint, tmp_path / "out")
-    (checkpoint / MANIFEST).unlink()
+    seal(checkpoint)
     with pytest.raises(ValueError, match=r"__0_0\.distcp is truncated: "):
         mcore_to_hf.convert(checkpoint, tmp_path / "out")
     data.unlink()
     with pytest.raises(ValueError, match=r"__0_0\.distcp is missing"):
         mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    seal(checkpoint)
+    with pytest.raises(ValueError, match=r"__0_0\.distcp is missing"):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
     (checkpoint / ".metadata").unlink()
+    seal(checkpoint)
     with pytest.raises(ValueError, match=r"\.metadata is missing"):
+        mcore_to_hf.convert(checkpoint, tmp_path / "out")
+    (checkpoint / MANIFEST).unlink()
+    with pytest.raises(ValueError, match=r"manifest\.json is missing"):
         mcore_to_hf.convert(checkpoint, tmp_path / "out")
     with pytest.raises(ValueError, match="no complete checkpoint"):
         mcore_to_hf.convert(tmp_path / "hf", tmp_path / "out")
@@ -223,8 +230,8 @@ def test_checkpoint_of_another_model_than_its_contract(checkpoint: Path, tmp_pat
         content = json.loads((checkpoint / "contract.json").read_text())
         content["model"] |= changes
         (checkpoint / "contract.json").write_text(json.dumps(content))
+        seal(checkpoint)
 
-    (checkpoint / MANIFEST).unlink()
     contract_with(num_layers=4)
     with pytest.raises(ValueError, match=r"decoder\.layers\.3\.input_layernorm|decoder\.layers\.3\..* are missing"):
         mcore_to_hf.convert(checkpoint, tmp_path / "out")
@@ -248,8 +255,6 @@ def test_checkpoint_of_another_model_than_its_contract(checkpoint: Path, tmp_pat
     ("validation.json", []), ("validation.json", {"elbo": {"32": "2.5"}})])
 def test_json_of_another_shape_is_named(name: str, content: object, hf: Path, checkpoint: Path, tmp_path: Path) -> None:
     folder = hf if name == "config.json" else checkpoint
-    if name == "contract.json":
-        (checkpoint / MANIFEST).unlink()
     (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(ValueError, match=name):
         (hf_to_mcore if folder == hf else mcore_to_hf).convert(folder, tmp_path / "out")

@@ -19,7 +19,7 @@ from checkpoints_tools.param_map import key_aliases
 from checkpoints_tools.torch_dist_write import TorchDistWriter
 from megatron_dllm import checkpoint_folder as folders
 
-from .conftest import LING, left_in
+from .conftest import LING, left_in, seal
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -174,7 +174,7 @@ def _change_contract(folder: Path, part: str, name: str, value: object) -> None:
     content = json.loads((folder / "contract.json").read_text())
     content[part][name] = value
     (folder / "contract.json").write_text(json.dumps(content))
-    (folder / folders.MANIFEST).unlink()
+    seal(folder)
 
 
 def test_what_has_no_mean_is_refused_by_name(make_checkpoint, tmp_path: Path) -> None:
