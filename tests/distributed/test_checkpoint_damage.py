@@ -1,0 +1,144 @@
+"""What reading a checkpoint survives: damage, strangers' pickles, and checkpoints of other runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.config import ParallelConfig
+from tests.distributed.checkpoint_run import OPTIMIZER_STEP, build, fill_moments, flip_bit, save, writer_of
+from tests.distributed.ranks import run_ranks
+from tests.tiny_run import MODEL, checkpoints_of, run_config
+
+
+def _truncate(folder: Path) -> None:
+    os.truncate(folder / "__1_0.distcp", 1000)
+
+
+def _alter(folder: Path) -> None:
+    flip_bit(folder / "__0_0.distcp")
+
+
+def _alter_state(folder: Path) -> None:
+    path = folder / folders.STATE
+    path.write_text(path.read_text().replace(f": {OPTIMIZER_STEP}", ": 8"))
+
+
+def _lose(folder: Path) -> None:
+    (folder / "__1_0.distcp").unlink()
+
+
+def _half(folder: Path) -> None:
+    for name in (folders.MANIFEST, folders.STATE, ".metadata"):
+        (folder / name).unlink()
+
+
+class _Payload:
+    """Code that a pickle would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(_Payload.where),)
+
+    where = Path()
+
+
+def _poison(folder: Path) -> None:
+    _Payload.where = folder.parent / "pickle_ran"
+    (folder / ".metadata").write_bytes(pickle.dumps(_Payload()))
+    manifest = folders.read_json(folder / folders.MANIFEST)
+    manifest[".metadata"] = folders.checksum(folder / ".metadata")  # a careful stranger
+    folders.write_json(folder / folders.MANIFEST, manifest)
+
+
+DAMAGES = {_truncate: "__1_0.distcp has 1000 bytes instead of", _alter: "__0_0.distcp does not have the checksum",
+           _alter_state: "state.json does not have the checksum", _lose: "__1_0.distcp is missing",
+           _half: "manifest.json is missing",
+           _poison: ".metadata is not the metadata of a torch_dist checkpoint"}
+
+
+def _load_damaged(folder: Path) -> dict[str, tuple[str, str, list[str]]]:
+    """For each damage of the newest: what an explicit load says, where a resume starts, and its warnings."""
+    from megatron_dllm.checkpoint import load_weights
+    from megatron_dllm.training.resume import load_newest
+
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_dllm.training.resume").addHandler(handler)
+    config = run_config(folder, "run")
+    engine = build(folder, ParallelConfig())
+    fill_moments(engine)
+    save(writer_of(folder), 1, engine)
+    results = {}
+    for damage in DAMAGES:
+        newest = save(writer_of(folder), 2, engine)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            damage(newest)
+        dist.barrier()
+        with pytest.raises(ValueError) as caught:
+            load_weights(newest, engine.chunks)
+        warnings.clear()
+        found = load_newest(config, engine.chunks, engine.optimizer)
+        assert found is not None
+        results[damage.__name__] = (str(caught.value), found[0].name, list(warnings))
+        dist.barrier()
+    if dist.get_rank() == 0:
+        _alter(folders.step_folder(checkpoints_of(config), 1))
+    dist.barrier()
+    with pytest.raises(ValueError, match=r"holds no whole checkpoint: all of \['step_0000001'\] are damaged"):
+        load_newest(config, engine.chunks, engine.optimizer)
+    return results
+
+
+def test_damage_is_named_and_a_resume_falls_back_aloud(tmp_path: Path) -> None:
+    first, second = run_ranks(_load_damaged, 2, tmp_path, timeout_s=500.0)
+    for damage, words in DAMAGES.items():
+        for results in (first, second):
+            message, found, warnings = results[damage.__name__]
+            assert words in message
+            assert found == "step_0000001"
+            assert words in warnings[0]
+            assert "passed over step_0000002" in warnings[0]
+        assert "renamed to damaged-step_0000002; the run continues from step_0000001" in first[damage.__name__][2][1]
+    assert not (checkpoints_of(run_config(tmp_path, "run")) / "pickle_ran").exists()
+
+
+def _other_identity(folder: Path) -> list[str]:
+    from megatron_dllm.training.resume import load_newest
+
+    engine = build(folder, ParallelConfig())
+    fill_moments(engine)
+    save(writer_of(folder), 1, engine)
+    config = run_config(folder, "run")
+    others = [replace(config, model=replace(MODEL, hidden_size=64)),
+              replace(config, data=replace(config.data, block_origin="row")),
+              replace(config, model=replace(MODEL, mask_token_id=3)),
+              replace(config, parallel=ParallelConfig(precision="bf16")),
+              replace(config, schedule=replace(config.schedule, stages={
+                  **config.schedule.stages, "stable": replace(config.schedule.stages["stable"], block_size=16)})),
+              replace(config, schedule=replace(config.schedule, stages={"other": config.schedule.stages["stable"]}))]
+    said = []
+    for other in others:
+        with pytest.raises(ValueError) as caught:
+            load_newest(other, engine.chunks, engine.optimizer)
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_checkpoint_of_another_model_or_contract_is_refused(tmp_path: Path) -> None:
+    model, grid, mask, precision, block, stages = run_ranks(_other_identity, 1, tmp_path, timeout_s=300.0)[0]
+    assert "model.hidden_size (64) differs from the checkpoint" in model
+    assert "block_origin (row) differs from the checkpoint" in grid
+    assert "model.mask_token_id (3) differs from the checkpoint" in mask
+    assert "parallel.precision (bf16) differs from the checkpoint" in precision
+    assert "schedule.stages.stable: block_size (16) differs from the checkpoint" in block
+    assert "schedule.stages has no stable, the stage of the checkpoint" in stages
