@@ -21,21 +21,10 @@ from omegaconf import MISSING, OmegaConf
 from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
 from megatron_dllm.compose import RECIPES, compose_dict, to_train_config
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.config.rules import check, check_name
 
 LAUNCH_KEYS = ("cluster", "experiment", "name", "root", "inputs", "nodes", "min_nodes", "stages", "requeue",
                "train_module")
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def check_name(key: str, name: str) -> None:
-    """Raise ValueError unless `name` is a plain folder name that no shell or scheduler can misread."""
-    plain = bool(name) and name.isascii() and all(c.isalnum() or c in "._-" for c in name) and name[0] not in ".-"
-    _check(plain, f"{key} ({name!r}) must be letters, digits, '.', '_' or '-', not starting with '.' or '-'; "
-                  "it names a folder and a job.")
 
 
 @dataclass
@@ -64,28 +53,28 @@ class StageSpec:
     def validate(self, name: str, earlier: list[str]) -> None:
         """Raise ValueError for a stage that is neither or both, or that waits for a stage that is not there."""
         check_name("stages", name)
-        _check((self.experiment is None) != (self.module is None),
-               f"stages.{name} must have either experiment ({self.experiment}) or module ({self.module}); "
-               "set exactly one.")
-        _check(self.experiment is not None or not self.overrides,
-               f"stages.{name}.overrides {self.overrides} have no effect on a tool; use arguments.")
-        _check(self.module is not None or not self.arguments,
-               f"stages.{name}.arguments {self.arguments} have no effect on a training run; use overrides.")
-        _check(self.module is None or all(part.isidentifier() for part in self.module.split(".")),
-               f"stages.{name}.module ({self.module!r}) must be the dotted name of a Python module.")
-        _check(self.nodes > 0 and (self.min_nodes is None or 0 < self.min_nodes <= self.nodes),
-               f"stages.{name}.nodes, min_nodes ({self.nodes}, {self.min_nodes}) must satisfy 0 < min_nodes <= nodes.")
-        _check(self.module is None or self.nodes == 1 or self.ranks_per_node is not None,
-               f"stages.{name}.nodes ({self.nodes}) must be 1 for a tool that is one process; set ranks_per_node for "
-               "one that runs on several ranks.")
-        _check(self.ranks_per_node is None or (self.module is not None and self.ranks_per_node > 0),
-               f"stages.{name}.ranks_per_node ({self.ranks_per_node}) must be positive and belong to a tool; training "
-               "takes cluster.ranks_per_node.")
+        check((self.experiment is None) != (self.module is None),
+              f"stages.{name} must have either experiment ({self.experiment}) or module ({self.module}); "
+              "set exactly one.")
+        check(self.experiment is not None or not self.overrides,
+              f"stages.{name}.overrides {self.overrides} have no effect on a tool; use arguments.")
+        check(self.module is not None or not self.arguments,
+              f"stages.{name}.arguments {self.arguments} have no effect on a training run; use overrides.")
+        check(self.module is None or all(part.isidentifier() for part in self.module.split(".")),
+              f"stages.{name}.module ({self.module!r}) must be the dotted name of a Python module.")
+        check(self.nodes > 0 and (self.min_nodes is None or 0 < self.min_nodes <= self.nodes),
+              f"stages.{name}.nodes, min_nodes ({self.nodes}, {self.min_nodes}) must satisfy 0 < min_nodes <= nodes.")
+        check(self.module is None or self.nodes == 1 or self.ranks_per_node is not None,
+              f"stages.{name}.nodes ({self.nodes}) must be 1 for a tool that is one process; set ranks_per_node for "
+              "one that runs on several ranks.")
+        check(self.ranks_per_node is None or (self.module is not None and self.ranks_per_node > 0),
+              f"stages.{name}.ranks_per_node ({self.ranks_per_node}) must be positive and belong to a tool; training "
+              "takes cluster.ranks_per_node.")
         if self.time_limit is not None:
             time_limit_seconds(self.time_limit)
         for other in self.after or []:
-            _check(other in earlier,
-                   f"stages.{name}.after ({other}) must name a stage listed before it: {', '.join(earlier) or 'none'}.")
+            check(other in earlier,
+                  f"stages.{name}.after ({other}) must name a stage listed before it: {', '.join(earlier) or 'none'}.")
 
 
 @dataclass
@@ -99,9 +88,9 @@ class RequeueConfig:
 
     def validate(self) -> None:
         """Raise ValueError for bounds below one."""
-        _check(self.max_crashes_without_progress >= 1 and self.max_crashes >= 1,
-               f"requeue.max_crashes_without_progress, max_crashes ({self.max_crashes_without_progress}, "
-               f"{self.max_crashes}) must be at least 1; 1 never starts again after a crash.")
+        check(self.max_crashes_without_progress >= 1 and self.max_crashes >= 1,
+              f"requeue.max_crashes_without_progress, max_crashes ({self.max_crashes_without_progress}, "
+              f"{self.max_crashes}) must be at least 1; 1 never starts again after a crash.")
 
 
 @dataclass
@@ -124,13 +113,13 @@ class LaunchConfig:
         check_name("name", self.name)
         self.cluster.validate()
         self.requeue.validate()
-        _check(len(self.stages) > 0, "stages ({}) must name at least one stage.")
+        check(len(self.stages) > 0, "stages ({}) must name at least one stage.")
         names = list(self.stages)
         for position, (name, spec) in enumerate(self.stages.items()):
             spec.validate(name, names[:position])
-            _check((spec.ranks_per_node or 0) <= self.cluster.num_ranks_per_node or not self.cluster.gpus_per_node,
-                   f"stages.{name}.ranks_per_node ({spec.ranks_per_node}) must not exceed the cluster's "
-                   f"({self.cluster.num_ranks_per_node}): every rank needs a GPU of its own; raise nodes instead.")
+            check((spec.ranks_per_node or 0) <= self.cluster.num_ranks_per_node or not self.cluster.gpus_per_node,
+                  f"stages.{name}.ranks_per_node ({spec.ranks_per_node}) must not exceed the cluster's "
+                  f"({self.cluster.num_ranks_per_node}): every rank needs a GPU of its own; raise nodes instead.")
 
 
 @dataclass(frozen=True)
@@ -199,7 +188,7 @@ def split_overrides(overrides: list[str]) -> tuple[dict[str, str], list[str], li
     train: list[str] = []
     for word in overrides:
         key, separator, value = word.partition("=")
-        _check(separator == "=", f"{word!r} is not of the form key=value.")
+        check(separator == "=", f"{word!r} is not of the form key=value.")
         top = key.lstrip("+~").split(".", 1)[0]
         if key in ("experiment", "nodes", "min_nodes"):
             selected[key] = value
@@ -222,19 +211,19 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
     chains = sorted(path.stem for path in (recipes / "chain").glob("*.yaml"))
     experiments = sorted(path.stem for path in (recipes / "experiment").glob("*.yaml"))
     name = selected.get("experiment", "")
-    _check(name in chains or name in experiments,
-           f"experiment ({name!r}) is not a recipe; there are: {', '.join(sorted({*chains, *experiments}))}.")
+    check(name in chains or name in experiments,
+          f"experiment ({name!r}) is not a recipe; there are: {', '.join(sorted({*chains, *experiments}))}.")
     is_chain = name in chains
     choice = [f"chain={name}"] if is_chain else []
     composed = compose_dict([*choice, *launch_overrides], "launch", recipes, LaunchConfig)
     missing = [key for key in composed.inputs if OmegaConf.is_missing(composed.inputs, key)]
-    _check(not missing, f"{', '.join(f'inputs.{key}' for key in missing)} must be given: {name} starts from what you "
-                        f"bring; add {' '.join(f'inputs.{key}=PATH' for key in missing)}.")
+    check(not missing, f"{', '.join(f'inputs.{key}' for key in missing)} must be given: {name} starts from what you "
+                       f"bring; add {' '.join(f'inputs.{key}=PATH' for key in missing)}.")
     if is_chain:
-        _check("nodes" not in selected and "min_nodes" not in selected,
-               "nodes has no effect on a chain, whose stages have their own; use stages.NAME.nodes.")
+        check("nodes" not in selected and "min_nodes" not in selected,
+              "nodes has no effect on a chain, whose stages have their own; use stages.NAME.nodes.")
         misplaced = [word for word in train_overrides if word.startswith(("run.name=", "run.root="))]
-        _check(not misplaced, f"{misplaced} would put every stage into one folder; use name= and root=.")
+        check(not misplaced, f"{misplaced} would put every stage into one folder; use name= and root=.")
         if composed.cluster.run_root and not any(word.startswith("root=") for word in launch_overrides):
             composed.root = composed.cluster.run_root
     else:
@@ -258,7 +247,7 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
 
 def _integer(selected: dict[str, str], key: str) -> int | None:
     value = selected.get(key)
-    _check(value is None or value.isdecimal(), f"{key} ({value}) must be a whole number.")
+    check(value is None or value.isdecimal(), f"{key} ({value}) must be a whole number.")
     return None if value is None else int(value)
 
 

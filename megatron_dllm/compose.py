@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -80,6 +81,10 @@ def _explain(error: Exception, overrides: Sequence[str], recipes: Path, schema: 
         key = full_key
     elif key not in names:
         key = next((n for n in names if key in n), key)
+    recipe = re.search(r"In '([^']+)'", message)
+    if recipe and recipe[1].split("/")[0] == key:
+        return (f"recipe {recipe[1]} puts its values under {key}, which is not a key of the configuration; begin the "
+                "file with the line '# @package _global_'.")
     near = _nearest(re.sub(r"stages\.[^.]+\.", "stages.*.", key), [*schema_keys(schema), *groups])
     if not near:
         return message.strip()
@@ -100,6 +105,9 @@ def compose_dict(overrides: Sequence[str], config_name: str = "train", recipes: 
             return compose(config_name=config_name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, overrides, recipes, schema)) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = " ".join(str(error).split())
+        raise ValueError(f"a recipe is not YAML: {place}; correct that place.") from error
 
 
 def to_train_config(config: Any) -> TrainConfig:

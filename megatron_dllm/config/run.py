@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from megatron_dllm.config.rules import check, check_choice, check_positive, nearest_divisors
+from megatron_dllm.config.rules import check, check_choice, check_name, check_positive, nearest_divisors
 
 NON_FINITE_ACTIONS = ("stop", "skip")
 
@@ -24,9 +24,7 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raise ValueError for a name that is no plain folder name."""
-        plain = bool(self.name) and all(c.isalnum() or c in "._-" for c in self.name) and self.name[0] not in ".-"
-        check(plain, f"run.name ({self.name!r}) must be letters, digits, '.', '_' or '-', "
-                     "not starting with '.' or '-'; it names a folder.")
+        check_name("run.name", self.name)
         check_choice("run.distributed_backend", self.distributed_backend, ("auto", "gloo", "nccl"))
         check(0 <= self.seed < 2**63, f"run.seed ({self.seed}) must lie in [0, 2^63).")
 

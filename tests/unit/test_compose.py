@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +51,18 @@ def test_a_typo_names_the_nearest_key(override: str, nearest: str) -> None:
 def test_a_value_of_a_wrong_type_says_which_and_why() -> None:
     with pytest.raises(ValueError, match=r"model\.num_layers=abc.*Integer"):
         compose_train_config(["run.name=x", "model.num_layers=abc"])
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (b"run: [1\nb: : 2\n", r"is not YAML.*experiment/mine.yaml\", line 2"), (b"\xff", "is not YAML.*0xff"),
+    (b"run:\n  seed: 1\n", "recipe experiment/mine puts its values under experiment.*# @package _global_"),
+    (b"just words\n", "recipe experiment/mine puts its values under experiment")])
+def test_a_recipe_that_hydra_cannot_use_is_named(tmp_path: Path, content: bytes, words: str) -> None:
+    shutil.copytree(RECIPES, tmp_path / "recipes")
+    (tmp_path / "recipes" / "experiment" / "mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        compose_train_config(["experiment=mine"], recipes=tmp_path / "recipes")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_value_is_named() -> None:
