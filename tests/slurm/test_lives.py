@@ -173,3 +173,24 @@ def test_ranks_that_do_not_stop_in_time_are_requeued_before_the_limit(fake_run: 
     wait_for(lambda: len(fake_run.events("start")) > 1, 60, "the second start")
     assert fake_run.cluster.state(job) == "RUNNING"
     assert fake_run.events("start")[1]["checkpoint"] == "step_0000001"
+
+
+PARTS = """context_length: 32
+stages:
+  ar: {objective: ar, num_tokens: 600, learning_rate: 1.0e-3, world_size: 4}
+  stable: {num_tokens: 600, global_batch_size: 8, learning_rate: 1.0e-3, world_size: 1}
+  decay: {num_tokens: 600, global_batch_size: 8, learning_rate: 1.0e-3, world_size: 2}
+"""
+
+
+def test_parts_of_a_schedule_follow_each_other_on_their_own_ranks_in_one_job(fake_run: FakeRun, tmp_path: Path) -> None:
+    recipes = tmp_path / "recipes"
+    shutil.copytree(RECIPES, recipes)
+    (recipes / "schedule" / "parts.yaml").write_text(PARTS)
+    job = fake_run.submit("--recipes", str(recipes), "train_module=tests.integration.part_train", "schedule=parts")
+    wait_for(fake_run.is_done, 180, "the three parts to finish")
+    starts = fake_run.events("start")
+    assert [(event["ranks"], len(event["nodes"])) for event in starts] == [(4, 2), (1, 1), (2, 1)], fake_run.log()
+    assert {event["job"] for event in starts} == {job}
+    assert [event["how"] for event in fake_run.events("end")] == ["layout", "layout", "finished"]
+    assert fake_run.final_state() == {"done": ["ar", "stable", "decay"], "consumed_tokens": 1800}
