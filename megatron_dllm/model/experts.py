@@ -1,12 +1,13 @@
 """All experts of a rank at once: SequentialMLP's parameters and checkpoints, without a module call per expert.
 
-The tokens arrive sorted by expert. On CUDA with bf16 one grouped matrix product serves all experts; elsewhere
-each expert that has tokens computes its rows, written into place. (On CPU that was faster than torch's grouped
-product, which wants the weights in one tensor, and than padding all experts to the busiest one.)
+The tokens arrive sorted by expert. On CUDA with bf16, and for small experts on CPU, one grouped matrix product serves
+all of them; elsewhere each expert that has tokens computes its rows, written into place: the grouped product wants the
+weights in one tensor, which then costs more than it gains. (Figures: benchmarks/results/experts_cpu.md.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from megatron_dllm.model.weights import weight_of
+
+# Elements of the first product's weight up to which, on CPU, a grouped product of all experts is the faster way.
+_SMALL_WEIGHT = 1 << 14
 
 
 class BatchedExperts(SequentialMLP):
@@ -49,11 +53,29 @@ class BatchedExperts(SequentialMLP):
         hidden, probs = permuted_local_hidden_states, permuted_probs.unsqueeze(-1)
         first = [weight_of(expert.linear_fc1) for expert in self.local_experts]
         second = [weight_of(expert.linear_fc2) for expert in self.local_experts]
-        if not (hidden.is_cuda and hidden.dtype == torch.bfloat16):
-            return _SectionExperts.apply(hidden, probs, tokens_per_expert.tolist(), *first, *second), None
-        ends = tokens_per_expert.to(hidden.device, non_blocking=True).cumsum(0).int()
-        inner = weighted_bias_swiglu_impl(_GroupedProduct.apply(hidden, ends, *first), None, probs)
-        return _GroupedProduct.apply(inner, ends, *second), None
+        is_grouped = hidden.dtype == torch.bfloat16 if hidden.is_cuda else first[0].numel() <= _SMALL_WEIGHT
+        if is_grouped:
+            return grouped_experts(hidden, probs, tokens_per_expert, first, second), None
+        return _SectionExperts.apply(hidden, probs, tokens_per_expert.tolist(), *first, *second), None
+
+
+def grouped_experts(rows: Tensor, probs: Tensor, sizes: Tensor, first: Sequence[Tensor],
+                    second: Sequence[Tensor]) -> Tensor:
+    """Every token through its expert by one grouped product for each of the two layers.
+
+    Args:
+        rows: [m, h] tokens sorted by expert.
+        probs: [m, 1] factor on each token's output.
+        sizes: [e] tokens of each expert.
+        first: e weights [2f, h].
+        second: e weights [h, f].
+
+    Returns:
+        [m, h].
+    """
+    ends = sizes.to(rows.device, non_blocking=True).cumsum(0).int()
+    inner = weighted_bias_swiglu_impl(_GroupedProduct.apply(rows, ends, *first), None, probs)
+    return _GroupedProduct.apply(inner, ends, *second)
 
 
 class _SectionExperts(torch.autograd.Function):
