@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_dllm.model.attention import dense
+from megatron_dllm.model.attention import dense, flex
 from megatron_dllm.model.attention.context_parallel import plan_exchange
 from tests.distributed.ranks import run_ranks
+from tests.unit.model.attention.eager_kernel import run_eagerly
 from tests.unit.model.attention.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 
 # Name: the rows, whether tokens go to ranks by whole noisy blocks (else at random), the backend, and whether
@@ -23,6 +24,8 @@ DEALS = {
     "ar": (CASES["ar"], False, "shared_prefix", False),
     "mdlm divided": (CASES["mdlm"], False, "chunked", False),
     "mdlm": (CASES["mdlm"], True, "chunked", True),
+    "two views, flex": (CASES["two views"], True, "flex", True),
+    "blocks divided, flex": (RoleCase(block_size=4), False, "flex", False),
 }
 
 
@@ -48,6 +51,7 @@ def deal(roles: Tensor, size: int, by_block: bool, seed: int) -> Tensor:
 def attend_on_a_rank() -> dict[str, tuple[bool, float]]:
     """Per case, whether only clean keys travelled, and the greatest error of this rank's output and gradients."""
     dist.init_process_group("gloo")
+    flex._run_kernel = run_eagerly  # with gradients on the CPU
     return {name: attend_case(*DEALS[name][:3]) for name in DEALS}
 
 

@@ -168,19 +168,24 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, scale: flo
     Raises:
         ValueError: on CPU where gradients are asked for.
     """
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if needs_grad and query.device.type == "cpu":
-        raise ValueError("attention_backend (flex) has no backward on the CPU; use shared_prefix or auto.")
     num_queries = query.shape[2]
     query_length, key_length = plan.block_mask.seq_lengths
     query = _pad(_reorder(query, plan.query_order), query_length)
     key, value = (_pad(_reorder(tensor, plan.key_order), key_length) for tensor in (key, value))
-    out = _compiled()(query, key, value, block_mask=plan.block_mask, scale=scale,
-                      enable_gqa=query.shape[1] != key.shape[1])[:, :, :num_queries]
+    out = _run_kernel(query, key, value, plan.block_mask, scale)[:, :, :num_queries]
     if plan.query_order is not None:
         index = plan.query_order[:, None, :, None].expand_as(out)
         out = torch.zeros_like(out).scatter(2, index, out)
     return out.masked_fill(~plan.sees_key, 0.0)
+
+
+def _run_kernel(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+    """[b, n, q, d] of sorted tokens that fill whole tiles."""
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if needs_grad and query.device.type == "cpu":
+        raise ValueError("attention_backend (flex) has no backward on the CPU; use shared_prefix or auto.")
+    return _compiled()(query, key, value, block_mask=block_mask, scale=scale,
+                       enable_gqa=query.shape[1] != key.shape[1])
 
 
 def _reorder(tensor: Tensor, order: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.data.batch import Batch
 from tests.reference_model import random_weights, tiny_model, to_megatron
 from tests.tiny_batch import tiny_batch
+from tests.unit.model.attention.eager_kernel import replace_kernel
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -42,10 +43,12 @@ def _with_gradients(built: Any, batch: Batch) -> tuple[list[Tensor], dict[str, T
     return [nll, is_correct], {name: value.grad.clone() for name, value in built.named_parameters()}
 
 
-@pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix"])
+@pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix", "flex"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_equals_the_whole_layer_with_gradients(kind: str, recompute: str, backend: str) -> None:
+def test_equals_the_whole_layer_with_gradients(kind: str, recompute: str, backend: str,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_kernel(monkeypatch, 16)
     model = tiny_model()
     batch = tiny_batch(model, **BATCHES[kind])
     (nll, is_correct), got = _with_gradients(_build(model, ParallelConfig(recompute=recompute), backend), batch)

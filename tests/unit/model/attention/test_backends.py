@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_dllm.diffusion.roles import visible
-from megatron_dllm.model.attention import chunked, dense, shared_prefix
+from megatron_dllm.model.attention import chunked, dense, flex, shared_prefix
+from tests.unit.model.attention.eager_kernel import replace_kernel
 from tests.unit.model.attention.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 
-BACKENDS = [dense, chunked, shared_prefix]
+BACKENDS = [dense, chunked, shared_prefix, flex]
 SCALE = 0.3
 
 
@@ -24,6 +25,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "TILE_SIZE", 8)
     monkeypatch.setattr(chunked, "MAX_KEPT_KEYS", 20)
     monkeypatch.setattr(shared_prefix, "TILE_SIZE", 8)
+    replace_kernel(monkeypatch, 8)
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import dense, flex
+from tests.unit.model.attention.eager_kernel import run_eagerly
 from tests.unit.model.attention.random_roles import CASES, draw_inputs, draw_roles
 
 
@@ -78,6 +81,18 @@ def test_training_on_the_cpu_is_refused() -> None:
     inputs, _ = draw_inputs(roles, roles, head_dim=16, dtype=torch.float32)
     with pytest.raises(ValueError, match="no backward on the CPU"):
         flex.attend(*inputs, flex.build_plan(roles, roles), 0.25)
+
+
+def _with_wrong_key_gradient(query: Tensor, key: Tensor, *others: Any) -> Tensor:
+    return run_eagerly(query, key + 0.05 * (key - key.detach()), *others)
+
+
+def test_start_up_check_notices_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "_run_kernel", run_eagerly)
+    flex.check_gradients("cpu", dtype=torch.float32, head_dim=8)
+    monkeypatch.setattr(flex, "_run_kernel", _with_wrong_key_gradient)
+    with pytest.raises(RuntimeError, match=r"\(flex\): dk is off by 5.0e-02"):
+        flex.check_gradients("cpu", dtype=torch.float32, head_dim=8)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

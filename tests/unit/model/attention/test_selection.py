@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention.core import RoleAttention
 from megatron_dllm.model.attention.selection import select_queries, select_roles
+from tests.unit.model.attention.eager_kernel import replace_kernel
 from tests.unit.model.attention.random_roles import CASES, draw_roles
 from tests.unit.model.attention.test_core import build_layer, draw
 
@@ -26,8 +27,9 @@ def _draw_rows(roles: Tensor, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix"])
-def test_chosen_queries_equal_those_among_all(backend: str, case: str) -> None:
+@pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix", "flex"])
+def test_chosen_queries_equal_those_among_all(backend: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_kernel(monkeypatch, 16)
     roles = draw_roles(CASES[case], 0)
     rows = _draw_rows(roles)
     inputs = [tensor.requires_grad_() for tensor in draw(roles)]
