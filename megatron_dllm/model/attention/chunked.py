@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megatron_dllm.model.attention.dense import masked_attention
 from megatron_dllm.model.attention.tiles import (
     Tile,
     TilePlan,
@@ -70,9 +71,7 @@ def _attend_tile(query: Tensor, key: Tensor, value: Tensor, tile: Tile, scale: f
     mask = tile.mask
     if mask is not None:
         mask = F.pad(mask, (tile.prefix[1] - tile.prefix[0], 0), value=True)
-    out = F.scaled_dot_product_attention(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), attn_mask=mask,
-                                         scale=scale, enable_gqa=query.shape[0] != key.shape[0])
-    return out.squeeze(0)
+    return masked_attention(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), mask, scale).squeeze(0)
 
 
 def _merge(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

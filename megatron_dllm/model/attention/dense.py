@@ -27,6 +27,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float
         [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
     """
     has_key = plan.any(dim=-1, keepdim=True)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=plan | ~has_key, scale=scale,
-                                         enable_gqa=query.shape[1] != key.shape[1])
-    return out.masked_fill(~has_key, 0.0)
+    return masked_attention(query, key, value, plan | ~has_key, scale).masked_fill(~has_key, 0.0)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Torch's scaled_dot_product_attention of [b, n, q, d] and [b, g, k, d]; `mask` bool, None: all visible."""
+    if query.is_cuda and mask is not None and query.shape[1] != key.shape[1]:
+        # Before Hopper no fused kernel takes a mask and groups: torch would write out the logits of all pairs.
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale,
+                                          enable_gqa=query.shape[1] != key.shape[1])

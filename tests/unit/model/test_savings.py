@@ -1,9 +1,8 @@
-"""Everything that a step leaves out changes no number: the variants that `benchmarks.step` compares, on a small model."""
+"""What a step leaves out changes no number: the variants that `benchmarks.step` compares, on a small model."""
 
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

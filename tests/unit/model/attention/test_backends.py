@@ -6,7 +6,10 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -139,6 +142,23 @@ def test_a_wrong_mask_is_noticed(backend: ModuleType) -> None:
     wrong[0, place, 1] -= 1
     assert greatest_error(results(backend, inputs, grad, wrong, wrong),
                           expected_results(inputs, grad, roles, roles)) > 1e-3
+
+
+def test_masked_kernels_of_a_gpu_get_the_keys_of_every_head() -> None:
+    """torch's fused CUDA kernels take a mask or groups, not both; without a mask the groups stay."""
+    seen = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.scaled_dot_product_attention:
+                seen.append((args[1].shape[1], kwargs["enable_gqa"]))
+            return func(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Watch():
+        query, key = torch.empty(1, 6, 8, 4, device="cuda"), torch.empty(1, 2, 8, 4, device="cuda")
+        for mask in (torch.ones(8, 8, dtype=torch.bool, device="cuda"), None):
+            dense.masked_attention(query, key, key, mask, SCALE)
+    assert seen == [(6, False), (2, True)]
 
 
 class LargestTensor(TorchDispatchMode):
