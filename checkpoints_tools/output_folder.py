@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from megatron_dllm.checkpoint_folder import sync
 from megatron_dllm.exit_codes import EXIT_PREEMPTED
 
 logger = logging.getLogger(__name__)
@@ -46,12 +47,13 @@ def output_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            _sync_folder(temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
             stop.is_ignored = True
             if target.exists():
                 raise ValueError(f"output ({target}) appeared while writing; nothing was replaced.")
             temporary.rename(target)
-            _sync_folder(target.parent)
+            sync(target.parent)
         except BaseException:
             stop.is_ignored = True
             shutil.rmtree(temporary, ignore_errors=True)
@@ -122,11 +124,3 @@ def _stop_raises() -> Iterator[_Stop]:
     finally:
         for number, handler in previous:
             signal.signal(number, handler)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -59,6 +59,14 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder to a place where there is none; it appears when it is whole."""
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    remove(temporary)
+    shutil.copytree(source, temporary)
+    os.replace(temporary, target)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
@@ -91,7 +99,7 @@ def checksum(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have what was written to a file, or renamed in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -116,11 +124,11 @@ def remove(path: Path) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Rename a finished folder into its place, instead of what lies there, and point `latest` at it."""
     for name in payload_files(temporary):
-        _sync(temporary / name)
-    _sync(temporary)
+        sync(temporary / name)
+    sync(temporary)
     remove(final)
     os.replace(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     write_text(final.parent / LATEST, final.name + "\n")
 
 
@@ -263,10 +271,19 @@ def check_start(folder: Path, config: Any) -> dict[str, Any]:
     if first.objective == "ar":
         raise ValueError(f"schedule.stages.{name}.objective (ar) cannot start from the diffusion weights {folder}; "
                          "start from an autoregressive checkpoint, or with a diffusion stage.")
-    if contract.get("block_origin", config.data.block_origin) != config.data.block_origin:
-        raise ValueError(f"data.block_origin ({config.data.block_origin}) differs from that of the diffusion weights "
-                         f"{folder} ({contract['block_origin']}); continue with the grid they were trained on.")
+    check_grid(folder, contract, config.data.block_origin)
     return stored
+
+
+def check_grid(folder: Path, contract: dict[str, Any], block_origin: str) -> None:
+    """Refuse diffusion weights of another block grid.
+
+    Raises:
+        ValueError: naming both grids.
+    """
+    if not contract.get("shift", True) and contract.get("block_origin", block_origin) != block_origin:
+        raise ValueError(f"data.block_origin ({block_origin}) differs from that of the diffusion weights {folder} "
+                         f"({contract['block_origin']}); continue with the grid they were trained on.")
 
 
 def read_validation(folder: Path) -> dict[str, Any] | None:

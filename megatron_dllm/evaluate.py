@@ -50,6 +50,7 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
 
     folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
     contract = check_identity(folder, config.model)["contract"]
+    folders.check_grid(folder, contract, config.data.block_origin)
     corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
     parallel.initialize(config.parallel, config.run)
     try:

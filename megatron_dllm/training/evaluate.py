@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from numpy.typing import NDArray
 from torch import nn
 
-from megatron_dllm.config import TrainConfig
+from megatron_dllm.config import StageConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.dataset import BatchLoader, RowDataset
 from megatron_dllm.data.geometry import RowGeometry
@@ -55,6 +55,11 @@ class Validation:
         return {"elbo": self.nats_per_token,
                 "bits_per_byte": self.bits_per_byte,
                 "target_block_size": self.target_block_size, "num_tokens": self.num_tokens}
+
+
+def validation_names(config: TrainConfig, stage: StageConfig) -> list[str]:
+    """What a stage is evaluated at: the block sizes, the target first, or "ar"."""
+    return [AR] if stage.objective == AR else [str(size) for size in config.evaluation.block_sizes]
 
 
 def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +32,7 @@ from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.training.context_balance import context_balance
 from megatron_dllm.training.engine import build_engine, set_learning_rate
-from megatron_dllm.training.evaluate import AR, EvaluationStopped, Validation, evaluate
+from megatron_dllm.training.evaluate import AR, EvaluationStopped, Validation, evaluate, validation_names
 from megatron_dllm.training.fingerprint import check_agreement, step_fingerprint
 from megatron_dllm.training.metrics import MetricsWriter, peak_memory_gib, step_record, trim_metrics
 from megatron_dllm.training.progress import Progress, print_stage_table
@@ -113,7 +112,7 @@ class Trainer:
             folders.write_text(self.folder / "git.txt", code_state())
             tokenizer = self.folder / "tokenizer"
             if self.config.data.tokenizer and not tokenizer.exists():
-                shutil.copytree(self.config.data.tokenizer, tokenizer)
+                folders.copy_folder(Path(self.config.data.tokenizer), tokenizer)
             print_stage_table(self.schedule, self.config, self.corpus)
         dist.barrier()
 
@@ -127,7 +126,7 @@ class Trainer:
             self.state = RunState(**{k: state[k] for k in RunState.__dataclass_fields__ if k in state})
             self.stream.load_state_dict(self.state.stream)
             if self.is_rank_zero:
-                trim_metrics(self.folder, self.state.step)
+                trim_metrics(self.folder, self.state.step, (folder / folders.VALIDATION).is_file())
                 log.warning("resumed %s: step %d, %d tokens consumed", folder, self.state.step,
                             self.state.consumed_tokens)
             return
@@ -195,9 +194,10 @@ class Trainer:
         state, config = self.state, self.config
         learning_rate = stage.learning_rate(state.consumed_tokens)
         set_learning_rate(self.engine.optimizer, learning_rate)
-        is_logged = (state.step + 1) % config.logging.interval_steps == 0
+        before, after = state.consumed_tokens, state.consumed_tokens + step.num_document_tokens
+        finished = self.schedule.finished_stage(before, after)
+        is_logged = finished is not None or (state.step + 1) % config.logging.interval_steps == 0
         result = self._train_step(step, is_logged)
-        before = state.consumed_tokens
         if not result.is_applied:
             dump_step(self.folder, state.step, step.micro_batches, {
                 "stage": stage.name, "reason": result.reason, "loss": result.loss, "grad_norm": result.grad_norm,
@@ -212,7 +212,7 @@ class Trainer:
             log.warning("step %d skipped: %s", state.step, result.reason)
         state.step += 1
         state.optimizer_step += int(result.is_applied)
-        state.consumed_tokens += step.num_document_tokens
+        state.consumed_tokens = after
         state.stream = step.stream_state
         if result.is_applied:
             state.num_skipped = 0
@@ -220,10 +220,9 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.progress.advance(stage, state.step, state.consumed_tokens, result.loss, learning_rate,
                               step.num_document_tokens / seconds)
-        finished = self.schedule.finished_stage(before, state.consumed_tokens)
         if finished is not None:
             state.grad_norms = []
-        if is_logged or finished is not None:
+        if is_logged:
             self._log(stage, result, learning_rate, step, seconds)
         self.writer.poll()
         must_stop = self.stop.agreed(self.device)
@@ -346,8 +345,7 @@ class Trainer:
 
         None where the run was asked to stop, before or meanwhile.
         """
-        sizes = [str(size) for size in self.config.evaluation.block_sizes]
-        names = [AR] if stage.config.objective == AR else (sizes if is_stage_end else sizes[:1])
+        names = validation_names(self.config, stage.config)[:None if is_stage_end else 1]
         self.progress.note("validating")
         try:
             result = evaluate(self.engine.chunks, self.config, self.validation, names, self.device,

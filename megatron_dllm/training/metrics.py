@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_dllm.checkpoint_folder import write_text
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.training.step import BUCKETS, CORRECT, MASKABLE, NLL, NUM_BUCKETS, TARGETS, StepResult
 
@@ -60,8 +61,8 @@ def _run_id(run_folder: Path) -> str:
     return path.read_text(encoding="utf-8").strip()
 
 
-def trim_metrics(run_folder: Path, step: int) -> None:
-    """Drop records behind `step`: a resumed run writes them again."""
+def trim_metrics(run_folder: Path, step: int, is_validated: bool = True) -> None:
+    """Drop records behind `step`, and its validation unless the checkpoint has it: a resumed run writes them again."""
     path = run_folder / "metrics.jsonl"
     if not path.is_file():
         return
@@ -71,11 +72,9 @@ def trim_metrics(run_folder: Path, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the line a killed process left half-written
-        if record["step"] <= step:
+        if record["step"] < step or (record["step"] == step and (is_validated or "validation" not in record)):
             kept.append(line)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def step_record(result: StepResult) -> dict[str, float]:

@@ -19,7 +19,7 @@ from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.lease import Lease, LeaseLost
 from megatron_dllm.parallel import start_process_group
-from megatron_dllm.training.evaluate import AR
+from megatron_dllm.training.evaluate import AR, validation_geometry, validation_names
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,12 @@ def check_inputs(config: TrainConfig) -> None:
     for stage in schedule.stages:
         corpus.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
     if config.data.validation and config.evaluation.num_tokens:
-        Corpus(config.data.validation, config.model, config.data.tokenizer)
+        held_out = Corpus(config.data.validation, config.model, config.data.tokenizer)
+        for name in dict.fromkeys(name for stage in schedule.stages for name in validation_names(config, stage.config)):
+            try:
+                held_out.check_geometry(validation_geometry(config, name))
+            except ValueError as error:
+                raise ValueError(f"validation ({name}) cannot run: {error}") from None
     has_checkpoints = bool(folders.step_folders(run_checkpoints(config)))
     if has_checkpoints and not config.checkpoint.resume:
         raise ValueError(f"checkpoint.resume (false) starts anew, but run.name ({config.run.name}) has checkpoints in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from megatron_dllm.config import (
     LoggingConfig,
     OptimizerConfig,
     ParallelConfig,
+    ScheduleConfig,
     TrainConfig,
 )
 from megatron_dllm.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
@@ -82,7 +84,7 @@ def _assert_equal(config: TrainConfig, expected: TrainConfig) -> None:
     assert not different
     if config.logging == expected.logging:
         assert read_metrics(config) == read_metrics(expected)
-    for name in ("loss", "grad_norm", "mask_embedding_norm", "validation_elbo/8"):
+    for name in ("loss", "grad_norm", "mask_embedding_norm", "router_load", "validation_elbo/8"):
         values, expected_values = ({record["step"]: record[name] for record in read_metrics(run) if name in record}
                                    for run in (config, expected))
         assert values.items() <= expected_values.items(), name
@@ -196,6 +198,9 @@ def test_a_run_that_is_asked_to_stop_leaves_the_validation_to_its_next_start(fol
     assert read_metrics(config)[-1] == next(record for record in expected if record["step"] == step)
     assert run_ranks(_train_stopped_in_validation, 1, config, timeout_s=500.0) == [EXIT_PREEMPTED]
     assert not validation.exists()
+    with open(checkpoints_of(config).parent / "metrics.jsonl", "a") as metrics:  # killed before it wrote that file
+        (record,) = [record for record in expected if "validation" in record and record["step"] == step]
+        metrics.write(json.dumps(record) + "\n")
     assert train_ranks(1, config, 6 - step) == [EXIT_PREEMPTED]
     assert read_metrics(config) == expected
     assert validation.read_text() == (
@@ -225,3 +230,18 @@ def test_layouts_of_all_stages_are_checked_at_the_start(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"stages.decay.parallel.precision \(bf16\) must be the run's"):
         stages["decay"] = replace(STAGES["decay"], parallel=ParallelConfig(precision="bf16"))
         config.validate(1)
+
+
+def test_validations_that_cannot_run_are_refused_at_the_start(folder: Path, unbroken_one: TrainConfig) -> None:
+    from megatron_dllm.evaluate import evaluate_checkpoint
+    from megatron_dllm.training.resume import check_inputs
+
+    config = _evaluated(run_config(folder, "unmeasured"))
+    schedule = ScheduleConfig(context_length=32, row_length=32, stages={"stable": STAGES["stable"]})  # no clean copies
+    with pytest.raises(ValueError, match=r"validation \(8\) cannot run: row_length \(32\) must hold"):
+        check_inputs(replace(config, schedule=schedule))
+    check_inputs(replace(config, schedule=schedule, evaluation=replace(config.evaluation, block_sizes=[32])))
+    load = replace(config.checkpoint, load=str(checkpoints_of(unbroken_one)))
+    other_grid = replace(config, checkpoint=load, data=replace(config.data, block_origin="row"))
+    with pytest.raises(RuntimeError, match=r"data.block_origin \(row\) differs from that of the diffusion weights"):
+        run_ranks(evaluate_checkpoint, 1, other_grid)

@@ -148,6 +148,24 @@ def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_copied_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+
+    def interrupted(source: Path, target: Path) -> None:
+        target.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folders.shutil, "copytree", interrupted)
+        folders.copy_folder(source, target)
+    assert not target.exists()
+    folders.copy_folder(source, target)
+    assert (target / "tokenizer.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
 # ---- identity ------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,17 @@ def test_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     assert left_in(tmp_path / "deep") == {"out"}
 
 
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    with output_folder(tmp_path / "out", 10) as folder:
+        (folder / "tokenizer").mkdir()
+        for name in ("config.json", "tokenizer/tokenizer.json"):
+            (folder / name).write_text("{}")
+    assert {path.stat().st_ino for path in (tmp_path / "out").rglob("*")} <= synced
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error), output_folder(tmp_path / "out", 10):
