@@ -89,6 +89,10 @@ class ModelConfig:
               "the mask token must be a token of its own.")
         check(self.mask_embedding_noise >= 0.0,
               f"model.mask_embedding_noise ({self.mask_embedding_noise}) must not be negative; 0 turns it off.")
+        check(self.mask_embedding_noise == 0.0 or self.mask_embedding_noise_steps > 0,
+              f"model.mask_embedding_noise_steps ({self.mask_embedding_noise_steps}) must be positive with "
+              f"mask_embedding_noise ({self.mask_embedding_noise}), which falls to 0 over so many steps; give their "
+              "number, or set mask_embedding_noise to 0.")
         if self.is_moe:
             self._validate_moe()
 

@@ -27,6 +27,7 @@ class RunConfig:
         check_name("run.name", self.name)
         check_choice("run.distributed_backend", self.distributed_backend, ("auto", "gloo", "nccl"))
         check(0 <= self.seed < 2**63, f"run.seed ({self.seed}) must lie in [0, 2^63).")
+        check_positive("run.distributed_timeout_minutes", self.distributed_timeout_minutes)
 
 
 @dataclass
@@ -52,7 +53,9 @@ class OptimizerConfig:
             check(0.0 <= value < 1.0, f"optimizer.{name} ({value}) must lie in [0, 1).")
         check_positive("optimizer.adam_eps", self.adam_eps)
         check_choice("optimizer.on_non_finite", self.on_non_finite, NON_FINITE_ACTIONS)
-        check(self.clip_grad >= 0, f"optimizer.clip_grad ({self.clip_grad}) must not be negative; 0 turns it off.")
+        for name in ("clip_grad", "weight_decay", "spike_factor"):
+            value = getattr(self, name)
+            check(value >= 0, f"optimizer.{name} ({value}) must not be negative; 0 turns it off.")
         check(not self.overlap_param_gather or self.overlap_grad_reduce,
               "optimizer.overlap_param_gather (true) needs overlap_grad_reduce; set both to true.")
 
@@ -102,6 +105,9 @@ class EvaluationConfig:
 
     def validate(self, context_length: int, has_validation: bool) -> None:
         """Raise ValueError for block sizes that do not fit, or tokens without a corpus."""
+        check(self.num_tokens >= 0,
+              f"evaluation.num_tokens ({self.num_tokens}) must not be negative; 0 turns validation off.")
+        check_positive("evaluation.micro_batch_size", self.micro_batch_size)
         check(self.num_tokens == 0 or has_validation,
               f"evaluation.num_tokens ({self.num_tokens}) needs data.validation; "
               "name a held-out corpus or set it to 0.")

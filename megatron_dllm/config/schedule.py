@@ -53,6 +53,8 @@ class StageConfig:
         check_choice(f"{prefix}.lr_shape", self.lr_shape, LR_SHAPES)
         for key in ("block_size", "num_tokens", "global_batch_size", "micro_batch_size", "learning_rate"):
             check_positive(f"{prefix}.{key}", getattr(self, key))
+        check(self.final_learning_rate is None or self.final_learning_rate >= 0.0,
+              f"{prefix}.final_learning_rate ({self.final_learning_rate}) must not be negative; 0 is the least.")
         check(context_length % self.block_size == 0,
               f"{prefix}.block_size ({self.block_size}) must divide context_length ({context_length}); "
               f"use {nearest_divisors(context_length, self.block_size)}.")
