@@ -140,6 +140,7 @@ def _across(dist: TorchDistInput, hf: HFInput,
     pieces = [piece for piece in names.pieces
               if dist.tensors.get(piece.mcore_key, (None, ()))[1] == names.mcore_shapes[piece.mcore_key]]
     table = {piece.hf_name: (dist.tensors[piece.mcore_key][0], names.hf_shapes[piece.hf_name]) for piece in pieces}
+    table |= {key: entry for key, entry in dist.tensors.items() if key not in names.mcore_shapes}
 
     def units() -> Iterator[_Unit]:
         for piece in pieces:

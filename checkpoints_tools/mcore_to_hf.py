@@ -33,7 +33,6 @@ from megatron_dllm.checkpoint_folder import resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float16: "float16"}
 # Architectures whose code transformers lacks: the folder carries ours.
 _CODE = {"llada2_moe": ("configuration_llada2_moe.py", "modeling_llada2_moe.py")}
 
@@ -65,8 +64,8 @@ def convert(checkpoint: Path, output: Path, architecture: str | None = None, dty
     wanted = DTYPES[dtype] if dtype else None
     tensors = {piece.hf_name: (torch.float32 if is_fp32(piece.hf_name) else wanted or stored[piece.mcore_key],
                                names.hf_shapes[piece.hf_name]) for piece in names.pieces}
-    main_dtype = next(iter(tensors.values()))[0]
-    config = to_hf_config(contract.model, architecture, _DTYPE_NAMES[main_dtype], contract.block_size)
+    dtype_name = str(next(iter(tensors.values()))[0]).removeprefix("torch.")
+    config = to_hf_config(contract.model, architecture, dtype_name, contract.block_size)
     files = TokenizerFiles(tokenizer or tokenizer_folder(checkpoint, contract) or checkpoint)
     if not files.exists:
         logger.warning("%s names no tokenizer; give --tokenizer for a folder that serves by itself", checkpoint)
@@ -86,7 +85,7 @@ def convert(checkpoint: Path, output: Path, architecture: str | None = None, dty
         copy_tokenizer(files, temporary, contract.model.mask_token_id, contract.model.vocab_size)
         for name in _CODE.get(architecture, ()):
             shutil.copyfile(Path(__file__).parent / "hf_files" / name, temporary / name)
-        (temporary / "README.md").write_text(model_card(checkpoint, contract, architecture, _DTYPE_NAMES[main_dtype]))
+        (temporary / "README.md").write_text(model_card(checkpoint, contract, architecture, dtype_name))
 
 
 def default_architecture(contract: Contract) -> str:

@@ -39,7 +39,7 @@ def _assert_same_tensors(actual: Path, expected: Path) -> None:
     assert all(torch.equal(bits[name], value) for name, value in expected_bits.items())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip_is_exact(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = MODELS[name]

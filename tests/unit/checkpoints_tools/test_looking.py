@@ -14,7 +14,7 @@ from checkpoints_tools import compare, inspect, mcore_to_hf
 from checkpoints_tools.param_map import weight_map
 from megatron_dllm import checkpoint_folder as folders
 
-from .conftest import LING
+from .conftest import LING, seal
 
 
 def test_inspect_counts_parameters_alike_in_both_formats(checkpoint: Path, hf: Path) -> None:
@@ -92,6 +92,17 @@ def test_compare_finds_missing_extra_shape_and_dtype(checkpoint: Path, hf: Path,
         assert result.dtypes == ["model.word_embeddings.weight: torch.bfloat16 in A, torch.float32 in B"]
         assert all(item.is_equal for item in result.values)
         assert not result.is_equal
+
+
+def test_compare_across_formats_finds_what_has_no_place_in_the_other(checkpoint: Path, hf: Path) -> None:
+    path = checkpoint / folders.CONTRACT
+    path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    seal(checkpoint)
+    tensors = load_file(hf / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, hf / "model.safetensors")
+    assert compare.compare(checkpoint, hf).only_a == ["output_layer.weight"]
+    assert not compare.compare(hf, checkpoint).is_equal
 
 
 def test_compare_exit_codes(checkpoint: Path, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
