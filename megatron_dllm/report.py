@@ -87,10 +87,10 @@ def results(base: list[dict[str, Any]], convert: list[dict[str, Any]], checkpoin
         last = base[-1]
         lines.append(Result("AR base", "exact NLL", last["validation_elbo/ar"],
                             last.get("validation_bits_per_byte/ar")))
-    target = next(k for k in convert[0] if k.startswith("validation_elbo/")).split("/")[1]
+    target = next(k for k in convert[-1] if k.startswith("validation_elbo/")).split("/")[1]
     key, bits = f"validation_elbo/{target}", f"validation_bits_per_byte/{target}"
     for record in convert:
-        if record["is_stage_end"]:
+        if record["is_stage_end"] and key in record:
             name = "before conversion" if record["step"] == 0 else f"after {record['stage']}"
             lines.append(Result(name, f"ELBO, block {target}", record[key], record.get(bits)))
     ranked = sorted((elbo, f) for f in folders.list_checkpoints(checkpoints)
@@ -135,8 +135,11 @@ def write_report(chain: Path) -> Path:
     """
     if not (chain / "convert" / "metrics.jsonl").is_file():
         raise ValueError(f"chain ({chain}) has no convert/metrics.jsonl; run the chain first.")
-    config = load_config(chain / "convert")
     train, convert = read_metrics(chain / "convert")
+    if not convert:
+        raise ValueError(f"chain ({chain}) has no validation in convert/metrics.jsonl; set evaluation.num_tokens and "
+                         "data.validation, and run it again.")
+    config = load_config(chain / "convert")
     base = read_metrics(chain / "base")[1] if (chain / "base" / "metrics.jsonl").is_file() else []
     merged_file = chain / "merged" / folders.VALIDATION
     merged = folders.read_json(merged_file) if merged_file.is_file() else None

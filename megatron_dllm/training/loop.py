@@ -167,14 +167,15 @@ class Trainer:
                     log.warning("stage %s has another layout: start again with %d ranks to continue", stage.name,
                                 stage.config.world_size or dist.get_world_size())
                 return EXIT_LAYOUT
+            started = time.perf_counter()
             for step in self._loader(stage.config):
-                started = time.perf_counter()
                 code = self._step(stage, step, started)
                 if code is not None:
                     return code
                 if self.schedule.is_finished(self.state.consumed_tokens) or (
                         self.schedule.stage_at(self.state.consumed_tokens) != stage):
                     break
+                started = time.perf_counter()
         self.writer.finish()
         return 0
 
@@ -190,7 +191,10 @@ class Trainer:
             data_parallel_size=parallel_state.get_data_parallel_world_size(), num_workers=config.data.num_workers))
 
     def _step(self, stage: Stage, step: GlobalStep, started: float) -> int | None:
-        """One optimizer step with everything around it; an exit code where the run must end."""
+        """One optimizer step with everything around it; an exit code where the run must end.
+
+        `started` is when its rows were asked for.
+        """
         state, config = self.state, self.config
         learning_rate = stage.learning_rate(state.consumed_tokens)
         set_learning_rate(self.engine.optimizer, learning_rate)

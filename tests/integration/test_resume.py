@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_dllm.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from megatron_dllm.data.dataset import RowDataset
 from megatron_dllm.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
 from tests.distributed.ranks import run_ranks
 from tests.tiny_run import (
@@ -245,3 +247,19 @@ def test_validations_that_cannot_run_are_refused_at_the_start(folder: Path, unbr
     other_grid = replace(config, checkpoint=load, data=replace(config.data, block_origin="row"))
     with pytest.raises(RuntimeError, match=r"data.block_origin \(row\) differs from that of the diffusion weights"):
         run_ranks(evaluate_checkpoint, 1, other_grid)
+
+
+def _train_on_slow_rows(config: TrainConfig) -> int:
+    def slow(dataset: RowDataset, plan: Any) -> Any:
+        time.sleep(0.1)
+        return get(dataset, plan)
+
+    get, RowDataset.__getitem__ = RowDataset.__getitem__, slow  # type: ignore[method-assign]
+    return train_here(config, 3)
+
+
+def test_the_time_of_a_step_counts_its_rows(folder: Path) -> None:
+    config = run_config(folder, "slow_rows")
+    assert run_ranks(_train_on_slow_rows, 1, config) == [EXIT_PREEMPTED]
+    lines = (checkpoints_of(config).parent / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["step_seconds"] >= 0.1 * STAGES["warmup"].global_batch_size for line in lines)
