@@ -4,9 +4,10 @@
     python -m benchmarks.attention --lengths 1024 --blocks 32       # quick
 
 A row is [x_t; x_0]: every document with one noisy view and its whole clean copy, 2 x length tokens. The limit
-beside the ratios is the share of (query, key) pairs that the mask allows. CPU times are CPU seconds, the least
-over repetitions that take the backends in turn; on CUDA they come from events. Memory on CPU counts the tensors
-that torch operations return, not what kernels use inside.
+beside the ratios is the share of (query, key) pairs that the mask allows. The last line of a mask is torch's causal
+attention of one sequence with as many visible pairs, which needs no mask: the pace that its kernel can reach. CPU
+times are CPU seconds, on CUDA wall seconds until the device is done; the least over repetitions that take the
+backends in turn. Memory on CPU counts the tensors that torch operations return, not what kernels use inside.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +29,10 @@ from benchmarks.record import RESULTS, machine, write_results
 from megatron_dllm.diffusion.roles import visible_keys
 from megatron_dllm.model.attention.core import BACKENDS
 
-NOTE = "ratio and peak_ratio are against the first backend of the same mask; limit is the share of visible pairs."
+NOTE = ("ratio and peak_ratio are against the first backend of the same mask; limit is the share of visible pairs. "
+        "causal: torch's causal attention of one sequence with as many visible pairs; causal_pace: its time over the "
+        "backend's. tflops_s counts visible pairs and 3 times the forward pass.")
+CAUSAL = "causal"
 
 
 class LiveMemory(TorchDispatchMode):
@@ -112,6 +118,32 @@ def measure_memory(run: Callable[[], Tensor], inputs: tuple[Tensor, ...], grad: 
     return memory.peak, kept
 
 
+@dataclass(frozen=True)
+class Run:
+    """Attention to be measured: its forward pass, inputs, and the gradient of its output."""
+
+    forward: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...]
+    grad: Tensor
+
+    def step(self) -> None:
+        """Forward and backward."""
+        torch.autograd.grad(self.forward(), self.inputs, self.grad)
+
+
+def causal_run(pairs: int, inputs: tuple[Tensor, ...], grad: Tensor) -> Run:
+    """Causal attention, heads as in `inputs`, over one sequence of n tokens with n (n + 1) / 2 nearest to `pairs`.
+
+    No mask of a row [x_t; x_0] has so many that n would be longer than the row.
+    """
+    length = round(((8 * pairs + 1) ** 0.5 - 1) / 2)
+    inputs = tuple(tensor.detach()[:, :, :length].contiguous().requires_grad_() for tensor in inputs)
+    query, key, value = inputs
+    return Run(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True,
+                                                      enable_gqa=query.shape[1] != key.shape[1]),
+               inputs, grad[:, :, :length].contiguous())
+
+
 def measure(args: argparse.Namespace, length: int, documents: str, block: int, device: torch.device) -> list[dict]:
     """All backends on one mask: a list of table rows."""
     roles = build_roles(document_lengths(length, documents), block).to(device)
@@ -121,28 +153,37 @@ def measure(args: argparse.Namespace, length: int, documents: str, block: int, d
     key, value = (torch.randn(1, args.groups, 2 * length, args.head_dim, generator=generator) for _ in range(2))
     inputs = tuple(tensor.to(device, dtype).requires_grad_() for tensor in (query, key, value))
     grad = grad.to(device, dtype)
-    limit = float(visible_keys(roles[0].cpu().numpy()).sum()) / (2 * length) ** 2
-    runs, rows = {}, {}
+    pairs = int(visible_keys(roles[0].cpu().numpy()).sum())
+    flops = 3 * 4 * pairs * args.heads * args.head_dim
+    scale = args.head_dim**-0.5
+    runs: dict[str, Run] = {}
+    rows: dict[str, dict] = {}
     for backend in args.backends:
         module = BACKENDS[backend]
         started = clock(device)
         plan = module.build_plan(roles, roles)
         plan_seconds = clock(device) - started
-        runs[backend] = lambda module=module, plan=plan: module.attend(*inputs, plan, args.head_dim**-0.5)
-        torch.autograd.grad(runs[backend](), inputs, grad)
-        peak, kept = measure_memory(runs[backend], inputs, grad)
-        rows[backend] = dict(length=length, documents=documents, block=block, limit=limit, backend=backend,
-                             seconds=float("inf"), ratio=None, plan_seconds=plan_seconds, peak_mib=peak / 2**20,
-                             kept_mib=kept / 2**20)
+        run = Run(lambda module=module, plan=plan: module.attend(*inputs, plan, scale), inputs, grad)
+        runs[backend], rows[backend] = run, {"plan_seconds": plan_seconds}
+    runs[CAUSAL], rows[CAUSAL] = causal_run(pairs, inputs, grad), {"plan_seconds": 0.0}
+    for backend, run in runs.items():
+        run.step()
+        peak, kept = measure_memory(run.forward, run.inputs, run.grad)
+        rows[backend] = dict(length=length, documents=documents, block=block, limit=pairs / (2 * length) ** 2,
+                             backend=backend, seconds=float("inf")) | rows[backend] | dict(
+                                 peak_mib=peak / 2**20, kept_mib=kept / 2**20)
     for _ in range(args.repeats):
         for backend, run in runs.items():
             started = clock(device)
-            torch.autograd.grad(run(), inputs, grad)
+            run.step()
             rows[backend]["seconds"] = min(rows[backend]["seconds"], clock(device) - started)
     base = rows[args.backends[0]]
     for row in rows.values():
         row["ratio"] = row["seconds"] / base["seconds"]
+        row["ratio_over_limit"] = row["ratio"] / row["limit"]
         row["peak_ratio"] = row["peak_mib"] / base["peak_mib"]
+        row["tflops_s"] = flops / row["seconds"] / 1e12
+        row["causal_pace"] = rows[CAUSAL]["seconds"] / row["seconds"]
     return list(rows.values())
 
 
@@ -176,7 +217,7 @@ def main() -> None:
                 if block > length:
                     continue
                 rows += measure(args, length, documents, block, device)
-                for row in rows[-len(args.backends):]:
+                for row in rows[-len(args.backends) - 1:]:
                     print(row, flush=True)
                 write_results(output, "Attention backends, forward and backward", about, {"rows": rows}, NOTE)
 

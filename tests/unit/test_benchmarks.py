@@ -1,0 +1,35 @@
+"""What the benchmarks count: pairs that backends compute, and the causal sequence they are compared with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.attention import causal_run
+from benchmarks.computed_pairs import build_roles, computed_pairs
+from megatron_dllm.diffusion.roles import visible
+from megatron_dllm.model.attention import chunked, flex, shared_prefix
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_computed_pairs_are_those_of_tiles_that_show_one(views: int) -> None:
+    roles = build_roles([150, 3, 40], 32, views)
+    mask = visible(roles, roles)[0]
+    size = flex.TILE_SIZE
+    padded = torch.zeros(-(-len(mask) // size) * size, -(-len(mask) // size) * size, dtype=torch.bool)
+    padded[:len(mask), :len(mask)] = mask
+    padded[len(mask):, len(mask) - 1] = True  # a query beyond the row sees one key, the last
+    tiles = padded.unflatten(1, (-1, size)).unflatten(0, (-1, size)).any(3).any(1)
+    got = computed_pairs(flex.build_plan(roles, roles))
+    assert got == int(tiles.sum()) * size**2
+    for backend in (shared_prefix, chunked):
+        assert int(mask.sum()) <= computed_pairs(backend.build_plan(roles, roles)) < got
+
+
+@pytest.mark.parametrize("pairs", [1, 500, 2016])
+def test_causal_sequence_has_as_many_pairs(pairs: int) -> None:
+    inputs = tuple(torch.randn(1, heads, 70, 4, requires_grad=True) for heads in (4, 2, 2))
+    run = causal_run(pairs, inputs, torch.randn(1, 4, 70, 4))
+    length = run.inputs[0].shape[2]
+    assert abs(length * (length + 1) / 2 - pairs) <= length / 2 + 1
+    run.step()
