@@ -220,6 +220,8 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
     check(not missing, f"{', '.join(f'inputs.{key}' for key in missing)} must be given: {name} starts from what you "
                        f"bring; add {' '.join(f'inputs.{key}=PATH' for key in missing)}.")
     if is_chain:
+        check(not OmegaConf.is_missing(composed, "name"), f"name (???) is required: recipes/chain/{name}.yaml must "
+                                                          "name the chain, or the command line with name=.")
         check("nodes" not in selected and "min_nodes" not in selected,
               "nodes has no effect on a chain, whose stages have their own; use stages.NAME.nodes.")
         misplaced = [word for word in train_overrides if word.startswith(("run.name=", "run.root="))]
@@ -227,22 +229,30 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
         if composed.cluster.run_root and not any(word.startswith("root=") for word in launch_overrides):
             composed.root = composed.cluster.run_root
     else:
+        misplaced = [word for word in launch_overrides if word.startswith(("name=", "root="))]
+        check(not misplaced, f"{misplaced} would have no effect: {name} is a single run; use run.name= and run.root=.")
         if composed.cluster.run_root and not any(word.startswith("run.root=") for word in train_overrides):
-            train_overrides = [f"run.root={json.dumps(composed.cluster.run_root)}", *train_overrides]
+            train_overrides = [f"run.root={_quoted(composed.cluster.run_root)}", *train_overrides]
         run = to_train_config(_compose_train(name, train_overrides, recipes)).run
         composed.name, composed.root = run.name, run.root
     config = OmegaConf.to_object(composed)
     assert isinstance(config, LaunchConfig), "recipes/launch.yaml must start from launch_schema"
     if not is_chain:
-        config.stages = {"train": StageSpec(experiment=name, nodes=_integer(selected, "nodes") or 1,
+        nodes = _integer(selected, "nodes")
+        config.stages = {"train": StageSpec(experiment=name, nodes=1 if nodes is None else nodes,
                                             min_nodes=_integer(selected, "min_nodes"))}
     config.validate()
     folder = Path(config.root) / config.name
     stages: list[Stage] = []
     for stage_name in config.stages:
-        home = [f"run.root={json.dumps(str(folder))}", f"run.name={stage_name}"] if is_chain else []
+        home = [f"run.root={_quoted(str(folder))}", f"run.name={stage_name}"] if is_chain else []
         stages.append(_resolve(stage_name, config, home, train_overrides, stages, recipes))
     return Chain(config, folder, tuple(stages))
+
+
+def _quoted(text: str) -> str:
+    """A value as Hydra's command line reads it back, letters beyond ASCII included."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _integer(selected: dict[str, str], key: str) -> int | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from launch.rank import PIDS_VARIABLE, die_with_parent  # noqa: E402
+from launch.rank import PIDS_VARIABLE, REPEAT_SECONDS, die_with_parent  # noqa: E402
 from launch.record import read_json  # noqa: E402
 
 # Seconds torchrun gives the other ranks of a node after one has failed: enough to write their own tracebacks.
@@ -66,24 +66,32 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> in
     better by the ranks' exit records.
     """
     interrupts = 0
+    is_stopping = False
     with tempfile.TemporaryDirectory(prefix="megatron_dllm_") as pids:
 
-        def send(number: signal.Signals) -> None:
+        def send() -> None:
+            number = signal.SIGKILL if interrupts > 1 else signal.SIGUSR1
             for pid in os.listdir(pids):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), number)
 
         def pass_on(received: int, _: object) -> None:
-            nonlocal interrupts
+            nonlocal interrupts, is_stopping
+            is_stopping = True
             interrupts += received == signal.SIGINT
-            send(signal.SIGKILL if interrupts > 1 else signal.SIGUSR1)
+            send()
 
         previous = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         try:
             with open(log, "ab") as messages:
                 process = subprocess.Popen(list(command), env={**environment, PIDS_VARIABLE: pids}, stderr=messages,
                                            preexec_fn=_prepare_torchrun)
-            return process.wait()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(REPEAT_SECONDS)
+                # A request that came before the ranks were there must reach them too.
+                if is_stopping:
+                    send()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 # Ends of a start that count as crashes. `vanished`: nothing was written at all, as when the node itself is lost.
@@ -23,9 +24,9 @@ class Verdict:
 
 
 def since_submission(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events after the last submission."""
+    """The events from the first start after the last submission on: the end of an older one may be written late."""
     places = [number for number, event in enumerate(events) if event["event"] == "submitted"]
-    return list(events[places[-1] + 1:] if places else events)
+    return list(dropwhile(lambda event: event["event"] != "start", events[places[-1] + 1:] if places else events))
 
 
 def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crashes: int) -> Verdict:

@@ -81,9 +81,10 @@ class RankProcess:
     def _copy(self) -> None:
         assert self.process.stdout is not None, "a shown rank writes into a pipe"
         while chunk := os.read(self.process.stdout.fileno(), 65536):
-            self._log.write(chunk)
-            with contextlib.suppress(OSError):
-                os.write(1, chunk)
+            # Whatever becomes of the words (a full disk, a closed terminal): the rank must not wait for a reader.
+            for descriptor in (self._log.fileno(), 1):
+                with contextlib.suppress(OSError):
+                    os.write(descriptor, chunk)
 
     def _ask_to_stop(self, *_: object) -> None:
         self.is_stopping = True

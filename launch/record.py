@@ -29,22 +29,28 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; None where there is no file."""
+    """The content of a JSON file; None where there is no file.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or remove it and what it describes.") from None
 
 
 def append_event(stage_folder: Path, kind: str, **details: Any) -> None:
     """Add one line to the stage's events, in a single write."""
     line = json.dumps({"time": round(time.time(), 3), "event": kind, **details}) + "\n"
-    descriptor = os.open(stage_folder / "events.jsonl", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
+    with open(stage_folder / "events.jsonl", "a+b", buffering=0) as file:
+        # A line that its writer left half-way must not take this one along.
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        is_torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * is_torn + line.encode())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

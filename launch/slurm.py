@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Sequence
+
+# A controller that restarts is silent for a while; it knows every job whose processes still run.
+ANSWER_SECONDS = 300.0
+POLL_SECONDS = 5.0
 
 
 def query(*command: str) -> str:
@@ -52,10 +57,17 @@ def requeue(job: str) -> str | None:
     Returns:
         Why not, or None. A job that is not running any more is left alone: its owner has cancelled it, or SLURM has
         requeued it itself; a requeue would revive the one and disturb the other.
+
+    Raises:
+        RuntimeError: SLURM has refused, or has not answered for ANSWER_SECONDS.
     """
-    state = job_state(job)
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while not (state := job_state(job)):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"squeue has not told the state of job {job} for {ANSWER_SECONDS:g} s; submit again")
+        time.sleep(POLL_SECONDS)
     if state != "RUNNING":
-        return f"SLURM is ending the job itself ({state.lower() or 'unknown to squeue'})"
+        return f"SLURM is ending the job itself ({state.lower()})"
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None

@@ -220,7 +220,8 @@ class Supervisor:
         if stage["preflight"]["is_on"] and has_preflight:
             problem = self.preflight(hosts, environment, start)
         if problem:
-            ending = Ending("crashed", f"preflight: {problem}")
+            # A step that SLURM has ended leaves no reports either.
+            ending = Ending("crashed" if self.stop_signal is None else "terminated", f"preflight: {problem}")
         else:
             tasks = per_node if stage["launcher"] == "srun" else 1
             first_step = FirstStep(self.run_folder) if self.run_folder else None

@@ -208,7 +208,11 @@ def corpus_problems(key: str, prefix: str, config: TrainConfig) -> Iterator[str]
         header = file.read(struct.calcsize("<9sQB"))
     if not header.startswith(_IDX_MAGIC):
         yield f"{key} ({prefix}): {paths[1]} is not a Megatron index; tokenize the text again."
-    description = read_json(Path(prefix + ".json")) or {}
+    try:
+        description = read_json(Path(prefix + ".json")) or {}
+    except ValueError as error:
+        yield f"{key} ({prefix}): {error}"
+        return
     largest = description.get("max_token_id", 0)
     if largest >= config.model.vocab_size:
         yield (f"{key} ({prefix}) holds token {largest}, which must lie below model.vocab_size "
@@ -227,9 +231,9 @@ def folder_problems(folder: Path) -> Iterator[str]:
         yield (f"{folder} has {special[0]!r} in its path ({place}), which sbatch or a container would misread; choose "
                "another run.root (root= for a chain).")
         return
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
         with tempfile.TemporaryFile(dir=place):
             return
     except OSError as error:

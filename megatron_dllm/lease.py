@@ -13,6 +13,7 @@ while a listing may come from a cache.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -109,11 +110,10 @@ class Lease:
 def newest_generation(folder: str | os.PathLike[str]) -> int:
     """The highest generation in a lease folder; 0 where there is none."""
     numbers = [0]
-    try:
-        with open(Path(folder) / "current", encoding="ascii") as file:
-            text = file.read().strip()
+    # A life may have ended between taking its number and announcing it.
+    with contextlib.suppress(FileNotFoundError), open(Path(folder) / "current", encoding="ascii") as file:
+        text = file.read().strip()
         numbers += [int(text)] if text.isdigit() else []
+    with contextlib.suppress(FileNotFoundError):
         numbers += [int(m[1]) for m in map(_GENERATION.search, os.listdir(folder)) if m]
-    except FileNotFoundError:
-        pass
     return max(numbers)

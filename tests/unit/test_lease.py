@@ -58,3 +58,10 @@ def test_generations_are_never_given_twice(tmp_path: Path) -> None:
         process.join()
     assert taken == list(range(1, 81))
     assert newest_generation(tmp_path / "lease") == 80
+
+
+def test_a_life_that_ended_before_its_number_was_announced_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "lease").mkdir()
+    (tmp_path / "lease" / "generation_000001").touch()
+    assert newest_generation(tmp_path / "lease") == 1
+    assert Lease.take_next(tmp_path).generation == 2

@@ -55,12 +55,13 @@ def test_a_stage_s_digest_follows_what_it_and_the_stages_before_it_run(recipes: 
 
 def test_runs_lie_where_the_cluster_keeps_them_unless_told_otherwise(recipes: Path) -> None:
     def folders(*words: str) -> list[str]:
-        return [str(compose_chain([*words, "cluster.run_root=/big"], recipes).folder)]
+        return [str(compose_chain(["cluster.run_root=/big", *words], recipes).folder)]
 
     assert folders("experiment=three") == ["/big/three"]
     assert folders("experiment=three", "root=/mine") == ["/mine/three"]
     assert folders("experiment=tiny_base") == ["/big/base"]
     assert folders("experiment=tiny_base", "run.root=/mine") == ["/mine/base"]
+    assert folders("experiment=tiny_base", "cluster.run_root='/große'") == ["/große/base"]
 
 
 def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
@@ -93,6 +94,10 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
     (["experiment=tiny_base", "cluster.partitoin=x"], "did you mean cluster.partition?"),
     (["experiment=tiny_base", "run.sed=3"], "did you mean run.seed?"),
     (["experiment=tiny_base", "oops"], "is not of the form key=value"),
+    (["experiment=tiny_base", "name=x"], "['name=x'] would have no effect"),
+    (["experiment=tiny_base", "root=/x"], "use run.name= and run.root="),
+    (["experiment=tiny_base", "nodes=0"], "must satisfy 0 < min_nodes <= nodes"),
+    (["experiment=three", "name=???"], "name (???) is required"),
     (["experiment=tiny_base", "nodes=two"], "nodes (two) must be a whole number"),
     (["experiment=tiny_base", "run.name='a b'"], "it names a folder"),
     (["experiment=tiny_base", "run.name='$(touch /tmp/x)'"], "it names a folder"),

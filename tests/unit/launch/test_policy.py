@@ -59,3 +59,7 @@ def test_a_loss_that_is_not_finite_is_never_tried_again() -> None:
 def test_a_late_signal_after_the_end_changes_nothing() -> None:
     seen = [*crashes(None, None, None), {"event": "stop", "signal": "SIGTERM"}]
     assert not judge(seen, 3, 20).again
+
+
+def test_an_end_written_after_a_new_submission_belongs_to_the_old_one() -> None:
+    assert judge([start(None), {"event": "submitted"}, end("vanished", None)], 1, 1).again

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from launch.chain import compose_chain
 from launch.submit import dependencies_of, readable_refusal
-from launch.validate import check_chain, training_problems
+from launch.validate import check_chain, folder_problems, training_problems
 
 HEADER = struct.pack("<9sQB", b"MMIDIDX\x00\x00", 1, 4)
 
@@ -54,6 +55,26 @@ def test_a_corpus_must_be_one_and_fit_the_model(root: Path) -> None:
     assert "is not a Megatron index" in found[0]
     assert "holds token 999999, which must lie below model.vocab_size" in found[1]
     assert "differs from the corpus" in found[2]
+
+
+def test_a_damaged_description_of_a_corpus_is_named_among_the_others(root: Path) -> None:
+    corpus(root / "train", description="{")
+    corpus(root / "validation", header=b"something else")
+    found = problems(root)
+    assert len(found) == 2
+    assert f"data.train ({root}/train): {root}/train.json is damaged" in found[0]
+
+
+def test_a_folder_below_one_that_may_not_be_entered_is_named(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        (sentence,) = folder_problems(tmp_path / "closed" / "root" / "run")
+    finally:
+        os.seteuid(user)
+    assert "cannot be written" in sentence and "Permission denied" in sentence
 
 
 def test_a_folder_that_cannot_be_written_is_named(root: Path) -> None:
