@@ -213,7 +213,8 @@ def step(built: Any, batch: Batch, variant: Variant) -> Callable[[], Tensor]:
     """Forward and backward into gradients that exist; the optimizer, alike for all variants, is left out."""
 
     def run() -> Tensor:
-        loss = loss_of(built, batch, variant)
+        # The attention's plan lives as long as the roles it was made from: every step has to make its own.
+        loss = loss_of(built, replace(batch, roles=batch.roles.clone()), variant)
         loss.backward()
         return loss.detach()
 

@@ -18,9 +18,11 @@ from benchmarks.step_cases import (
     loss_of,
     model_config,
     needed_flops,
+    step,
 )
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.roles import visible
+from megatron_dllm.model.attention import dense
 from tests.reference_model import random_weights, to_megatron
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -65,3 +67,13 @@ def test_needed_operations_are_those_of_the_matrix_products_and_the_visible_pair
     # Two products of d multiplications and additions per pair and head; the backward pass does twice the forward's.
     attention = 4 * (pairs + last_pairs) * model.num_attention_heads * model.kv_channels
     assert needed_flops(model, batch) == 3 * (products.get_total_flops() + attention)
+
+
+def test_a_measured_step_makes_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = model_config("attention", **SMALL), []
+    plan = dense.build_plan
+    monkeypatch.setattr(dense, "build_plan", lambda *roles: made.append(1) or plan(*roles))
+    batch = build_batch(draw_documents(DOCUMENTS, 4, 1, model.vocab_size), BASELINE, model.mask_token_id)
+    run = step(build(model, BASELINE, ParallelConfig()), batch, BASELINE)
+    losses = [run(), run()]
+    assert torch.equal(*losses) and len(made) == 2
