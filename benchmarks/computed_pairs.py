@@ -26,7 +26,8 @@ from megatron_dllm.model.attention import chunked, flex, shared_prefix
 from megatron_dllm.model.attention.tiles import TilePlan
 
 NOTE = ("dense to flex: visible pairs over those that the backend computes (dense: all). flex_aligned: the same with "
-        "document lengths rounded up to the block, which takes more_tokens; pairs of the added ones do not count. "
+        "document lengths rounded up to the block (of at most a tile), which takes more_tokens, whose pairs do not "
+        "count. "
         "Milliseconds to make flex's mask: from the roles, and by looking at every pair.")
 
 
@@ -52,20 +53,22 @@ def build_roles(lengths: list[int], block: int, views: int) -> Tensor:
 def measure(length: int, documents: str, block: int, views: int, every_pair_up_to: int) -> dict[str, Any]:
     """A row of the table."""
     lengths = document_lengths(length, documents)
-    aligned = [-(-size // block) * block for size in lengths]
     roles = build_roles(lengths, block, views)
     visible = int(visible_keys(roles[0].numpy()).sum())
     shares = {"dense": visible / roles.shape[1]**2} | {
         backend.__name__.rsplit(".", 1)[1]: visible / computed_pairs(backend.build_plan(roles, roles))
         for backend in (chunked, shared_prefix, flex)}
-    aligned_roles = build_roles(aligned, block, views)
     mask = flex.build_plan(roles, roles).block_mask
     slow = None
     if length <= every_pair_up_to:
         slow = _milliseconds(lambda: create_block_mask(mask.mask_mod, 1, None, *mask.seq_lengths, device="cpu"))
+    aligned = more = None
+    if block <= flex.TILE_SIZE:
+        whole = [-(-size // block) * block for size in lengths]
+        whole_roles = build_roles(whole, block, views)
+        aligned, more = visible / computed_pairs(flex.build_plan(whole_roles, whole_roles)), sum(whole) / length - 1
     return dict(length=length, documents=documents, block=block, views=views) | shares | dict(
-        flex_aligned=visible / computed_pairs(flex.build_plan(aligned_roles, aligned_roles)),
-        more_tokens=sum(aligned) / length - 1,
+        flex_aligned=aligned, more_tokens=more,
         mask_ms=min(_milliseconds(lambda: flex.build_plan(roles, roles)) for _ in range(5)), every_pair_ms=slow)
 
 
