@@ -95,6 +95,9 @@ class Trainer:
         # What the start weights were converted from.
         self._source: str | None = None
         self._load()
+        if self.is_rank_zero:  # not before: the configuration of a start that is refused is not the run's
+            folders.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.given_config)))
+            folders.write_text(self.folder / "git.txt", code_state())
         model = config.model
         self.router = (RouterLoad(self.engine.chunks, model.num_layers, model.num_moe_experts,
                                   config.parallel.recompute == "full") if model.is_moe else None)
@@ -108,8 +111,6 @@ class Trainer:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for left in folders.clean_temporary(self.checkpoints):
                 log.warning("removed %s, which an interrupted writer left behind", left)
-            folders.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.given_config)))
-            folders.write_text(self.folder / "git.txt", code_state())
             tokenizer = self.folder / "tokenizer"
             if self.config.data.tokenizer and not tokenizer.exists():
                 folders.copy_folder(Path(self.config.data.tokenizer), tokenizer)

@@ -249,6 +249,15 @@ def test_validations_that_cannot_run_are_refused_at_the_start(folder: Path, unbr
         run_ranks(evaluate_checkpoint, 1, other_grid)
 
 
+def test_a_refused_start_leaves_the_configuration_of_the_run(unbroken_one: TrainConfig) -> None:
+    path = checkpoints_of(unbroken_one).parent / "config.yaml"
+    expected = path.read_text()
+    stages = {**STAGES, "decay": replace(STAGES["decay"], block_size=4)}
+    with pytest.raises(RuntimeError, match=r"stages.decay: block_size \(4\) differs .*the run's own schedule"):
+        train_ranks(1, replace(unbroken_one, schedule=replace(unbroken_one.schedule, stages=stages)))
+    assert path.read_text() == expected
+
+
 def _train_on_slow_rows(config: TrainConfig) -> int:
     def slow(dataset: RowDataset, plan: Any) -> Any:
         time.sleep(0.1)
