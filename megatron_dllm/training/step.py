@@ -79,7 +79,11 @@ def _forward_step(noise: EmbeddingNoise, observe: Callable[[Batch], None] | None
 def _local_batches(micro_batches: Sequence[Batch], device: torch.device) -> list[Batch]:
     rank = parallel_state.get_context_parallel_rank()
     size = parallel_state.get_context_parallel_world_size()
-    return [take_context_shard(batch, rank, size).to(device) for batch in micro_batches]
+    shards = [take_context_shard(batch, rank, size) for batch in micro_batches]
+    if size > 1 and device.type == "cuda":
+        # The loader's batches are page-locked, a shard is not: its copy would wait for the device.
+        shards = [shard.pin_memory() for shard in shards]
+    return [shard.to(device) for shard in shards]
 
 
 def run_schedule(chunks: list[nn.Module], micro_batches: Sequence[Batch], device: torch.device, *, forward_only: bool,
