@@ -57,10 +57,12 @@ def run_stage(chain: Chain, stage: Stage) -> int:
             return subprocess.run([sys.executable, "-u", *arguments], env=environment, check=False).returncode
         except KeyboardInterrupt:
             return EXIT_PREEMPTED
-    code = EXIT_LAYOUT
-    while code == EXIT_LAYOUT:
+    while True:
+        before = record.latest_checkpoint(stage.run_folder) if stage.run_folder else None
         code = start_ranks(chain, stage, environment)
-    return code
+        has_moved_on = stage.run_folder is not None and record.latest_checkpoint(stage.run_folder) != before
+        if code != EXIT_LAYOUT or not has_moved_on:
+            return code
 
 
 def start_ranks(chain: Chain, stage: Stage, environment: dict[str, str]) -> int:
@@ -86,6 +88,7 @@ def start_ranks(chain: Chain, stage: Stage, environment: dict[str, str]) -> int:
 _MEANING = {
     EXIT_PREEMPTED: "stopped in order; the same command continues it",
     EXIT_NON_FINITE: "stopped at a loss or gradient norm that is not finite; starting it again repeats that",
+    EXIT_LAYOUT: "asked for another layout without having moved on",
     EXIT_FENCED: "was superseded by another start of the same run and stopped without writing",
 }
 

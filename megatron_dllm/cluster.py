@@ -13,6 +13,7 @@ from megatron_dllm.config.rules import check, check_choice
 CONTAINER_KINDS = ("none", "pyxis", "apptainer")
 LAUNCHERS = ("torchrun", "srun")
 _TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d{2}):(\d{2})$")
+_MEMORY = re.compile(r"\d+[KMGT]?$")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
 
 
@@ -126,6 +127,16 @@ class ClusterConfig:
         check(self.gpus_per_node == 0 or self.num_ranks_per_node <= self.gpus_per_node,
               f"cluster.ranks_per_node ({self.ranks_per_node}) must not exceed gpus_per_node ({self.gpus_per_node}): "
               "every rank needs a GPU of its own.")
+        check(self.cpus_per_node is None or self.cpus_per_node >= self.num_ranks_per_node,
+              f"cluster.cpus_per_node ({self.cpus_per_node}) must give each of the {self.num_ranks_per_node} ranks of "
+              "a node a CPU; set it to null to ask for none.")
+        check(self.cpu_cpus is None or self.cpu_cpus > 0,
+              f"cluster.cpu_cpus ({self.cpu_cpus}) must be positive; set it to null to ask for none.")
+        for name in ("memory", "cpu_memory"):
+            value = getattr(self, name)
+            check(_MEMORY.match(value) is not None,
+                  f"cluster.{name} ({value!r}) must be a number with K, M, G or T behind it, as 64G; 0 is the whole "
+                  "node's.")
         limit = time_limit_seconds(self.time_limit)
         check(0 < self.stop_seconds < limit,
               f"cluster.stop_seconds ({self.stop_seconds}) must lie between 0 and the time limit ({limit} s).")

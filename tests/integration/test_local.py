@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from launch import record
+from launch import local, record
+from launch.chain import compose_chain
 from launch.failure import exit_records
 from launch.progress import Progress, progress_of
 from launch.status import rows, total_tokens
@@ -135,8 +136,6 @@ def test_a_killed_rank_is_named_before_the_one_that_lost_it(recipes: Path) -> No
 
 
 def test_a_stage_that_was_killed_after_its_rename_counts_as_finished(recipes: Path) -> None:
-    from launch.chain import compose_chain
-
     assert run(recipes, steps=2).returncode == 0
     chain = compose_chain(["experiment=small", f"root={recipes.parent}"], recipes)
     corpus = chain.stages[0]
@@ -191,9 +190,26 @@ def test_a_chain_goes_on_with_the_ranks_of_each_part(recipes: Path) -> None:
         "done": ["warmup", "stable", "decay"], "consumed_tokens": 1800}
 
 
-def test_the_frozen_schedule_gives_the_tokens_to_come(recipes: Path) -> None:
-    from launch.chain import compose_chain
+@pytest.mark.parametrize("moves", [0, 2])
+def test_a_run_that_asks_for_another_layout_must_have_moved_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               moves: int) -> None:
+    chain = compose_chain(["experiment=tiny_base", f"run.root={tmp_path}"])
+    checkpoints = chain.folder / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    starts: list[int] = []
 
+    def start(*_: object) -> int:
+        starts.append(len(starts))
+        if len(starts) <= moves:
+            (checkpoints / "latest").write_text(f"step_{len(starts)}\n")
+        return EXIT_LAYOUT
+
+    monkeypatch.setattr(local, "start_ranks", start)
+    assert local.run_stage(chain, chain.stages[0]) == EXIT_LAYOUT
+    assert len(starts) == moves + 1
+
+
+def test_the_frozen_schedule_gives_the_tokens_to_come(recipes: Path) -> None:
     stage = compose_chain(["experiment=tiny_convert"], recipes).stages[0]
     (recipes / "config.yaml").write_text(stage.config_text)
     assert stage.config is not None
