@@ -19,9 +19,9 @@ from torch import Tensor
 
 from checkpoints_tools.command import main_guard
 from checkpoints_tools.hf_config import DEFAULT_BLOCK_SIZE, SourceConfig, read_hf_config
-from checkpoints_tools.mcore_folder import TOKENIZER, new_contract, write_json_files
+from checkpoints_tools.mcore_folder import TOKENIZER, finish_tensors, new_contract, write_json_files
 from checkpoints_tools.output_folder import output_folder
-from checkpoints_tools.param_map import WeightMap, extra_state_keys, is_fp32, key_aliases, weight_map
+from checkpoints_tools.param_map import WeightMap, is_fp32, weight_map
 from checkpoints_tools.safetensors_io import SafetensorsFolder
 from checkpoints_tools.streaming import MAX_PIECE_BYTES, Task, run, split_rows
 from checkpoints_tools.tokenizer_files import TokenizerFiles, copy_tokenizer, settle_mask_id
@@ -58,10 +58,7 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
             for key, shape in names.mcore_shapes.items():
                 writer.add(key, dtypes[key], shape)
             run(_tasks(folder, names, writer), total_bytes, "hf_to_mcore")
-            for key, alias in key_aliases(model).items():
-                writer.alias(key, alias)
-            writer.add_empty_objects(list(extra_state_keys(model)))
-            checksums = writer.close()
+            checksums = finish_tensors(writer, model)
         finally:
             writer.abandon()
             folder.close()

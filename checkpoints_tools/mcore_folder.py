@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.param_map import key_aliases
+from checkpoints_tools.param_map import extra_state_keys, key_aliases
 from checkpoints_tools.torch_dist_read import TorchDistReader
+from checkpoints_tools.torch_dist_write import TorchDistWriter
 from megatron_dllm import checkpoint_folder as folders
 from megatron_dllm.config import ModelConfig
 
@@ -86,6 +87,18 @@ def model_keys(model: ModelConfig, reader: TorchDistReader) -> dict[str, str]:
     stored = reader.metadata.tensors
     return {local.get(key, key): key for key in stored
             if key.startswith(_MODEL_PREFIXES) and not (key in local and local[key] in stored)}
+
+
+def finish_tensors(writer: TorchDistWriter, model: ModelConfig) -> dict[str, dict[str, Any]]:
+    """After a model's tensors: their other names, megatron-core's empty extra states, and the table of contents.
+
+    Returns:
+        Size and sha256 of the files.
+    """
+    for key, alias in key_aliases(model).items():
+        writer.alias(key, alias)
+    writer.add_empty_objects(list(extra_state_keys(model)))
+    return writer.close()
 
 
 def new_contract(model: ModelConfig, *, shift: bool, block_size: int, context_length: int,

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.averaging import weighted_mean
-from checkpoints_tools.mcore_folder import TOKENIZER, tokenizer_folder, write_json_files
+from checkpoints_tools.mcore_folder import TOKENIZER, finish_tensors, tokenizer_folder, write_json_files
 from checkpoints_tools.merge_inputs import HFInput, MergeInput, TorchDistInput
 from checkpoints_tools.model_card import PROVENANCE, merge_card
 from checkpoints_tools.output_folder import output_folder
-from checkpoints_tools.param_map import extra_state_keys, key_aliases
 from checkpoints_tools.safetensors_io import SafetensorsWriter
 from checkpoints_tools.streaming import Task, check_finite, run, split_rows
 from checkpoints_tools.tokenizer_files import TOKENIZER_FILES
@@ -83,10 +82,7 @@ def _merge_torch_dist(inputs: list[TorchDistInput], weights: list[float], folder
             writer.add(key, *last.tensors[key])
         run(mean.tasks(boxes, lambda key, first, offsets, sizes: partial(_write_box, writer, key, offsets, sizes)),
             total_bytes, "merge", _NUM_READERS)
-        for key, alias in key_aliases(model).items():
-            writer.alias(key, alias)
-        writer.add_empty_objects(list(extra_state_keys(model)))
-        checksums = writer.close()
+        checksums = finish_tensors(writer, model)
     finally:
         writer.abandon()
     tokenizer = tokenizer_folder(last.folder, last.contract)
