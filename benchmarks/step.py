@@ -52,6 +52,7 @@ class Case:
     device: str = "cpu"
     precision: str = "fp32"
     ranks: int = 1
+    seed: int = 0
 
 
 def run_child(case: Case) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def _case(args: argparse.Namespace, model: str, length: int, documents: str | in
           **fields: Any) -> Case:
     changes = {"num_layers": args.layers} if args.layers else {}
     return Case(model, length, documents, block, views, repeats=args.repeats, threads=args.threads,
-                device=args.device, precision=args.precision, changes=changes | fields.pop("changes", {}), **fields)
+                device=args.device, precision=args.precision, seed=args.seed, changes=changes | fields.pop("changes", {}), **fields)
 
 
 def describe(case: Case) -> dict[str, Any]:
@@ -203,6 +204,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="of the scaling section")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of documents and noise")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: bf16 on CUDA, fp32 on CPU")
