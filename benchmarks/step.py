@@ -103,7 +103,8 @@ def _case(args: argparse.Namespace, model: str, length: int, documents: str | in
           **fields: Any) -> Case:
     changes = {"num_layers": args.layers} if args.layers else {}
     return Case(model, length, documents, block, views, repeats=args.repeats, threads=args.threads,
-                device=args.device, precision=args.precision, seed=args.seed, changes=changes | fields.pop("changes", {}), **fields)
+                device=args.device, precision=args.precision, seed=args.seed,
+                changes=changes | fields.pop("changes", {}), **fields)
 
 
 def describe(case: Case) -> dict[str, Any]:
