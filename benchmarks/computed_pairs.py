@@ -27,8 +27,7 @@ from megatron_dllm.model.attention.tiles import TilePlan
 
 NOTE = ("dense to flex: visible pairs over those that the backend computes (dense: all). flex_aligned: the same with "
         "document lengths rounded up to the block (of at most a tile), which takes more_tokens, whose pairs do not "
-        "count. "
-        "Milliseconds to make flex's mask: from the roles, and by looking at every pair.")
+        "count. Milliseconds to make flex's mask: from the roles, and by looking at every pair.")
 
 
 def computed_pairs(plan: Any) -> int:

@@ -97,7 +97,8 @@ def measure(case: tuple[int, int, int, int, int], args: argparse.Namespace) -> l
     found: dict[str, dict[str, Any]] = {}
     expected: list[Tensor] = []
     for name, way in ways.items():
-        results = [way(), *torch.autograd.grad(way(), inputs, grad)]
+        out = way()
+        results = [out, *torch.autograd.grad(out, inputs, grad)]
         expected = expected or results
         for result, other in zip(results, expected, strict=True):
             error = float(((result - other).norm() / other.norm().clamp(min=1e-12)).detach())
