@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.attention import causal_run
 from benchmarks.computed_pairs import build_roles, computed_pairs
+from benchmarks.step import joined
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import chunked, flex, shared_prefix
 
@@ -33,3 +34,10 @@ def test_causal_sequence_has_as_many_pairs(pairs: int) -> None:
     length = run.inputs[0].shape[2]
     assert abs(length * (length + 1) / 2 - pairs) <= length / 2 + 1
     run.step()
+
+
+def test_a_table_that_several_commands_filled_names_them_all() -> None:
+    old = {"commit": "a", "command": "first", "repeats": 2}
+    both = joined(old, {"commit": "b", "command": "second --extend", "repeats": 2})
+    assert both == {"commit": "a; b", "command": "first; second --extend", "repeats": 2}
+    assert joined(both, {"commit": "b", "command": "first", "repeats": 1}) == both | {"repeats": "2; 1"}
