@@ -159,7 +159,8 @@ class BlockSchedule:
             config, prefix = stage.config, f"schedule.stages.{stage.name}"
             if not 0 <= config.lr_warmup_tokens < config.num_tokens:
                 raise ValueError(f"{prefix}.lr_warmup_tokens ({config.lr_warmup_tokens}) must lie in [0, num_tokens) = "
-                                 f"[0, {config.num_tokens}); the warmup ends inside its stage: lower it, or lengthen the stage.")
+                                 f"[0, {config.num_tokens}); the warmup ends inside its stage: lower it, or "
+                                 "lengthen the stage.")
             if config.lr_shape == "constant" and config.final_learning_rate not in (None, config.learning_rate):
                 _logger.warning("%s.final_learning_rate (%g) has no effect with lr_shape constant; "
                                 "use linear or cosine.", prefix, config.final_learning_rate)
