@@ -43,11 +43,11 @@ check: install
 
 # Every parallel layout against one rank; writes benchmarks/results/parity.md. Minutes on two free cores.
 parity: install
-	$(BIN)/python -W ignore -m tests.distributed.parity
+	$(BIN)/python -W ignore -m benchmarks.parity
 
 # 30 ranks killed at random moments, with checkpoints written in and behind training; writes benchmarks/results/kill.md
 kill: install
-	$(BIN)/python -W ignore -m tests.integration.kill_test --kills 30
+	$(BIN)/python -W ignore -m benchmarks.kill --kills 30
 
 clean:
 	rm -rf runs/demo

@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_dllm*", "checkpoints_tools*", "launch*"]),
-    package_data={"checkpoints_tools": ["hf_files/*.py"]},
+    package_data={"megatron_dllm": ["hf/modeling/*.py"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
 )

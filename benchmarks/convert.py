@@ -15,8 +15,8 @@ from pathlib import Path
 
 from benchmarks.measure import evict, model_of_size, run, shell, size_of, tool
 from benchmarks.record import RESULTS, machine, table, write_results
+from benchmarks.synthetic import write_synthetic
 from checkpoints_tools.compare import compare
-from checkpoints_tools.synthetic import write_synthetic
 
 
 def measure(folder: Path, gigabytes: float, repetitions: int) -> list[dict[str, object]]:

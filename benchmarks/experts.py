@@ -130,7 +130,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prepare_host()
-    from megatron_dllm.decoder import single_rank
+    from megatron_dllm.inference.load import single_rank
 
     table: list[dict[str, Any]] = []
     with single_rank(0):

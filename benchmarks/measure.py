@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from checkpoints_tools.param_map import weight_map
 from megatron_dllm.config import ModelConfig
+from megatron_dllm.hf.name_table import weight_map
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from benchmarks.measure import Measurement, evict, model_of_size, run, shell, size_of, tool
 from benchmarks.record import RESULTS, machine, table, write_results
+from benchmarks.synthetic import write_synthetic
 from checkpoints_tools import hf_to_mcore
 from checkpoints_tools.compare import compare
-from checkpoints_tools.synthetic import write_synthetic
 
 
 def measure(folder: Path, gigabytes: float, k: int, repetitions: int, mergekit: Path | None) -> list[dict[str, object]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_dllm.code_version import ROOT, git
+from megatron_dllm.run.code_version import ROOT, git
 
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -30,6 +30,7 @@ from benchmarks.step_cases import (
     step,
 )
 from megatron_dllm.config import ParallelConfig, RunConfig
+from megatron_dllm.data.context_shard import take_context_shard
 from megatron_dllm.host import prepare_host, quiet_libraries
 
 # Of what is free when a case starts; a case that wants more fails alone and says so.
@@ -46,16 +47,16 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
         limit = int(psutil.virtual_memory().available * MEMORY_SHARE) + psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     prepare_host()
-    from megatron_dllm import parallel
+    from megatron_dllm.parallel import groups
 
     ranks = case.get("ranks", 1)
     layout = ParallelConfig(precision=case["precision"], context_parallel_size=ranks)
-    parallel.initialize(layout, RunConfig(name="benchmark"))
+    groups.initialize(layout, RunConfig(name="benchmark"))
     try:
         return {"time": measure_time, "memory": measure_memory, "parts": measure_parts}[case["task"]](
             case, layout, device)
     finally:
-        parallel.destroy()
+        groups.destroy()
 
 
 def _documents(case: dict[str, Any], vocab_size: int) -> Documents:
@@ -70,13 +71,11 @@ def _documents(case: dict[str, Any], vocab_size: int) -> Documents:
 def _prepare(case: dict[str, Any], variant: Variant, layout: ParallelConfig, device: torch.device,
              attention: str | None = None) -> tuple[Any, Any, Any]:
     """(model, batch, batch of whole rows)."""
-    from megatron_dllm import parallel
-
     model = model_config(case["model"], **case["changes"])
     whole = build_batch(_documents(case, model.vocab_size), variant, model.mask_token_id,
                         multiple=1 if layout.context_parallel_size == 1 else 128 * layout.context_parallel_size)
     rank = torch.distributed.get_rank()
-    batch = parallel.take_context_shard(whole, rank, layout.context_parallel_size).to(device)
+    batch = take_context_shard(whole, rank, layout.context_parallel_size).to(device)
     return build(model, variant, layout, attention), batch, whole
 
 

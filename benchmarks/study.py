@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.checkpoint import folder as folders
 
 ARMS = {"wsd": "WSD from the AR base", "direct": "direct switch to block 32 from the AR base",
         "scratch": "WSD from random weights"}

@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints_tools.command import main_guard
-from checkpoints_tools.hf_config import read_hf_config
-from checkpoints_tools.merge_inputs import HFInput, MergeInput, TensorTable, TorchDistInput, open_input
-from checkpoints_tools.param_map import weight_map
-from checkpoints_tools.streaming import split_rows
-from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TensorTable, TorchDistInput, open_input
+from megatron_dllm.checkpoint.streaming import split_rows
+from megatron_dllm.hf.config_json import read_hf_config
+from megatron_dllm.hf.name_table import weight_map
 
 _PIECE_BYTES = 32 * 1024**2
 Read = Callable[[Tensor], None]

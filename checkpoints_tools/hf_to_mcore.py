@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.command import main_guard
-from checkpoints_tools.hf_config import DEFAULT_BLOCK_SIZE, SourceConfig, read_hf_config
-from checkpoints_tools.mcore_folder import TOKENIZER, finish_tensors, new_contract, write_json_files
-from checkpoints_tools.output_folder import output_folder
-from checkpoints_tools.param_map import WeightMap, is_fp32, weight_map
-from checkpoints_tools.safetensors_io import SafetensorsFolder
-from checkpoints_tools.streaming import MAX_PIECE_BYTES, Task, run, split_rows
-from checkpoints_tools.tokenizer_files import TokenizerFiles, copy_tokenizer, settle_mask_id
-from checkpoints_tools.torch_dist_write import TorchDistWriter
-from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.mcore_folder import TOKENIZER, finish_tensors, new_contract, write_json_files
+from megatron_dllm.checkpoint.output_folder import output_folder
+from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
+from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.config import ModelConfig
+from megatron_dllm.hf.config_json import DEFAULT_BLOCK_SIZE, SourceConfig, read_hf_config
+from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
+from megatron_dllm.hf.safetensors_io import SafetensorsFolder
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, settle_mask_id
 
 logger = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from checkpoints_tools.command import main_guard
-from checkpoints_tools.hf_config import read_hf_config
-from checkpoints_tools.mcore_folder import model_keys, open_checkpoint
-from checkpoints_tools.param_map import key_aliases
-from checkpoints_tools.safetensors_io import SafetensorsFolder
-from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.mcore_folder import model_keys, open_checkpoint
 from megatron_dllm.config import ModelConfig
+from megatron_dllm.hf.config_json import read_hf_config
+from megatron_dllm.hf.name_table import key_aliases
+from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 
 # Part of the model -> what the names of its tensors contain, in either format; the first match counts.
 _GROUPS = (

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.command import main_guard
-from checkpoints_tools.hf_config import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCHITECTURES, to_hf_config
-from checkpoints_tools.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
-from checkpoints_tools.model_card import model_card
-from checkpoints_tools.output_folder import output_folder
-from checkpoints_tools.param_map import WeightMap, is_fp32, weight_map
-from checkpoints_tools.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
-from checkpoints_tools.streaming import MAX_PIECE_BYTES, Task, run, split_rows
-from checkpoints_tools.tokenizer_files import TokenizerFiles, copy_tokenizer
-from checkpoints_tools.torch_dist_read import TorchDistReader
-from megatron_dllm.checkpoint_folder import resolve_checkpoint
+from megatron_dllm.checkpoint.folder import resolve_checkpoint
+from megatron_dllm.checkpoint.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
+from megatron_dllm.checkpoint.model_card import model_card
+from megatron_dllm.checkpoint.output_folder import output_folder
+from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
+from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
+from megatron_dllm.hf.config_json import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCHITECTURES, MODELING_FILES, to_hf_config
+from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
+from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer
 
 logger = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -84,7 +84,7 @@ def convert(checkpoint: Path, output: Path, architecture: str | None = None, dty
             "eos_token_id": contract.model.eos_token_id, "pad_token_id": contract.model.pad_token_id})
         copy_tokenizer(files, temporary, contract.model.mask_token_id, contract.model.vocab_size)
         for name in _CODE.get(architecture, ()):
-            shutil.copyfile(Path(__file__).parent / "hf_files" / name, temporary / name)
+            shutil.copyfile(MODELING_FILES / name, temporary / name)
         (temporary / "README.md").write_text(model_card(checkpoint, contract, architecture, dtype_name))
 
 

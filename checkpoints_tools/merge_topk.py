@@ -13,13 +13,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.averaging import WEIGHTS, merge_weights
 from checkpoints_tools.command import main_guard
-from checkpoints_tools.mcore_folder import read_contract
-from checkpoints_tools.merge_inputs import MergeInput, check_alike, open_input
-from checkpoints_tools.merge_stream import merge_into
-from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.code_version import commit
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.mcore_folder import read_contract
+from megatron_dllm.checkpoint.merging.averaging import WEIGHTS, merge_weights
+from megatron_dllm.checkpoint.merging.inputs import MergeInput, check_alike, open_input
+from megatron_dllm.checkpoint.merging.stream import merge_into
+from megatron_dllm.run.code_version import commit
 
 logger = logging.getLogger(__name__)
 METRICS = ("elbo", "bits_per_byte")

@@ -19,8 +19,8 @@ from typing import Any
 
 from launch.chain import Chain, Stage
 from launch.record import write_json
-from megatron_dllm.cluster import ClusterConfig
-from megatron_dllm.code_version import FROZEN_STATE, ROOT, code_state, git
+from megatron_dllm.config.cluster import ClusterConfig
+from megatron_dllm.run.code_version import FROZEN_STATE, ROOT, code_state, git
 
 # Larger files are data, not source.
 MAX_SOURCE_BYTES = 1 << 20

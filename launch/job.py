@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.chain import Chain, Stage
 from launch.world import schedule_parts, spread
-from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
+from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
 
 # Seconds before SLURM's limit at which an unfinished stop is given up and the job requeued: limits are checked only
 # every 30 seconds, and the requeue itself needs time.

@@ -28,8 +28,8 @@ from launch.rank import RUN_VARIABLE, SHOW_VARIABLE
 from launch.validate import check_chain
 from launch.world import schedule_parts, wanted_ranks
 from megatron_dllm.compose import RECIPES
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
-from megatron_dllm.lease import LEASE_VARIABLE, Lease
+from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
 
 log = logging.getLogger("launch")
 EXIT_INTERRUPTED = 130

@@ -25,8 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.record import write_json
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_PREEMPTED
-from megatron_dllm.lease import LEASE_VARIABLE, newest_generation
+from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_PREEMPTED
+from megatron_dllm.run.lease import LEASE_VARIABLE, newest_generation
 
 REPEAT_SECONDS = 5.0
 LEASE_SECONDS = 3.0

@@ -31,8 +31,8 @@ from launch.preflight import judge as judge_nodes
 from launch.preflight import summary, versions
 from launch.rank import LEASE_SECONDS, REPEAT_SECONDS, RUN_VARIABLE
 from launch.world import spread, wanted_ranks
-from megatron_dllm.exit_codes import EXIT_FENCED
-from megatron_dllm.lease import LEASE_VARIABLE, Lease
+from megatron_dllm.run.exit_codes import EXIT_FENCED
+from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
 
 log = logging.getLogger("launch")
 CODE = Path(__file__).resolve().parents[1]

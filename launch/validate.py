@@ -21,9 +21,9 @@ from launch.chain import Chain, Stage
 from launch.job import job_python, valid_nodes
 from launch.progress import Progress, progress_of
 from launch.record import output_exists, read_json
-from megatron_dllm import checkpoint_folder
-from megatron_dllm.cluster import ClusterConfig, time_limit_seconds
+from megatron_dllm.checkpoint import folder as checkpoint_folder
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
 
 log = logging.getLogger("launch")
 ROOT = Path(__file__).resolve().parents[1]

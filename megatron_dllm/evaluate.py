@@ -18,7 +18,7 @@ import hydra
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.compose import RECIPES, check_command_line, register_schemas, to_train_config
 from megatron_dllm.config import TrainConfig
 
@@ -42,27 +42,27 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     prepare_host()
     import torch
 
-    from megatron_dllm import parallel
-    from megatron_dllm.checkpoint import check_identity, load_weights
+    from megatron_dllm.checkpoint.saving import check_identity, load_weights
     from megatron_dllm.data.corpus import Corpus
+    from megatron_dllm.evaluation.elbo import AR, evaluate
+    from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_chunks
-    from megatron_dllm.training.evaluate import AR, evaluate
 
     folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
     contract = check_identity(folder, config.model)["contract"]
     folders.check_grid(folder, contract, config.data.block_origin)
     corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
-    parallel.initialize(config.parallel, config.run)
+    groups.initialize(config.parallel, config.run)
     try:
         chunks = build_chunks(config)
         load_weights(folder, chunks, config.checkpoint.verify)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         names = [AR] if contract["shift"] else [str(size) for size in config.evaluation.block_sizes]
         result = evaluate(chunks, config, corpus, names, device).to_json()
-        if parallel.is_rank_zero():
+        if groups.is_rank_zero():
             folders.write_json(folder / folders.VALIDATION, result)
     finally:
-        parallel.destroy()
+        groups.destroy()
     return result
 
 

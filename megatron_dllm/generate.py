@@ -27,10 +27,10 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from megatron_dllm.checkpoint_source import CheckpointSource, read_source
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import GenerateConfig
 from megatron_dllm.diffusion.decode import Generation, check_prompt, decode
+from megatron_dllm.inference.source import CheckpointSource, read_source
 
 log = logging.getLogger(__name__)
 _AS_TYPED = ("checkpoint", "prompt", "prompts_file", "output", "tokenizer")
@@ -83,7 +83,7 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
     from megatron_dllm.host import prepare_host
 
     prepare_host()
-    from megatron_dllm.decoder import CachedForward, load_model, single_rank
+    from megatron_dllm.inference.load import CachedForward, load_model, single_rank
 
     results = []
     with single_rank(config.seed):

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import ParallelConfig, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -62,21 +62,21 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
     prepare_host()
     import torch
 
-    from megatron_dllm import parallel
-    from megatron_dllm.checkpoint import load_weights
+    from megatron_dllm.checkpoint.saving import load_weights
+    from megatron_dllm.model.pipeline import EmbeddingNoise
+    from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_chunks
     from megatron_dllm.training.replay import load_step, replay_step
-    from megatron_dllm.training.step import EmbeddingNoise
 
     ranks = load_step(folder)
-    parallel.initialize(config.parallel, config.run)
+    groups.initialize(config.parallel, config.run)
     try:
         chunks = build_chunks(config)
         load_weights(checkpoint, chunks, config.checkpoint.verify)
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         return record, checkpoint, replay_step(chunks[0], ranks, EmbeddingNoise(**record["embedding_noise"]), device)
     finally:
-        parallel.destroy()
+        groups.destroy()
 
 
 def _age(folder: Path, checkpoint: Path, step: int) -> str:

@@ -19,16 +19,16 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm import pictures
+from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.compose import register_schemas
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.batch import Batch, collate
 from megatron_dllm.data.corpus import Corpus
-from megatron_dllm.data.dataset import RowDataset
 from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.data.packing import LENGTH, RowStream
 from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.reporting import pictures
 
 _ROLES = ("masked", "visible", "clean")
 _ROWS_LOOKED_AT = 64

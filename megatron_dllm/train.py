@@ -15,8 +15,8 @@ import hydra
 
 from megatron_dllm.compose import RECIPES, check_command_line, register_schemas, to_train_config
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.exit_codes import EXIT_FENCED
-from megatron_dllm.lease import LeaseLost
+from megatron_dllm.run.exit_codes import EXIT_FENCED
+from megatron_dllm.run.lease import LeaseLost
 
 if TYPE_CHECKING:
     from megatron_dllm.training.loop import Trainer
@@ -36,21 +36,21 @@ def train(config: TrainConfig) -> int:
 
     quiet_libraries()
     prepare_host()
-    from megatron_dllm import parallel
+    from megatron_dllm.parallel import groups
     from megatron_dllm.training.loop import Trainer
-    from megatron_dllm.training.resume import check_inputs, check_world_size, choose_layout
+    from megatron_dllm.training.start import check_inputs, check_world_size, choose_layout
 
     check_inputs(config)
     check_world_size(config, world_size)
     layout = choose_layout(config)
-    parallel.initialize(layout, config.run)
+    groups.initialize(layout, config.run)
     try:
         code = _run(Trainer(config, layout))
     except LeaseLost as error:
         log.error("%s", error)
         code = EXIT_FENCED
     # After an error the groups are left as they are: taking them down may wait for a rank that has gone.
-    parallel.destroy()
+    groups.destroy()
     return code
 
 

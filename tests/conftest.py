@@ -26,7 +26,7 @@ def one_rank() -> Iterator[None]:
     from megatron_dllm.host import prepare_host
 
     prepare_host()
-    from megatron_dllm.decoder import single_rank
+    from megatron_dllm.inference.load import single_rank
 
     with single_rank(0):
         yield

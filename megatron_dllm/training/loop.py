@@ -19,27 +19,28 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from omegaconf import OmegaConf
 
-from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.checkpoint import CheckpointWriter, load_weights
-from megatron_dllm.code_version import code_state
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.saving import CheckpointWriter, load_weights
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
-from megatron_dllm.data.dataset import BatchLoader, GlobalStep, RowDataset
 from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.loader import BatchLoader, GlobalStep, RowDataset
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.diffusion.noise import NoiseSpec
-from megatron_dllm.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
-from megatron_dllm.training.context_balance import context_balance
+from megatron_dllm.evaluation.elbo import AR, EvaluationStopped, Validation, evaluate, validation_names
+from megatron_dllm.model.pipeline import EmbeddingNoise
+from megatron_dllm.run.code_version import code_state
+from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.training.engine import build_engine, set_learning_rate
-from megatron_dllm.training.evaluate import AR, EvaluationStopped, Validation, evaluate, validation_names
-from megatron_dllm.training.fingerprint import check_agreement, step_fingerprint
-from megatron_dllm.training.metrics import MetricsWriter, peak_memory_gib, step_record, trim_metrics
-from megatron_dllm.training.progress import Progress, print_stage_table
+from megatron_dllm.training.observers.context_balance import context_balance
+from megatron_dllm.training.observers.fingerprint import check_agreement, step_fingerprint
+from megatron_dllm.training.observers.metrics import MetricsWriter, peak_memory_gib, step_record, trim_metrics
+from megatron_dllm.training.observers.progress import Progress, print_stage_table
+from megatron_dllm.training.observers.router_load import RouterLoad, imbalance
 from megatron_dllm.training.replay import dump_step
-from megatron_dllm.training.resume import acquire_lease, changes_layout, load_newest, run_contract
-from megatron_dllm.training.router_load import RouterLoad, imbalance
-from megatron_dllm.training.step import EmbeddingNoise, StepResult, train_step
+from megatron_dllm.training.start import acquire_lease, changes_layout, load_newest, run_contract
+from megatron_dllm.training.step import StepResult, train_step
 from megatron_dllm.training.stop import StopRequest
 
 log = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_dllm import checkpoint_folder as folders
+from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.diffusion.loss import weighted_nll
+from megatron_dllm.diffusion.losses.nll import weighted_nll
 from megatron_dllm.diffusion.roles import DOC
-from megatron_dllm.training.step import EmbeddingNoise
+from megatron_dllm.model.pipeline import EmbeddingNoise
 
 
 def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], record: dict[str, Any]) -> Path:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.tiny_run import MODEL, run_config
 from megatron_dllm.config import ModelConfig, ParallelConfig
-from tests.tiny_run import MODEL, run_config
 
 OPTIMIZER_STEP = 7
 
@@ -18,18 +18,18 @@ def build(folder: Path, layout: ParallelConfig, model: ModelConfig = MODEL) -> A
     """An engine on this layout; it replaces the process groups of the one before."""
     from megatron.core import parallel_state
 
-    from megatron_dllm import parallel
+    from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_engine
 
     parallel_state.destroy_model_parallel()
     config = run_config(folder, "run", layout, model=model)
-    parallel.initialize(config.parallel, config.run)
+    groups.initialize(config.parallel, config.run)
     return build_engine(config)
 
 
 def writer_of(folder: Path, **options: Any) -> Any:
     """A writer of the run's checkpoints."""
-    from megatron_dllm.checkpoint import CheckpointWriter
+    from megatron_dllm.checkpoint.saving import CheckpointWriter
 
     return CheckpointWriter(folder / "runs" / "run" / "checkpoints", **options)
 

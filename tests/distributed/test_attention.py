@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.ranks import run_ranks
 from megatron_dllm.model.attention import dense, flex
 from megatron_dllm.model.attention.context_parallel import plan_exchange
-from tests.distributed.ranks import run_ranks
 from tests.unit.model.attention.eager_kernel import run_eagerly
 from tests.unit.model.attention.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 

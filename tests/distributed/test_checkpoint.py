@@ -19,7 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_dllm import checkpoint_folder as folders
+from benchmarks.ranks import run_ranks
+from benchmarks.tiny_run import DENSE, MODEL, checkpoints_of, read_tensors, run_config
+from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from tests.distributed.checkpoint_run import (
     OPTIMIZER_STEP,
@@ -30,8 +32,6 @@ from tests.distributed.checkpoint_run import (
     save,
     writer_of,
 )
-from tests.distributed.ranks import run_ranks
-from tests.tiny_run import DENSE, MODEL, checkpoints_of, read_tensors, run_config
 
 TWO_RANKS = {
     "DP2": ParallelConfig(),
@@ -64,7 +64,7 @@ def _write_reference(folder: Path, model: ModelConfig, precision: str) -> None:
 
 def _load_and_save(folder: Path, layouts: dict[str, ParallelConfig], model: ModelConfig) -> dict[str, list[str]]:
     """For each layout: load, save, and name the tensors that came out otherwise (on rank 0)."""
-    from megatron_dllm.checkpoint import load_run
+    from megatron_dllm.checkpoint.saving import load_run
 
     reference = checkpoints_of(run_config(folder, "run")) / "step_0000000"
     expected = read_tensors(reference)
@@ -157,7 +157,7 @@ class _alter_written:
         self._is_here, self._patch = is_here, pytest.MonkeyPatch()
 
     def __enter__(self) -> Callable[[Any], None]:
-        from megatron_dllm.checkpoint import CheckpointWriter
+        from megatron_dllm.checkpoint.saving import CheckpointWriter
 
         def altered(writer: Any, save: Any, written: Any) -> None:
             for name in written.checksums:
@@ -179,7 +179,7 @@ class _kill_writer:
     number = signal.SIGKILL
 
     def __init__(self, is_here: bool) -> None:
-        from megatron_dllm import checkpoint_process
+        from megatron_dllm.checkpoint import background as checkpoint_process
 
         self._is_here, self._module, self._child = is_here, checkpoint_process, checkpoint_process._child
 
@@ -235,7 +235,7 @@ def _full_disk(folder: Path) -> tuple[str, str]:
     save(writer, 1, engine)
     usage = shutil.disk_usage(folder)
     with pytest.raises(RuntimeError) as no_space, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_dllm.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=5000))
+        patch.setattr("megatron_dllm.checkpoint.saving.shutil.disk_usage", lambda path: usage._replace(free=5000))
         save(writer, 2, engine)
     # Less than common.pt, which rank 0 writes alone; the other hears of it when that process is gone.
     with pytest.raises(RuntimeError) as quota, _limit_files(dist.get_rank() == 0, num_bytes=10):
@@ -251,7 +251,7 @@ def test_a_full_disk_is_named_before_or_while_writing(tmp_path: Path) -> None:
 
 
 def test_a_save_that_does_not_end_ends_the_process() -> None:
-    code = ("import time; from megatron_dllm.checkpoint import _Deadline\n"
+    code = ("import time; from megatron_dllm.checkpoint.saving import _Deadline\n"
             "with _Deadline(0.001, 'Saving step_7'): time.sleep(300)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1
@@ -260,7 +260,7 @@ def test_a_save_that_does_not_end_ends_the_process() -> None:
 
 def _slow_write(folder: Path) -> tuple[int, bool]:
     """Number of looks while the writer was busy, and whether later changes of the weights stayed out of the files."""
-    from megatron_dllm import checkpoint_process
+    from megatron_dllm.checkpoint import background as checkpoint_process
 
     engine = build(folder, ParallelConfig())
     fill_moments(engine)

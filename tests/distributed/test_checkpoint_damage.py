@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_dllm import checkpoint_folder as folders
+from benchmarks.ranks import run_ranks
+from benchmarks.tiny_run import MODEL, checkpoints_of, run_config
+from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import ParallelConfig
 from tests.distributed.checkpoint_run import OPTIMIZER_STEP, build, fill_moments, flip_bit, save, writer_of
-from tests.distributed.ranks import run_ranks
-from tests.tiny_run import MODEL, checkpoints_of, run_config
 
 
 def _truncate(folder: Path) -> None:
@@ -66,13 +66,13 @@ DAMAGES = {_truncate: "__1_0.distcp has 1000 bytes instead of", _alter: "__0_0.d
 
 def _load_damaged(folder: Path) -> dict[str, tuple[str, str, list[str]]]:
     """For each damage of the newest: what an explicit load says, where a resume starts, and its warnings."""
-    from megatron_dllm.checkpoint import load_weights
-    from megatron_dllm.training.resume import load_newest
+    from megatron_dllm.checkpoint.saving import load_weights
+    from megatron_dllm.training.start import load_newest
 
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("megatron_dllm.training.resume").addHandler(handler)
+    logging.getLogger("megatron_dllm.training.start").addHandler(handler)
     config = run_config(folder, "run")
     engine = build(folder, ParallelConfig())
     fill_moments(engine)
@@ -113,7 +113,7 @@ def test_damage_is_named_and_a_resume_falls_back_aloud(tmp_path: Path) -> None:
 
 
 def _other_identity(folder: Path) -> list[str]:
-    from megatron_dllm.training.resume import load_newest
+    from megatron_dllm.training.start import load_newest
 
     engine = build(folder, ParallelConfig())
     fill_moments(engine)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.parity_layouts import LAYOUTS, STAGES, Layout, train_config
+from benchmarks.parity_run import write_start
+from benchmarks.ranks import run_ranks
+from benchmarks.tiny_run import write_corpus
 from megatron_dllm.config import EvaluationConfig, RunConfig
-from tests.distributed.parity_layouts import LAYOUTS, STAGES, Layout, train_config
-from tests.distributed.parity_run import write_start
-from tests.distributed.ranks import run_ranks
-from tests.tiny_run import write_corpus
 
 NAMES = ["4", "32", "ar"]
 
@@ -19,11 +19,11 @@ NAMES = ["4", "32", "ar"]
 def _prepare(folder: str) -> dict[str, float]:
     from megatron.core import parallel_state
 
-    from megatron_dllm import parallel
+    from megatron_dllm.parallel import groups
 
     layout = LAYOUTS["accumulation 4"]
     write_corpus(Path(folder) / "corpus", num_documents=300)
-    parallel.initialize(layout.parallel, RunConfig(name="test"))
+    groups.initialize(layout.parallel, RunConfig(name="test"))
     write_start(layout, Path(folder))
     parallel_state.destroy_model_parallel()
     return _evaluate(layout, folder)
@@ -32,13 +32,13 @@ def _prepare(folder: str) -> dict[str, float]:
 def _evaluate(layout: Layout, folder: str) -> dict[str, float]:
     import torch
 
-    from megatron_dllm import parallel
-    from megatron_dllm.checkpoint import load_weights
+    from megatron_dllm.checkpoint.saving import load_weights
     from megatron_dllm.data.corpus import Corpus
+    from megatron_dllm.evaluation.elbo import evaluate
+    from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_chunks
-    from megatron_dllm.training.evaluate import evaluate
 
-    parallel.initialize(layout.parallel, RunConfig(name="test"))
+    groups.initialize(layout.parallel, RunConfig(name="test"))
     config = train_config(layout, STAGES["ar"], Path(folder) / "corpus")
     config = replace(config, evaluation=EvaluationConfig(block_sizes=[4, 32], num_tokens=500))
     chunks = build_chunks(config)

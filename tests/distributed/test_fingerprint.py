@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.ranks import run_ranks
 from megatron_dllm.config import ParallelConfig, RunConfig
-from tests.distributed.ranks import run_ranks
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
 
 
 def _fingerprints(seeds: list[int]) -> tuple[str, str]:
     """This rank's fingerprint and what the comparison over ranks says; each rank's masks come from its seed."""
-    from megatron_dllm import parallel
-    from megatron_dllm.training.fingerprint import check_agreement, step_fingerprint
+    from megatron_dllm.parallel import groups
+    from megatron_dllm.training.observers.fingerprint import check_agreement, step_fingerprint
 
-    parallel.initialize(ParallelConfig(context_parallel_size=2), RunConfig(name="test"))
+    groups.initialize(ParallelConfig(context_parallel_size=2), RunConfig(name="test"))
     batch = tiny_batch(tiny_model(), [[12, 9]], 48, block_size=4, seed=seeds[torch.distributed.get_rank()])
     fingerprint = step_fingerprint([batch])
     try:
@@ -27,21 +27,21 @@ def _fingerprints(seeds: list[int]) -> tuple[str, str]:
 
 def _global_fingerprint() -> str:
     """Of the same four rows, shared out over the ranks."""
-    from megatron_dllm import parallel
-    from megatron_dllm.training.fingerprint import step_fingerprint
+    from megatron_dllm.parallel import groups
+    from megatron_dllm.training.observers.fingerprint import step_fingerprint
 
-    parallel.initialize(ParallelConfig(), RunConfig(name="test"))
+    groups.initialize(ParallelConfig(), RunConfig(name="test"))
     rows = [tiny_batch(tiny_model(), [lengths], 48, block_size=4, seed=index)
             for index, lengths in enumerate([[12, 9], [20], [3, 4, 5], [8]])]
     return step_fingerprint(rows[torch.distributed.get_rank()::torch.distributed.get_world_size()])
 
 
 def _balance(method: str) -> dict[str, float]:
-    from megatron_dllm import parallel
-    from megatron_dllm.training.context_balance import context_balance
+    from megatron_dllm.parallel import groups
+    from megatron_dllm.training.observers.context_balance import context_balance
 
     layout = ParallelConfig(context_parallel_size=2, context_parallel_method=method)
-    parallel.initialize(layout, RunConfig(name="test"))
+    groups.initialize(layout, RunConfig(name="test"))
     batch = tiny_batch(tiny_model(), [[40, 20], [57]], row_length=128, block_size=4)
     return context_balance([batch], layout, torch.device("cpu"))
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.ranks import run_ranks
 from megatron_dllm.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_dllm.data.batch import Batch
-from tests.distributed.ranks import run_ranks
 from tests.reference_model import random_weights, tiny_model, to_megatron
 from tests.tiny_batch import tiny_batch
 
@@ -108,13 +108,13 @@ def _run_one_rank(folder: str) -> dict[str, Result]:
     """For every model: write the checkpoint that all layouts start from; give the loss and gradients of one rank."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    from megatron_dllm import parallel
+    from megatron_dllm.parallel import groups
 
     results = {}
     for name in MODELS:
         model, layout = _model(name), ParallelConfig()
         parallel_state.destroy_model_parallel()
-        parallel.initialize(layout, RunConfig(name="test"))
+        groups.initialize(layout, RunConfig(name="test"))
         (built,) = _chunks(model, layout)
         built.load_state_dict(to_megatron(model, _weights(model)), strict=False)
         dist_checkpointing.save(_sharded([built]), _fresh(folder, f"weights_{name}"))
@@ -132,13 +132,13 @@ def _run_layout(model_name: str, layout: ParallelConfig, dispatcher: str, folder
     """Loss sums of the global batch and its gradients, of the whole model."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    from megatron_dllm import parallel
     from megatron_dllm.model import gpt
+    from megatron_dllm.parallel import groups
 
     model = _model(model_name)
-    layout.validate(parallel.world_size(), model)
+    layout.validate(groups.world_size(), model)
     parallel_state.destroy_model_parallel()
-    parallel.initialize(layout, RunConfig(name="test"))
+    groups.initialize(layout, RunConfig(name="test"))
     with pytest.MonkeyPatch.context() as patch:
         choose = gpt._moe_arguments
         patch.setattr(gpt, "_moe_arguments", lambda *args: {**choose(*args), "moe_token_dispatcher_type": dispatcher})
@@ -169,14 +169,14 @@ def _forward_backward(model: ModelConfig, chunks: list[Any]) -> Tensor:
     )
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_dllm import parallel
+    from megatron_dllm.data.context_shard import take_context_shard
 
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
     wrapped = [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
     wrapped[0].config.finalize_model_grads_func = finalize_model_grads
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     cp_rank, cp_size = (parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
-    batches = [parallel.take_context_shard(batch, cp_rank, cp_size) for batch in _rows(model)[rank::size]]
+    batches = [take_context_shard(batch, cp_rank, cp_size) for batch in _rows(model)[rank::size]]
     iterators = [iter(batches) for _ in wrapped]
     sums = get_forward_backward_func()(
         forward_step_func=_forward, data_iterator=iterators if len(wrapped) > 1 else iterators[0], model=wrapped,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from benchmarks.ranks import run_ranks
 from megatron_dllm.config import ParallelConfig, RunConfig
-from tests.distributed.ranks import run_ranks
 
 LAYOUTS = [ParallelConfig(pipeline_model_parallel_size=2), ParallelConfig(tensor_model_parallel_size=2),
            ParallelConfig()]
@@ -15,11 +15,11 @@ def _draws() -> list[tuple[list[float], list[float]]]:
     """Per layout, what this rank draws for replicated and for divided weights; groups come and go in between."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from megatron_dllm import parallel
+    from megatron_dllm.parallel import groups
 
     result = []
     for layout in LAYOUTS:
-        parallel.initialize(layout, RunConfig(name="test", seed=3, distributed_timeout_minutes=1.0))
+        groups.initialize(layout, RunConfig(name="test", seed=3, distributed_timeout_minutes=1.0))
         layout_sizes = (parallel_state.get_pipeline_model_parallel_world_size(),
                         parallel_state.get_tensor_model_parallel_world_size(),
                         parallel_state.get_data_parallel_world_size())
@@ -29,9 +29,9 @@ def _draws() -> list[tuple[list[float], list[float]]]:
         with tensor_parallel.get_cuda_rng_tracker().fork():
             result.append((replicated, torch.rand(3).tolist()))
         parallel_state.destroy_model_parallel()
-    parallel.destroy()
+    groups.destroy()
     assert not torch.distributed.is_initialized()
-    parallel.destroy()
+    groups.destroy()
     return result
 
 

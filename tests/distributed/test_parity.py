@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.parity import ALL_LAYOUTS, measure, violations
-from tests.distributed.parity_layouts import SKIPPING, STAGES
-from tests.distributed.parity_run import Trained, prepare
-from tests.distributed.ranks import run_ranks
+from benchmarks.parity import ALL_LAYOUTS, measure, violations
+from benchmarks.parity_layouts import SKIPPING, STAGES
+from benchmarks.parity_run import Trained, prepare
+from benchmarks.ranks import run_ranks
 
 Start = tuple[str, dict[str, Trained]]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.ranks import lead_session, run_ranks
+from benchmarks.ranks import lead_session, run_ranks
 
 
 def _sum_of_ranks(offset: int) -> tuple[int, float]:

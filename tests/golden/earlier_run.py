@@ -11,10 +11,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_dllm.config import CheckpointConfig, ParallelConfig, ScheduleConfig, TrainConfig
-from tests.distributed.ranks import run_ranks
-from tests.golden.golden_run import STAGES, machine
-from tests.tiny_run import (
+from benchmarks.ranks import run_ranks
+from benchmarks.tiny_run import (
     CONTEXT_LENGTH,
     MODEL,
     ROW_LENGTH,
@@ -24,6 +22,8 @@ from tests.tiny_run import (
     train_here,
     write_corpus,
 )
+from megatron_dllm.config import CheckpointConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from tests.golden.golden_run import STAGES, machine
 
 FOLDER = Path(__file__).with_name("earlier_run")
 NAME, CHECKPOINT, STEPS = "earlier", "step_0000007", "steps.txt"

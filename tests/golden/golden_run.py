@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from megatron_dllm.config import CheckpointConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainConfig
-from tests.distributed.ranks import run_ranks
-from tests.tiny_run import (
+from benchmarks.ranks import run_ranks
+from benchmarks.tiny_run import (
     CONTEXT_LENGTH,
     MODEL,
     ROW_LENGTH,
@@ -34,6 +33,7 @@ from tests.tiny_run import (
     train_here,
     write_corpus,
 )
+from megatron_dllm.config import CheckpointConfig, ParallelConfig, ScheduleConfig, StageConfig, TrainConfig
 
 RECORD = Path(__file__).with_name("golden_run.txt")
 # Relative difference of losses and norms that another machine's rounding explains after some twenty steps.

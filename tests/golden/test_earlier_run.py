@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import run_ranks
+from benchmarks.ranks import run_ranks
+from benchmarks.tiny_run import checkpoints_of, train_here, write_corpus
 from tests.golden.earlier_run import CHECKPOINT, FOLDER, STEPS, earlier_config, steps_of
 from tests.golden.golden_run import TOLERANCE, machine
-from tests.tiny_run import checkpoints_of, train_here, write_corpus
 
 
 def test_an_earlier_run_continues_to_the_same_numbers(tmp_path: Path) -> None:

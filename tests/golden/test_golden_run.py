@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_run import write_corpus
 from tests.golden.golden_run import LAYOUTS, STAGES, differences, machine, read_record, train_layout
-from tests.tiny_run import write_corpus
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.exit_codes import EXIT_LAYOUT
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.run.exit_codes import EXIT_LAYOUT
 
 
 def write_checkpoint(folder: Path, state: dict[str, object]) -> None:

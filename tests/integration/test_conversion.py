@@ -15,19 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.ranks import run_ranks
+from benchmarks.synthetic import write_synthetic
+from benchmarks.tiny_run import MODEL, checkpoints_of, run_config, train_ranks, write_corpus
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from checkpoints_tools.compare import compare
-from checkpoints_tools.hf_config import to_hf_config
-from checkpoints_tools.mcore_folder import read_contract
-from checkpoints_tools.param_map import is_fp32
-from checkpoints_tools.safetensors_io import SafetensorsFolder
-from checkpoints_tools.synthetic import write_synthetic
+from megatron_dllm.checkpoint.mcore_folder import read_contract
 from megatron_dllm.config import CheckpointConfig, DecodingConfig, ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
-from megatron_dllm.exit_codes import EXIT_PREEMPTED
-from tests.distributed.ranks import run_ranks
+from megatron_dllm.hf.config_json import to_hf_config
+from megatron_dllm.hf.name_table import is_fp32
+from megatron_dllm.hf.safetensors_io import SafetensorsFolder
+from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 from tests.reference_model import expected_logits, random_weights, tiny_model
-from tests.tiny_run import MODEL, checkpoints_of, run_config, train_ranks, write_corpus
 
 LENGTH = 23
 # Block of every position: what is visible is every token of one's own block and of earlier ones.
@@ -44,7 +44,7 @@ def _ids(model: ModelConfig, rows: int = 2) -> Tensor:
 
 
 def _load(folder: Path) -> Any:
-    from megatron_dllm.checkpoint import load_weights
+    from megatron_dllm.checkpoint.saving import load_weights
     from megatron_dllm.model.gpt import build_model
 
     model = build_model(read_contract(folder).model, ParallelConfig(), pre_process=True, post_process=True)
@@ -144,7 +144,7 @@ def test_exported_model_trains(llada2: tuple[ModelConfig, dict[str, Tensor], Pat
     (8, {"threshold": 0.5, "temperature": 1.2, "top_p": 0.7, "top_k": 20, "seed": 8})])
 def test_exported_generate_equals_ours(llada2: tuple[ModelConfig, dict[str, Tensor], Path], block_size: int,
                                        settings: dict[str, Any]) -> None:
-    from megatron_dllm.decoder import CachedForward
+    from megatron_dllm.inference.load import CachedForward
 
     model, _, folder = llada2
     exported = _from_pretrained(folder / "llada2", dtype=torch.float32)
@@ -161,7 +161,7 @@ def test_exported_generate_equals_ours(llada2: tuple[ModelConfig, dict[str, Tens
 
 
 def test_exported_generate_stops_like_ours(llada2: tuple[ModelConfig, dict[str, Tensor], Path]) -> None:
-    from megatron_dllm.decoder import CachedForward
+    from megatron_dllm.inference.load import CachedForward
 
     model, _, folder = llada2
     exported = _from_pretrained(folder / "llada2", dtype=torch.float32)
@@ -245,12 +245,12 @@ LAYOUTS = {
 def _load_and_save(source: str, target: str, layout: ParallelConfig, model: ModelConfig) -> None:
     from megatron.core import parallel_state
 
-    from megatron_dllm import parallel
-    from megatron_dllm.checkpoint import CheckpointWriter, load_weights
+    from megatron_dllm.checkpoint.saving import CheckpointWriter, load_weights
     from megatron_dllm.config import RunConfig
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel import groups
 
-    parallel.initialize(layout, RunConfig(name="layouts"))
+    groups.initialize(layout, RunConfig(name="layouts"))
     module = build_model(model, layout, pre_process=parallel_state.is_pipeline_first_stage(),
                          post_process=parallel_state.is_pipeline_last_stage())
     load_weights(Path(source), [module])

@@ -68,7 +68,7 @@ def _config(model: ModelConfig, corpus: Any, **data: Any) -> TrainConfig:
 
 def _pieces(config: TrainConfig, corpus: Any, name: str) -> list[tuple[int, int, int]]:
     """(document, offset, length) of the pieces that validation reads."""
-    from megatron_dllm.training.evaluate import validation_geometry, validation_lengths
+    from megatron_dllm.evaluation.elbo import validation_geometry, validation_lengths
 
     lengths = validation_lengths(corpus.document_lengths, config.evaluation.num_tokens)
     stream = RowStream(lengths, 0, config.data.packing_chunk, shuffle=False)
@@ -95,7 +95,7 @@ def _sequential_nll(model: Any, tokens: Tensor, mask_token_id: int) -> float:
 
 @torch.no_grad()
 def test_elbo_at_block_size_1_is_the_exact_sequential_nll(built: Any, corpus: Any, model_config: ModelConfig) -> None:
-    from megatron_dllm.training.evaluate import evaluate
+    from megatron_dllm.evaluation.elbo import evaluate
 
     config = _config(model_config, corpus)
     result = evaluate([built], config, corpus, ["1"], torch.device("cpu"))
@@ -110,7 +110,7 @@ def test_elbo_at_block_size_1_is_the_exact_sequential_nll(built: Any, corpus: An
 @torch.no_grad()
 def test_elbo_bounds_the_block_wise_likelihood(built: Any, corpus: Any, model_config: ModelConfig) -> None:
     """The same rows and noise give the same ELBO again, and another block size gives another one."""
-    from megatron_dllm.training.evaluate import evaluate
+    from megatron_dllm.evaluation.elbo import evaluate
 
     config = _config(model_config, corpus)
     first, again = (evaluate([built], config, corpus, ["1", "8"], torch.device("cpu")) for _ in range(2))
@@ -121,7 +121,7 @@ def test_elbo_bounds_the_block_wise_likelihood(built: Any, corpus: Any, model_co
 def _loss_and_gradients(model: Any, config: TrainConfig, corpus: Any, stage: StageConfig,
                         rows: int) -> tuple[float, dict[str, Tensor], int]:
     from megatron_dllm.data.batch import collate
-    from megatron_dllm.data.dataset import RowDataset
+    from megatron_dllm.data.loader import RowDataset
 
     geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
     dataset = RowDataset(corpus, geometry, NoiseSpec.for_stage(config.noise, stage), 7, config.model.mask_token_id,

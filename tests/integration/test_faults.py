@@ -20,14 +20,9 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
-from megatron_dllm.lease import LEASE_VARIABLE, Lease
-from megatron_dllm.training.replay import load_step
-from tests.distributed.ranks import run_ranks
-from tests.integration.kill_test import ROOT, TorchrunLife, run_test, run_with_kills
-from tests.tiny_run import (
+from benchmarks.kill import ROOT, TorchrunLife, run_test, run_with_kills
+from benchmarks.ranks import run_ranks
+from benchmarks.tiny_run import (
     MODEL,
     STAGES,
     checkpoints_of,
@@ -37,6 +32,11 @@ from tests.tiny_run import (
     train_here,
     write_corpus,
 )
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
+from megatron_dllm.training.replay import load_step
 
 POISONED_STEP = 2
 POISONED_TOKEN = 77
@@ -168,11 +168,11 @@ def test_a_step_that_is_not_finite_stops_all_ranks_when_its_batch_is_written(fol
 
 def _write_poisoned_start(config: TrainConfig) -> None:
     """A checkpoint in which the embedding of one token is not a number."""
-    from megatron_dllm import parallel
-    from megatron_dllm.checkpoint import CheckpointWriter
+    from megatron_dllm.checkpoint.saving import CheckpointWriter
+    from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_engine
 
-    parallel.initialize(config.parallel, config.run)
+    groups.initialize(config.parallel, config.run)
     engine = build_engine(config)
     with torch.no_grad():
         engine.chunks[0].module.embedding.word_embeddings.weight[POISONED_TOKEN] = math.nan
@@ -334,7 +334,7 @@ def _wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_killed_ranks_leave_no_trace(tmp_path: Path, is_async: bool) -> None:
-    """The short form of `python -m tests.integration.kill_test`: between steps, in a save, in a start."""
+    """The short form of `python -m benchmarks.kill`: between steps, in a save, in a start."""
     report, problems = run_test(tmp_path, kills=3, ranks=2, scale=2.0, seed=int(is_async), is_async=is_async)
     assert problems == []
     assert report.other_samples == 0

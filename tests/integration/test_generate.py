@@ -48,7 +48,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def save_run(run: Path, model: ModelConfig, shift: bool = False, seed: int = 0) -> Path:
     """A run folder with one checkpoint of a random model whose predictions are sharp and depend on the context."""
-    from megatron_dllm.checkpoint import CheckpointWriter
+    from megatron_dllm.checkpoint.saving import CheckpointWriter
     from megatron_dllm.model.gpt import build_model
 
     module = build_model(model, ParallelConfig(), pre_process=True, post_process=True)
@@ -105,8 +105,8 @@ class UncachedForward:
 
 @pytest.mark.parametrize(("block_size", "threshold"), [(1, 0.5), (4, 0.5), (8, 0.5), (64, 1.0)])
 def test_cached_decoding_equals_uncached(run: Path, block_size: int, threshold: float) -> None:
-    from megatron_dllm.checkpoint_source import read_source
-    from megatron_dllm.decoder import CachedForward, load_model
+    from megatron_dllm.inference.load import CachedForward, load_model
+    from megatron_dllm.inference.source import read_source
 
     source = read_source(replace(SETTINGS, checkpoint=str(run), prompt="x"))
     cached, dense = (load_model(source, "fp32", backend) for backend in ("auto", "dense"))

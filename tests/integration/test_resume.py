@@ -14,20 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_dllm import checkpoint_folder as folders
-from megatron_dllm.config import (
-    CheckpointConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
-from megatron_dllm.data.dataset import RowDataset
-from megatron_dllm.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
-from tests.distributed.ranks import run_ranks
-from tests.tiny_run import (
+from benchmarks.ranks import run_ranks
+from benchmarks.tiny_run import (
     STAGES,
     checkpoints_of,
     read_metrics,
@@ -37,6 +25,18 @@ from tests.tiny_run import (
     train_ranks,
     write_corpus,
 )
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from megatron_dllm.data.loader import RowDataset
+from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2)
 TP2_EP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2,
@@ -236,7 +236,7 @@ def test_layouts_of_all_stages_are_checked_at_the_start(folder: Path) -> None:
 
 def test_validations_that_cannot_run_are_refused_at_the_start(folder: Path, unbroken_one: TrainConfig) -> None:
     from megatron_dllm.evaluate import evaluate_checkpoint
-    from megatron_dllm.training.resume import check_inputs
+    from megatron_dllm.training.start import check_inputs
 
     config = _evaluated(run_config(folder, "unmeasured"))
     schedule = ScheduleConfig(context_length=32, row_length=32, stages={"stable": STAGES["stable"]})  # no clean copies

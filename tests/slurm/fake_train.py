@@ -18,8 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_PREEMPTED
-from megatron_dllm.lease import Lease, LeaseLost
+from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_PREEMPTED
+from megatron_dllm.run.lease import Lease, LeaseLost
 from tests.integration.part_train import given_config
 
 

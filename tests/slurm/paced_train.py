@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.rank import RUN_VARIABLE
-from megatron_dllm import checkpoint_folder, host
+from megatron_dllm import host
+from megatron_dllm.checkpoint import folder as checkpoint_folder
 
 RUN = Path(os.environ[RUN_VARIABLE])
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tiny_run import write_corpus
 from launch import record
 from tests.slurm.conftest import Cluster, missing_programs
 from tests.slurm.test_training import Training
-from tests.tiny_run import write_corpus
 
 pytestmark = [pytest.mark.slurm,
               pytest.mark.skipif(importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tiny_run import read_tensors, write_corpus
 from launch import record
 from megatron_dllm.compose import RECIPES
 from tests.slurm.conftest import ROOT, Cluster, first_step_after, wait_for
-from tests.tiny_run import read_tensors, write_corpus
 
 pytestmark = pytest.mark.slurm
 

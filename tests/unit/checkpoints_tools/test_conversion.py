@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from checkpoints_tools import hf_to_mcore, mcore_to_hf, output_folder
-from checkpoints_tools.mcore_folder import read_contract
-from checkpoints_tools.safetensors_io import INDEX_NAME, SafetensorsFolder
-from checkpoints_tools.synthetic import write_synthetic
-from checkpoints_tools.tokenizer_files import TokenizerFiles
-from checkpoints_tools.torch_dist_read import TorchDistReader
-from megatron_dllm.checkpoint_folder import MANIFEST, damaged_files, read_json
-
-from .conftest import LING, MODELS, left_in, seal
-from .test_tokenizer_files import make_tokenizer
+from benchmarks.synthetic import write_synthetic
+from checkpoints_tools import hf_to_mcore, mcore_to_hf
+from megatron_dllm.checkpoint import output_folder
+from megatron_dllm.checkpoint.folder import MANIFEST, damaged_files, read_json
+from megatron_dllm.checkpoint.mcore_folder import read_contract
+from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
+from megatron_dllm.hf.safetensors_io import INDEX_NAME, SafetensorsFolder
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
+from tests.tiny_models import LING, MODELS, left_in, seal
+from tests.unit.hf.test_tokenizer_folder import make_tokenizer
 
 
 def _bits(folder: Path) -> dict[str, torch.Tensor]:

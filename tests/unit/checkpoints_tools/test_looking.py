@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import compare, inspect, mcore_to_hf
-from checkpoints_tools.param_map import weight_map
-from megatron_dllm import checkpoint_folder as folders
-
-from .conftest import LING, seal
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.hf.name_table import weight_map
+from tests.tiny_models import LING, seal
 
 
 def test_inspect_counts_parameters_alike_in_both_formats(checkpoint: Path, hf: Path) -> None:
@@ -42,7 +41,7 @@ def test_inspect_shows_step_contract_and_validation(checkpoint: Path) -> None:
 
 
 def test_inspect_reads_headers_only(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("checkpoints_tools.torch_dist_read.TorchDistReader.read", None)
+    monkeypatch.setattr("megatron_dllm.checkpoint.torch_dist_read.TorchDistReader.read", None)
     assert inspect.describe(checkpoint)["num_tensors"] == len(weight_map(LING).mcore_shapes)
 
 

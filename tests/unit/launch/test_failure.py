@@ -8,7 +8,7 @@ import pytest
 from launch import record
 from launch.ending import ending_of
 from launch.failure import collect_failure, overall_code
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 
 HOSTS = ["node1", "node2"]
 

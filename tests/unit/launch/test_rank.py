@@ -14,8 +14,8 @@ import pytest
 
 from launch import node, record
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE, adopt_slurm_ranks
-from megatron_dllm.exit_codes import EXIT_FENCED, EXIT_PREEMPTED
-from megatron_dllm.lease import LEASE_VARIABLE, Lease
+from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_PREEMPTED
+from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
 
 ROOT = Path(__file__).resolve().parents[3]
 OBEDIENT = """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import freeze, record, submit
-from megatron_dllm import code_version
+from megatron_dllm.run import code_version
 
 CHAIN = """# @package _global_
 name: pair
@@ -90,7 +90,7 @@ def test_code_is_frozen_without_git(pair: list[str], tmp_path: Path, monkeypatch
 
 def test_a_frozen_copy_knows_the_commit_it_was_made_from(tmp_path: Path) -> None:
     code = freeze.freeze_code(tmp_path)
-    script = "from megatron_dllm.code_version import code_state; print(code_state(), end='')"
+    script = "from megatron_dllm.run.code_version import code_state; print(code_state(), end='')"
     told = subprocess.run([sys.executable, "-c", script], cwd=code, capture_output=True, text=True, check=True).stdout
     assert told == code_version.code_state()
 

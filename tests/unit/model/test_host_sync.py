@@ -47,7 +47,7 @@ class WatchWaits(TorchDispatchMode):
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_only_megatron_core_makes_the_host_wait(recompute: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_dllm.model.gpt import build_model
-    from megatron_dllm.training.step import _loss
+    from megatron_dllm.model.pipeline import _loss
 
     replace_kernel(monkeypatch, 16)
     model = tiny_model()

@@ -108,7 +108,7 @@ def test_rows_to_keep_are_filled_up_to_a_multiple() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_router_load_of_the_last_layer_counts_kept_tokens(recompute: str) -> None:
-    from megatron_dllm.training.router_load import RouterLoad
+    from megatron_dllm.training.observers.router_load import RouterLoad
 
     model = tiny_model()
     built, batch = _build(model, ParallelConfig(recompute=recompute)), tiny_batch(model, **BATCHES["two rows"])

@@ -1,0 +1,148 @@
+"""The inputs of a merge, of either format, behind one interface; and what they must have in common."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
+from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
+from megatron_dllm.hf.safetensors_io import SafetensorsFolder
+
+TensorTable = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+# Of config.json: what may differ between checkpoints of one run.
+_FREE_KEYS = ("transformers_version", "_name_or_path")
+
+
+class MergeInput(ABC):
+    """One model to average.
+
+    Attributes:
+        folder: where it lies.
+        tensors: dtype and shape by name.
+        step: optimizer steps, if known.
+    """
+
+    folder: Path
+    tensors: TensorTable
+    step: int | None
+
+    @abstractmethod
+    def read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
+        """Read a box, which is the run of elements from `first`, into `out` [prod(sizes)]."""
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """Settings that must be equal, by name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the files."""
+
+
+class TorchDistInput(MergeInput):
+    """A torch_dist checkpoint of ours."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.contract: Contract
+        self.reader: TorchDistReader
+        self.contract, self.reader = open_checkpoint(folder)
+        self.step = self.contract.content.get("step")
+        self.keys = model_keys(self.contract.model, self.reader)
+        stored = self.reader.metadata.tensors
+        self.tensors = {key: (stored[name].dtype, stored[name].shape) for key, name in self.keys.items()}
+
+    def read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
+        """See `MergeInput.read`."""
+        self.reader.read(self.keys[name], offsets, sizes, out)
+
+    def description(self) -> dict[str, Any]:
+        """What the tensors mean, contract and tokenizer."""
+        content = self.contract.content
+        tokenizer = tokenizer_folder(self.folder, self.contract)
+        return {**{f"model.{name}": getattr(self.contract.model, name) for name in folders.IDENTITY},
+                **{f"contract.{name}": value for name, value in content["contract"].items()},
+                "tokenizer": _fingerprint(tokenizer)}
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+
+
+class HFInput(MergeInput):
+    """A Hugging Face folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.step = None
+        self.reader = SafetensorsFolder(folder)
+        self.tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in self.reader.tensors.items()}
+
+    def read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
+        """See `MergeInput.read`."""
+        self.reader.read(name, first, out)
+
+    def description(self) -> dict[str, Any]:
+        """config.json and tokenizer."""
+        path = self.folder / "config.json"
+        config = folders.read_json(path) if path.is_file() else {}
+        return {**{f"config.{name}": value for name, value in config.items() if name not in _FREE_KEYS},
+                "tokenizer": _fingerprint(self.folder)}
+
+    def close(self) -> None:
+        """Close the files."""
+        self.reader.close()
+
+
+def open_input(folder: Path, input_format: str) -> MergeInput:
+    """Open a folder of either format ("torch_dist", "hf" or "auto")."""
+    if not folder.is_dir():
+        raise ValueError(f"checkpoints ({folder}) is no folder; name folders that exist.")
+    is_hf = input_format == "hf" or (input_format == "auto" and not (folder / folders.CONTRACT).is_file()
+                                     and (folder / "config.json").is_file())
+    return HFInput(folder) if is_hf else TorchDistInput(folder)
+
+
+def check_alike(inputs: list[MergeInput]) -> None:
+    """Raise ValueError naming the first difference between the first input and another."""
+    first = inputs[0]
+    for other in inputs[1:]:
+        if type(other) is not type(first):
+            raise ValueError(f"{other.folder} has another format than {first.folder}; convert one of them.")
+        _check_settings(first, other)
+        names = sorted(set(first.tensors) ^ set(other.tensors))
+        if names:
+            holder, lacking = (first, other) if names[0] in first.tensors else (other, first)
+            raise ValueError(f"tensor {names[0]} is in {holder.folder} but not in {lacking.folder} ({len(names)} names "
+                             "differ); only checkpoints of one model have a mean.")
+        for name, entry in first.tensors.items():
+            if not entry[0].is_floating_point:
+                raise ValueError(f"tensor {name} is {_show(entry)} in {first.folder}; only floating point has a mean.")
+            if other.tensors[name] != entry:
+                raise ValueError(f"tensor {name} is {_show(entry)} in {first.folder} and {_show(other.tensors[name])} "
+                                 f"in {other.folder}; only checkpoints of one model and precision have a mean.")
+
+
+def _check_settings(first: MergeInput, other: MergeInput) -> None:
+    ours, theirs = first.description(), other.description()
+    for name in sorted(set(ours) | set(theirs)):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(f"{name} is {ours.get(name)} in {first.folder} and {theirs.get(name)} in {other.folder}; "
+                             "only checkpoints of one model, block grid and tokenizer have a mean.")
+
+
+def _show(entry: tuple[torch.dtype, tuple[int, ...]]) -> str:
+    return f"{str(entry[0]).removeprefix('torch.')} {list(entry[1])}"
+
+
+def _fingerprint(folder: Path | None) -> str | None:
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()

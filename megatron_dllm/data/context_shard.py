@@ -1,0 +1,55 @@
+"""A context-parallel rank's share of a micro-batch: which tokens of every row it holds, and the targets among them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.context_deal import deal_row
+
+
+def deal_context(batch: Batch, cp_size: int) -> Tensor:
+    """Which tokens of each row each context-parallel rank holds, from roles and targets alone.
+
+    Args:
+        batch: whole rows, on the CPU.
+        cp_size: context-parallel ranks.
+
+    Returns:
+        [b, cp_size, s / cp_size] int64 indexes into the row.
+    """
+    is_target = np.zeros(batch.input_ids.shape, dtype=np.bool_)
+    is_target.reshape(-1)[batch.target_positions.numpy()] = True
+    rows = zip(batch.roles.numpy(), is_target, strict=True)
+    return torch.from_numpy(np.stack([deal_row(roles, targets, cp_size) for roles, targets in rows]))
+
+
+def take_context_shard(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
+    """This context-parallel rank's tokens of the micro-batch.
+
+    Tensors per token become [b, s / cp_size]; targets are those of these tokens, with positions that count in
+    the shard. Row keys, sample ids and the counts (num_maskable, ...) stay those of the whole rows: they must
+    not be summed over context-parallel ranks.
+
+    Args:
+        batch: whole rows, on the CPU; the same on every rank of the group.
+        cp_rank: this rank's place in the group.
+        cp_size: size of the group; 1 returns the batch itself.
+    """
+    if cp_size == 1:
+        return batch
+    tokens = deal_context(batch, cp_size)[:, cp_rank]
+    num_rows, length = batch.input_ids.shape
+    per_token = {name: getattr(batch, name).gather(1, tokens) for name in ("input_ids", "position_ids", "is_masked")}
+    flat = (tokens + torch.arange(num_rows).unsqueeze(-1) * length).reshape(-1)
+    place = torch.full((num_rows * length,), -1, dtype=torch.int64)
+    place[flat] = torch.arange(len(flat))
+    local = place[batch.target_positions]
+    mine = local >= 0
+    per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
+    return replace(batch, roles=batch.roles.flatten(0, 1)[flat].view(num_rows, -1, 3), target_positions=local[mine],
+                   **per_token, **per_target)

@@ -1,0 +1,145 @@
+"""Validation: the ELBO of a held-out corpus at given block sizes, or the exact NLL of an AR model.
+
+The rows and the noise are the same for every checkpoint, so differences between checkpoints are
+differences between models. The mask count of each block is drawn evenly from 1..B, which estimates the
+ELBO over all noise levels without bias and with less variance than drawing t (see `diffusion.noise`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from numpy.typing import NDArray
+from torch import nn
+
+from megatron_dllm.config import StageConfig, TrainConfig
+from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.loader import BatchLoader, RowDataset
+from megatron_dllm.data.packing import RowStream
+from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.model.pipeline import LOSS, MASKABLE, run_schedule
+
+AR = "ar"
+_SEED = 0
+
+
+class EvaluationStopped(Exception):
+    """Asked to stop between two batches."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Nats per token at each block size ("ar" for the AR objective), over `num_tokens` document tokens."""
+
+    nats_per_token: dict[str, float]
+    tokens_per_byte: float | None
+    num_tokens: int
+    target_block_size: int
+
+    @property
+    def bits_per_byte(self) -> dict[str, float]:
+        """The same in bits per byte of UTF-8 text, comparable between tokenizers; empty if bytes are unknown."""
+        if self.tokens_per_byte is None:
+            return {}
+        return {name: nats * self.tokens_per_byte / math.log(2.0) for name, nats in self.nats_per_token.items()}
+
+    def to_json(self) -> dict[str, object]:
+        """What is written beside a checkpoint as validation.json."""
+        return {"elbo": self.nats_per_token,
+                "bits_per_byte": self.bits_per_byte,
+                "target_block_size": self.target_block_size, "num_tokens": self.num_tokens}
+
+
+def validation_names(config: TrainConfig, stage: StageConfig) -> list[str]:
+    """What a stage is evaluated at: the block sizes, the target first, or "ar"."""
+    return [AR] if stage.objective == AR else [str(size) for size in config.evaluation.block_sizes]
+
+
+def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:
+    """Rows of the evaluation called `name`: a block size, or "ar"."""
+    is_ar = name == AR
+    return RowGeometry(
+        objective="ar" if is_ar else "block_diffusion", block_size=1 if is_ar else int(name),
+        context_length=config.schedule.context_length, row_length=config.schedule.tokens_per_row,
+        num_views=0 if is_ar else 1, block_origin=config.data.block_origin, prune_clean=config.data.prune_clean)
+
+
+@torch.no_grad()
+def evaluate(chunks: list[nn.Module], config: TrainConfig, corpus: Corpus, names: list[str],
+             device: torch.device, must_stop: Callable[[], bool] = lambda: False) -> Validation:
+    """Measure the NLL bound of the local model on `evaluation.num_tokens` tokens of the corpus (a collective).
+
+    Args:
+        chunks: the local model.
+        config: of the run.
+        corpus: held-out documents; the same ones are measured under every name.
+        names: block sizes as text, or "ar". The first one is reported as the target.
+        device: where to compute.
+        must_stop: asked on all ranks between batches.
+
+    Raises:
+        EvaluationStopped: `must_stop` said so.
+    """
+    was_training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    lengths = validation_lengths(corpus.document_lengths, config.evaluation.num_tokens)
+    nats: dict[str, float] = {}
+    try:
+        for name in names:
+            loss, maskable = 0.0, 0.0
+            for step in _loader(config, corpus, lengths, name):
+                if must_stop():
+                    raise EvaluationStopped
+                sums = run_schedule(chunks, step.micro_batches, device, forward_only=True)
+                loss, maskable = loss + float(sums[LOSS]), maskable + float(sums[MASKABLE])
+            nats[name] = loss / max(maskable, 1.0)
+    finally:
+        for chunk, training in zip(chunks, was_training, strict=True):
+            chunk.train(training)
+    tokens_per_byte = corpus.num_tokens / corpus.num_bytes if corpus.num_bytes else None
+    target = AR if names == [AR] else str(config.evaluation.block_sizes[0])
+    return Validation(nats, tokens_per_byte, int(lengths.sum()), 0 if target == AR else int(target))
+
+
+def validation_lengths(document_lengths: NDArray[Any], num_tokens: int) -> NDArray[np.int64]:
+    """[d] lengths of the documents that are measured, 0 for the others.
+
+    Whole documents in an order drawn once from a fixed seed, until they hold `num_tokens` tokens (or all do).
+    """
+    order = np.random.default_rng(_SEED).permutation(len(document_lengths))
+    total = np.cumsum(np.asarray(document_lengths, dtype=np.int64)[order])
+    chosen = order[:int(np.searchsorted(total, num_tokens)) + 1]
+    lengths = np.zeros(len(document_lengths), dtype=np.int64)
+    lengths[chosen] = np.asarray(document_lengths)[chosen]
+    return lengths
+
+
+def _count_rows(stream: RowStream, geometry: RowGeometry) -> int:
+    """Rows of the stream's first epoch."""
+    stream, count = stream.copy(), 0
+    while stream.next(geometry).epoch == 0:
+        count += 1
+    return count
+
+
+def _loader(config: TrainConfig, corpus: Corpus, lengths: NDArray[np.int64], name: str) -> BatchLoader:
+    geometry = validation_geometry(config, name)
+    ranks = parallel_state.get_data_parallel_world_size()
+    rows = config.evaluation.micro_batch_size
+    # As many micro-batches at a time as pipeline stages keep them busy, and virtual stages take no fewer; rows of
+    # padding fill them up.
+    num_micro_batches = config.parallel.pipeline_model_parallel_size
+    dataset = RowDataset(corpus, geometry, None if name == AR else NoiseSpec.for_validation(), _SEED,
+                         config.model.mask_token_id, config.model.pad_token_id)
+    stream = RowStream(lengths, _SEED, config.data.packing_chunk, shuffle=False)
+    return BatchLoader(dataset, stream, global_batch_size=rows * ranks * num_micro_batches, micro_batch_size=rows,
+                       data_parallel_rank=parallel_state.get_data_parallel_rank(), data_parallel_size=ranks,
+                       num_rows=_count_rows(stream, geometry))

@@ -1,0 +1,134 @@
+"""A checkpoint's model on one device, and the cached pass by which it decodes.
+
+Weights come from a torch_dist checkpoint of any layout, or straight from an HF folder, by the same table
+that the conversion tools use.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from torch import Tensor
+
+from megatron_dllm.checkpoint.saving import load_weights
+from megatron_dllm.config import ParallelConfig, RunConfig
+from megatron_dllm.hf.name_table import Piece, weight_map
+from megatron_dllm.hf.safetensors_io import SafetensorsFolder
+from megatron_dllm.inference.source import CheckpointSource
+from megatron_dllm.model.attention.kv_cache import KVCache
+from megatron_dllm.model.gpt import DiffusionGPTModel, build_model
+from megatron_dllm.parallel import groups
+
+
+class CachedForward:
+    """The `diffusion.decode.Forward` of a megatron model: committed tokens live in a `KVCache`."""
+
+    def __init__(self, model: DiffusionGPTModel) -> None:
+        self._model = model
+        self._cache = KVCache()
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
+        """See `diffusion.decode.Forward`; a commit skips the head."""
+        num_logits = 0 if commit else input_ids.numel()
+        positions = torch.arange(num_logits, device=input_ids.device)
+        with self._cache.attached(self._model, is_committing=commit):
+            logits = self._model.logits(input_ids, position_ids, roles, positions)
+        return None if commit else logits.view(*input_ids.shape, -1)
+
+
+@contextmanager
+def single_rank(seed: int) -> Iterator[None]:
+    """Process groups of one rank, unless the caller has started groups already."""
+    if parallel_state.model_parallel_is_initialized():
+        yield
+        return
+    groups.initialize(ParallelConfig(), RunConfig(name="generate", seed=seed))
+    try:
+        yield
+    finally:
+        groups.destroy()
+
+
+def load_model(source: CheckpointSource, precision: str | None, attention_backend: str) -> DiffusionGPTModel:
+    """Build the model on this process's device, load its weights, set it to evaluation; process groups must exist.
+
+    Args:
+        source: from `read_source`.
+        precision: of parameters and activations; None: bf16 on a GPU, fp32 without one.
+        attention_backend: see `config.model.ATTENTION_BACKENDS`.
+
+    Raises:
+        ValueError: weights are missing, or do not fit the model.
+    """
+    layout = ParallelConfig(precision=precision or ("bf16" if torch.cuda.is_available() else "fp32"))
+    model = build_model(source.model, layout, pre_process=True, post_process=True, attention_backend=attention_backend)
+    if source.is_hf:
+        load_hf_weights(source.folder, model)
+    else:
+        load_weights(source.folder, [model])
+    return model.eval()
+
+
+def load_hf_weights(folder: Path, model: DiffusionGPTModel) -> None:
+    """Copy the tensors of an HF folder into a model of any layout; every rank reads what it holds.
+
+    Args:
+        folder: config.json and safetensors.
+        model: as built, its precision stays.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape.
+    """
+    sizes = model.model_config
+    source = SafetensorsFolder(folder)
+    has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in source.tensors)
+    table = weight_map(sizes, has_stacked_experts=has_stacked_experts)
+    stored = {name: tensor.shape for name, tensor in source.tensors.items()}
+    differing = sorted(name for name in stored.keys() | table.hf_shapes.keys()
+                       if stored.get(name) != table.hf_shapes.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(f"{folder}: {len(differing)} tensors do not fit its config.json; {name} is "
+                         f"{stored.get(name)}, expected {table.hf_shapes.get(name)}. The folder is of another model, "
+                         "or incomplete.")
+    targets: dict[str, list[ShardedTensor]] = defaultdict(list)
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            targets[value.key].append(value)
+    num_missing = sum(target.data.numel() for parts in targets.values() for target in parts)
+    with torch.no_grad():
+        for piece in table.pieces:
+            num_missing -= _copy_piece(source, piece, targets[piece.mcore_key])
+    source.close()
+    assert num_missing == 0, f"{num_missing} elements of the model have no counterpart in the weight map"
+
+
+def _copy_piece(source: SafetensorsFolder, piece: Piece, targets: list[ShardedTensor]) -> int:
+    """Copy one piece into the parts of its tensor that this rank holds; returns the number of elements."""
+    values = torch.empty(piece.num_elements, dtype=source.tensors[piece.hf_name].dtype)
+    source.read(piece.hf_name, piece.hf_start, values)
+    values = values.view(piece.sizes)
+    num_copied = 0
+    for target in targets:
+        data = target.data.view((1,) * target.prepend_axis_num + tuple(target.local_shape))
+        box = [(max(a, b), min(a + n, b + m)) for a, n, b, m in
+               zip(piece.offsets, piece.sizes, target.global_offset, data.shape, strict=True)]
+        if all(low < high for low, high in box):
+            part = values[_slices(box, piece.offsets)]
+            data[_slices(box, target.global_offset)].copy_(part)
+            num_copied += part.numel()
+    return num_copied
+
+
+def _slices(box: list[tuple[int, int]], origin: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(low - start, high - start) for (low, high), start in zip(box, origin, strict=True))

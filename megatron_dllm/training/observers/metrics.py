@@ -1,0 +1,100 @@
+"""Metrics of a run: metrics.jsonl always, TensorBoard and W&B (offline too) beside it. Rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_dllm.checkpoint.folder import write_text
+from megatron_dllm.config import TrainConfig
+from megatron_dllm.model.pipeline import BUCKETS, CORRECT, MASKABLE, NLL, NUM_BUCKETS, TARGETS
+from megatron_dllm.training.step import StepResult
+
+
+class MetricsWriter:
+    """Writes one record at a time to every sink. `step` counts optimizer steps, in all stages together."""
+
+    def __init__(self, run_folder: Path, config: TrainConfig) -> None:
+        self._file = open(run_folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self._tensorboard = SummaryWriter(str(run_folder / "tensorboard"))
+        if config.logging.wandb_mode != "disabled":
+            import wandb
+            self._wandb = wandb.init(project=config.logging.wandb_project, name=config.run.name, dir=str(run_folder),
+                                     id=_run_id(run_folder), resume="allow", mode=config.logging.wandb_mode,
+                                     config=asdict(config))
+
+    def write(self, step: int, record: dict[str, Any]) -> None:
+        """Append a record; numbers also go to TensorBoard and W&B under their names."""
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in record.items()
+                   if isinstance(value, int | float) and not isinstance(value, bool)}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _run_id(run_folder: Path) -> str:
+    """An id that stays the same when the run is resumed, kept in the run folder."""
+    path = run_folder / "wandb_id"
+    if not path.is_file():
+        path.write_text(os.urandom(6).hex(), encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def trim_metrics(run_folder: Path, step: int, is_validated: bool = True) -> None:
+    """Drop records behind `step`, and its validation unless the checkpoint has it: a resumed run writes them again."""
+    path = run_folder / "metrics.jsonl"
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line a killed process left half-written
+        if record["step"] < step or (record["step"] == step and (is_validated or "validation" not in record)):
+            kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def step_record(result: StepResult) -> dict[str, float]:
+    """Loss, accuracy and the per-t-bucket means of one step; buckets without tokens are left out."""
+    sums = result.sums
+    targets = float(sums[TARGETS].clamp(min=1))
+    record = {"loss": result.loss, "masked_nll": float(sums[NLL]) / targets,
+              "masked_accuracy": float(sums[CORRECT]) / targets,
+              "masked_fraction": targets / float(sums[MASKABLE].clamp(min=1)), "grad_norm": result.grad_norm}
+    for index, (nll, count, correct) in enumerate(sums[BUCKETS:].view(NUM_BUCKETS, 3).tolist()):
+        if count > 0:
+            low, high = index / NUM_BUCKETS, (index + 1) / NUM_BUCKETS
+            record[f"nll_t/{low:.1f}-{high:.1f}"] = nll / count
+            record[f"accuracy_t/{low:.1f}-{high:.1f}"] = correct / count
+    return record
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process in GiB: of the GPU's allocator, or the resident set on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,146 @@
+"""A global batch is the same rows whatever the layout; prefetching moves neither numbers nor positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dllm.config import ModelConfig
+from megatron_dllm.data.batch import Batch
+from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.loader import BatchLoader, GlobalStep, RowDataset
+from megatron_dllm.data.packing import RowStream
+from megatron_dllm.diffusion.noise import NoiseSpec
+from tests.unit.data.conftest import MASK, PAD, random_documents
+
+GEOMETRY = RowGeometry("block_diffusion", 4, 32, 64, 1)
+AR = RowGeometry("ar", 1, 32, 64, 0)
+NOISE = NoiseSpec("block", True, True, "elbo", 0.1, 0.9, 1)
+DOCUMENTS = random_documents(120)
+
+
+@pytest.fixture
+def dataset(write_corpus: Callable[..., str], model: ModelConfig) -> RowDataset:
+    return RowDataset(Corpus(write_corpus(DOCUMENTS), model), GEOMETRY, NOISE, seed=5, mask_token_id=MASK,
+                      pad_token_id=PAD)
+
+
+def new_stream(dataset: RowDataset, shuffle: bool = True) -> RowStream:
+    return RowStream(dataset.corpus.document_lengths, seed=5, chunk=32, shuffle=shuffle)
+
+
+def take(dataset: RowDataset, stream: RowStream, num_steps: int, **settings: int) -> list[GlobalStep]:
+    loader = BatchLoader(dataset, stream, **({"global_batch_size": 8, "micro_batch_size": 2} | settings))
+    return [step for _, step in zip(range(num_steps), loader, strict=False)]
+
+
+def rows_of(batches: list[Batch]) -> list[tuple]:
+    """Every row of the batches as something comparable."""
+    return [(batch.input_ids[i].tolist(), batch.roles[i].tolist(), int(batch.row_keys[i]))
+            for batch in batches for i in range(len(batch.input_ids))]
+
+
+def assert_same(one: list[GlobalStep], other: list[GlobalStep]) -> None:
+    assert len(one) == len(other)
+    for step, expected_step in zip(one, other, strict=True):
+        assert step.stream_state == expected_step.stream_state
+        for batch, expected_batch in zip(step.micro_batches, expected_step.micro_batches, strict=True):
+            for field in fields(Batch):
+                assert torch.equal(getattr(batch, field.name), getattr(expected_batch, field.name)), field.name
+
+
+def test_row_holds_the_documents_tokens(dataset: RowDataset) -> None:
+    stream = new_stream(dataset)
+    for _ in range(20):
+        plan = stream.next(GEOMETRY)
+        row = dataset[plan]
+        expected_ids = [DOCUMENTS[d][o + i] for d, o, n, _ in plan.pieces.tolist() for i in range(n)]
+        noisy = row.roles[:, 2] == 1
+        unmasked = ~row.is_masked[noisy]
+        assert (row.input_ids[noisy][unmasked] == np.array(expected_ids)[unmasked]).all()
+        assert row.target_ids.tolist() == np.array(expected_ids)[~unmasked].tolist()
+        offsets = np.cumsum([0, *map(len, DOCUMENTS)])
+        assert row.sample_ids.tolist() == [offsets[d] + o for d, o, _, _ in plan.pieces.tolist()]
+
+
+@pytest.mark.parametrize(("size", "micro_batch_size"), [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2), (8, 1)])
+def test_global_batch_is_the_same_rows_in_every_layout(dataset: RowDataset, size: int, micro_batch_size: int) -> None:
+    expected_steps = take(dataset, new_stream(dataset), 5)
+    ranks = [take(dataset, new_stream(dataset), 5, micro_batch_size=micro_batch_size, data_parallel_rank=rank,
+                  data_parallel_size=size) for rank in range(size)]
+    for number, expected_step in enumerate(expected_steps):
+        steps = [rank[number] for rank in ranks]
+        assert all(step.stream_state == expected_step.stream_state for step in steps)
+        in_order = [step.micro_batches[j] for j in range(len(steps[0].micro_batches)) for step in steps]
+        assert rows_of(in_order) == rows_of(expected_step.micro_batches)
+        for name in ("num_maskable", "num_document_tokens", "num_forward_tokens"):
+            assert sum(getattr(b, name) for b in in_order) == sum(getattr(b, name) for b in expected_step.micro_batches)
+        for name in ("num_document_tokens", "num_forward_tokens"):
+            expected_total = sum(int(getattr(batch, name)) for batch in in_order)
+            assert {getattr(step, name) for step in steps} == {expected_total}
+
+
+def test_workers_change_nothing(dataset: RowDataset) -> None:
+    expected_steps = take(dataset, new_stream(dataset), 6)
+    stream = new_stream(dataset)
+    assert_same(take(dataset, stream, 6, num_workers=2), expected_steps)
+    # The workers were ahead; the position is not.
+    assert stream.state_dict() == expected_steps[-1].stream_state
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_resume_at_any_step_continues_bitwise(dataset: RowDataset, num_workers: int) -> None:
+    expected_steps = take(dataset, new_stream(dataset), 24)  # more than an epoch
+    assert expected_steps[-1].stream_state["epoch"] >= 1
+    for step in (1, 7):
+        stream = new_stream(dataset)
+        stream.load_state_dict(expected_steps[step - 1].stream_state)
+        assert_same(take(dataset, stream, 24 - step, num_workers=num_workers), expected_steps[step:])
+
+
+def test_next_stage_continues_with_the_same_stream(dataset: RowDataset) -> None:
+    ar = RowDataset(dataset.corpus, AR, None, seed=5, mask_token_id=MASK, pad_token_id=PAD)
+    stream = new_stream(dataset)
+    steps = take(dataset, stream, 2, num_workers=1) + take(ar, stream, 3)
+    expected_stream = new_stream(dataset)
+    for number, step in enumerate(steps):
+        plans = [expected_stream.next(GEOMETRY if number < 2 else AR) for _ in range(8)]
+        used = ar if number >= 2 else dataset
+        expected_ids = [used[plan].input_ids.tolist() for plan in plans]
+        assert [row[0] for row in rows_of(step.micro_batches)] == expected_ids
+
+
+def test_validation_ends_and_pads_the_last_step(dataset: RowDataset) -> None:
+    expected_rows = rows_of([b for s in take(dataset, new_stream(dataset, False), 2, num_rows=13)
+                             for b in s.micro_batches])
+    assert len(expected_rows) == 16
+    assert [set(row[0]) == {PAD} for row in expected_rows] == [False] * 13 + [True] * 3
+    ranks = [take(dataset, new_stream(dataset, False), 99, num_rows=13, micro_batch_size=1, data_parallel_rank=r,
+                  data_parallel_size=2) for r in range(2)]
+    assert [len(steps) for steps in ranks] == [2, 2]
+    rows = [rows_of([step.micro_batches[j]])[0] for k in range(2) for j in range(4)
+            for step in (ranks[0][k], ranks[1][k])]
+    assert rows == expected_rows
+
+
+def test_loading_leaves_the_random_state_alone(dataset: RowDataset) -> None:
+    torch.manual_seed(0)
+    expected_state = torch.get_rng_state()
+    take(dataset, new_stream(dataset), 1)
+    assert torch.equal(torch.get_rng_state(), expected_state)
+
+
+def test_global_batch_that_cannot_be_dealt_is_refused(dataset: RowDataset) -> None:
+    with pytest.raises(ValueError, match=r"global_batch_size \(8\) must be a multiple of .*\(3 x 1\)"):
+        BatchLoader(dataset, new_stream(dataset), global_batch_size=8, micro_batch_size=3)
+
+
+def test_corpus_below_one_row_is_refused(write_corpus: Callable[..., str], model: ModelConfig) -> None:
+    corpus = Corpus(write_corpus([[5, 6, 7]]), model)
+    with pytest.raises(ValueError, match=r"\(3 tokens\) must hold more than one row of 64"):
+        RowDataset(corpus, AR, None, seed=0, mask_token_id=MASK, pad_token_id=PAD)
