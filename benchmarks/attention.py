@@ -29,9 +29,11 @@ from benchmarks.record import RESULTS, machine, write_results
 from megatron_dllm.diffusion.roles import visible_keys
 from megatron_dllm.model.attention.core import BACKENDS
 
-NOTE = ("ratio and peak_ratio are against the first backend of the same mask; limit is the share of visible pairs. "
-        "causal: torch's causal attention of one sequence with as many visible pairs; causal_pace: its time over the "
-        "backend's. tflops_s counts visible pairs and 3 times the forward pass.")
+NOTE = (
+    "ratio and peak_ratio are against the first backend of the same mask; limit is the share of visible pairs. "
+    "causal: torch's causal attention of one sequence with as many visible pairs; causal_pace: its time over the "
+    "backend's. tflops_s counts visible pairs and 3 times the forward pass."
+)
 CAUSAL = "causal"
 
 
@@ -82,8 +84,9 @@ def build_roles(lengths: list[int], block: int) -> Tensor:
     rows = []
     for doc, size in enumerate(lengths):
         for view in (1, 0):
-            rows.append(torch.stack([torch.full((size,), doc), torch.arange(size) // block,
-                                     torch.full((size,), view)], dim=1))
+            rows.append(
+                torch.stack([torch.full((size,), doc), torch.arange(size) // block, torch.full((size,), view)], dim=1)
+            )
     return torch.cat(rows).int().unsqueeze(0)
 
 
@@ -139,9 +142,13 @@ def causal_run(pairs: int, inputs: tuple[Tensor, ...], grad: Tensor) -> Run:
     length = round(((8 * pairs + 1) ** 0.5 - 1) / 2)
     inputs = tuple(tensor.detach()[:, :, :length].contiguous().requires_grad_() for tensor in inputs)
     query, key, value = inputs
-    return Run(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True,
-                                                      enable_gqa=query.shape[1] != key.shape[1]),
-               inputs, grad[:, :, :length].contiguous())
+    return Run(
+        lambda: F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+        ),
+        inputs,
+        grad[:, :, :length].contiguous(),
+    )
 
 
 def measure(args: argparse.Namespace, length: int, documents: str, block: int, device: torch.device) -> list[dict]:
@@ -169,9 +176,18 @@ def measure(args: argparse.Namespace, length: int, documents: str, block: int, d
     for backend, run in runs.items():
         run.step()
         peak, kept = measure_memory(run.forward, run.inputs, run.grad)
-        rows[backend] = dict(length=length, documents=documents, block=block, limit=pairs / (2 * length) ** 2,
-                             backend=backend, seconds=float("inf")) | rows[backend] | dict(
-                                 peak_mib=peak / 2**20, kept_mib=kept / 2**20)
+        rows[backend] = (
+            dict(
+                length=length,
+                documents=documents,
+                block=block,
+                limit=pairs / (2 * length) ** 2,
+                backend=backend,
+                seconds=float("inf"),
+            )
+            | rows[backend]
+            | dict(peak_mib=peak / 2**20, kept_mib=kept / 2**20)
+        )
     for _ in range(args.repeats):
         for backend, run in runs.items():
             started = clock(device)
@@ -208,8 +224,9 @@ def main() -> None:
     if args.backends is None:
         args.backends = ["dense", "flex"] if device.type == "cuda" else ["dense", "chunked", "shared_prefix"]
     output = args.output or RESULTS / f"attention_{device.type}"
-    about = machine(device) | dict(heads=args.heads, groups=args.groups, head_dim=args.head_dim, dtype=args.dtype,
-                                   repeats=args.repeats)
+    about = machine(device) | dict(
+        heads=args.heads, groups=args.groups, head_dim=args.head_dim, dtype=args.dtype, repeats=args.repeats
+    )
     rows: list[dict] = []
     for length in args.lengths:
         for documents in args.documents:
@@ -217,7 +234,7 @@ def main() -> None:
                 if block > length:
                     continue
                 rows += measure(args, length, documents, block, device)
-                for row in rows[-len(args.backends) - 1:]:
+                for row in rows[-len(args.backends) - 1 :]:
                     print(row, flush=True)
                 write_results(output, "Attention backends, forward and backward", about, {"rows": rows}, NOTE)
 

@@ -25,9 +25,11 @@ from megatron_dllm.diffusion.roles import visible_keys
 from megatron_dllm.model.attention import chunked, flex, shared_prefix
 from megatron_dllm.model.attention.tiles import TilePlan
 
-NOTE = ("dense to flex: visible pairs over those that the backend computes (dense: all). flex_aligned: the same with "
-        "document lengths rounded up to the block (of at most a tile), which takes more_tokens, whose pairs do not "
-        "count. Milliseconds to make flex's mask: from the roles, and by looking at every pair.")
+NOTE = (
+    "dense to flex: visible pairs over those that the backend computes (dense: all). flex_aligned: the same with "
+    "document lengths rounded up to the block (of at most a tile), which takes more_tokens, whose pairs do not "
+    "count. Milliseconds to make flex's mask: from the roles, and by looking at every pair."
+)
 
 
 def computed_pairs(plan: Any) -> int:
@@ -54,9 +56,10 @@ def measure(length: int, documents: str, block: int, views: int, every_pair_up_t
     lengths = document_lengths(length, documents)
     roles = build_roles(lengths, block, views)
     visible = int(visible_keys(roles[0].numpy()).sum())
-    shares = {"dense": visible / roles.shape[1]**2} | {
+    shares = {"dense": visible / roles.shape[1] ** 2} | {
         backend.__name__.rsplit(".", 1)[1]: visible / computed_pairs(backend.build_plan(roles, roles))
-        for backend in (chunked, shared_prefix, flex)}
+        for backend in (chunked, shared_prefix, flex)
+    }
     mask = flex.build_plan(roles, roles).block_mask
     slow = None
     if length <= every_pair_up_to:
@@ -66,9 +69,16 @@ def measure(length: int, documents: str, block: int, views: int, every_pair_up_t
         whole = [-(-size // block) * block for size in lengths]
         whole_roles = build_roles(whole, block, views)
         aligned, more = visible / computed_pairs(flex.build_plan(whole_roles, whole_roles)), sum(whole) / length - 1
-    return dict(length=length, documents=documents, block=block, views=views) | shares | dict(
-        flex_aligned=aligned, more_tokens=more,
-        mask_ms=min(_milliseconds(lambda: flex.build_plan(roles, roles)) for _ in range(5)), every_pair_ms=slow)
+    return (
+        dict(length=length, documents=documents, block=block, views=views)
+        | shares
+        | dict(
+            flex_aligned=aligned,
+            more_tokens=more,
+            mask_ms=min(_milliseconds(lambda: flex.build_plan(roles, roles)) for _ in range(5)),
+            every_pair_ms=slow,
+        )
+    )
 
 
 def _milliseconds(run: Callable[[], Any]) -> float:
@@ -84,8 +94,12 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192, 16384], help="document tokens")
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 32, 512, 0], help="block sizes; 0: the length")
     parser.add_argument("--views", type=int, nargs="+", default=[1, 2], choices=[1, 2])
-    parser.add_argument("--every_pair_up_to", type=int, default=4096,
-                        help="longest row of which every pair is looked at (10 bytes for each)")
+    parser.add_argument(
+        "--every_pair_up_to",
+        type=int,
+        default=4096,
+        help="longest row of which every pair is looked at (10 bytes for each)",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "computed_pairs", help="without suffix")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -24,8 +24,10 @@ from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.diffusion.roles import visible_keys
 
 VOCAB_SIZE, MASK = 1000, 0
-NOTE = ("Visible (query, key) pairs, and targets, of the busiest rank over the mean of the ranks: mean and maximum "
-        "over the rows. undealt: each rank takes a stretch of the row as it lies. milliseconds: CPU time of one deal.")
+NOTE = (
+    "Visible (query, key) pairs, and targets, of the busiest rank over the mean of the ranks: mean and maximum "
+    "over the rows. undealt: each rank takes a stretch of the row as it lies. milliseconds: CPU time of one deal."
+)
 
 
 def build_rows(geometry: RowGeometry, num_rows: int, median: float, sigma: float) -> list[Row]:
@@ -33,8 +35,15 @@ def build_rows(geometry: RowGeometry, num_rows: int, median: float, sigma: float
     rng = np.random.default_rng(0)
     lengths = np.maximum(rng.lognormal(np.log(median), sigma, 50_000), 1).astype(np.int64)
     stream = RowStream(lengths, 0, 1024)
-    noise = NoiseSpec(t_unit="block", is_stratified=True, at_least_one=geometry.num_views == 1, loss_weight="elbo",
-                      t_min=0.001, t_max=0.999, num_views=geometry.num_views)
+    noise = NoiseSpec(
+        t_unit="block",
+        is_stratified=True,
+        at_least_one=geometry.num_views == 1,
+        loss_weight="elbo",
+        t_min=0.001,
+        t_max=0.999,
+        num_views=geometry.num_views,
+    )
     rows = []
     for index in range(num_rows):
         plan = stream.next(geometry)
@@ -57,9 +66,13 @@ def measure(rows: list[Row], num_ranks: int) -> dict[str, float]:
         pairs.append(load_ratio(costs, tokens))
         targets.append(load_ratio(is_target.astype(np.int64), tokens))
         undealt.append(load_ratio(costs, np.arange(len(costs)).reshape(num_ranks, -1)))
-    return dict(pairs_mean=round(float(np.mean(pairs)), 4), pairs_max=round(max(pairs), 4),
-                targets_max=round(max(targets), 3), undealt_pairs_mean=round(float(np.mean(undealt)), 2),
-                milliseconds=round(1e3 * float(np.mean(seconds)), 1))
+    return dict(
+        pairs_mean=round(float(np.mean(pairs)), 4),
+        pairs_max=round(max(pairs), 4),
+        targets_max=round(max(targets), 3),
+        undealt_pairs_mean=round(float(np.mean(undealt)), 2),
+        milliseconds=round(1e3 * float(np.mean(seconds)), 1),
+    )
 
 
 def main() -> None:
@@ -75,15 +88,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "context_balance", help="without suffix")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    about = machine() | {name: getattr(args, name) for name in (
-        "context_length", "row_length", "rows", "median", "sigma")}
+    about = machine() | {
+        name: getattr(args, name) for name in ("context_length", "row_length", "rows", "median", "sigma")
+    }
     table: list[dict[str, float]] = []
     for views in (1, 2):
         for block in args.blocks:
             block = block or args.context_length
-            geometry = RowGeometry(objective="block_diffusion", block_size=block, context_length=args.context_length,
-                                   row_length=args.row_length, num_views=views, block_origin="document",
-                                   prune_clean=True)
+            geometry = RowGeometry(
+                objective="block_diffusion",
+                block_size=block,
+                context_length=args.context_length,
+                row_length=args.row_length,
+                num_views=views,
+                block_origin="document",
+                prune_clean=True,
+            )
             rows = build_rows(geometry, args.rows, args.median, args.sigma)
             for ranks in args.ranks:
                 table.append(dict(views=views, block_size=block, ranks=ranks) | measure(rows, ranks))

@@ -43,9 +43,17 @@ def measure(folder: Path, gigabytes: float, repetitions: int) -> list[dict[str, 
     shutil.rmtree(copy, ignore_errors=True)
     assert compare(source, back).is_equal, "the round trip changed the weights"
     size = size_of(source) / 1e9
-    return [{"command": name, "GB": size, "seconds": seconds, "GB/s": size / seconds,
-             "ratio to cp": seconds / best["cp"][0],
-             "peak RSS, MB": peak // 10**6} for name, (seconds, peak) in best.items()]
+    return [
+        {
+            "command": name,
+            "GB": size,
+            "seconds": seconds,
+            "GB/s": size / seconds,
+            "ratio to cp": seconds / best["cp"][0],
+            "peak RSS, MB": peak // 10**6,
+        }
+        for name, (seconds, peak) in best.items()
+    ]
 
 
 def main() -> None:
@@ -59,8 +67,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="convert-") as folder:
         rows = measure(Path(folder), arguments.gigabytes, arguments.repetitions)
     print(table(rows))
-    write_results(arguments.output, "Conversion, against cp of the same bytes",
-                  machine() | {"repetitions": arguments.repetitions}, {"rows": rows})
+    write_results(
+        arguments.output,
+        "Conversion, against cp of the same bytes",
+        machine() | {"repetitions": arguments.repetitions},
+        {"rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -24,11 +24,18 @@ from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.host import prepare_host
 
 # (experts, hidden size, inner size, rows, busiest expert over the mean); rows = tokens x experts a token.
-CASES = ((64, 64, 32, 4096, 1), (256, 64, 32, 4096, 1), (256, 128, 64, 16384, 6), (64, 256, 128, 16384, 1),
-         (256, 256, 128, 2048, 1))
+CASES = (
+    (64, 64, 32, 4096, 1),
+    (256, 64, 32, 4096, 1),
+    (256, 128, 64, 16384, 6),
+    (64, 256, 128, 16384, 1),
+    (256, 256, 128, 2048, 1),
+)
 CUDA_CASES = ((256, 2048, 512, 65536, 1), (256, 2048, 512, 65536, 6))
-NOTE = ("ratio and peak_ratio are against SequentialMLP of the same case, megatron-core's loop. busiest: tokens of the "
-        "busiest expert over the mean. padded: every expert padded to the busiest one.")
+NOTE = (
+    "ratio and peak_ratio are against SequentialMLP of the same case, megatron-core's loop. busiest: tokens of the "
+    "busiest expert over the mean. padded: every expert padded to the busiest one."
+)
 
 
 def draw_sizes(num_experts: int, rows: int, busiest: float) -> Tensor:
@@ -42,15 +49,17 @@ def draw_sizes(num_experts: int, rows: int, busiest: float) -> Tensor:
     return sizes
 
 
-def padded_experts(rows: Tensor, probs: Tensor, sizes: Tensor, first: Sequence[Tensor],
-                   second: Sequence[Tensor]) -> Tensor:
+def padded_experts(
+    rows: Tensor, probs: Tensor, sizes: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> Tensor:
     """The experts as one batch, each padded to the busiest: [m, h]."""
     expert = torch.arange(len(sizes), device=rows.device).repeat_interleave(sizes)
     place = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[expert]
     slots = expert * int(sizes.max()) + place
     padded = rows.new_zeros(len(sizes) * int(sizes.max()), rows.shape[1]).index_copy(0, slots, rows)
-    gate, up = torch.bmm(padded.view(len(sizes), -1, rows.shape[1]),
-                         torch.stack(list(first)).transpose(1, 2)).chunk(2, dim=-1)
+    gate, up = torch.bmm(padded.view(len(sizes), -1, rows.shape[1]), torch.stack(list(first)).transpose(1, 2)).chunk(
+        2, dim=-1
+    )
     out = torch.bmm(F.silu(gate) * up, torch.stack(list(second)).transpose(1, 2))
     return out.flatten(0, 1)[slots] * probs
 
@@ -59,10 +68,23 @@ def build_experts(num_experts: int, hidden: int, inner: int, precision: str) -> 
     """The experts of a layer; process groups must exist."""
     from megatron_dllm.model.gpt import build_model
 
-    model = ModelConfig(num_layers=1, hidden_size=hidden, ffn_hidden_size=inner, num_attention_heads=4,
-                        num_query_groups=2, kv_channels=hidden // 4, vocab_size=64, num_moe_experts=num_experts,
-                        moe_ffn_hidden_size=inner, moe_router_topk=2, moe_router_num_groups=1, moe_router_group_topk=1,
-                        mask_token_id=2, eos_token_id=0, pad_token_id=1)
+    model = ModelConfig(
+        num_layers=1,
+        hidden_size=hidden,
+        ffn_hidden_size=inner,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=hidden // 4,
+        vocab_size=64,
+        num_moe_experts=num_experts,
+        moe_ffn_hidden_size=inner,
+        moe_router_topk=2,
+        moe_router_num_groups=1,
+        moe_router_group_topk=1,
+        mask_token_id=2,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
     built = build_model(model, ParallelConfig(precision=precision), pre_process=True, post_process=True)
     return built.decoder.layers[0].mlp.experts
 
@@ -76,10 +98,12 @@ def ways_of(experts: Any, rows: Tensor, sizes: Tensor, probs: Tensor) -> dict[st
     first = [expert.linear_fc1.weight for expert in experts.local_experts]
     second = [expert.linear_fc2.weight for expert in experts.local_experts]
     factor = probs.unsqueeze(-1)
-    return {"SequentialMLP": lambda: SequentialMLP.forward(experts, rows, sizes, probs)[0],
-            "ours": lambda: experts(rows, sizes, probs)[0],
-            "grouped product": lambda: grouped_experts(rows, factor, sizes, first, second),
-            "padded": lambda: padded_experts(rows, factor, sizes, first, second)}
+    return {
+        "SequentialMLP": lambda: SequentialMLP.forward(experts, rows, sizes, probs)[0],
+        "ours": lambda: experts(rows, sizes, probs)[0],
+        "grouped product": lambda: grouped_experts(rows, factor, sizes, first, second),
+        "padded": lambda: padded_experts(rows, factor, sizes, first, second),
+    }
 
 
 def measure(case: tuple[int, int, int, int, int], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -105,8 +129,18 @@ def measure(case: tuple[int, int, int, int, int], args: argparse.Namespace) -> l
             if error > (1e-5 if dtype == torch.float32 else 2e-2):
                 raise SystemExit(f"{name} is not the same sum: relative difference {error:.1e}")
         peak, kept = measure_memory(way, inputs, grad)
-        found[name] = dict(experts=num_experts, hidden=hidden, inner=inner, rows=num_rows, busiest=busiest, way=name,
-                           milliseconds=float("inf"), ratio=None, peak_mib=peak / 2**20, kept_mib=kept / 2**20)
+        found[name] = dict(
+            experts=num_experts,
+            hidden=hidden,
+            inner=inner,
+            rows=num_rows,
+            busiest=busiest,
+            way=name,
+            milliseconds=float("inf"),
+            ratio=None,
+            peak_mib=peak / 2**20,
+            kept_mib=kept / 2**20,
+        )
     for _ in range(args.repeats):
         for name, way in ways.items():
             started = clock(device)
@@ -137,9 +171,13 @@ def main() -> None:
         for case in CASES if args.device == "cpu" else CUDA_CASES:
             table += measure(case, args)
             print(*table[-4:], sep="\n", flush=True)
-    write_results(args.output or RESULTS / f"experts_{args.device}", "Ways to compute the experts",
-                  machine(torch.device(args.device)) | dict(dtype=args.dtype, repeats=args.repeats), {"rows": table},
-                  NOTE)
+    write_results(
+        args.output or RESULTS / f"experts_{args.device}",
+        "Ways to compute the experts",
+        machine(torch.device(args.device)) | dict(dtype=args.dtype, repeats=args.repeats),
+        {"rows": table},
+        NOTE,
+    )
 
 
 if __name__ == "__main__":

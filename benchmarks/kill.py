@@ -35,10 +35,12 @@ from benchmarks.tiny_run import checkpoints_of, read_metrics, read_tensors, scal
 from megatron_dllm.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTE = ("A random rank is killed (SIGKILL) again and again; every life continues from the newest checkpoint. "
-        "slowest_end: the most seconds from a kill to the end of that life's last rank. other_samples: steps lost, "
-        "repeated, or made on other samples, masks or noise levels than in a run left alone. end: the weights, "
-        "optimizer state and records of all steps against that run's, bit for bit.")
+NOTE = (
+    "A random rank is killed (SIGKILL) again and again; every life continues from the newest checkpoint. "
+    "slowest_end: the most seconds from a kill to the end of that life's last rank. other_samples: steps lost, "
+    "repeated, or made on other samples, masks or noise levels than in a run left alone. end: the weights, "
+    "optimizer state and records of all steps against that run's, bit for bit."
+)
 # Seconds in which a life must be over once a rank is dead; torchrun gives the others 30 to end by themselves.
 DOWN_SECONDS = 60.0
 # Seconds without a further step that count as a hang.
@@ -66,8 +68,9 @@ class ForkedLife:
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["benchmarks.preload"])
-        self._processes = [context.Process(target=_rank, args=(config, rank, ranks, self._store.port, log))
-                           for rank in range(ranks)]
+        self._processes = [
+            context.Process(target=_rank, args=(config, rank, ranks, self._store.port, log)) for rank in range(ranks)
+        ]
         for process in self._processes:
             process.start()
 
@@ -111,10 +114,24 @@ class TorchrunLife:
         """Start torchrun."""
         self._log = open(log, "ab")  # noqa: SIM115 - as long as the process
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-             "--max-restarts=0", "--monitor-interval=0.1", "-m", "benchmarks.tiny_run", *arguments],
-            cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={ranks}",
+                "--max-restarts=0",
+                "--monitor-interval=0.1",
+                "-m",
+                "benchmarks.tiny_run",
+                *arguments,
+            ],
+            cwd=ROOT,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
 
     def pids(self) -> list[int]:
         """Processes that torchrun started."""
@@ -155,8 +172,9 @@ class Report:
 KINDS = ("in_steps", "in_saves", "in_starts")
 
 
-def run_with_kills(start: Callable[[], Life], config: TrainConfig, kills: int, seed: int,
-                   say: Callable[[str], None], steps: int = 0) -> Report:
+def run_with_kills(
+    start: Callable[[], Life], config: TrainConfig, kills: int, seed: int, say: Callable[[str], None], steps: int = 0
+) -> Report:
     """Start lives until the run has finished, killing a random rank in each of the first `kills`.
 
     The kills are spread over the `steps` of the run, less some at its end in which the last ones find their moment.
@@ -296,26 +314,41 @@ def compare(config: TrainConfig, expected: TrainConfig) -> list[str]:
     """What differs between two finished runs: tensors of the last checkpoint, records of the steps."""
     tensors = read_tensors(checkpoints_of(config) / _newest(config))
     expected_tensors = read_tensors(checkpoints_of(expected) / _newest(expected))
-    problems = [f"tensor {key}" for key in sorted(tensors.keys() | expected_tensors.keys())
-                if key not in tensors or key not in expected_tensors
-                or not torch.equal(tensors[key], expected_tensors[key])]
+    problems = [
+        f"tensor {key}"
+        for key in sorted(tensors.keys() | expected_tensors.keys())
+        if key not in tensors or key not in expected_tensors or not torch.equal(tensors[key], expected_tensors[key])
+    ]
     records, expected_records = read_metrics(config), read_metrics(expected)
     if [r["step"] for r in records] != [r["step"] for r in expected_records]:
         problems.append(f"steps {[r['step'] for r in records]}")
-    problems += [f"record of step {record['step']}"
-                 for record, reference in zip(records, expected_records, strict=False) if record != reference]
+    problems += [
+        f"record of step {record['step']}"
+        for record, reference in zip(records, expected_records, strict=False)
+        if record != reference
+    ]
     return problems
 
 
 def count_other_samples(config: TrainConfig, expected: TrainConfig) -> int:
     """Steps that are missing, were made twice, or on other samples, masks or noise levels than in the unbroken run."""
-    made, planned = (Counter((record["step"], record["data_fingerprint"]) for record in read_metrics(run))
-                     for run in (config, expected))
+    made, planned = (
+        Counter((record["step"], record["data_fingerprint"]) for record in read_metrics(run))
+        for run in (config, expected)
+    )
     return len({step for step, _ in (made - planned) | (planned - made)})
 
 
-def run_test(folder: Path, kills: int, ranks: int, scale: float, seed: int, launcher: str = "fork",
-             is_async: bool = False, say: Callable[[str], None] = lambda text: None) -> tuple[Report, list[str]]:
+def run_test(
+    folder: Path,
+    kills: int,
+    ranks: int,
+    scale: float,
+    seed: int,
+    launcher: str = "fork",
+    is_async: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[Report, list[str]]:
     """The whole test; what happened, and what differs from the unbroken run (nothing, or it failed)."""
     write_corpus(folder / "corpus")
 
@@ -324,7 +357,8 @@ def run_test(folder: Path, kills: int, ranks: int, scale: float, seed: int, laun
         arguments = [str(folder), config.run.name, str(scale), str(int(is_async))]
         make: dict[str, Callable[[], Any]] = {
             "fork": lambda: ForkedLife(config, ranks, log),
-            "torchrun": lambda: TorchrunLife(config, ranks, log, arguments)}
+            "torchrun": lambda: TorchrunLife(config, ranks, log, arguments),
+        }
         return make[launcher]
 
     unbroken, killed = (scaled_config(folder, name, scale, is_async) for name in ("unbroken", "killed"))
@@ -340,8 +374,13 @@ def main() -> int:
     """Run the test, print its figures and write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--saves", nargs="+", choices=("sync", "async"), default=["sync", "async"],
-                        help="how checkpoints are written; so many kills in each")
+    parser.add_argument(
+        "--saves",
+        nargs="+",
+        choices=("sync", "async"),
+        default=["sync", "async"],
+        help="how checkpoints are written; so many kills in each",
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--scale", type=float, help="length of the run (default: enough for the kills)")
     parser.add_argument("--seed", type=int, default=0)
@@ -352,14 +391,32 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for saves in arguments.saves:
         with tempfile.TemporaryDirectory() as folder:
-            report, problems = run_test(Path(folder), arguments.kills, arguments.ranks, scale, arguments.seed,
-                                        arguments.launcher, saves == "async", lambda text: print(text, flush=True))
+            report, problems = run_test(
+                Path(folder),
+                arguments.kills,
+                arguments.ranks,
+                scale,
+                arguments.seed,
+                arguments.launcher,
+                saves == "async",
+                lambda text: print(text, flush=True),
+            )
         rows.append({"saves": saves, **asdict(report), "end": "different" if problems else "equal"})
         print(rows[-1], *problems[:5], flush=True)
-    write_results(arguments.output, "Ranks killed at random moments",
-                  machine() | {"ranks": arguments.ranks, "launcher": arguments.launcher}, {"rows": rows}, NOTE)
-    is_passed = all(row["end"] == "equal" and row["other_samples"] == 0 and row["kills"] == arguments.kills
-                    and row["in_saves"] >= row["kills"] // 4 for row in rows)
+    write_results(
+        arguments.output,
+        "Ranks killed at random moments",
+        machine() | {"ranks": arguments.ranks, "launcher": arguments.launcher},
+        {"rows": rows},
+        NOTE,
+    )
+    is_passed = all(
+        row["end"] == "equal"
+        and row["other_samples"] == 0
+        and row["kills"] == arguments.kills
+        and row["in_saves"] >= row["kills"] // 4
+        for row in rows
+    )
     print(f"{'passed' if is_passed else 'FAILED'}; wrote {arguments.output}.md")
     return int(not is_passed)
 

@@ -100,17 +100,37 @@ def model_of_size(num_bytes: float, family: str = "bailing_moe") -> ModelConfig:
         if family == "qwen3":
             hidden = 512 if num_bytes < 1.5e9 else 4096
             return ModelConfig(
-                family=family, num_layers=num_layers, hidden_size=hidden, ffn_hidden_size=3 * hidden,
-                num_attention_heads=hidden // 128, num_query_groups=hidden // 512, kv_channels=128,
+                family=family,
+                num_layers=num_layers,
+                hidden_size=hidden,
+                ffn_hidden_size=3 * hidden,
+                num_attention_heads=hidden // 128,
+                num_query_groups=hidden // 512,
+                kv_channels=128,
                 vocab_size=vocabulary,
-                rotary_percent=1.0, rotary_base=1e6, **tokens)
+                rotary_percent=1.0,
+                rotary_base=1e6,
+                **tokens,
+            )
         return ModelConfig(
-            family=family, num_layers=num_layers, hidden_size=2048, ffn_hidden_size=5120, num_attention_heads=16,
+            family=family,
+            num_layers=num_layers,
+            hidden_size=2048,
+            ffn_hidden_size=5120,
+            num_attention_heads=16,
             num_query_groups=4,
-            kv_channels=128, vocab_size=vocabulary, num_dense_layers=1, num_moe_experts=16 if is_small else 256,
-            moe_ffn_hidden_size=512, moe_shared_expert_intermediate_size=512, moe_router_topk=8,
+            kv_channels=128,
+            vocab_size=vocabulary,
+            num_dense_layers=1,
+            num_moe_experts=16 if is_small else 256,
+            moe_ffn_hidden_size=512,
+            moe_shared_expert_intermediate_size=512,
+            moe_router_topk=8,
             moe_router_num_groups=8,
-            moe_router_group_topk=4, moe_router_topk_scaling_factor=2.5, **tokens)
+            moe_router_group_topk=4,
+            moe_router_topk_scaling_factor=2.5,
+            **tokens,
+        )
 
     def bytes_of(num_layers: int) -> int:
         return 2 * sum(prod(shape) for shape in weight_map(build(num_layers)).hf_shapes.values())

@@ -32,25 +32,37 @@ def measure(folder: Path, gigabytes: float, k: int, repetitions: int, mergekit: 
     for number, source in enumerate(sources):
         hf_to_mcore.convert(source, folder / f"mcore{number}", model.mask_token_id)
         shutil.rmtree(source)
-    return rows + _measure_format("torch_dist", [folder / f"mcore{number}" for number in range(k)], folder,
-                                  repetitions, None)
+    return rows + _measure_format(
+        "torch_dist", [folder / f"mcore{number}" for number in range(k)], folder, repetitions, None
+    )
 
 
-def _measure_format(name: str, sources: list[Path], folder: Path, repetitions: int,
-                    mergekit: Path | None) -> list[dict[str, object]]:
+def _measure_format(
+    name: str, sources: list[Path], folder: Path, repetitions: int, mergekit: Path | None
+) -> list[dict[str, object]]:
     pattern = {"hf": "*.safetensors", "torch_dist": "*.distcp"}[name]
     files = " ".join(f"'{source}'/{pattern}" for source in sources)
     commands = {
-        f"read {len(sources)}, write 1": (shell(f"cat {files} > /dev/null; cp -r '{sources[0]}' '{folder / 'copy'}'; "
-                                                f"sync -f '{folder / 'copy'}'"), folder / "copy"),
+        f"read {len(sources)}, write 1": (
+            shell(f"cat {files} > /dev/null; cp -r '{sources[0]}' '{folder / 'copy'}'; sync -f '{folder / 'copy'}'"),
+            folder / "copy",
+        ),
         "merge_topk": (tool("merge_topk", "--checkpoints", *sources, "--output", folder / "merged"), folder / "merged"),
     }
     if mergekit is not None:
-        (folder / "merge.yaml").write_text(json.dumps({
-            "merge_method": "linear", "dtype": "bfloat16",
-            "models": [{"model": str(source), "parameters": {"weight": 1.0}} for source in sources]}))
-        script = (f"'{mergekit}' '{folder / 'merge.yaml'}' '{folder / 'kit'}' --no-copy-tokenizer --out-shard-size 5B; "
-                  f"sync -f '{folder / 'kit'}'")
+        (folder / "merge.yaml").write_text(
+            json.dumps(
+                {
+                    "merge_method": "linear",
+                    "dtype": "bfloat16",
+                    "models": [{"model": str(source), "parameters": {"weight": 1.0}} for source in sources],
+                }
+            )
+        )
+        script = (
+            f"'{mergekit}' '{folder / 'merge.yaml'}' '{folder / 'kit'}' --no-copy-tokenizer --out-shard-size 5B; "
+            f"sync -f '{folder / 'kit'}'"
+        )
         commands["mergekit linear"] = (shell(script), folder / "kit")
     best: dict[str, Measurement] = {}
     for _ in range(repetitions):
@@ -70,9 +82,17 @@ def _measure_format(name: str, sources: list[Path], folder: Path, repetitions: i
     size = size_of(sources[0]) / 1e9
     for _, target in commands.values():
         shutil.rmtree(target, ignore_errors=True)
-    return [{"format": name, "command": label, "GB each": size, "seconds": found.seconds,
-             "ratio": found.seconds / baseline,
-             "peak RSS, MB": found.peak_rss // 10**6} for label, found in best.items()]
+    return [
+        {
+            "format": name,
+            "command": label,
+            "GB each": size,
+            "seconds": found.seconds,
+            "ratio": found.seconds / baseline,
+            "peak RSS, MB": found.peak_rss // 10**6,
+        }
+        for label, found in best.items()
+    ]
 
 
 def main() -> None:
@@ -88,8 +108,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="merge-") as folder:
         rows = measure(Path(folder), arguments.gigabytes, arguments.k, arguments.repetitions, arguments.mergekit)
     print(table(rows))
-    write_results(arguments.output, "Merging, against reading the inputs and writing one",
-                  machine() | {"k": arguments.k, "repetitions": arguments.repetitions}, {"rows": rows})
+    write_results(
+        arguments.output,
+        "Merging, against reading the inputs and writing one",
+        machine() | {"k": arguments.k, "repetitions": arguments.repetitions},
+        {"rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -27,14 +27,32 @@ LEARNING_RATE = 1e-2
 ADAM_EPS = 1e-3
 
 _DENSE = ModelConfig(
-    num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, num_query_groups=2, kv_channels=16,
-    vocab_size=VOCAB_SIZE, max_position_embeddings=512, init_method_std=0.1, mask_token_id=MASK, eos_token_id=EOS,
-    pad_token_id=PAD)
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=512,
+    init_method_std=0.1,
+    mask_token_id=MASK,
+    eos_token_id=EOS,
+    pad_token_id=PAD,
+)
 # Four layers, the first of them dense. The router's bias moves, so that it is compared too.
 _EXPERTS = replace(
-    _DENSE, num_dense_layers=1, num_moe_experts=8, moe_ffn_hidden_size=32, moe_shared_expert_intermediate_size=32,
-    moe_router_topk=4, moe_router_num_groups=4, moe_router_group_topk=2, moe_router_topk_scaling_factor=2.5,
-    moe_router_bias_update_rate=1e-3)
+    _DENSE,
+    num_dense_layers=1,
+    num_moe_experts=8,
+    moe_ffn_hidden_size=32,
+    moe_shared_expert_intermediate_size=32,
+    moe_router_topk=4,
+    moe_router_num_groups=4,
+    moe_router_group_topk=2,
+    moe_router_topk_scaling_factor=2.5,
+    moe_router_bias_update_rate=1e-3,
+)
 # The last layer may leave out tokens that nobody reads only where the router's bias stands still (model/last_layer.py).
 SKIPPING = "skipping"
 MODELS: dict[str, ModelConfig] = {
@@ -66,18 +84,37 @@ class Layout:
         return f"{self.parallel.precision}_{self.model}"
 
 
-def _layout(world_size: int, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, micro_batch_size: int = 1,
-            has_overlap: bool = False, model: str = "experts", defect: str | None = None, **others: object) -> Layout:
+def _layout(
+    world_size: int,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    micro_batch_size: int = 1,
+    has_overlap: bool = False,
+    model: str = "experts",
+    defect: str | None = None,
+    **others: object,
+) -> Layout:
     parallel = ParallelConfig(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
-        expert_model_parallel_size=ep, sequence_parallel=tp > 1)
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        sequence_parallel=tp > 1,
+    )
     return Layout(world_size, replace(parallel, **others), micro_batch_size, has_overlap, model, defect)
 
 
 # One rank, by what the result depends on.
-EXPECTED: dict[str, Layout] = {layout.variant: layout for layout in (
-    *(_layout(1, micro_batch_size=GLOBAL_BATCH_SIZE, model=model) for model in MODELS),
-    _layout(1, micro_batch_size=GLOBAL_BATCH_SIZE, precision="bf16"))}
+EXPECTED: dict[str, Layout] = {
+    layout.variant: layout
+    for layout in (
+        *(_layout(1, micro_batch_size=GLOBAL_BATCH_SIZE, model=model) for model in MODELS),
+        _layout(1, micro_batch_size=GLOBAL_BATCH_SIZE, precision="bf16"),
+    )
+}
 
 LAYOUTS: dict[str, Layout] = {
     "accumulation 4": _layout(1),
@@ -118,20 +155,31 @@ LAYOUTS: dict[str, Layout] = {
     "DP2 x EP2 x PP2": _layout(8, pp=2, ep=2),
     "CP2 x EP2 recompute": _layout(4, cp=2, ep=2, recompute="full"),
     "PP2 virtual 2 x CP2": _layout(4, pp=2, cp=2, virtual_pipeline_model_parallel_size=2),
-    "PP2 virtual 2 uneven 2+4": _layout(2, pp=2, model="six layers", virtual_pipeline_model_parallel_size=2,
-                                        num_layers_in_first_pipeline_stage=2),
+    "PP2 virtual 2 uneven 2+4": _layout(
+        2, pp=2, model="six layers", virtual_pipeline_model_parallel_size=2, num_layers_in_first_pipeline_stage=2
+    ),
     # As the large recipes train: the router's bias stands still and the last layer leaves out what nobody reads.
     "recompute full, skipping": _layout(1, model=SKIPPING, recompute="full"),
     "CP2, skipping": _layout(2, cp=2, model=SKIPPING),
     "EP2 alltoall, skipping": _layout(2, ep=2, model=SKIPPING, moe_token_dispatcher="alltoall"),
-    "TP2 x EP2, skipping": _layout(2, tp=2, ep=2, model=SKIPPING, expert_tensor_parallel_size=1,
-                                   moe_token_dispatcher="alltoall"),
+    "TP2 x EP2, skipping": _layout(
+        2, tp=2, ep=2, model=SKIPPING, expert_tensor_parallel_size=1, moe_token_dispatcher="alltoall"
+    ),
     "TP2 x PP2, skipping": _layout(4, tp=2, pp=2, model=SKIPPING),
-    "PP2 x EP2 overlap, skipping": _layout(4, pp=2, ep=2, model=SKIPPING, moe_token_dispatcher="alltoall",
-                                           recompute="full", has_overlap=True),
+    "PP2 x EP2 overlap, skipping": _layout(
+        4, pp=2, ep=2, model=SKIPPING, moe_token_dispatcher="alltoall", recompute="full", has_overlap=True
+    ),
     "TP2 x PP2 x EP2 overlap, skipping": _layout(
-        8, tp=2, pp=2, ep=2, model=SKIPPING, expert_tensor_parallel_size=1, moe_token_dispatcher="alltoall",
-        recompute="full", has_overlap=True),
+        8,
+        tp=2,
+        pp=2,
+        ep=2,
+        model=SKIPPING,
+        expert_tensor_parallel_size=1,
+        moe_token_dispatcher="alltoall",
+        recompute="full",
+        has_overlap=True,
+    ),
 }
 
 # Wrong on purpose: the comparison must see each of them.
@@ -149,8 +197,9 @@ BF16: dict[str, Layout] = {
     for name in ("accumulation 4", "DP2", "TP2", "PP2", "CP2", "EP2")
 }
 
-_BLOCKS = StageConfig(block_size=BLOCK_SIZE, num_tokens=1, global_batch_size=GLOBAL_BATCH_SIZE,
-                      learning_rate=LEARNING_RATE)
+_BLOCKS = StageConfig(
+    block_size=BLOCK_SIZE, num_tokens=1, global_batch_size=GLOBAL_BATCH_SIZE, learning_rate=LEARNING_RATE
+)
 STAGES: dict[str, StageConfig] = {
     "ar": replace(_BLOCKS, objective="ar", block_size=1),
     "complementary": replace(_BLOCKS, is_complementary=True, t_max=0.999),
@@ -166,9 +215,14 @@ def train_config(layout: Layout, stage: StageConfig, corpus: Path) -> TrainConfi
     stage = replace(stage, micro_batch_size=layout.micro_batch_size)
     model = replace(MODELS[layout.model], skip_unused_outputs=layout not in EXPECTED.values())
     return TrainConfig(
-        run=RunConfig(name="parity"), model=model,
-        data=DataConfig(train=str(corpus), packing_chunk=64), noise=NoiseConfig(), parallel=layout.parallel,
+        run=RunConfig(name="parity"),
+        model=model,
+        data=DataConfig(train=str(corpus), packing_chunk=64),
+        noise=NoiseConfig(),
+        parallel=layout.parallel,
         logging=LoggingConfig(),
         schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages={"only": stage}),
-        optimizer=OptimizerConfig(adam_eps=ADAM_EPS, overlap_grad_reduce=layout.has_overlap,
-                                  overlap_param_gather=layout.has_overlap))
+        optimizer=OptimizerConfig(
+            adam_eps=ADAM_EPS, overlap_grad_reduce=layout.has_overlap, overlap_param_gather=layout.has_overlap
+        ),
+    )

@@ -15,15 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.parity_layouts import (
-    EMBEDDING_NOISE,
-    EXPECTED,
-    LEARNING_RATE,
-    SKIPPING,
-    STAGES,
-    Layout,
-    train_config,
-)
+from benchmarks.parity_layouts import EMBEDDING_NOISE, EXPECTED, LEARNING_RATE, SKIPPING, STAGES, Layout, train_config
 from benchmarks.tiny_run import write_corpus
 from megatron_dllm.config import RunConfig, TrainConfig
 
@@ -79,8 +71,9 @@ def prepare(folder: str, variants: set[str]) -> dict[str, Trained]:
     return results
 
 
-def compare(layout: Layout, folder: str, expected: dict[str, Trained],
-            stages: list[str]) -> dict[str, tuple[Difference | None, list[str]]]:
+def compare(
+    layout: Layout, folder: str, expected: dict[str, Trained], stages: list[str]
+) -> dict[str, tuple[Difference | None, list[str]]]:
     """On every rank: for each stage the layout's difference (on rank 0) and this rank's fingerprints."""
     from megatron_dllm.parallel import groups
 
@@ -151,13 +144,25 @@ def _loader(config: TrainConfig) -> Iterator[Any]:
     stage = config.schedule.stages["only"]
     corpus = Corpus(config.data.train, config.model)
     noise = None if stage.objective == "ar" else NoiseSpec.for_stage(config.noise, stage)
-    dataset = RowDataset(corpus, RowGeometry.of_stage(stage, config.schedule, config.data), noise, config.run.seed,
-                         config.model.mask_token_id, config.model.pad_token_id)
+    dataset = RowDataset(
+        corpus,
+        RowGeometry.of_stage(stage, config.schedule, config.data),
+        noise,
+        config.run.seed,
+        config.model.mask_token_id,
+        config.model.pad_token_id,
+    )
     stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk)
-    return iter(BatchLoader(
-        dataset, stream, global_batch_size=stage.global_batch_size, micro_batch_size=stage.micro_batch_size,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size()))
+    return iter(
+        BatchLoader(
+            dataset,
+            stream,
+            global_batch_size=stage.global_batch_size,
+            micro_batch_size=stage.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
+    )
 
 
 def gather_weights(chunks: list[nn.Module]) -> tuple[Weights, float]:
@@ -169,9 +174,17 @@ def gather_weights(chunks: list[nn.Module]) -> tuple[Weights, float]:
 
     state = model_state(chunks)
     apply_factories(state)
-    mine = [(tensor.key, tuple(tensor.global_shape), tuple(tensor.global_offset), tensor.data.detach().clone(),
-             tensor.prepend_axis_num)
-            for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)]
+    mine = [
+        (
+            tensor.key,
+            tuple(tensor.global_shape),
+            tuple(tensor.global_offset),
+            tensor.data.detach().clone(),
+            tensor.prepend_axis_num,
+        )
+        for tensor in nested_values(state)
+        if isinstance(tensor, ShardedTensor)
+    ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(mine, everyone if dist.get_rank() == 0 else None)
     if dist.get_rank() != 0:
@@ -192,8 +205,9 @@ def gather_weights(chunks: list[nn.Module]) -> tuple[Weights, float]:
     return weights, spread
 
 
-def _difference(layout: Layout, trained: Trained, expected: Trained, expected_weights: Weights,
-                start: Weights) -> Difference:
+def _difference(
+    layout: Layout, trained: Trained, expected: Trained, expected_weights: Weights, start: Weights
+) -> Difference:
     assert trained.weights.keys() == expected_weights.keys(), trained.weights.keys() ^ expected_weights.keys()
     by_weights, by_update = {}, {}
     for key, expected_tensor in expected_weights.items():
@@ -207,9 +221,13 @@ def _difference(layout: Layout, trained: Trained, expected: Trained, expected_we
         by_weights[key] = error / float(reference.norm())
         by_update[key] = error / moved
     return Difference(
-        loss=_relative(trained.losses, expected.losses), grad_norm=_relative(trained.grad_norms, expected.grad_norms),
-        weights=max(by_weights.values()), update=max(by_update.values()), replica_spread=trained.replica_spread,
-        worst_tensor=max(by_update, key=by_update.__getitem__))
+        loss=_relative(trained.losses, expected.losses),
+        grad_norm=_relative(trained.grad_norms, expected.grad_norms),
+        weights=max(by_weights.values()),
+        update=max(by_update.values()),
+        replica_spread=trained.replica_spread,
+        worst_tensor=max(by_update, key=by_update.__getitem__),
+    )
 
 
 def _relative(values: list[float], expected: list[float]) -> float:
@@ -246,8 +264,9 @@ def _defect(name: str | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if name == "unscaled_gradient":
             right = engine.finalize_model_grads
-            patch.setattr(engine, "finalize_model_grads",
-                          lambda model, num_tokens=None, **kwargs: right(model, **kwargs))
+            patch.setattr(
+                engine, "finalize_model_grads", lambda model, num_tokens=None, **kwargs: right(model, **kwargs)
+            )
         elif name == "unsummed_norms":
             create = norm.RMSNorm.__init__
 
@@ -257,6 +276,7 @@ def _defect(name: str | None) -> Iterator[None]:
 
             patch.setattr(norm.RMSNorm, "__init__", unmarked)
         elif name == "dropped_key_gradients":
+
             def own_part(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
                 return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
 

@@ -50,7 +50,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_run_rank, args=(function, args, rank, world_size, store.port, sender, str(stacks[rank])))
+                target=_run_rank, args=(function, args, rank, world_size, store.port, sender, str(stacks[rank]))
+            )
             process.start()
             sender.close()
             pipes.append(receiver)
@@ -89,13 +90,27 @@ def _end_with_parent() -> None:
 def set_rank(rank: int, world_size: int, port: int) -> None:
     """Give this process the environment that torchrun would give it, with the meeting point at `port`."""
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", GLOO_SOCKET_IFNAME="lo")
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        GLOO_SOCKET_IFNAME="lo",
+    )
     torch.set_num_threads(1)
 
 
-def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, world_size: int, port: int,
-              sender: Connection, stack_file: str) -> None:
+def _run_rank(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    port: int,
+    sender: Connection,
+    stack_file: str,
+) -> None:
     lead_session()
     set_rank(rank, world_size, port)
     with open(stack_file, "w", encoding="utf-8") as stack:
@@ -112,8 +127,9 @@ def _run_rank(function: Callable[..., Any], args: tuple[Any, ...], rank: int, wo
                 torch.distributed.destroy_process_group()
 
 
-def _collect(pipes: list[Connection], processes: list[Any], stacks: list[Path], deadline: float,
-             timeout_s: float) -> list[Any]:
+def _collect(
+    pipes: list[Connection], processes: list[Any], stacks: list[Path], deadline: float, timeout_s: float
+) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = {pipes[rank]: rank for rank in range(len(pipes)) if rank not in results}

@@ -25,9 +25,16 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
     """What the numbers were taken on (the CPU unless a device is given), and with which command."""
     name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else _cpu_name()
     commit = (git("rev-parse", "--short", "HEAD") or "").strip()
-    return dict(device=name, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
-                megatron_core=version("megatron-core"), commit=commit, date=time.strftime("%Y-%m-%d"),
-                command=command_line())
+    return dict(
+        device=name,
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        megatron_core=version("megatron-core"),
+        commit=commit,
+        date=time.strftime("%Y-%m-%d"),
+        command=command_line(),
+    )
 
 
 def _cpu_name() -> str:
@@ -60,8 +67,9 @@ def _cell(value: Any) -> str:
 def markdown(title: str, about: Mapping[str, Any], tables: Mapping[str, Rows], note: str = "") -> str:
     """The page of a benchmark; tables have headings if there is more than one."""
     parts = [f"# {title}\n"]
-    parts.append("".join(f"- {name}: {f'`{value}`' if name == 'command' else value}\n"
-                         for name, value in about.items()))
+    parts.append(
+        "".join(f"- {name}: {f'`{value}`' if name == 'command' else value}\n" for name, value in about.items())
+    )
     if note:
         parts.append(note + "\n")
     for name, rows in tables.items():
@@ -71,8 +79,9 @@ def markdown(title: str, about: Mapping[str, Any], tables: Mapping[str, Rows], n
     return "\n".join(parts)
 
 
-def write_results(output: Path, title: str, about: Mapping[str, Any], tables: Mapping[str, Rows],
-                  note: str = "") -> None:
+def write_results(
+    output: Path, title: str, about: Mapping[str, Any], tables: Mapping[str, Rows], note: str = ""
+) -> None:
     """Write `output`.json and `output`.md.
 
     Args:

@@ -99,12 +99,24 @@ def grid(args: argparse.Namespace) -> Iterator[Case]:
                             yield _case(args, model, length, documents, block, views)
 
 
-def _case(args: argparse.Namespace, model: str, length: int, documents: str | int, block: int, views: int,
-          **fields: Any) -> Case:
+def _case(
+    args: argparse.Namespace, model: str, length: int, documents: str | int, block: int, views: int, **fields: Any
+) -> Case:
     changes = {"num_layers": args.layers} if args.layers else {}
-    return Case(model, length, documents, block, views, repeats=args.repeats, threads=args.threads,
-                device=args.device, precision=args.precision, seed=args.seed,
-                changes=changes | fields.pop("changes", {}), **fields)
+    return Case(
+        model,
+        length,
+        documents,
+        block,
+        views,
+        repeats=args.repeats,
+        threads=args.threads,
+        device=args.device,
+        precision=args.precision,
+        seed=args.seed,
+        changes=changes | fields.pop("changes", {}),
+        **fields,
+    )
 
 
 def describe(case: Case) -> dict[str, Any]:
@@ -119,20 +131,25 @@ def throughput_rows(case: Case, args: argparse.Namespace) -> list[dict[str, Any]
     dense_pairs = case.views * (2 * case.length) ** 2
     row = describe(case) | {
         "baseline_tokens_s": base.get("tokens_per_second", base.get("error")),
-        "ours_tokens_s": ours.get("tokens_per_second", ours.get("error")), "speedup": ours.get("speedup"),
-        "baseline_mib": base.get("peak_bytes", 0) / 2**20, "ours_mib": ours.get("peak_bytes", 0) / 2**20,
-        "memory_ratio": ours.get("memory_ratio"), "recomputed_speedup": recomputed.get("speedup"),
+        "ours_tokens_s": ours.get("tokens_per_second", ours.get("error")),
+        "speedup": ours.get("speedup"),
+        "baseline_mib": base.get("peak_bytes", 0) / 2**20,
+        "ours_mib": ours.get("peak_bytes", 0) / 2**20,
+        "memory_ratio": ours.get("memory_ratio"),
+        "recomputed_speedup": recomputed.get("speedup"),
         "recomputed_memory_ratio": recomputed.get("memory_ratio"),
         "forward_tokens": ours["forward_tokens"] / base["forward_tokens"],
         "visible_pairs": ours["visible_pairs"] / dense_pairs,
-        "difference": max(ours.get("loss_difference", 0.0), ours.get("gradient_difference", 0.0))}
+        "difference": max(ours.get("loss_difference", 0.0), ours.get("gradient_difference", 0.0)),
+    }
     if "seconds" in ours:
         tflops = ours["needed_flops"] / ours["seconds"] / 1e12
         row["needed_tflops_s"] = tflops
         if args.peak_tflops:
             row["mfu"] = tflops / args.peak_tflops
-            row["baseline_mfu"] = (ours["needed_flops"] / base["seconds"] / 1e12 / args.peak_tflops
-                                   if "seconds" in base else None)
+            row["baseline_mfu"] = (
+                ours["needed_flops"] / base["seconds"] / 1e12 / args.peak_tflops if "seconds" in base else None
+            )
     return [row]
 
 
@@ -141,10 +158,17 @@ def ablation_rows(case: Case, _: argparse.Namespace) -> list[dict[str, Any]]:
     is_moe = model_config(case.model, **case.changes).is_moe
     rows = []
     for name, result in measure(case, ablations(case.views, is_moe)).items():
-        rows.append(describe(case) | {
-            "variant": name, "tokens_s": result.get("tokens_per_second", result.get("error")),
-            "speedup": result.get("speedup"), "mib": result.get("peak_bytes", 0) / 2**20,
-            "memory_ratio": result.get("memory_ratio"), "difference": result.get("gradient_difference")})
+        rows.append(
+            describe(case)
+            | {
+                "variant": name,
+                "tokens_s": result.get("tokens_per_second", result.get("error")),
+                "speedup": result.get("speedup"),
+                "mib": result.get("peak_bytes", 0) / 2**20,
+                "memory_ratio": result.get("memory_ratio"),
+                "difference": result.get("gradient_difference"),
+            }
+        )
     return rows
 
 
@@ -170,12 +194,16 @@ def scaling_row(axis: str, value: Any, case: Case) -> dict[str, Any]:
     total = result["step"] * 1e6 / case.length
     rest = result.get("without_attention")
     attention = None if rest is None else total - rest * 1e6 / case.length
-    return {"model": case.model, "grows": axis, "value": value, "us_per_token": total,
-            "rest_us_per_token": None if rest is None else rest * 1e6 / case.length,
-            "attention_us_per_token": attention,
-            "attention_ns_per_pair": None if attention is None
-            else 1e3 * attention * case.length / result["visible_pairs"],
-            "pairs_per_token": result["visible_pairs"] / case.length}
+    return {
+        "model": case.model,
+        "grows": axis,
+        "value": value,
+        "us_per_token": total,
+        "rest_us_per_token": None if rest is None else rest * 1e6 / case.length,
+        "attention_us_per_token": attention,
+        "attention_ns_per_pair": None if attention is None else 1e3 * attention * case.length / result["visible_pairs"],
+        "pairs_per_token": result["visible_pairs"] / case.length,
+    }
 
 
 def save(output: Path, about: dict[str, Any], sections: dict[str, list[dict[str, Any]]]) -> None:
@@ -188,8 +216,10 @@ def save(output: Path, about: dict[str, Any], sections: dict[str, list[dict[str,
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """What several commands that filled one table were run on, and the commands: values that differ in a row."""
     values = {name: str(old.get(name, value)).split(SEPARATOR) for name, value in new.items()}
-    return {name: old.get(name, value) if str(value) in values[name] else SEPARATOR.join([*values[name], str(value)])
-            for name, value in new.items()}
+    return {
+        name: old.get(name, value) if str(value) in values[name] else SEPARATOR.join([*values[name], str(value)])
+        for name, value in new.items()
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -246,8 +276,9 @@ def main() -> None:
         cases = grid(args)
         if section == "ablation":  # at the longest row and block 32 alone
             length = max(args.lengths)
-            cases = iter([_case(args, model, length, "lognormal", 32, views)
-                          for model in args.models for views in args.views])
+            cases = iter(
+                [_case(args, model, length, "lognormal", 32, views) for model in args.models for views in args.views]
+            )
         for case in cases:
             if any(describe(case).items() <= row.items() for row in sections[section]):
                 continue
@@ -256,8 +287,10 @@ def main() -> None:
             save(output, about, sections)
     if "scaling" in args.sections:
         for axis, value, case in scaling_cases(args):
-            if any({"model": case.model, "grows": axis, "value": value}.items() <= row.items()
-                   for row in sections["scaling"]):
+            if any(
+                {"model": case.model, "grows": axis, "value": value}.items() <= row.items()
+                for row in sections["scaling"]
+            ):
                 continue
             sections["scaling"].append(scaling_row(axis, value, case))
             print(json.dumps(sections["scaling"][-1]), flush=True)

@@ -27,10 +27,20 @@ MODELS: dict[str, dict[str, Any]] = {
     # Attention dominates at a few thousand tokens: 8 heads of 64 in a model 256 wide.
     "attention": dict(**_SMALL, num_attention_heads=8, ffn_hidden_size=512, vocab_size=4096),
     # The experts dominate: 8 of 64 a token, and half the heads.
-    "moe": dict(**_SMALL, num_attention_heads=4, ffn_hidden_size=1024, vocab_size=8192, num_dense_layers=1,
-                num_moe_experts=64, moe_ffn_hidden_size=256, moe_shared_expert_intermediate_size=256,
-                moe_router_topk=8, moe_router_num_groups=8, moe_router_group_topk=4,
-                moe_router_topk_scaling_factor=2.5),
+    "moe": dict(
+        **_SMALL,
+        num_attention_heads=4,
+        ffn_hidden_size=1024,
+        vocab_size=8192,
+        num_dense_layers=1,
+        num_moe_experts=64,
+        moe_ffn_hidden_size=256,
+        moe_shared_expert_intermediate_size=256,
+        moe_router_topk=8,
+        moe_router_num_groups=8,
+        moe_router_group_topk=4,
+        moe_router_topk_scaling_factor=2.5,
+    ),
 }
 SLICES = {"llada2_mini": "ling_mini"}
 
@@ -110,12 +120,21 @@ class Documents:
 def draw_documents(lengths: Sequence[int], block: int, views: int, vocab_size: int, seed: int = 0) -> Documents:
     """Random tokens, one noise level per block; a second view masks what the first does not."""
     generator = torch.Generator().manual_seed(seed)
-    levels = torch.cat([(0.02 + 0.96 * torch.rand(-(-length // block), generator=generator))
-                        .repeat_interleave(block)[:length] for length in lengths])
+    levels = torch.cat(
+        [
+            (0.02 + 0.96 * torch.rand(-(-length // block), generator=generator)).repeat_interleave(block)[:length]
+            for length in lengths
+        ]
+    )
     ids = torch.randint(4, vocab_size, levels.shape, generator=generator)
     is_masked = torch.rand(levels.shape, generator=generator) < levels
-    return Documents(tuple(lengths), ids, torch.stack([is_masked, ~is_masked])[:views],
-                     torch.stack([1 / levels, 1 / (1 - levels)])[:views], block)
+    return Documents(
+        tuple(lengths),
+        ids,
+        torch.stack([is_masked, ~is_masked])[:views],
+        torch.stack([1 / levels, 1 / (1 - levels)])[:views],
+        block,
+    )
 
 
 def build_batch(documents: Documents, variant: Variant, mask_token_id: int, multiple: int = 1) -> Batch:
@@ -138,11 +157,20 @@ def build_batch(documents: Documents, variant: Variant, mask_token_id: int, mult
     starts = torch.tensor(documents.lengths).cumsum(0) - torch.tensor(documents.lengths)
     total = sum(documents.lengths)
     return Batch(
-        input_ids=torch.where(is_masked, mask_token_id, ids), position_ids=source - starts[table[..., 1]],
-        roles=table[..., 1:].int().contiguous(), is_masked=is_masked, target_positions=targets,
-        target_ids=ids.flatten()[targets], loss_weights=weights, target_t=1 / weights,
-        row_keys=torch.arange(len(rows)), sample_ids=starts, num_maskable=torch.tensor(total * len(views)),
-        num_document_tokens=torch.tensor(total), num_forward_tokens=torch.tensor(int((table[..., 1] >= 0).sum())))
+        input_ids=torch.where(is_masked, mask_token_id, ids),
+        position_ids=source - starts[table[..., 1]],
+        roles=table[..., 1:].int().contiguous(),
+        is_masked=is_masked,
+        target_positions=targets,
+        target_ids=ids.flatten()[targets],
+        loss_weights=weights,
+        target_t=1 / weights,
+        row_keys=torch.arange(len(rows)),
+        sample_ids=starts,
+        num_maskable=torch.tensor(total * len(views)),
+        num_document_tokens=torch.tensor(total),
+        num_forward_tokens=torch.tensor(int((table[..., 1] >= 0).sum())),
+    )
 
 
 def _build_row(documents: Documents, views: list[int], is_pruned: bool) -> Tensor:
@@ -153,8 +181,9 @@ def _build_row(documents: Documents, views: list[int], is_pruned: bool) -> Tenso
         block = place // documents.block
         for view in [*views, CLEAN_VIEW]:
             kept = place if view or not is_pruned else place[block < block[-1]]
-            parts.append(torch.stack([kept + start, torch.full_like(kept, doc), block[kept],
-                                      torch.full_like(kept, view)], dim=1))
+            parts.append(
+                torch.stack([kept + start, torch.full_like(kept, doc), block[kept], torch.full_like(kept, view)], dim=1)
+            )
         start += length
     return torch.cat(parts)
 
@@ -169,7 +198,7 @@ class _NoAttention:
     @staticmethod
     def attend(query: Tensor, key: Tensor, value: Tensor, plan: None, scale: float) -> Tensor:
         """[b, n, q, d] the first values, with gradients of all inputs."""
-        value = value[:, :, :query.shape[2]].repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+        value = value[:, :, : query.shape[2]].repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return value + 0.0 * (query + key.sum() * 0.0)
 
 
@@ -187,8 +216,12 @@ def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, attentio
     gpt.BatchedExperts = batched if variant.experts else SequentialMLP  # type: ignore[misc,assignment]
     try:
         built = gpt.build_model(
-            replace(model, skip_unused_outputs=variant.last), layout, pre_process=True, post_process=True,
-            attention_backend=attention or ("auto" if variant.attention else "dense"))
+            replace(model, skip_unused_outputs=variant.last),
+            layout,
+            pre_process=True,
+            post_process=True,
+            attention_backend=attention or ("auto" if variant.attention else "dense"),
+        )
     finally:
         gpt.BatchedExperts = batched  # type: ignore[misc]
     for module in built.modules():
@@ -231,8 +264,10 @@ def needed_flops(model: ModelConfig, batch: Batch) -> float:
     h, inner = model.hidden_size, model.num_attention_heads * model.kv_channels
     qkv = h * (inner + 2 * model.num_query_groups * model.kv_channels)
     dense = 3 * h * model.ffn_hidden_size
-    experts = (3 * h * (model.moe_router_topk * model.moe_ffn_hidden_size + model.moe_shared_expert_intermediate_size)
-               + h * model.num_moe_experts)
+    experts = (
+        3 * h * (model.moe_router_topk * model.moe_ffn_hidden_size + model.moe_shared_expert_intermediate_size)
+        + h * model.num_moe_experts
+    )
     macs = 0.0
     for layer in range(model.num_layers):
         is_last = layer == model.num_layers - 1

@@ -54,7 +54,8 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     groups.initialize(layout, RunConfig(name="benchmark"))
     try:
         return {"time": measure_time, "memory": measure_memory, "parts": measure_parts}[case["task"]](
-            case, layout, device)
+            case, layout, device
+        )
     finally:
         groups.destroy()
 
@@ -68,12 +69,17 @@ def _documents(case: dict[str, Any], vocab_size: int) -> Documents:
     return draw_documents(lengths, case["block"], case["views"], vocab_size, case["seed"])
 
 
-def _prepare(case: dict[str, Any], variant: Variant, layout: ParallelConfig, device: torch.device,
-             attention: str | None = None) -> tuple[Any, Any, Any]:
+def _prepare(
+    case: dict[str, Any], variant: Variant, layout: ParallelConfig, device: torch.device, attention: str | None = None
+) -> tuple[Any, Any, Any]:
     """(model, batch, batch of whole rows)."""
     model = model_config(case["model"], **case["changes"])
-    whole = build_batch(_documents(case, model.vocab_size), variant, model.mask_token_id,
-                        multiple=1 if layout.context_parallel_size == 1 else 128 * layout.context_parallel_size)
+    whole = build_batch(
+        _documents(case, model.vocab_size),
+        variant,
+        model.mask_token_id,
+        multiple=1 if layout.context_parallel_size == 1 else 128 * layout.context_parallel_size,
+    )
     rank = torch.distributed.get_rank()
     batch = take_context_shard(whole, rank, layout.context_parallel_size).to(device)
     return build(model, variant, layout, attention), batch, whole
@@ -103,8 +109,13 @@ def _clock(device: torch.device, is_alone: bool) -> float:
     return time.process_time() if device.type == "cpu" and is_alone else time.perf_counter()
 
 
-def _seconds(runs: dict[str, Callable[[], Tensor]], clear: Callable[[], None], repeats: int,
-             device: torch.device, is_alone: bool = True) -> dict[str, float]:
+def _seconds(
+    runs: dict[str, Callable[[], Tensor]],
+    clear: Callable[[], None],
+    repeats: int,
+    device: torch.device,
+    is_alone: bool = True,
+) -> dict[str, float]:
     """Least time of every run, taken in turn."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
@@ -131,8 +142,11 @@ def measure_time(case: dict[str, Any], layout: ParallelConfig, device: torch.dev
         else:
             _share_parameters(built, first)
         run = step(built, batch, variant)
-        results[name] = {"forward_tokens": int(whole.num_forward_tokens), "visible_pairs": count_pairs(whole),
-                         "needed_flops": needed_flops(model_config(case["model"], **case["changes"]), whole)}
+        results[name] = {
+            "forward_tokens": int(whole.num_forward_tokens),
+            "visible_pairs": count_pairs(whole),
+            "needed_flops": needed_flops(model_config(case["model"], **case["changes"]), whole),
+        }
         try:
             results[name] |= _compare(run, first, case, device, expected)
             runs[name] = run
@@ -148,8 +162,9 @@ def measure_time(case: dict[str, Any], layout: ParallelConfig, device: torch.dev
     return results
 
 
-def _measure_on_cuda(run: Callable[[], Tensor] | None, first: Any, repeats: int,
-                     device: torch.device) -> dict[str, Any]:
+def _measure_on_cuda(
+    run: Callable[[], Tensor] | None, first: Any, repeats: int, device: torch.device
+) -> dict[str, Any]:
     if run is None:
         return {}
     run()
@@ -163,8 +178,9 @@ def _measure_on_cuda(run: Callable[[], Tensor] | None, first: Any, repeats: int,
     return {"seconds": seconds, "peak_bytes": peak}
 
 
-def _compare(run: Callable[[], Tensor], first: Any, case: dict[str, Any], device: torch.device,
-             expected: dict[str, Any]) -> dict[str, float]:
+def _compare(
+    run: Callable[[], Tensor], first: Any, case: dict[str, Any], device: torch.device, expected: dict[str, Any]
+) -> dict[str, float]:
     """Loss and gradient norm, and their distance from the first variant's, which `expected` keeps."""
     _clear_gradients(first)
     loss = float(run())
@@ -175,13 +191,19 @@ def _compare(run: Callable[[], Tensor], first: Any, case: dict[str, Any], device
         first_gradient = expected.setdefault("gradient", gradient)
         distance = float((gradient - first_gradient).norm() / first_gradient.norm())
     expected_loss, expected_norm = expected.setdefault("loss", loss), expected.setdefault("norm", norm)
-    result = {"loss": loss, "gradient_norm": norm, "loss_difference": abs(loss / expected_loss - 1),
-              "gradient_difference": max(distance, abs(norm / expected_norm - 1))}
+    result = {
+        "loss": loss,
+        "gradient_norm": norm,
+        "loss_difference": abs(loss / expected_loss - 1),
+        "gradient_difference": max(distance, abs(norm / expected_norm - 1)),
+    }
     tolerance = 1e-4 if case["precision"] == "fp32" else 0.05
     if result["loss_difference"] > tolerance or result["gradient_difference"] > tolerance:
-        raise SystemExit(f"not the same step: {result}. (Where two experts score alike for a token, rounding decides "
-                         "which one it goes to, and the gradients of both ways are right: see whether another --seed "
-                         "differs too.)")
+        raise SystemExit(
+            f"not the same step: {result}. (Where two experts score alike for a token, rounding decides "
+            "which one it goes to, and the gradients of both ways are right: see whether another --seed "
+            "differs too.)"
+        )
     return result
 
 
@@ -220,8 +242,9 @@ def measure_parts(case: dict[str, Any], layout: ParallelConfig, device: torch.de
         del runs["without_attention"]
     for run in runs.values():
         run()
-    seconds = _seconds(runs, lambda: _clear_gradients(built), case["repeats"], device,
-                       is_alone=layout.context_parallel_size == 1)
+    seconds = _seconds(
+        runs, lambda: _clear_gradients(built), case["repeats"], device, is_alone=layout.context_parallel_size == 1
+    )
     return {"ours": seconds | {"visible_pairs": count_pairs(whole), "forward_tokens": int(whole.num_forward_tokens)}}
 
 

@@ -14,8 +14,11 @@ from typing import Any
 
 from megatron_dllm.checkpoint import folder as folders
 
-ARMS = {"wsd": "WSD from the AR base", "direct": "direct switch to block 32 from the AR base",
-        "scratch": "WSD from random weights"}
+ARMS = {
+    "wsd": "WSD from the AR base",
+    "direct": "direct switch to block 32 from the AR base",
+    "scratch": "WSD from random weights",
+}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -25,8 +28,11 @@ def collect(study: Path) -> dict[str, dict[str, list[float]]]:
     for arm in ARMS:
         entry: dict[str, list[float]] = {"last": [], "best": [], "merged": []}
         for run in sorted(study.glob(f"{arm}_[0-9]")):
-            elbos = [elbo for folder in folders.list_checkpoints(run / "checkpoints")
-                     if (elbo := folders.validation_elbo(folder)) is not None]
+            elbos = [
+                elbo
+                for folder in folders.list_checkpoints(run / "checkpoints")
+                if (elbo := folders.validation_elbo(folder)) is not None
+            ]
             merged = folders.validation_elbo(study / f"{run.name}_merged")
             if not elbos or merged is None:
                 raise ValueError(f"{run} has no evaluated checkpoints or no merge; finish the study first.")

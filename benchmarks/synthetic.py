@@ -16,9 +16,16 @@ from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 _PIECE = 1 << 24
 
 
-def write_synthetic(folder: Path, model: ModelConfig, architecture: str | None = None, *,
-                    dtype: torch.dtype = torch.bfloat16, seed: int = 0, max_shard_bytes: int = MAX_SHARD_BYTES,
-                    has_stacked_experts: bool = False) -> None:
+def write_synthetic(
+    folder: Path,
+    model: ModelConfig,
+    architecture: str | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    has_stacked_experts: bool = False,
+) -> None:
     """Write config.json and safetensors; no tokenizer.
 
     Args:

@@ -31,20 +31,47 @@ CONTEXT_LENGTH, ROW_LENGTH = 32, 96
 VOCAB_SIZE, EOS, PAD, MASK = 128, 0, 1, 2
 
 MODEL = ModelConfig(
-    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=8,
-    vocab_size=VOCAB_SIZE, max_position_embeddings=512, num_dense_layers=1, num_moe_experts=8,
-    moe_ffn_hidden_size=16, moe_shared_expert_intermediate_size=16, moe_router_topk=4, moe_router_num_groups=4,
-    moe_router_group_topk=2, moe_router_topk_scaling_factor=2.5, moe_router_bias_update_rate=1e-3,
-    init_method_std=0.1, mask_embedding_noise=0.2, mask_embedding_noise_steps=40, mask_token_id=MASK,
-    eos_token_id=EOS, pad_token_id=PAD)
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=512,
+    num_dense_layers=1,
+    num_moe_experts=8,
+    moe_ffn_hidden_size=16,
+    moe_shared_expert_intermediate_size=16,
+    moe_router_topk=4,
+    moe_router_num_groups=4,
+    moe_router_group_topk=2,
+    moe_router_topk_scaling_factor=2.5,
+    moe_router_bias_update_rate=1e-3,
+    init_method_std=0.1,
+    mask_embedding_noise=0.2,
+    mask_embedding_noise_steps=40,
+    mask_token_id=MASK,
+    eos_token_id=EOS,
+    pad_token_id=PAD,
+)
 DENSE = replace(MODEL, num_moe_experts=0, num_dense_layers=4)
 
 # About 6 steps each; the second packs its rows anew in the middle of a chunk of documents.
 _STAGE = StageConfig(block_size=4, num_tokens=900, global_batch_size=4, learning_rate=3e-3, lr_warmup_tokens=300)
-STAGES = {"warmup": _STAGE,
-          "stable": replace(_STAGE, block_size=CONTEXT_LENGTH, num_tokens=1800, lr_warmup_tokens=0),
-          "decay": replace(_STAGE, block_size=8, lr_warmup_tokens=0, is_complementary=True, t_max=0.999,
-                           lr_shape="cosine", final_learning_rate=3e-4)}
+STAGES = {
+    "warmup": _STAGE,
+    "stable": replace(_STAGE, block_size=CONTEXT_LENGTH, num_tokens=1800, lr_warmup_tokens=0),
+    "decay": replace(
+        _STAGE,
+        block_size=8,
+        lr_warmup_tokens=0,
+        is_complementary=True,
+        t_max=0.999,
+        lr_shape="cosine",
+        final_learning_rate=3e-4,
+    ),
+}
 
 
 def run_config(folder: Path, name: str, layout: ParallelConfig | None = None, **changes: Any) -> TrainConfig:
@@ -54,12 +81,15 @@ def run_config(folder: Path, name: str, layout: ParallelConfig | None = None, **
     moves by a full learning rate either way, and two layouts could not be compared.
     """
     config = TrainConfig(
-        run=RunConfig(name=name, root=str(folder / "runs"), distributed_timeout_minutes=10.0), model=MODEL,
+        run=RunConfig(name=name, root=str(folder / "runs"), distributed_timeout_minutes=10.0),
+        model=MODEL,
         data=DataConfig(train=str(folder / "corpus"), packing_chunk=64),
         schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=dict(STAGES)),
-        optimizer=OptimizerConfig(adam_eps=1e-3), parallel=layout or ParallelConfig(),
+        optimizer=OptimizerConfig(adam_eps=1e-3),
+        parallel=layout or ParallelConfig(),
         checkpoint=CheckpointConfig(save_interval_tokens=600, keep_last=3, timeout_minutes=10.0),
-        logging=LoggingConfig(interval_steps=1, tensorboard=False))
+        logging=LoggingConfig(interval_steps=1, tensorboard=False),
+    )
     return replace(config, **changes)
 
 
@@ -67,9 +97,13 @@ def scaled_config(folder: Path, name: str, scale: float, is_async: bool = False)
     """A run with stages `scale` times as long, saved every few steps."""
     stages = {key: replace(stage, num_tokens=int(scale * stage.num_tokens)) for key, stage in STAGES.items()}
     return run_config(
-        folder, name, checkpoint=CheckpointConfig(save_interval_tokens=500, keep_last=2, keep_best=0,
-                                                  timeout_minutes=10.0, is_async=is_async),
-        schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=stages))
+        folder,
+        name,
+        checkpoint=CheckpointConfig(
+            save_interval_tokens=500, keep_last=2, keep_best=0, timeout_minutes=10.0, is_async=is_async
+        ),
+        schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=stages),
+    )
 
 
 def write_corpus(prefix: Path, num_documents: int = 400) -> None:
@@ -118,8 +152,11 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
     reader = dcp.FileSystemReader(checkpoint)
     stored = reader.read_metadata().state_dict_metadata
-    tensors = {key: torch.full(entry.size, 7.0, dtype=entry.properties.dtype) for key, entry in stored.items()
-               if isinstance(entry, TensorStorageMetadata)}
+    tensors = {
+        key: torch.full(entry.size, 7.0, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 

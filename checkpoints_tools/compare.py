@@ -125,20 +125,28 @@ def _same_format(a: MergeInput, b: MergeInput) -> tuple[tuple[TensorTable, Tenso
         for name, (dtype, shape) in a.tensors.items():
             if b.tensors.get(name, (dtype, ()))[1] == shape:
                 for first, offsets, sizes in split_rows((0,) * len(shape), shape, _PIECE_BYTES // dtype.itemsize):
-                    yield _Unit(name, prod(sizes), partial(a.read, name, first, offsets, sizes),
-                                partial(b.read, name, first, offsets, sizes))
+                    yield _Unit(
+                        name,
+                        prod(sizes),
+                        partial(a.read, name, first, offsets, sizes),
+                        partial(b.read, name, first, offsets, sizes),
+                    )
 
     return (a.tensors, b.tensors), units()
 
 
-def _across(dist: TorchDistInput, hf: HFInput,
-            is_swapped: bool) -> tuple[tuple[TensorTable, TensorTable], Iterator[_Unit]]:
+def _across(
+    dist: TorchDistInput, hf: HFInput, is_swapped: bool
+) -> tuple[tuple[TensorTable, TensorTable], Iterator[_Unit]]:
     """A torch_dist checkpoint beside a Hugging Face folder, in the names of the latter."""
     model = dist.contract.model
     has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in hf.tensors)
     names = weight_map(model, read_hf_config(hf.folder).model.family, has_stacked_experts)
-    pieces = [piece for piece in names.pieces
-              if dist.tensors.get(piece.mcore_key, (None, ()))[1] == names.mcore_shapes[piece.mcore_key]]
+    pieces = [
+        piece
+        for piece in names.pieces
+        if dist.tensors.get(piece.mcore_key, (None, ()))[1] == names.mcore_shapes[piece.mcore_key]
+    ]
     table = {piece.hf_name: (dist.tensors[piece.mcore_key][0], names.hf_shapes[piece.hf_name]) for piece in pieces}
     table |= {key: entry for key, entry in dist.tensors.items() if key not in names.mcore_shapes}
 
@@ -155,8 +163,10 @@ def _across(dist: TorchDistInput, hf: HFInput,
 
 
 def _compare(table_a: TensorTable, table_b: TensorTable, units: Iterator[_Unit]) -> Comparison:
-    result = Comparison(only_a=[name for name in table_a if name not in table_b],
-                        only_b=[name for name in table_b if name not in table_a])
+    result = Comparison(
+        only_a=[name for name in table_a if name not in table_b],
+        only_b=[name for name in table_b if name not in table_a],
+    )
     for name in (name for name in table_a if name in table_b):
         (dtype_a, shape_a), (dtype_b, shape_b) = table_a[name], table_b[name]
         if shape_a != shape_b:
@@ -180,16 +190,22 @@ def _compare(table_a: TensorTable, table_b: TensorTable, units: Iterator[_Unit])
 def show(result: Comparison, limit: int) -> str:
     """Lay a comparison out for reading, at most `limit` lines of a kind."""
     lines: list[str] = []
-    for title, entries in (("only in A", result.only_a), ("only in B", result.only_b),
-                           ("other shape", result.shapes), ("other dtype", result.dtypes)):
+    for title, entries in (
+        ("only in A", result.only_a),
+        ("only in B", result.only_b),
+        ("other shape", result.shapes),
+        ("other dtype", result.dtypes),
+    ):
         if entries:
             lines += [f"{title}: {len(entries)}", *(f"    {entry}" for entry in entries[:limit])]
     differing = [item for item in result.values if not item.is_equal]
     lines.append(f"values: {len(result.values) - len(differing)} tensors equal, {len(differing)} different")
     if differing:
         lines.append(f"    {'largest':>12} {'mean':>12} {'not finite':>11}  tensor")
-        lines += [f"    {item.largest:12.5g} {item.mean:12.5g} {item.num_not_finite:11d}  {item.name}"
-                  for item in differing[:limit]]
+        lines += [
+            f"    {item.largest:12.5g} {item.mean:12.5g} {item.num_not_finite:11d}  {item.name}"
+            for item in differing[:limit]
+        ]
     lines.append("equal" if result.is_equal else "different")
     return "\n".join(lines)
 

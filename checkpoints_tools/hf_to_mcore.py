@@ -76,8 +76,9 @@ def _with_token_ids(model: ModelConfig, files: TokenizerFiles, wanted: int | Non
     if eos is None:
         eos = pad  # LLaDA2 states its end-of-text token as pad_token_id alone.
     if eos is None:
-        raise ValueError(f"{hf / 'config.json'} and the tokenizer of {files.folder} name no eos_token_id; add it to "
-                         "either.")
+        raise ValueError(
+            f"{hf / 'config.json'} and the tokenizer of {files.folder} name no eos_token_id; add it to either."
+        )
     if not files.exists:
         logger.warning("%s has no tokenizer files; the checkpoint will have none either", files.folder)
     mask = settle_mask_id(files, model.vocab_size, model.mask_token_id, wanted)
@@ -91,34 +92,48 @@ def _check_tensors(folder: SafetensorsFolder, names: WeightMap, model: ModelConf
     expected = names.hf_shapes
     missing = [name for name in expected if name not in folder.tensors]
     if missing:
-        raise ValueError(f"{folder.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found "
-                         f"{len(folder.tensors)} of {len(expected)}); the folder is incomplete or config.json is "
-                         "another model's.")
+        raise ValueError(
+            f"{folder.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found "
+            f"{len(folder.tensors)} of {len(expected)}); the folder is incomplete or config.json is "
+            "another model's."
+        )
     extra = [name for name in folder.tensors if name not in expected]
     if extra:
         tensor = folder.tensors[extra[0]]
-        remedy = ("it is tied to the embedding: set tie_word_embeddings to false or remove it"
-                  if extra[0] == "lm_head.weight" else "our model has no place for it, so it would be lost")
-        raise ValueError(f"{tensor.path}: tensor {extra[0]} ({list(tensor.shape)}) and {len(extra) - 1} more are not "
-                         f"part of a {model.family} with this config.json; {remedy}.")
+        remedy = (
+            "it is tied to the embedding: set tie_word_embeddings to false or remove it"
+            if extra[0] == "lm_head.weight"
+            else "our model has no place for it, so it would be lost"
+        )
+        raise ValueError(
+            f"{tensor.path}: tensor {extra[0]} ({list(tensor.shape)}) and {len(extra) - 1} more are not "
+            f"part of a {model.family} with this config.json; {remedy}."
+        )
     dtypes: dict[str, torch.dtype] = {}
     for name, shape in expected.items():
         tensor = folder.tensors[name]
         if tensor.shape != shape:
-            raise ValueError(f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
-                             f"{list(shape)}; one of the two belongs to another model.")
+            raise ValueError(
+                f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
+                f"{list(shape)}; one of the two belongs to another model."
+            )
         if is_fp32(name) and tensor.dtype != torch.float32:
-            logger.warning("%s: %s is stored as %s; what was lost by rounding it is lost", tensor.path, name,
-                           tensor.dtype)
+            logger.warning(
+                "%s: %s is stored as %s; what was lost by rounding it is lost", tensor.path, name, tensor.dtype
+            )
     for piece in names.pieces:
         stored = folder.tensors[piece.hf_name].dtype
         if not stored.is_floating_point:
-            raise ValueError(f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}; "
-                             "weights must be floating point: dequantize the checkpoint first.")
+            raise ValueError(
+                f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}; "
+                "weights must be floating point: dequantize the checkpoint first."
+            )
         dtype = torch.float32 if is_fp32(piece.hf_name) else stored
         if dtypes.setdefault(piece.mcore_key, dtype) != dtype:
-            raise ValueError(f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}, "
-                             f"others of {piece.mcore_key} have {dtypes[piece.mcore_key]}; store them alike.")
+            raise ValueError(
+                f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}, "
+                f"others of {piece.mcore_key} have {dtypes[piece.mcore_key]}; store them alike."
+            )
     return dtypes
 
 
@@ -126,9 +141,13 @@ def _tasks(folder: SafetensorsFolder, names: WeightMap, writer: TorchDistWriter)
     for piece in names.pieces:
         dtype = folder.tensors[piece.hf_name].dtype
         for first, offsets, sizes in split_rows(piece.offsets, piece.sizes, MAX_PIECE_BYTES // dtype.itemsize):
-            yield Task(f"{folder.tensors[piece.hf_name].path}: {piece.hf_name}", prod(sizes), dtype,
-                       partial(folder.read, piece.hf_name, piece.hf_start + first),
-                       partial(_write, writer, piece.mcore_key, offsets, sizes))
+            yield Task(
+                f"{folder.tensors[piece.hf_name].path}: {piece.hf_name}",
+                prod(sizes),
+                dtype,
+                partial(folder.read, piece.hf_name, piece.hf_start + first),
+                partial(_write, writer, piece.mcore_key, offsets, sizes),
+            )
 
 
 def _write(writer: TorchDistWriter, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], data: Tensor) -> None:
@@ -138,8 +157,13 @@ def _write(writer: TorchDistWriter, key: str, offsets: tuple[int, ...], sizes: t
 
 def _contract(model: ModelConfig, source: SourceConfig, hf: Path, has_tokenizer: bool) -> dict[str, object]:
     block_size = (source.block_size or DEFAULT_BLOCK_SIZE) if source.is_diffusion else 1
-    contract = new_contract(model, shift=not source.is_diffusion, block_size=block_size,
-                            context_length=model.max_position_embeddings, has_tokenizer=has_tokenizer)
+    contract = new_contract(
+        model,
+        shift=not source.is_diffusion,
+        block_size=block_size,
+        context_length=model.max_position_embeddings,
+        has_tokenizer=has_tokenizer,
+    )
     return contract | {"source": str(hf.absolute())}
 
 

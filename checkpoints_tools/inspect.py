@@ -59,11 +59,15 @@ def _describe_hf(folder: Path) -> dict[str, Any]:
     tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in reader.tensors.items()}
     shards = {tensor.path for tensor in reader.tensors.values()}
     return {
-        "folder": str(folder), "format": f"Hugging Face, {len(shards)} safetensors file(s)",
+        "folder": str(folder),
+        "format": f"Hugging Face, {len(shards)} safetensors file(s)",
         "family": source.model.family,
         **_sizes(source.model, tensors),
-        "contract": {"shift": not source.is_diffusion, "block_size": source.block_size,
-                     "mask_token_id": source.model.mask_token_id if source.model.mask_token_id >= 0 else None},
+        "contract": {
+            "shift": not source.is_diffusion,
+            "block_size": source.block_size,
+            "mask_token_id": source.model.mask_token_id if source.model.mask_token_id >= 0 else None,
+        },
         "bytes_on_disk": _bytes_on_disk(folder),
     }
 
@@ -76,15 +80,22 @@ def _describe_torch_dist(folder: Path) -> dict[str, Any]:
     # Converted checkpoints name some tensors twice.
     others = set(stored) - set(keys.values()) - set(key_aliases(contract.model).values())
     description = {
-        "folder": str(folder), "format": "torch_dist", "family": contract.model.family,
+        "folder": str(folder),
+        "format": "torch_dist",
+        "family": contract.model.family,
         **_sizes(contract.model, tensors),
         "contract": content["contract"],
-        "step": content.get("step"), "stage": content.get("stage"), "is_stage_end": content.get("is_stage_end"),
+        "step": content.get("step"),
+        "stage": content.get("stage"),
+        "is_stage_end": content.get("is_stage_end"),
         "consumed_tokens": content.get("consumed_tokens"),
         "has_optimizer": bool(others),
-        "saved_by": {"world_size": content.get("world_size"),
-                     **{name: size for name, size in (content.get("layout") or {}).items() if isinstance(size, int)}},
-        "source": content.get("source"), "tokenizer": content.get("tokenizer"),
+        "saved_by": {
+            "world_size": content.get("world_size"),
+            **{name: size for name, size in (content.get("layout") or {}).items() if isinstance(size, int)},
+        },
+        "source": content.get("source"),
+        "tokenizer": content.get("tokenizer"),
         "bytes_on_disk": _bytes_on_disk(folder),
     }
     validation = folders.read_validation(folder)
@@ -101,9 +112,13 @@ def _sizes(model: ModelConfig, tensors: dict[str, tuple[torch.dtype, tuple[int, 
         dtypes[str(dtype).removeprefix("torch.")] += prod(shape)
     total = sum(groups.values())
     idle = groups["experts"] * (1 - model.moe_router_topk / model.num_moe_experts) if model.is_moe else 0
-    return {"num_tensors": len(tensors), "parameters": total, "active_parameters": round(total - idle),
-            "parameters_of": {name: groups[name] for name, _ in _GROUPS if groups[name]},
-            "elements_of_dtype": dict(dtypes)}
+    return {
+        "num_tensors": len(tensors),
+        "parameters": total,
+        "active_parameters": round(total - idle),
+        "parameters_of": {name: groups[name] for name, _ in _GROUPS if groups[name]},
+        "elements_of_dtype": dict(dtypes),
+    }
 
 
 def _group(name: str) -> str:

@@ -37,8 +37,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _CODE = {"llada2_moe": ("configuration_llada2_moe.py", "modeling_llada2_moe.py")}
 
 
-def convert(checkpoint: Path, output: Path, architecture: str | None = None, dtype: str | None = None,
-            tokenizer: Path | None = None, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def convert(
+    checkpoint: Path,
+    output: Path,
+    architecture: str | None = None,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Convert one checkpoint.
 
     Args:
@@ -56,14 +62,22 @@ def convert(checkpoint: Path, output: Path, architecture: str | None = None, dty
     contract, reader = open_checkpoint(checkpoint)
     architecture = architecture or default_architecture(contract)
     if architecture in DIFFUSION_ARCHITECTURES and not contract.is_diffusion:
-        logger.warning("%s predicts the next token (shift), %s serves diffusion models: train it before you serve it",
-                       checkpoint, architecture)
+        logger.warning(
+            "%s predicts the next token (shift), %s serves diffusion models: train it before you serve it",
+            checkpoint,
+            architecture,
+        )
     names = weight_map(contract.model, architecture)
     keys = _check_keys(reader, names, contract)
     stored = {key: reader.metadata.tensors[keys[key]].dtype for key in names.mcore_shapes}
     wanted = DTYPES[dtype] if dtype else None
-    tensors = {piece.hf_name: (torch.float32 if is_fp32(piece.hf_name) else wanted or stored[piece.mcore_key],
-                               names.hf_shapes[piece.hf_name]) for piece in names.pieces}
+    tensors = {
+        piece.hf_name: (
+            torch.float32 if is_fp32(piece.hf_name) else wanted or stored[piece.mcore_key],
+            names.hf_shapes[piece.hf_name],
+        )
+        for piece in names.pieces
+    }
     dtype_name = str(next(iter(tensors.values()))[0]).removeprefix("torch.")
     config = to_hf_config(contract.model, architecture, dtype_name, contract.block_size)
     files = TokenizerFiles(tokenizer or tokenizer_folder(checkpoint, contract) or checkpoint)
@@ -80,8 +94,10 @@ def convert(checkpoint: Path, output: Path, architecture: str | None = None, dty
             writer.abandon()
             reader.close()
         _write_json(temporary / "config.json", config)
-        _write_json(temporary / "generation_config.json", {
-            "eos_token_id": contract.model.eos_token_id, "pad_token_id": contract.model.pad_token_id})
+        _write_json(
+            temporary / "generation_config.json",
+            {"eos_token_id": contract.model.eos_token_id, "pad_token_id": contract.model.pad_token_id},
+        )
         copy_tokenizer(files, temporary, contract.model.mask_token_id, contract.model.vocab_size)
         for name in _CODE.get(architecture, ()):
             shutil.copyfile(MODELING_FILES / name, temporary / name)
@@ -101,28 +117,45 @@ def _check_keys(reader: TorchDistReader, names: WeightMap, contract: Contract) -
     keys = model_keys(contract.model, reader)
     missing = [key for key in names.mcore_shapes if key not in keys]
     if missing:
-        raise ValueError(f"{reader.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found "
-                         f"{len(keys)} of {len(names.mcore_shapes)}); the checkpoint is not one of the model in its "
-                         "contract.json.")
+        raise ValueError(
+            f"{reader.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found "
+            f"{len(keys)} of {len(names.mcore_shapes)}); the checkpoint is not one of the model in its "
+            "contract.json."
+        )
     extra = [key for key in keys if key not in names.mcore_shapes]
     if extra:
-        raise ValueError(f"{reader.folder}: tensor {extra[0]} and {len(extra) - 1} more have no place in a "
-                         f"{contract.model.family} with this contract.json; they would be lost.")
+        raise ValueError(
+            f"{reader.folder}: tensor {extra[0]} and {len(extra) - 1} more have no place in a "
+            f"{contract.model.family} with this contract.json; they would be lost."
+        )
     for key, shape in names.mcore_shapes.items():
         if found[keys[key]].shape != shape:
-            raise ValueError(f"{reader.folder}: tensor {keys[key]} has shape {list(found[keys[key]].shape)}, "
-                             f"contract.json asks for {list(shape)}; one of the two belongs to another model.")
+            raise ValueError(
+                f"{reader.folder}: tensor {keys[key]} has shape {list(found[keys[key]].shape)}, "
+                f"contract.json asks for {list(shape)}; one of the two belongs to another model."
+            )
     return keys
 
 
-def _tasks(reader: TorchDistReader, names: WeightMap, keys: dict[str, str], stored: dict[str, torch.dtype],
-           tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], writer: SafetensorsWriter) -> Iterator[Task]:
+def _tasks(
+    reader: TorchDistReader,
+    names: WeightMap,
+    keys: dict[str, str],
+    stored: dict[str, torch.dtype],
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    writer: SafetensorsWriter,
+) -> Iterator[Task]:
     for piece in names.pieces:
         key, dtype = keys[piece.mcore_key], stored[piece.mcore_key]
         target = tensors[piece.hf_name][0]
         for first, offsets, sizes in split_rows(piece.offsets, piece.sizes, MAX_PIECE_BYTES // dtype.itemsize):
-            yield Task(f"{reader.folder}: {key}", prod(sizes), dtype, partial(reader.read, key, offsets, sizes),
-                       partial(_write, writer, piece.hf_name, piece.hf_start + first, target))
+            yield Task(
+                f"{reader.folder}: {key}",
+                prod(sizes),
+                dtype,
+                partial(reader.read, key, offsets, sizes),
+                partial(_write, writer, piece.hf_name, piece.hf_start + first, target),
+            )
 
 
 def _write(writer: SafetensorsWriter, name: str, start: int, dtype: torch.dtype, data: Tensor) -> None:
@@ -138,8 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="step folder, or run folder (its latest)")
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES_OF_FAMILY),
-                        help="default: by family and contract")
+    parser.add_argument(
+        "--architecture", choices=sorted(ARCHITECTURES_OF_FAMILY), help="default: by family and contract"
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
     parser.add_argument("--tokenizer", type=Path, help="take the tokenizer from this folder instead")
     arguments = parser.parse_args()

@@ -26,8 +26,9 @@ METRICS = ("elbo", "bits_per_byte")
 FORMATS = ("auto", "torch_dist", "hf")
 
 
-def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None,
-           block_size: int | None = None) -> tuple[list[Path], dict[str, Any]]:
+def choose(
+    run: Path, k: int, metric: str = "elbo", last_n: int | None = None, block_size: int | None = None
+) -> tuple[list[Path], dict[str, Any]]:
     """The k best checkpoints of a run, oldest first.
 
     Candidates share the contract (objective, block size) of the run's last checkpoint; one whose metric is not a
@@ -52,39 +53,57 @@ def choose(run: Path, k: int, metric: str = "elbo", last_n: int | None = None,
     contracts = {folder: read_contract(folder).content["contract"] for folder in complete}
     alike = [folder for folder in complete if contracts[folder] == contracts[complete[-1]]]
     if len(alike) < len(complete):
-        logger.info("%d of %d checkpoints were trained with another objective or block size and stay out",
-                    len(complete) - len(alike), len(complete))
+        logger.info(
+            "%d of %d checkpoints were trained with another objective or block size and stay out",
+            len(complete) - len(alike),
+            len(complete),
+        )
     candidates = alike[-last_n:] if last_n else alike
     validations = {folder: found for folder in candidates if (found := folders.read_validation(folder)) is not None}
     if block_size is None and validations:
         block_size = validations[max(validations)]["target_block_size"]
     ranking = _rank(validations, metric, block_size)
-    choice = {"run": str(run.absolute()), "metric": metric, "block_size": block_size, "last_n": last_n,
-              "ranking": [{"checkpoint": folder.name, metric: score} for score, folder in ranking]}
+    choice = {
+        "run": str(run.absolute()),
+        "metric": metric,
+        "block_size": block_size,
+        "last_n": last_n,
+        "ranking": [{"checkpoint": folder.name, metric: score} for score, folder in ranking],
+    }
     if last_n and k >= len(candidates) == last_n:
         logger.info("all of the last %d checkpoints", last_n)
         return candidates, choice
     for number, (score, folder) in enumerate(ranking):
         logger.info("%s %2d. %s  %s %.5f", "*" if number < k else " ", number + 1, folder.name, metric, score)
     if len(ranking) < k:
-        raise ValueError(f"k ({k}) must not exceed the checkpoints of {run} with {metric} in validation.json "
-                         f"({len(ranking)} of {len(candidates)}); lower k, evaluate more checkpoints, or list them "
-                         "with --checkpoints.")
+        raise ValueError(
+            f"k ({k}) must not exceed the checkpoints of {run} with {metric} in validation.json "
+            f"({len(ranking)} of {len(candidates)}); lower k, evaluate more checkpoints, or list them "
+            "with --checkpoints."
+        )
     return sorted(folder for _, folder in ranking[:k]), choice
 
 
 def _rank(validations: dict[Path, dict[str, Any]], metric: str, block_size: int | None) -> list[tuple[float, Path]]:
     """Checkpoints with their metric, the best first."""
-    scores = [(float(value), folder) for folder, found in validations.items()
-              if (value := found[metric].get(str(block_size))) is not None]
+    scores = [
+        (float(value), folder)
+        for folder, found in validations.items()
+        if (value := found[metric].get(str(block_size))) is not None
+    ]
     for score, folder in scores:
         if not math.isfinite(score):
             logger.warning("%s stays out: its %s is %s", folder.name, metric, score)
     return sorted(item for item in scores if math.isfinite(item[0]))
 
 
-def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input_format: str = "auto",
-          choice: dict[str, Any] | None = None) -> None:
+def merge(
+    checkpoints: list[Path],
+    output: Path,
+    weights: str = "uniform",
+    input_format: str = "auto",
+    choice: dict[str, Any] | None = None,
+) -> None:
     """Average checkpoints.
 
     Args:
@@ -104,10 +123,18 @@ def merge(checkpoints: list[Path], output: Path, weights: str = "uniform", input
         check_alike(inputs)
         values = merge_weights(weights, len(inputs))
         provenance = {
-            "tool": "merge_topk", "commit": commit(), "weights": weights,
-            "inputs": [{"checkpoint": str(item.folder.absolute()), "weight": value, "step": item.step,
-                        "elbo": folders.validation_elbo(item.folder)}
-                       for item, value in zip(inputs, values, strict=True)],
+            "tool": "merge_topk",
+            "commit": commit(),
+            "weights": weights,
+            "inputs": [
+                {
+                    "checkpoint": str(item.folder.absolute()),
+                    "weight": value,
+                    "step": item.step,
+                    "elbo": folders.validation_elbo(item.folder),
+                }
+                for item, value in zip(inputs, values, strict=True)
+            ],
             "choice": choice,
         }
         merge_into(inputs, values, output, provenance)
@@ -132,8 +159,9 @@ def main() -> None:
     parser.add_argument("--k", type=_positive, help="how many of a run (default 5, or last_n)")
     parser.add_argument("--metric", choices=METRICS, default="elbo", help="of validation.json; lower is better")
     parser.add_argument("--block_size", type=_positive, help="at which the metric was measured (default: the target)")
-    parser.add_argument("--last_n", type=_positive,
-                        help="only the last n checkpoints; alone: all of them, evaluated or not")
+    parser.add_argument(
+        "--last_n", type=_positive, help="only the last n checkpoints; alone: all of them, evaluated or not"
+    )
     parser.add_argument("--weights", choices=WEIGHTS, default="uniform", help="uniform, or imitating a decay (WSM)")
     parser.add_argument("--input_format", choices=FORMATS, default="auto")
     arguments = parser.parse_args()

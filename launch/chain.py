@@ -23,8 +23,18 @@ from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
 from megatron_dllm.config.rules import check, check_name
 
-LAUNCH_KEYS = ("cluster", "experiment", "name", "root", "inputs", "nodes", "min_nodes", "stages", "requeue",
-               "train_module")
+LAUNCH_KEYS = (
+    "cluster",
+    "experiment",
+    "name",
+    "root",
+    "inputs",
+    "nodes",
+    "min_nodes",
+    "stages",
+    "requeue",
+    "train_module",
+)
 
 
 @dataclass
@@ -53,28 +63,44 @@ class StageSpec:
     def validate(self, name: str, earlier: list[str]) -> None:
         """Raise ValueError for a stage that is neither or both, or that waits for a stage that is not there."""
         check_name("stages", name)
-        check((self.experiment is None) != (self.module is None),
-              f"stages.{name} must have either experiment ({self.experiment}) or module ({self.module}); "
-              "set exactly one.")
-        check(self.experiment is not None or not self.overrides,
-              f"stages.{name}.overrides {self.overrides} have no effect on a tool; use arguments.")
-        check(self.module is not None or not self.arguments,
-              f"stages.{name}.arguments {self.arguments} have no effect on a training run; use overrides.")
-        check(self.module is None or all(part.isidentifier() for part in self.module.split(".")),
-              f"stages.{name}.module ({self.module!r}) must be the dotted name of a Python module.")
-        check(self.nodes > 0 and (self.min_nodes is None or 0 < self.min_nodes <= self.nodes),
-              f"stages.{name}.nodes, min_nodes ({self.nodes}, {self.min_nodes}) must satisfy 0 < min_nodes <= nodes.")
-        check(self.module is None or self.nodes == 1 or self.ranks_per_node is not None,
-              f"stages.{name}.nodes ({self.nodes}) must be 1 for a tool that is one process; set ranks_per_node for "
-              "one that runs on several ranks.")
-        check(self.ranks_per_node is None or (self.module is not None and self.ranks_per_node > 0),
-              f"stages.{name}.ranks_per_node ({self.ranks_per_node}) must be positive and belong to a tool; training "
-              "takes cluster.ranks_per_node.")
+        check(
+            (self.experiment is None) != (self.module is None),
+            f"stages.{name} must have either experiment ({self.experiment}) or module ({self.module}); "
+            "set exactly one.",
+        )
+        check(
+            self.experiment is not None or not self.overrides,
+            f"stages.{name}.overrides {self.overrides} have no effect on a tool; use arguments.",
+        )
+        check(
+            self.module is not None or not self.arguments,
+            f"stages.{name}.arguments {self.arguments} have no effect on a training run; use overrides.",
+        )
+        check(
+            self.module is None or all(part.isidentifier() for part in self.module.split(".")),
+            f"stages.{name}.module ({self.module!r}) must be the dotted name of a Python module.",
+        )
+        check(
+            self.nodes > 0 and (self.min_nodes is None or 0 < self.min_nodes <= self.nodes),
+            f"stages.{name}.nodes, min_nodes ({self.nodes}, {self.min_nodes}) must satisfy 0 < min_nodes <= nodes.",
+        )
+        check(
+            self.module is None or self.nodes == 1 or self.ranks_per_node is not None,
+            f"stages.{name}.nodes ({self.nodes}) must be 1 for a tool that is one process; set ranks_per_node for "
+            "one that runs on several ranks.",
+        )
+        check(
+            self.ranks_per_node is None or (self.module is not None and self.ranks_per_node > 0),
+            f"stages.{name}.ranks_per_node ({self.ranks_per_node}) must be positive and belong to a tool; training "
+            "takes cluster.ranks_per_node.",
+        )
         if self.time_limit is not None:
             time_limit_seconds(self.time_limit)
         for other in self.after or []:
-            check(other in earlier,
-                  f"stages.{name}.after ({other}) must name a stage listed before it: {', '.join(earlier) or 'none'}.")
+            check(
+                other in earlier,
+                f"stages.{name}.after ({other}) must name a stage listed before it: {', '.join(earlier) or 'none'}.",
+            )
 
 
 @dataclass
@@ -88,9 +114,11 @@ class RequeueConfig:
 
     def validate(self) -> None:
         """Raise ValueError for bounds below one."""
-        check(self.max_crashes_without_progress >= 1 and self.max_crashes >= 1,
-              f"requeue.max_crashes_without_progress, max_crashes ({self.max_crashes_without_progress}, "
-              f"{self.max_crashes}) must be at least 1; 1 never starts again after a crash.")
+        check(
+            self.max_crashes_without_progress >= 1 and self.max_crashes >= 1,
+            f"requeue.max_crashes_without_progress, max_crashes ({self.max_crashes_without_progress}, "
+            f"{self.max_crashes}) must be at least 1; 1 never starts again after a crash.",
+        )
 
 
 @dataclass
@@ -117,9 +145,11 @@ class LaunchConfig:
         names = list(self.stages)
         for position, (name, spec) in enumerate(self.stages.items()):
             spec.validate(name, names[:position])
-            check((spec.ranks_per_node or 0) <= self.cluster.num_ranks_per_node or not self.cluster.gpus_per_node,
-                  f"stages.{name}.ranks_per_node ({spec.ranks_per_node}) must not exceed the cluster's "
-                  f"({self.cluster.num_ranks_per_node}): every rank needs a GPU of its own; raise nodes instead.")
+            check(
+                (spec.ranks_per_node or 0) <= self.cluster.num_ranks_per_node or not self.cluster.gpus_per_node,
+                f"stages.{name}.ranks_per_node ({spec.ranks_per_node}) must not exceed the cluster's "
+                f"({self.cluster.num_ranks_per_node}): every rank needs a GPU of its own; raise nodes instead.",
+            )
 
 
 @dataclass(frozen=True)
@@ -211,19 +241,28 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
     chains = sorted(path.stem for path in (recipes / "chain").glob("*.yaml"))
     experiments = sorted(path.stem for path in (recipes / "experiment").glob("*.yaml"))
     name = selected.get("experiment", "")
-    check(name in chains or name in experiments,
-          f"experiment ({name!r}) is not a recipe; there are: {', '.join(sorted({*chains, *experiments}))}.")
+    check(
+        name in chains or name in experiments,
+        f"experiment ({name!r}) is not a recipe; there are: {', '.join(sorted({*chains, *experiments}))}.",
+    )
     is_chain = name in chains
     choice = [f"chain={name}"] if is_chain else []
     composed = compose_dict([*choice, *launch_overrides], "launch", recipes, LaunchConfig)
     missing = [key for key in composed.inputs if OmegaConf.is_missing(composed.inputs, key)]
-    check(not missing, f"{', '.join(f'inputs.{key}' for key in missing)} must be given: {name} starts from what you "
-                       f"bring; add {' '.join(f'inputs.{key}=PATH' for key in missing)}.")
+    check(
+        not missing,
+        f"{', '.join(f'inputs.{key}' for key in missing)} must be given: {name} starts from what you "
+        f"bring; add {' '.join(f'inputs.{key}=PATH' for key in missing)}.",
+    )
     if is_chain:
-        check(not OmegaConf.is_missing(composed, "name"), f"name (???) is required: recipes/chain/{name}.yaml must "
-                                                          "name the chain, or the command line with name=.")
-        check("nodes" not in selected and "min_nodes" not in selected,
-              "nodes has no effect on a chain, whose stages have their own; use stages.NAME.nodes.")
+        check(
+            not OmegaConf.is_missing(composed, "name"),
+            f"name (???) is required: recipes/chain/{name}.yaml must name the chain, or the command line with name=.",
+        )
+        check(
+            "nodes" not in selected and "min_nodes" not in selected,
+            "nodes has no effect on a chain, whose stages have their own; use stages.NAME.nodes.",
+        )
         misplaced = [word for word in train_overrides if word.startswith(("run.name=", "run.root="))]
         check(not misplaced, f"{misplaced} would put every stage into one folder; use name= and root=.")
         if composed.cluster.run_root and not any(word.startswith("root=") for word in launch_overrides):
@@ -239,8 +278,11 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
     assert isinstance(config, LaunchConfig), "recipes/launch.yaml must start from launch_schema"
     if not is_chain:
         nodes = _integer(selected, "nodes")
-        config.stages = {"train": StageSpec(experiment=name, nodes=1 if nodes is None else nodes,
-                                            min_nodes=_integer(selected, "min_nodes"))}
+        config.stages = {
+            "train": StageSpec(
+                experiment=name, nodes=1 if nodes is None else nodes, min_nodes=_integer(selected, "min_nodes")
+            )
+        }
     config.validate()
     folder = Path(config.root) / config.name
     stages: list[Stage] = []
@@ -265,8 +307,9 @@ def _compose_train(experiment: str, overrides: list[str], recipes: Path) -> Any:
     return compose_dict([f"experiment={experiment}", *overrides], "train", recipes)
 
 
-def _resolve(name: str, config: LaunchConfig, home: list[str], train_overrides: list[str], earlier: list[Stage],
-             recipes: Path) -> Stage:
+def _resolve(
+    name: str, config: LaunchConfig, home: list[str], train_overrides: list[str], earlier: list[Stage], recipes: Path
+) -> Stage:
     """Turn one stage of the recipe into a command."""
     spec = config.stages[name]
     after = tuple(spec.after) if spec.after is not None else tuple(s.name for s in earlier[-1:])
@@ -295,6 +338,5 @@ def frozen_yaml(composed: Any, recipes: Path) -> str:
     Hydra's own settings are taken along, so that a rerun from the frozen file also writes no `outputs/` folders.
     """
     hydra = OmegaConf.to_container(OmegaConf.load(recipes / "train.yaml")).get("hydra", {})  # type: ignore[union-attr]
-    frozen = {"defaults": ["train_schema", "_self_"], **OmegaConf.to_container(composed, resolve=True),
-              "hydra": hydra}  # type: ignore[dict-item]
+    frozen = {"defaults": ["train_schema", "_self_"], **OmegaConf.to_container(composed, resolve=True), "hydra": hydra}  # type: ignore[dict-item]
     return OmegaConf.to_yaml(frozen)

@@ -61,8 +61,11 @@ def ending_of(start: Path, hosts: Sequence[str], ranks: int, forced: str | None,
     worst = root_cause(start, records)
     if worst is None:
         tail = " | ".join(last_lines(start / "srun.log", 3))
-        return Ending("terminated" if is_stopping else "crashed",
-                      f"ranks on {silent or 'some nodes'} ended without a record; srun said: {tail or 'nothing'}", code)
+        return Ending(
+            "terminated" if is_stopping else "crashed",
+            f"ranks on {silent or 'some nodes'} ended without a record; srun said: {tail or 'nothing'}",
+            code,
+        )
     collect_failure(start)
     where = f"rank {worst['rank']} on {worst['host']}: {describe_code(worst['code'])}; see {start / 'failure.txt'}"
     if worst["code"] == EXIT_NON_FINITE:
@@ -88,5 +91,8 @@ def ending_of_silent(previous: dict[str, Any], events: Sequence[dict[str, Any]])
         return Ending("vanished", "lost its node: " + "; ".join(lost))
     if stops:
         return Ending("terminated", f"ended by SLURM ({stops[0]}) before its ranks had stopped")
-    return Ending("vanished", "ended without a word: a node or its daemon failed, or the job was killed; its nodes "
-                              f"were {', '.join(previous['nodes'])}")
+    return Ending(
+        "vanished",
+        "ended without a word: a node or its daemon failed, or the job was killed; its nodes "
+        f"were {', '.join(previous['nodes'])}",
+    )

@@ -31,8 +31,11 @@ def failed_first(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 # What ranks say when another one has gone: true, but not the cause.
-_SECOND_HAND = re.compile(r"Connection (reset|closed|refused)|connection was closed|ConnectionError|Broken pipe|"
-                          r"peer|NCCL|gloo|DistBackendError|timed? ?out", re.IGNORECASE)
+_SECOND_HAND = re.compile(
+    r"Connection (reset|closed|refused)|connection was closed|ConnectionError|Broken pipe|"
+    r"peer|NCCL|gloo|DistBackendError|timed? ?out",
+    re.IGNORECASE,
+)
 
 
 def root_cause(start_folder: Path, records: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -84,7 +87,14 @@ def collect_failure(start_folder: Path, count: int = 40) -> str | None:
         return None
     rank = failure["rank"]
     path = start_folder / f"rank_{rank:05d}.log"
-    text = "\n".join([f"rank {rank} on {failure['host']}: {describe_code(failure['code'])}; last lines of {path}:",
-                      *last_lines(path, count)]) + "\n"
+    text = (
+        "\n".join(
+            [
+                f"rank {rank} on {failure['host']}: {describe_code(failure['code'])}; last lines of {path}:",
+                *last_lines(path, count),
+            ]
+        )
+        + "\n"
+    )
     (start_folder / "failure.txt").write_text(text, encoding="utf-8")
     return text

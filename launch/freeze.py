@@ -39,8 +39,12 @@ def _source_files() -> list[Path]:
     if listed is not None:
         names = [Path(name) for name in listed.split("\0") if name]
     else:
-        names = [p.relative_to(ROOT) for package in _PACKAGES for p in (ROOT / package).rglob("*")
-                 if "__pycache__" not in p.parts]
+        names = [
+            p.relative_to(ROOT)
+            for package in _PACKAGES
+            for p in (ROOT / package).rglob("*")
+            if "__pycache__" not in p.parts
+        ]
     return sorted(n for n in names if (ROOT / n).is_file() and (ROOT / n).stat().st_size <= MAX_SOURCE_BYTES)
 
 
@@ -97,16 +101,19 @@ def freeze_stage(chain: Chain, stage: Stage, **details: Any) -> Path:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, folder / "config.yaml")
     cluster: ClusterConfig = chain.config.cluster
-    write_json(folder / "stage.json", {
-        "chain": chain.config.name,
-        "name": stage.name,
-        "digest": stage.digest,
-        "is_training": stage.is_training,
-        "arguments": rank_arguments(chain, stage),
-        "run_folder": str(stage.run_folder.absolute()) if stage.run_folder else None,
-        "output": stage.spec.output,
-        "nodes": stage.spec.nodes,
-        "ranks_per_node": stage.ranks_per_node(cluster),
-        **details,
-    })
+    write_json(
+        folder / "stage.json",
+        {
+            "chain": chain.config.name,
+            "name": stage.name,
+            "digest": stage.digest,
+            "is_training": stage.is_training,
+            "arguments": rank_arguments(chain, stage),
+            "run_folder": str(stage.run_folder.absolute()) if stage.run_folder else None,
+            "output": stage.spec.output,
+            "nodes": stage.spec.nodes,
+            "ranks_per_node": stage.ranks_per_node(cluster),
+            **details,
+        },
+    )
     return folder

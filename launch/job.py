@@ -34,8 +34,10 @@ def valid_nodes(chain: Chain, stage: Stage) -> list[int]:
     for part in schedule_parts(stage.config):
         needed, _ = spread(part["world_size"] or 1, ranks)
         if needed > spec.nodes:
-            raise ValueError(f"schedule.stages.{part['name']}.world_size ({part['world_size']}) needs {needed} nodes "
-                             f"of {ranks} ranks; nodes is {spec.nodes}: raise it.")
+            raise ValueError(
+                f"schedule.stages.{part['name']}.world_size ({part['world_size']}) needs {needed} nodes "
+                f"of {ranks} ranks; nodes is {spec.nodes}: raise it."
+            )
         least = max(least, needed)
     counts = [spec.nodes]
     for count in range(spec.nodes - 1, max(spec.min_nodes or spec.nodes, least) - 1, -1):
@@ -65,15 +67,25 @@ def sbatch_options(chain: Chain, stage: Stage, project: Path) -> list[str]:
     seconds = time_limit_seconds(spec.time_limit or cluster.time_limit)
     nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
     options = [
-        f"--job-name={chain.config.name}.{stage.name}", f"--nodes={nodes}", f"--time={_time(seconds)}",
-        f"--signal=B:USR1@{stop_seconds(cluster, seconds)}", "--requeue", "--open-mode=append",
-        f"--output={folder / 'slurm.log'}", f"--chdir={project}",
+        f"--job-name={chain.config.name}.{stage.name}",
+        f"--nodes={nodes}",
+        f"--time={_time(seconds)}",
+        f"--signal=B:USR1@{stop_seconds(cluster, seconds)}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={folder / 'slurm.log'}",
+        f"--chdir={project}",
     ]
     is_on_cpu = not stage.is_parallel
     partition = cluster.cpu_partition or cluster.partition if is_on_cpu else cluster.partition
-    named = {"partition": partition, "account": cluster.account, "qos": cluster.qos,
-             "reservation": cluster.reservation, "constraint": None if is_on_cpu else cluster.constraint,
-             "mem": cluster.cpu_memory if is_on_cpu else cluster.memory}
+    named = {
+        "partition": partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "reservation": cluster.reservation,
+        "constraint": None if is_on_cpu else cluster.constraint,
+        "mem": cluster.cpu_memory if is_on_cpu else cluster.memory,
+    }
     options += [f"--{name}={value}" for name, value in named.items() if value is not None]
     if not is_on_cpu and cluster.gpus_per_node:
         kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
@@ -112,8 +124,11 @@ def container_words(cluster: ClusterConfig, folders: list[Path]) -> tuple[list[s
     container = cluster.container
     mounts = [*container.mounts, *(f"{path}:{path}" for path in dict.fromkeys(folders))]
     if container.kind == "pyxis":
-        return [f"--container-image={container.image}", f"--container-mounts={','.join(mounts)}",
-                "--no-container-mount-home"], []
+        return [
+            f"--container-image={container.image}",
+            f"--container-mounts={','.join(mounts)}",
+            "--no-container-mount-home",
+        ], []
     if container.kind == "apptainer":
         binds = [word for mount in mounts for word in ("--bind", mount)]
         return [], ["apptainer", "exec", *(["--nv"] if cluster.gpus_per_node else []), *binds, str(container.image)]
@@ -184,7 +199,14 @@ def job_script(chain: Chain, stage: Stage, code: Path, project: Path) -> str:
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     lines += [
         f"cd -- {shlex.quote(str(project))} || exit 1",
-        "exec " + " ".join(shlex.quote(word) for word in [
-            job_python(cluster), str(code / "launch" / "supervise.py"), str(chain.stage_folder(stage).absolute())]),
+        "exec "
+        + " ".join(
+            shlex.quote(word)
+            for word in [
+                job_python(cluster),
+                str(code / "launch" / "supervise.py"),
+                str(chain.stage_folder(stage).absolute()),
+            ]
+        ),
     ]
     return "\n".join(lines) + "\n"

@@ -73,10 +73,10 @@ def start_ranks(chain: Chain, stage: Stage, environment: dict[str, str]) -> int:
     guarded = stage.run_folder or folder
     ranks = wanted_ranks(parts, guarded) or world_size(chain, stage)
     lease = Lease.take_next(guarded)
-    environment = {**environment, SHOW_VARIABLE: "1", RUN_VARIABLE: str(guarded),
-                   LEASE_VARIABLE: str(lease.generation)}
-    command = torchrun_command(sys.executable, ranks, rendezvous_options({}), start,
-                               [sys.executable, "-u", *rank_arguments(chain, stage)])
+    environment = {**environment, SHOW_VARIABLE: "1", RUN_VARIABLE: str(guarded), LEASE_VARIABLE: str(lease.generation)}
+    command = torchrun_command(
+        sys.executable, ranks, rendezvous_options({}), start, [sys.executable, "-u", *rank_arguments(chain, stage)]
+    )
     return_code = run(command, environment, start / "torchrun_0.log")
     code = overall_code(exit_records(start), ranks)
     failure = collect_failure(start)
@@ -113,8 +113,12 @@ def run_chain(chain: Chain, allow_changes: bool) -> int:
         code = run_stage(chain, stage)
         seconds = time.time() - began
         entry = book["stages"].setdefault(stage.name, {"seconds": 0.0})
-        entry |= {"seconds": round(entry["seconds"] + seconds, 2), "ended": time.time(), "exit_code": code,
-                  "digest": stage.digest}
+        entry |= {
+            "seconds": round(entry["seconds"] + seconds, 2),
+            "ended": time.time(),
+            "exit_code": code,
+            "digest": stage.digest,
+        }
         record.append_event(folder, "end", code=code, seconds=round(seconds, 2))
         if code == 0:
             record.mark_done(folder, stage.digest, seconds=entry["seconds"])
@@ -132,8 +136,11 @@ def main(words: list[str] | None = None) -> int:
     """Parse the command line and run the chain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="+", metavar="key=value", help="experiment=NAME, then what differs")
-    parser.add_argument("--allow_changes", action="store_true",
-                        help="continue an unfinished stage although its configuration has changed since it started")
+    parser.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="continue an unfinished stage although its configuration has changed since it started",
+    )
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of recipes (default: the project's)")
     arguments = parser.parse_intermixed_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

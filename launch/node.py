@@ -32,12 +32,17 @@ def rendezvous_options(environment: Mapping[str, str]) -> list[str]:
     """Torchrun's options for this node: a fixed master on SLURM, a port of its own on one machine."""
     if "MASTER_ADDR" not in environment:
         return ["--standalone", "--nnodes=1"]
-    return [f"--nnodes={environment['MEGATRON_DLLM_NODES']}", f"--node-rank={environment['SLURM_NODEID']}",
-            f"--master-addr={environment['MASTER_ADDR']}", f"--master-port={environment['MASTER_PORT']}"]
+    return [
+        f"--nnodes={environment['MEGATRON_DLLM_NODES']}",
+        f"--node-rank={environment['SLURM_NODEID']}",
+        f"--master-addr={environment['MASTER_ADDR']}",
+        f"--master-port={environment['MASTER_PORT']}",
+    ]
 
 
-def torchrun_command(python: str, ranks: int, rendezvous: Sequence[str], start_folder: Path,
-                     command: Sequence[str]) -> list[str]:
+def torchrun_command(
+    python: str, ranks: int, rendezvous: Sequence[str], start_folder: Path, command: Sequence[str]
+) -> list[str]:
     """One torchrun that starts `command` under the rank wrapper, `ranks` times.
 
     Args:
@@ -47,10 +52,23 @@ def torchrun_command(python: str, ranks: int, rendezvous: Sequence[str], start_f
         start_folder: where logs and exit records go.
         command: of a rank, the interpreter included.
     """
-    return [python, "-m", "torch.distributed.run", *rendezvous, f"--nproc-per-node={ranks}",
-            "--max-restarts=0", "--monitor-interval=0.5", "--signals-to-handle=SIGHUP",
-            f"--shutdown-timeout={SHUTDOWN_SECONDS}", "--no-python",
-            python, str(ROOT / "launch" / "rank.py"), str(start_folder), "--", *command]
+    return [
+        python,
+        "-m",
+        "torch.distributed.run",
+        *rendezvous,
+        f"--nproc-per-node={ranks}",
+        "--max-restarts=0",
+        "--monitor-interval=0.5",
+        "--signals-to-handle=SIGHUP",
+        f"--shutdown-timeout={SHUTDOWN_SECONDS}",
+        "--no-python",
+        python,
+        str(ROOT / "launch" / "rank.py"),
+        str(start_folder),
+        "--",
+        *command,
+    ]
 
 
 def _prepare_torchrun() -> None:
@@ -84,8 +102,12 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> in
         previous = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         try:
             with open(log, "ab") as messages:
-                process = subprocess.Popen(list(command), env={**environment, PIDS_VARIABLE: pids}, stderr=messages,
-                                           preexec_fn=_prepare_torchrun)
+                process = subprocess.Popen(
+                    list(command),
+                    env={**environment, PIDS_VARIABLE: pids},
+                    stderr=messages,
+                    preexec_fn=_prepare_torchrun,
+                )
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return process.wait(REPEAT_SECONDS)
@@ -103,8 +125,9 @@ def main() -> int:
     python = stage["rank_python"] or sys.executable
     start = Path(sys.argv[2])
     ranks = int(os.environ["MEGATRON_DLLM_RANKS_PER_NODE"])
-    command = torchrun_command(python, ranks, rendezvous_options(os.environ), start,
-                               [python, "-u", *stage["arguments"]])
+    command = torchrun_command(
+        python, ranks, rendezvous_options(os.environ), start, [python, "-u", *stage["arguments"]]
+    )
     return run(command, os.environ, start / f"torchrun_{os.environ['SLURM_NODEID']}.log")
 
 

@@ -26,7 +26,7 @@ class Verdict:
 def since_submission(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The events from the first start after the last submission on: the end of an older one may be written late."""
     places = [number for number, event in enumerate(events) if event["event"] == "submitted"]
-    return list(dropwhile(lambda event: event["event"] != "start", events[places[-1] + 1:] if places else events))
+    return list(dropwhile(lambda event: event["event"] != "start", events[places[-1] + 1 :] if places else events))
 
 
 def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crashes: int) -> Verdict:
@@ -56,10 +56,17 @@ def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crash
     if how not in CRASHES:
         return Verdict(True, "continues")
     if in_a_row >= max_without_progress:
-        return Verdict(False, f"not started again: {in_a_row} crashes without a new checkpoint (the limit is "
-                              f"requeue.max_crashes_without_progress = {max_without_progress})")
+        return Verdict(
+            False,
+            f"not started again: {in_a_row} crashes without a new checkpoint (the limit is "
+            f"requeue.max_crashes_without_progress = {max_without_progress})",
+        )
     if in_all >= max_crashes:
-        return Verdict(False, f"not started again: {in_all} crashes in all (the limit is requeue.max_crashes = "
-                              f"{max_crashes})")
-    return Verdict(True, f"started again: crash {in_all} of at most {max_crashes}, {in_a_row} of at most "
-                         f"{max_without_progress} without a new checkpoint")
+        return Verdict(
+            False, f"not started again: {in_all} crashes in all (the limit is requeue.max_crashes = {max_crashes})"
+        )
+    return Verdict(
+        True,
+        f"started again: crash {in_all} of at most {max_crashes}, {in_a_row} of at most "
+        f"{max_without_progress} without a new checkpoint",
+    )

@@ -77,8 +77,12 @@ def _network(torch: Any, node: int, nodes: int, has_gpu: bool) -> dict[str, Any]
         `to_next_gb_per_s` (this node to the next), `clock_seconds` at a moment common to all nodes.
     """
     dist = torch.distributed
-    dist.init_process_group("nccl" if has_gpu else "gloo", rank=node, world_size=nodes,
-                            init_method=f"tcp://{os.environ['MASTER_ADDR']}:{int(os.environ['MASTER_PORT']) + 1}")
+    dist.init_process_group(
+        "nccl" if has_gpu else "gloo",
+        rank=node,
+        world_size=nodes,
+        init_method=f"tcp://{os.environ['MASTER_ADDR']}:{int(os.environ['MASTER_PORT']) + 1}",
+    )
     device = "cuda:0" if has_gpu else "cpu"
     tensor = torch.full((GPU_ELEMENTS if has_gpu else CPU_ELEMENTS,), float(node + 1), device=device)
     size = tensor.numel() * 4
@@ -97,8 +101,10 @@ def _network(torch: Any, node: int, nodes: int, has_gpu: bool) -> dict[str, Any]
     received = torch.empty_like(tensor)
 
     def pass_on() -> None:
-        work = [dist.P2POp(dist.isend, tensor, (node + 1) % nodes),
-                dist.P2POp(dist.irecv, received, (node - 1) % nodes)]
+        work = [
+            dist.P2POp(dist.isend, tensor, (node + 1) % nodes),
+            dist.P2POp(dist.irecv, received, (node - 1) % nodes),
+        ]
         for request in dist.batch_isend_irecv(work):
             request.wait()
 
@@ -107,8 +113,12 @@ def _network(torch: Any, node: int, nodes: int, has_gpu: bool) -> dict[str, Any]
     dist.barrier()
     clock = time.time()
     dist.destroy_process_group()
-    return {"sum_is_right": is_right, "all_reduce_gb_per_s": 2 * (nodes - 1) / nodes * size / seconds / 1e9,
-            "to_next_gb_per_s": size / to_next / 1e9, "clock_seconds": clock}
+    return {
+        "sum_is_right": is_right,
+        "all_reduce_gb_per_s": 2 * (nodes - 1) / nodes * size / seconds / 1e9,
+        "to_next_gb_per_s": size / to_next / 1e9,
+        "clock_seconds": clock,
+    }
 
 
 def free_memory_gib() -> float:
@@ -142,20 +152,27 @@ def _node_problems(report: dict[str, Any], settings: dict[str, Any]) -> list[str
     gpus = report.get("gpus", [])
     if not report["errors"] and len(gpus) < settings["gpus"]:
         problems.append(f"has {len(gpus)} of {settings['gpus']} GPUs")
-    for index, gpu in enumerate(gpus[:settings["gpus"]]):
+    for index, gpu in enumerate(gpus[: settings["gpus"]]):
         if gpu["free_gib"] < FREE_MEMORY_SHARE * gpu["total_gib"]:
-            problems.append(f"GPU {index} has {gpu['free_gib']:.1f} of {gpu['total_gib']:.1f} GiB free: another "
-                            "process holds it")
+            problems.append(
+                f"GPU {index} has {gpu['free_gib']:.1f} of {gpu['total_gib']:.1f} GiB free: another process holds it"
+            )
     if report["free_disk_gib"] < settings["min_free_disk_gib"]:
-        problems.append(f"has {report['free_disk_gib']:.1f} GiB free in the run folder, less than "
-                        f"cluster.min_free_disk_gib ({settings['min_free_disk_gib']:g})")
+        problems.append(
+            f"has {report['free_disk_gib']:.1f} GiB free in the run folder, less than "
+            f"cluster.min_free_disk_gib ({settings['min_free_disk_gib']:g})"
+        )
     if report["free_memory_gib"] < settings["min_free_memory_gib"]:
-        problems.append(f"has {report['free_memory_gib']:.1f} GiB of memory free, less than "
-                        f"cluster.min_free_memory_gib ({settings['min_free_memory_gib']:g})")
+        problems.append(
+            f"has {report['free_memory_gib']:.1f} GiB of memory free, less than "
+            f"cluster.min_free_memory_gib ({settings['min_free_memory_gib']:g})"
+        )
     promised = settings["node_bandwidth_gb_per_s"]
     if len(gpus) > 1 and report["local_gb_per_s"] < SLOW_SHARE * promised:
-        problems.append(f"its GPUs reach each other at {report['local_gb_per_s']:.1f} GB/s, less than half of "
-                        f"cluster.node_bandwidth_gb_per_s ({promised:g})")
+        problems.append(
+            f"its GPUs reach each other at {report['local_gb_per_s']:.1f} GB/s, less than half of "
+            f"cluster.node_bandwidth_gb_per_s ({promised:g})"
+        )
     if report.get("network") and not report["network"]["sum_is_right"]:
         problems.append("a sum over all nodes came out wrong")
     return problems
@@ -183,8 +200,9 @@ def _compared_problems(reports: list[dict[str, Any]], settings: dict[str, Any]) 
         # Both of a node's links slow: it is the node. One slow link alone may be either end's.
         links = (speeds[report["node"]], speeds.get((report["node"] - 1) % len(reports), promised))
         if max(links) < SLOW_SHARE * promised:
-            problems[report["host"]].append(f"its links reach {links[0]:.2f} and {links[1]:.2f} GB/s, less than half "
-                                            f"of {promised:.2f}")
+            problems[report["host"]].append(
+                f"its links reach {links[0]:.2f} and {links[1]:.2f} GB/s, less than half of {promised:.2f}"
+            )
     return problems
 
 
@@ -214,14 +232,18 @@ def _span(values: list[float]) -> str:
 def summary(folder: Path, nodes: int) -> str:
     """One line of what was measured on nodes that all gave a report."""
     reports = [read_json(folder / f"node_{number:05d}.json") for number in range(nodes)]
-    words = [f"free memory {_span([report['free_memory_gib'] for report in reports])} GiB",
-             f"free disk {_span([report['free_disk_gib'] for report in reports])} GiB"]
+    words = [
+        f"free memory {_span([report['free_memory_gib'] for report in reports])} GiB",
+        f"free disk {_span([report['free_disk_gib'] for report in reports])} GiB",
+    ]
     if all(len(report["gpus"]) > 1 for report in reports):
         words.append(f"between a node's GPUs {_span([report['local_gb_per_s'] for report in reports])} GB/s")
     if all("network" in report for report in reports):
         links = [report["network"] for report in reports]
-        words += [f"from node to node {_span([link['to_next_gb_per_s'] for link in links])} GB/s",
-                  f"all-reduce {_span([link['all_reduce_gb_per_s'] for link in links])} GB/s"]
+        words += [
+            f"from node to node {_span([link['to_next_gb_per_s'] for link in links])} GB/s",
+            f"all-reduce {_span([link['all_reduce_gb_per_s'] for link in links])} GB/s",
+        ]
     return f"{nodes} nodes are good: {', '.join(words)}"
 
 

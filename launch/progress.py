@@ -33,22 +33,28 @@ def progress_of(chain: Chain, stage: Stage, allow_changes: bool = False) -> Prog
         return Progress.FINISHED
     remedy = f"choose another name= (it is {chain.config.name}), or remove {chain.folder}"
     if finished is not None:
-        raise ValueError(f"stage {stage.name} has finished with another command or configuration, or a stage before it "
-                         f"has changed since; {remedy}.")
+        raise ValueError(
+            f"stage {stage.name} has finished with another command or configuration, or a stage before it "
+            f"has changed since; {remedy}."
+        )
     starts = [event for event in record.events(folder) if event["event"] == "start"]
     is_same = bool(starts) and starts[-1].get("digest") == stage.digest
     if not stage.is_training:
         if not record.output_exists(stage.spec.output):
             return Progress.BEGUN if starts else Progress.NEW
         if not is_same:
-            raise ValueError(f"stage {stage.name}: output ({stage.spec.output}) exists and was not written by this "
-                             f"command; {remedy}.")
+            raise ValueError(
+                f"stage {stage.name}: output ({stage.spec.output}) exists and was not written by this "
+                f"command; {remedy}."
+            )
         record.mark_done(folder, stage.digest)
         return Progress.FINISHED
     assert stage.run_folder is not None, "a training stage has a run folder"
     if record.latest_checkpoint(stage.run_folder) is None:
         return Progress.BEGUN if starts else Progress.NEW
     if starts and not is_same and not allow_changes:
-        raise ValueError(f"stage {stage.name} holds checkpoints of another configuration in {stage.run_folder}; "
-                         f"{remedy}, or continue from them with --allow_changes.")
+        raise ValueError(
+            f"stage {stage.name} holds checkpoints of another configuration in {stage.run_folder}; "
+            f"{remedy}, or continue from them with --allow_changes."
+        )
     return Progress.BEGUN

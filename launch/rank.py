@@ -129,8 +129,10 @@ def main() -> int:
     began = time.time()
     process = RankProcess(command, folder / f"rank_{rank:05d}.log", is_shown)
     code = process.wait(os.environ.get(RUN_VARIABLE), int(os.environ.get(LEASE_VARIABLE, "0")))
-    write_json(folder / f"exit_{rank:05d}.json",
-               {"rank": rank, "host": socket.gethostname(), "code": code, "began": began, "ended": time.time()})
+    write_json(
+        folder / f"exit_{rank:05d}.json",
+        {"rank": rank, "host": socket.gethostname(), "code": code, "began": began, "ended": time.time()},
+    )
     if code in (0, EXIT_PREEMPTED, EXIT_LAYOUT):
         return 0
     return code if code > 0 else 128 - code

@@ -36,8 +36,11 @@ def lost_nodes(nodes: Sequence[str]) -> list[str]:
         return []
     listed = query("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N|%T|%E")
     rows = sorted({tuple(line.split("|", 2)) for line in listed.splitlines() if line.count("|") >= 2})
-    return [f"{row[0]} is {row[1]} ({row[2]})" for row in rows
-            if row[1].startswith(("down", "fail")) or row[1].endswith("*")]
+    return [
+        f"{row[0]} is {row[1]} ({row[2]})"
+        for row in rows
+        if row[1].startswith(("down", "fail")) or row[1].endswith("*")
+    ]
 
 
 def kill_steps(job: str) -> None:

@@ -39,8 +39,18 @@ class Row:
 
     def words(self) -> list[str]:
         """The row's cells in the order of the columns."""
-        return [self.stage, self.state, self.job, self.step, self.loss, self.elbo, self.speed, self.left, self.starts,
-                self.last]
+        return [
+            self.stage,
+            self.state,
+            self.job,
+            self.step,
+            self.loss,
+            self.elbo,
+            self.speed,
+            self.left,
+            self.starts,
+            self.last,
+        ]
 
 
 def queue_states(jobs: list[str]) -> dict[str, str]:
@@ -48,8 +58,13 @@ def queue_states(jobs: list[str]) -> dict[str, str]:
     if not jobs:
         return {}
     try:
-        done = subprocess.run(["squeue", "--noheader", "--format=%A|%T|%r", f"--jobs={','.join(jobs)}"],
-                              capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(
+            ["squeue", "--noheader", "--format=%A|%T|%r", f"--jobs={','.join(jobs)}"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return {}
     states = {}
@@ -148,8 +163,10 @@ def show(chain_folder: Path) -> str:
     found = rows(chain_folder)
     table = [list(_COLUMNS), *(row.words() for row in found)]
     widths = [max(len(line[column]) for line in table) for column in range(len(_COLUMNS) - 1)]
-    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
-             for line in table]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]).rstrip()
+        for line in table
+    ]
     for row in found:
         failures = sorted((chain_folder / "launch" / row.stage).glob("start_*/failure.txt"))
         if failures and row.state in ("failed", "not in the queue"):

@@ -51,8 +51,7 @@ class Job:
 
 def slurm_environment() -> dict[str, str]:
     """This process's environment without a surrounding job's variables, which sbatch would take for settings."""
-    return {name: value for name, value in os.environ.items()
-            if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
 
 
 def readable_refusal(text: str) -> str:
@@ -82,8 +81,10 @@ def rehearse(job: Job, path: Path) -> None:
     words = ["sbatch", "--test-only", *job.options, str(path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=slurm_environment())
     if done.returncode != 0:
-        raise ValueError(f"stage {job.stage.name}: SLURM would refuse the job: {readable_refusal(done.stderr)}. "
-                         f"It was asked for: {shlex.join(job.options)}")
+        raise ValueError(
+            f"stage {job.stage.name}: SLURM would refuse the job: {readable_refusal(done.stderr)}. "
+            f"It was asked for: {shlex.join(job.options)}"
+        )
 
 
 def queued_jobs(chain: Chain) -> dict[str, str]:
@@ -91,8 +92,9 @@ def queued_jobs(chain: Chain) -> dict[str, str]:
 
     Told by the scripts of the jobs in the queue: these also know of a submission that was killed half-way.
     """
-    done = subprocess.run(["squeue", "--noheader", "--format=%A %o", "--me"], capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        ["squeue", "--noheader", "--format=%A %o", "--me"], capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise ValueError(f"squeue failed, so it is not known what already runs: {done.stderr.strip()}; try again.")
     scripts = {script: job for job, _, script in (line.partition(" ") for line in done.stdout.splitlines())}
@@ -108,8 +110,10 @@ def script_of(chain: Chain, stage: Stage) -> Path:
 def build_jobs(chain: Chain, code: Path, project: Path, allow_changes: bool) -> list[Job]:
     """Jobs of all unfinished stages, in order."""
     unfinished = [stage for stage in chain.stages if progress_of(chain, stage, allow_changes) is not Progress.FINISHED]
-    return [Job(stage, sbatch_options(chain, stage, project), job_script(chain, stage, code, project))
-            for stage in unfinished]
+    return [
+        Job(stage, sbatch_options(chain, stage, project), job_script(chain, stage, code, project))
+        for stage in unfinished
+    ]
 
 
 def dependencies_of(chain: Chain, stage: Stage, jobs: dict[str, str]) -> list[str]:
@@ -187,8 +191,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_dry_run(build_jobs(chain, launch_folder.absolute() / "code", project, arguments.allow_changes), chain)
         return 0
     if shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not on PATH: submit from a machine of the cluster, or run the chain here with "
-                         "launch/local.py.")
+        raise ValueError(
+            "sbatch is not on PATH: submit from a machine of the cluster, or run the chain here with launch/local.py."
+        )
     queued = queued_jobs(chain)
     if queued:
         listed = ", ".join(f"{name}: job {number}" for name, number in queued.items())
@@ -210,8 +215,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="+", metavar="key=value", help="experiment=NAME cluster=NAME, then the rest")
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="print scripts and commands, write nothing")
     parser.add_argument("--status", action="store_true", help="show how far the chain is")
-    parser.add_argument("--allow_changes", action="store_true",
-                        help="continue an unfinished stage although its configuration has changed since it started")
+    parser.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="continue an unfinished stage although its configuration has changed since it started",
+    )
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of recipes (default: the project's)")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

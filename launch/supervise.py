@@ -73,8 +73,17 @@ class Supervisor:
     def _end(self, ending: Ending, **details: Any) -> None:
         log.info("%s: %s", ending.how, ending.reason)
         self.has_ended = True
-        record.append_event(self.folder, "end", how=ending.how, reason=ending.reason, code=ending.code, job=self.job,
-                            restarts=self.restarts, checkpoint=self._checkpoint(), **details)
+        record.append_event(
+            self.folder,
+            "end",
+            how=ending.how,
+            reason=ending.reason,
+            code=ending.code,
+            job=self.job,
+            restarts=self.restarts,
+            checkpoint=self._checkpoint(),
+            **details,
+        )
 
     def previous_start(self) -> dict[str, Any] | None:
         """The newest start of this stage before this one."""
@@ -83,7 +92,7 @@ class Supervisor:
     def close_previous(self, previous: dict[str, Any]) -> None:
         """If the start before this one left no end, write what can be told about it."""
         seen = record.events(self.folder)
-        seen = seen[max(number for number, event in enumerate(seen) if event["event"] == "start"):]
+        seen = seen[max(number for number, event in enumerate(seen) if event["event"] == "start") :]
         if not any(event["event"] == "end" for event in seen):
             self._end(ending_of_silent(previous, seen), start=previous["start"])
             self.has_ended = False
@@ -102,9 +111,18 @@ class Supervisor:
 
     def srun(self, tasks: int, hosts: Sequence[str]) -> list[str]:
         """Words that start one step with `tasks` tasks on each of the hosts."""
-        return ["srun", f"--nodes={len(hosts)}", f"--ntasks={len(hosts) * tasks}", f"--ntasks-per-node={tasks}",
-                f"--nodelist={','.join(hosts)}", "--kill-on-bad-exit=1", "--wait=0", "--mpi=none", "--unbuffered",
-                *self.stage["srun_options"]]
+        return [
+            "srun",
+            f"--nodes={len(hosts)}",
+            f"--ntasks={len(hosts) * tasks}",
+            f"--ntasks-per-node={tasks}",
+            f"--nodelist={','.join(hosts)}",
+            "--kill-on-bad-exit=1",
+            "--wait=0",
+            "--mpi=none",
+            "--unbuffered",
+            *self.stage["srun_options"],
+        ]
 
     def step_command(self, start: Path) -> list[str]:
         """What srun starts: a torchrun a node, or the rank itself."""
@@ -116,8 +134,9 @@ class Supervisor:
             words = [python, str(CODE / "launch" / "rank.py"), str(start), "--", python, "-u", *stage["arguments"]]
         return [*stage["command_prefix"], *words]
 
-    def run_ranks(self, command: Sequence[str], environment: dict[str, str], start: Path,
-                  first_step: FirstStep | None) -> str | None:
+    def run_ranks(
+        self, command: Sequence[str], environment: dict[str, str], start: Path, first_step: FirstStep | None
+    ) -> str | None:
         """Run the step to its end; why it had to be ended by force, or None.
 
         A stop request goes to srun, which forwards it to all tasks, again and again: a task that was not ready has
@@ -173,10 +192,15 @@ class Supervisor:
         guarded = self.run_folder or self.folder
         # They describe the job, and srun would take them for the step's.
         dropped = ("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NNODES")
-        return {**{k: v for k, v in os.environ.items() if k not in dropped}, "MASTER_ADDR": hosts[0],
-                "MASTER_PORT": str(_PORTS[place % len(_PORTS)]), "MEGATRON_DLLM_NODES": str(len(hosts)),
-                "MEGATRON_DLLM_RANKS_PER_NODE": str(per_node), RUN_VARIABLE: str(guarded),
-                LEASE_VARIABLE: str(lease.generation)}
+        return {
+            **{k: v for k, v in os.environ.items() if k not in dropped},
+            "MASTER_ADDR": hosts[0],
+            "MASTER_PORT": str(_PORTS[place % len(_PORTS)]),
+            "MEGATRON_DLLM_NODES": str(len(hosts)),
+            "MEGATRON_DLLM_RANKS_PER_NODE": str(per_node),
+            RUN_VARIABLE: str(guarded),
+            LEASE_VARIABLE: str(lease.generation),
+        }
 
     def main(self) -> int:
         """Run the stage until it finishes, stops or fails; the job's exit code."""
@@ -212,8 +236,17 @@ class Supervisor:
         nodes, per_node = self.placement(hosts)
         hosts = hosts[:nodes]
         start, before = record.next_start(self.folder), self._checkpoint()
-        record.append_event(self.folder, "start", digest=stage["digest"], job=self.job, restarts=self.restarts,
-                            nodes=hosts, ranks=nodes * per_node, start=start.name, checkpoint=before)
+        record.append_event(
+            self.folder,
+            "start",
+            digest=stage["digest"],
+            job=self.job,
+            restarts=self.restarts,
+            nodes=hosts,
+            ranks=nodes * per_node,
+            start=start.name,
+            checkpoint=before,
+        )
         log.info("%s starts on %s with %s", stage["name"], " ".join(hosts), before or "no checkpoint yet")
         environment = self.environment(hosts, per_node, lease)
         problem = None
@@ -225,8 +258,9 @@ class Supervisor:
         else:
             tasks = per_node if stage["launcher"] == "srun" else 1
             first_step = FirstStep(self.run_folder) if self.run_folder else None
-            forced = self.run_ranks([*self.srun(tasks, hosts), *self.step_command(start)], environment, start,
-                                    first_step)
+            forced = self.run_ranks(
+                [*self.srun(tasks, hosts), *self.step_command(start)], environment, start, first_step
+            )
             ending = ending_of(start, hosts, nodes * per_node, forced, self.stop_signal is not None)
         if ending.how == "layout" and self._checkpoint() == before:
             ending = Ending("crashed", "the run asked for another layout without having moved on", ending.code)
@@ -238,8 +272,14 @@ class Supervisor:
         settings = {**self.stage["preflight"], "run_folder": str(self.run_folder)}
         folder = start / "preflight"
         folder.mkdir()
-        command = [*self.srun(1, hosts), *self.stage["command_prefix"], self.stage["rank_python"],
-                   str(CODE / "launch" / "preflight.py"), str(folder), json.dumps(settings)]
+        command = [
+            *self.srun(1, hosts),
+            *self.stage["command_prefix"],
+            self.stage["rank_python"],
+            str(CODE / "launch" / "preflight.py"),
+            str(folder),
+            json.dumps(settings),
+        ]
         with open(folder / "srun.log", "wb") as output:
             step = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
             try:
@@ -260,8 +300,11 @@ class Supervisor:
         except (OSError, ValueError):
             return []
         found = versions()
-        return [f"{name} {frozen[name]} -> {version}" for name, version in found.items()
-                if frozen.get(name, version) != version]
+        return [
+            f"{name} {frozen[name]} -> {version}"
+            for name, version in found.items()
+            if frozen.get(name, version) != version
+        ]
 
     def verdict(self) -> Verdict:
         """Whether to start again after the last end."""

@@ -29,8 +29,12 @@ class RankEnvironment(Callback):
         # submitit's tasks know their node's share only as "2(x4)".
         environment.setdefault("SLURM_NTASKS_PER_NODE", environment["SLURM_TASKS_PER_NODE"].split("(")[0])
         adopt_slurm_ranks(environment)
-        hosts = subprocess.run(["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
-                               capture_output=True, text=True, check=True).stdout.split()
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
         environment["MASTER_ADDR"] = hosts[0]
         environment["MASTER_PORT"] = str(_FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _PORTS)
         os.environ.update(environment)

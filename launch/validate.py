@@ -85,8 +85,13 @@ def training_problems(ready: list[Stage], later: list[Stage], pythons: Sequence[
         for python in pythons:
             words = [python, "-m", "megatron_dllm.check", *names[0], "--without_inputs", *names[1]]
             try:
-                done = subprocess.run(words, capture_output=True, text=True, check=False,
-                                      env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+                done = subprocess.run(
+                    words,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                    env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                )
             except OSError as error:
                 reason = str(error)
                 continue
@@ -162,8 +167,11 @@ def tool_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) -> 
     if is_here and not _has_module(module):
         parent = module.rpartition(".")[0]
         folders = importlib.util.find_spec(parent) if parent and _has_module(parent) else None
-        names = [f"{parent}.{found.name}" for found in pkgutil.iter_modules(folders.submodule_search_locations)
-                 ] if folders else []
+        names = (
+            [f"{parent}.{found.name}" for found in pkgutil.iter_modules(folders.submodule_search_locations)]
+            if folders
+            else []
+        )
         near = difflib.get_close_matches(module, names, n=1)
         yield f"module ({module}) does not exist; {f'did you mean {near[0]}?' if near else 'correct its name.'}"
     for key, path in tool_inputs(stage.spec.arguments):
@@ -186,14 +194,19 @@ def mount_problems(chain: Chain, stage: Stage) -> Iterator[str]:
     config = stage.config
     named: list[tuple[str, str | None]] = [("output", stage.spec.output), *tool_inputs(stage.spec.arguments)]
     if config is not None:
-        named = [("data.train", config.data.train), ("data.validation", config.data.validation),
-                 ("data.tokenizer", config.data.tokenizer), ("checkpoint.load", config.checkpoint.load)]
+        named = [
+            ("data.train", config.data.train),
+            ("data.validation", config.data.validation),
+            ("data.tokenizer", config.data.tokenizer),
+            ("checkpoint.load", config.checkpoint.load),
+        ]
     shown = [*(mount.split(":")[1] for mount in container.mounts), os.getcwd(), str(chain.folder.absolute())]
     for key, path in named:
         if path and (key == "output" or output_exists(path)) and not _is_produced(path, shown):
             place = Path(os.path.abspath(path)).parent
-            yield (f"{key} ({path}) lies under no mount of the container; add {place}:{place} to "
-                   "cluster.container.mounts.")
+            yield (
+                f"{key} ({path}) lies under no mount of the container; add {place}:{place} to cluster.container.mounts."
+            )
 
 
 def corpus_problems(key: str, prefix: str, config: TrainConfig) -> Iterator[str]:
@@ -201,8 +214,10 @@ def corpus_problems(key: str, prefix: str, config: TrainConfig) -> Iterator[str]
     paths = [Path(prefix + suffix) for suffix in (".bin", ".idx")]
     missing = [str(path) for path in paths if not path.is_file() or path.stat().st_size == 0]
     if missing:
-        yield (f"{key} ({prefix}) has no {' and no '.join(missing)}; tokenize the text with "
-               f"python -m megatron_dllm.data.tokenize --output {prefix}.")
+        yield (
+            f"{key} ({prefix}) has no {' and no '.join(missing)}; tokenize the text with "
+            f"python -m megatron_dllm.data.tokenize --output {prefix}."
+        )
         return
     with open(paths[1], "rb") as file:
         header = file.read(struct.calcsize("<9sQB"))
@@ -215,12 +230,16 @@ def corpus_problems(key: str, prefix: str, config: TrainConfig) -> Iterator[str]
         return
     largest = description.get("max_token_id", 0)
     if largest >= config.model.vocab_size:
-        yield (f"{key} ({prefix}) holds token {largest}, which must lie below model.vocab_size "
-               f"({config.model.vocab_size}); tokenize the text with the model's own tokenizer.")
+        yield (
+            f"{key} ({prefix}) holds token {largest}, which must lie below model.vocab_size "
+            f"({config.model.vocab_size}); tokenize the text with the model's own tokenizer."
+        )
     stated = description.get("mask_token_id")
     if stated is not None and stated != config.model.mask_token_id:
-        yield (f"model.mask_token_id ({config.model.mask_token_id}) differs from the corpus {prefix} ({stated}); "
-               "tokenize the text with the model's own tokenizer, or correct the model's id.")
+        yield (
+            f"model.mask_token_id ({config.model.mask_token_id}) differs from the corpus {prefix} ({stated}); "
+            "tokenize the text with the model's own tokenizer, or correct the model's id."
+        )
 
 
 def folder_problems(folder: Path) -> Iterator[str]:
@@ -228,8 +247,10 @@ def folder_problems(folder: Path) -> Iterator[str]:
     place = folder.absolute()
     special = [letter for letter in str(place) if letter in _SPECIAL or not letter.isprintable()]
     if special:
-        yield (f"{folder} has {special[0]!r} in its path ({place}), which sbatch or a container would misread; choose "
-               "another run.root (root= for a chain).")
+        yield (
+            f"{folder} has {special[0]!r} in its path ({place}), which sbatch or a container would misread; choose "
+            "another run.root (root= for a chain)."
+        )
         return
     try:
         while not place.exists() and place != place.parent:
@@ -247,8 +268,9 @@ def container_problems(cluster: ClusterConfig) -> Iterator[str]:
         return
     is_file = container.image.startswith(("/", "./")) or container.image.endswith((".sqsh", ".sif"))
     if is_file and not Path(container.image).exists():
-        yield (f"cluster.container.image ({container.image}) does not exist; build it (docs/slurm.md) or correct "
-               "the path.")
+        yield (
+            f"cluster.container.image ({container.image}) does not exist; build it (docs/slurm.md) or correct the path."
+        )
     for mount in container.mounts:
         host = mount.split(":")[0]
         if not Path(host).exists():

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 def schedule_parts(config: TrainConfig) -> list[dict[str, Any]]:
     """The schedule as the launcher needs it: tokens and ranks of every part, as plain data."""
-    return [{"name": name, "num_tokens": part.num_tokens, "world_size": part.world_size}
-            for name, part in config.schedule.stages.items()]
+    return [
+        {"name": name, "num_tokens": part.num_tokens, "world_size": part.world_size}
+        for name, part in config.schedule.stages.items()
+    ]
 
 
 def wanted_ranks(parts: Sequence[dict[str, Any]], run_folder: Path) -> int | None:
@@ -43,6 +45,8 @@ def spread(ranks: int, ranks_per_node: int) -> tuple[int, int]:
     if ranks <= ranks_per_node:
         return 1, ranks
     if ranks % ranks_per_node:
-        raise ValueError(f"world_size ({ranks}) must be a multiple of cluster.ranks_per_node ({ranks_per_node}), or "
-                         "smaller; choose another number of ranks for this part of the schedule.")
+        raise ValueError(
+            f"world_size ({ranks}) must be a multiple of cluster.ranks_per_node ({ranks_per_node}), or "
+            "smaller; choose another number of ranks for this part of the schedule."
+        )
     return ranks // ranks_per_node, ranks_per_node

@@ -34,16 +34,23 @@ def main() -> int:
     """Check every folder and print the problems."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="folders with a config.yaml whose inputs are there")
-    parser.add_argument("--without_inputs", nargs="*", type=Path, default=[],
-                        help="folders whose corpora or start checkpoint have yet to be made")
+    parser.add_argument(
+        "--without_inputs",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="folders whose corpora or start checkpoint have yet to be made",
+    )
     arguments = parser.parse_args()
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()
     prepare_host()
-    found = [(folder, problem_of(folder, has_inputs))
-             for folders, has_inputs in ((arguments.folders, True), (arguments.without_inputs, False))
-             for folder in folders]
+    found = [
+        (folder, problem_of(folder, has_inputs))
+        for folders, has_inputs in ((arguments.folders, True), (arguments.without_inputs, False))
+        for folder in folders
+    ]
     for folder, problem in found:
         if problem:
             print(f"{folder.name}: {problem}")

@@ -83,16 +83,19 @@ def _explain(error: Exception, overrides: Sequence[str], recipes: Path, schema: 
         key = next((n for n in names if key in n), key)
     recipe = re.search(r"In '([^']+)'", message)
     if recipe and recipe[1].split("/")[0] == key:
-        return (f"recipe {recipe[1]} puts its values under {key}, which is not a key of the configuration; begin the "
-                "file with the line '# @package _global_'.")
+        return (
+            f"recipe {recipe[1]} puts its values under {key}, which is not a key of the configuration; begin the "
+            "file with the line '# @package _global_'."
+        )
     near = _nearest(re.sub(r"stages\.[^.]+\.", "stages.*.", key), [*schema_keys(schema), *groups])
     if not near:
         return message.strip()
     return f"{key} is not a key of the configuration; did you mean {near.replace('*', 'NAME')}?"
 
 
-def compose_dict(overrides: Sequence[str], config_name: str = "train", recipes: Path = RECIPES,
-                 schema: type = TrainConfig) -> Any:
+def compose_dict(
+    overrides: Sequence[str], config_name: str = "train", recipes: Path = RECIPES, schema: type = TrainConfig
+) -> Any:
     """Compose recipes and overrides into a DictConfig.
 
     Raises:

@@ -33,9 +33,11 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     """
     config.validate(int(os.environ.get("WORLD_SIZE", "1")))
     if not config.checkpoint.load or not config.evaluation.num_tokens or config.data.validation is None:
-        raise ValueError(f"checkpoint.load ({config.checkpoint.load}), evaluation.num_tokens "
-                         f"({config.evaluation.num_tokens}) and data.validation ({config.data.validation}) must be "
-                         "set: name the checkpoint, how many tokens to measure, and the held-out corpus.")
+        raise ValueError(
+            f"checkpoint.load ({config.checkpoint.load}), evaluation.num_tokens "
+            f"({config.evaluation.num_tokens}) and data.validation ({config.data.validation}) must be "
+            "set: name the checkpoint, how many tokens to measure, and the held-out corpus."
+        )
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()

@@ -53,10 +53,15 @@ class PromptResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         generation = self.generation
-        return {"prompt": self.prompt, "text": self.text, **asdict(generation),
-                "num_generated_tokens": len(generation.generated_ids),
-                "num_denoising_forwards": generation.num_denoising_forwards,
-                "tokens_per_forward": generation.tokens_per_forward, "seconds": self.seconds}
+        return {
+            "prompt": self.prompt,
+            "text": self.text,
+            **asdict(generation),
+            "num_generated_tokens": len(generation.generated_ids),
+            "num_denoising_forwards": generation.num_denoising_forwards,
+            "tokens_per_forward": generation.tokens_per_forward,
+            "seconds": self.seconds,
+        }
 
 
 def generate(config: GenerateConfig) -> list[PromptResult]:
@@ -69,8 +74,10 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
     """
     config.validate()
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(f"WORLD_SIZE ({os.environ['WORLD_SIZE']}) must be 1: decoding runs on one rank; "
-                         "start it with python -m, not torchrun.")
+        raise ValueError(
+            f"WORLD_SIZE ({os.environ['WORLD_SIZE']}) must be 1: decoding runs on one rank; "
+            "start it with python -m, not torchrun."
+        )
     if config.temperature == 0.0 and (config.top_p < 1.0 or config.top_k > 0):
         log.warning("top_p and top_k have no effect at temperature 0; set a temperature to sample.")
     prompts = read_prompts(config)
@@ -91,8 +98,13 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
         device = next(model.parameters()).device
         for index in track(range(len(prompts)), "decoding", console=Console(stderr=True), transient=True):
             start = time.perf_counter()
-            generation = decode(CachedForward(model), prompt_ids[index], replace(config, seed=config.seed + index),
-                                source.contract, device)
+            generation = decode(
+                CachedForward(model),
+                prompt_ids[index],
+                replace(config, seed=config.seed + index),
+                source.contract,
+                device,
+            )
             seconds = time.perf_counter() - start
             text = tokenizer.decode(generation.generated_ids, skip_special_tokens=True)
             results.append(PromptResult(prompts[index], text, generation, seconds))
@@ -112,7 +124,7 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     assert config.prompts_file is not None, "validate() asks for one of prompt and prompts_file"
     path = Path(config.prompts_file)
     if not path.is_file():
-        raise ValueError(f"prompts_file ({path}) is not a file; name a text file, or .jsonl with a \"prompt\" a line.")
+        raise ValueError(f'prompts_file ({path}) is not a file; name a text file, or .jsonl with a "prompt" a line.')
     prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip():
@@ -126,10 +138,10 @@ def _json_prompt(line: str, place: str) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON ({error}); write an object with \"prompt\" a line.") from None
+        raise ValueError(f'{place} is no JSON ({error}); write an object with "prompt" a line.') from None
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"{place} ({line[:80]}) must be an object with a non-empty text \"prompt\".")
+        raise ValueError(f'{place} ({line[:80]}) must be an object with a non-empty text "prompt".')
     return prompt
 
 
@@ -159,8 +171,10 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], source: Checkpo
     for number, prompt in enumerate(prompts, start=1):
         ids = tokenizer.encode(prompt, add_special_tokens=False).ids
         if ids and max(ids) >= vocab_size:
-            raise ValueError(f"tokenizer ({source.tokenizer}) gives token {max(ids)}, the model's vocabulary ends at "
-                             f"{vocab_size - 1}; name the tokenizer that belongs to the checkpoint.")
+            raise ValueError(
+                f"tokenizer ({source.tokenizer}) gives token {max(ids)}, the model's vocabulary ends at "
+                f"{vocab_size - 1}; name the tokenizer that belongs to the checkpoint."
+            )
         try:
             check_prompt(ids, source.contract)
         except ValueError as error:
@@ -189,15 +203,23 @@ def show_results(results: Sequence[PromptResult]) -> None:
     for result in results:
         generation = result.generation
         num_tokens = len(generation.generated_ids)
-        table.add_row(Text(result.prompt[:32]), str(num_tokens), generation.stop_reason,
-                      str(generation.num_denoising_forwards), str(generation.num_commit_forwards),
-                      f"{generation.tokens_per_forward:.2f}", f"{num_tokens / result.seconds:.1f}")
+        table.add_row(
+            Text(result.prompt[:32]),
+            str(num_tokens),
+            generation.stop_reason,
+            str(generation.num_denoising_forwards),
+            str(generation.num_commit_forwards),
+            f"{generation.tokens_per_forward:.2f}",
+            f"{num_tokens / result.seconds:.1f}",
+        )
     total_tokens = sum(len(result.generation.generated_ids) for result in results)
     total_forwards = sum(result.generation.num_denoising_forwards for result in results)
     console = Console(stderr=True)
     console.print(table)
-    console.print("TPF (generated tokens / denoising forwards, commits not counted): "
-                  f"{total_tokens} / {total_forwards} = {total_tokens / total_forwards:.2f}")
+    console.print(
+        "TPF (generated tokens / denoising forwards, commits not counted): "
+        f"{total_tokens} / {total_forwards} = {total_tokens / total_forwards:.2f}"
+    )
 
 
 def parse_arguments(arguments: Sequence[str]) -> GenerateConfig:

@@ -73,8 +73,10 @@ def prepare_host() -> None:
         moe_utils.te_general_gemm = None
     if torch.cuda.is_available():
         if importlib.util.find_spec("transformer_engine") is None:
-            logger.warning("TransformerEngine is not installed: torch's linear layers, norms and Adam are used, "
-                           "which are slower on a GPU.")
+            logger.warning(
+                "TransformerEngine is not installed: torch's linear layers, norms and Adam are used, "
+                "which are slower on a GPU."
+            )
     else:
         # Advice for overlapping communication with computation on a GPU.
         warnings.filterwarnings("ignore", message="(?s).*CUDA_DEVICE_MAX_CONNECTIONS.*")
@@ -89,10 +91,13 @@ def _check_installation(version: str) -> None:
     if version.split(".")[:2] != TESTED_VERSION.split(".")[:2]:
         raise RuntimeError(
             f"megatron-core ({version}) must be 0.16: this program was tested with {TESTED_VERSION} and relies on its "
-            f"internals; pip install megatron-core=={TESTED_VERSION}.")
+            f"internals; pip install megatron-core=={TESTED_VERSION}."
+        )
     if importlib.util.find_spec("psutil") is None:
-        raise RuntimeError("psutil (not installed) is needed by megatron-core's checkpoint writer, which would "
-                           "otherwise die and leave the save waiting; pip install psutil.")
+        raise RuntimeError(
+            "psutil (not installed) is needed by megatron-core's checkpoint writer, which would "
+            "otherwise die and leave the save waiting; pip install psutil."
+        )
 
 
 class _NoStream:

@@ -33,8 +33,11 @@ def find_checkpoint(folder: Path, step: int, config: TrainConfig) -> Path:
         ValueError: there is neither.
     """
     checkpoints = folder.resolve().parents[1] / "checkpoints"
-    earlier = [folder for folder in folders.list_checkpoints(checkpoints)
-               if folders.read_json(folder / folders.CONTRACT)["step"] <= step]
+    earlier = [
+        folder
+        for folder in folders.list_checkpoints(checkpoints)
+        if folders.read_json(folder / folders.CONTRACT)["step"] <= step
+    ]
     if earlier:
         return earlier[-1]
     if config.checkpoint.load:
@@ -91,16 +94,32 @@ def _print(folder: Path, record: dict[str, Any], checkpoint: Path, result: Any, 
     console = Console(soft_wrap=True)
     console.print(f"step {record['step']} of stage {record['stage']}: {record['reason']}", highlight=False)
     console.print(f"weights of {checkpoint} ({_age(folder, checkpoint, record['step'])})", highlight=False)
-    console.print(f"loss {result.loss:.6g} (in the run {record['loss']:.6g}), gradient norm {result.grad_norm:.6g} "
-                  f"(in the run {record['grad_norm']:.6g})", highlight=False)
+    console.print(
+        f"loss {result.loss:.6g} (in the run {record['loss']:.6g}), gradient norm {result.grad_norm:.6g} "
+        f"(in the run {record['grad_norm']:.6g})",
+        highlight=False,
+    )
     bad = [row for row in result.rows if not math.isfinite(row.badness)]
-    console.print(f"{len(bad)} of {len(result.rows)} rows are not finite" if bad else
-                  f"all {len(result.rows)} rows are finite; the largest gradients first", highlight=False)
+    console.print(
+        f"{len(bad)} of {len(result.rows)} rows are not finite"
+        if bad
+        else f"all {len(result.rows)} rows are finite; the largest gradients first",
+        highlight=False,
+    )
     table = Table("data rank", "micro batch", "row", "sample ids", "targets", "t", "loss", "gradient norm", "first bad")
     for row in result.rows[:num_rows]:
         samples = " ".join(str(sample) for sample in row.sample_ids[:6]) + (" ..." if len(row.sample_ids) > 6 else "")
-        table.add_row(str(row.data_rank), str(row.micro_batch), str(row.row), samples, str(row.num_targets),
-                      f"{row.t_min:.3f}..{row.t_max:.3f}", f"{row.loss:.4g}", f"{row.grad_norm:.4g}", row.first_bad)
+        table.add_row(
+            str(row.data_rank),
+            str(row.micro_batch),
+            str(row.row),
+            samples,
+            str(row.num_targets),
+            f"{row.t_min:.3f}..{row.t_max:.3f}",
+            f"{row.loss:.4g}",
+            f"{row.grad_norm:.4g}",
+            row.first_bad,
+        )
     console.print(table)
 
 

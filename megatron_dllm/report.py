@@ -70,38 +70,60 @@ def example_row(config: TrainConfig) -> tuple[Batch, str]:
     stage = list(config.schedule.stages.values())[-1]
     corpus = Corpus(config.data.train, config.model)
     geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
-    dataset = RowDataset(corpus, geometry, NoiseSpec.for_stage(config.noise, stage), config.run.seed,
-                         config.model.mask_token_id, config.model.pad_token_id)
+    dataset = RowDataset(
+        corpus,
+        geometry,
+        NoiseSpec.for_stage(config.noise, stage),
+        config.run.seed,
+        config.model.mask_token_id,
+        config.model.pad_token_id,
+    )
     stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk)
     plans = [stream.next(geometry) for _ in range(_ROWS_LOOKED_AT)]
     plan = max(plans, key=lambda plan: int((plan.pieces[:, LENGTH] > 2 * stage.block_size).sum()))
-    return collate([dataset[plan]]), (f"A row of {geometry.row_length} tokens, {len(plan.pieces)} document pieces, "
-                                      f"block size {stage.block_size}")
+    return collate([dataset[plan]]), (
+        f"A row of {geometry.row_length} tokens, {len(plan.pieces)} document pieces, block size {stage.block_size}"
+    )
 
 
-def results(base: list[dict[str, Any]], convert: list[dict[str, Any]], checkpoints: Path,
-            merged: dict[str, Any] | None) -> list[Result]:
+def results(
+    base: list[dict[str, Any]], convert: list[dict[str, Any]], checkpoints: Path, merged: dict[str, Any] | None
+) -> list[Result]:
     """The lines of the table, from validation records and validation.json files."""
     lines = []
     if base:
         last = base[-1]
-        lines.append(Result("AR base", "exact NLL", last["validation_elbo/ar"],
-                            last.get("validation_bits_per_byte/ar")))
+        lines.append(
+            Result("AR base", "exact NLL", last["validation_elbo/ar"], last.get("validation_bits_per_byte/ar"))
+        )
     target = next(k for k in convert[-1] if k.startswith("validation_elbo/")).split("/")[1]
     key, bits = f"validation_elbo/{target}", f"validation_bits_per_byte/{target}"
     for record in convert:
         if record["is_stage_end"] and key in record:
             name = "before conversion" if record["step"] == 0 else f"after {record['stage']}"
             lines.append(Result(name, f"ELBO, block {target}", record[key], record.get(bits)))
-    ranked = sorted((elbo, f) for f in folders.list_checkpoints(checkpoints)
-                    if (elbo := folders.validation_elbo(f)) is not None)
+    ranked = sorted(
+        (elbo, f) for f in folders.list_checkpoints(checkpoints) if (elbo := folders.validation_elbo(f)) is not None
+    )
     if ranked:
         stored = folders.read_json(ranked[0][1] / folders.VALIDATION)
-        lines.append(Result(f"best checkpoint ({ranked[0][1].name})", f"ELBO, block {target}", ranked[0][0],
-                            stored["bits_per_byte"].get(target)))
+        lines.append(
+            Result(
+                f"best checkpoint ({ranked[0][1].name})",
+                f"ELBO, block {target}",
+                ranked[0][0],
+                stored["bits_per_byte"].get(target),
+            )
+        )
     if merged is not None:
-        lines.append(Result("merged checkpoint", f"ELBO, block {target}", merged["elbo"][target],
-                            merged["bits_per_byte"].get(target)))
+        lines.append(
+            Result(
+                "merged checkpoint",
+                f"ELBO, block {target}",
+                merged["elbo"][target],
+                merged["bits_per_byte"].get(target),
+            )
+        )
     return lines
 
 
@@ -119,7 +141,9 @@ def _html_table(header: list[str], rows: list[list[str]]) -> str:
 def _samples(samples: list[dict[str, Any]]) -> str:
     return "".join(
         f"<pre>{html.escape(s['prompt'])}<mark>{html.escape(s['text'])}</mark></pre><p>{s['num_generated_tokens']} "
-        f"tokens, {s['tokens_per_forward']:.2f} tokens per forward</p>" for s in samples)
+        f"tokens, {s['tokens_per_forward']:.2f} tokens per forward</p>"
+        for s in samples
+    )
 
 
 def _tokens_per_forward(samples: list[dict[str, Any]]) -> float | None:
@@ -137,15 +161,20 @@ def write_report(chain: Path) -> Path:
         raise ValueError(f"chain ({chain}) has no convert/metrics.jsonl; run the chain first.")
     train, convert = read_metrics(chain / "convert")
     if not convert:
-        raise ValueError(f"chain ({chain}) has no validation in convert/metrics.jsonl; set evaluation.num_tokens and "
-                         "data.validation, and run it again.")
+        raise ValueError(
+            f"chain ({chain}) has no validation in convert/metrics.jsonl; set evaluation.num_tokens and "
+            "data.validation, and run it again."
+        )
     config = load_config(chain / "convert")
     base = read_metrics(chain / "base")[1] if (chain / "base" / "metrics.jsonl").is_file() else []
     merged_file = chain / "merged" / folders.VALIDATION
     merged = folders.read_json(merged_file) if merged_file.is_file() else None
     samples_file = chain / "samples.jsonl"
-    samples = ([json.loads(line) for line in samples_file.read_text(encoding="utf-8").splitlines()]
-               if samples_file.is_file() else [])
+    samples = (
+        [json.loads(line) for line in samples_file.read_text(encoding="utf-8").splitlines()]
+        if samples_file.is_file()
+        else []
+    )
     books = json.loads((chain / "chain.json").read_text(encoding="utf-8")) if (chain / "chain.json").is_file() else {}
     times = {name: entry["seconds"] for name, entry in books.get("stages", {}).items()}
     lines = results(base, convert, chain / "convert" / "checkpoints", merged)
@@ -155,8 +184,15 @@ def write_report(chain: Path) -> Path:
     return page
 
 
-def _page(config: TrainConfig, train: list[dict[str, Any]], convert: list[dict[str, Any]], lines: list[Result],
-          merged: dict[str, Any] | None, samples: list[dict[str, Any]], times: dict[str, float]) -> str:
+def _page(
+    config: TrainConfig,
+    train: list[dict[str, Any]],
+    convert: list[dict[str, Any]],
+    lines: list[Result],
+    merged: dict[str, Any] | None,
+    samples: list[dict[str, Any]],
+    times: dict[str, float],
+) -> str:
     ar_nll = next((line.nats for line in lines if line.name == "AR base"), None)
     batch, caption = example_row(config)
     rows = [[r.name, r.measure, f"{r.nats:.4f}", "-" if r.bits is None else f"{r.bits:.4f}"] for r in lines]
@@ -168,16 +204,22 @@ def _page(config: TrainConfig, train: list[dict[str, Any]], convert: list[dict[s
         "" if tpf is None else f"<p>Decoding: {tpf:.2f} tokens per forward pass over {len(samples)} prompts.</p>",
         _figure(pictures.schedule_picture(train), "Block size and learning rate."),
         _figure(pictures.loss_picture(train), "Loss of the global batch; thick lines are running means of 9 records."),
-        _figure(pictures.elbo_picture(convert, ar_nll, (merged or {"elbo": {}})["elbo"]),
-                "The same held-out rows and the same noise at every checkpoint."),
+        _figure(
+            pictures.elbo_picture(convert, ar_nll, (merged or {"elbo": {}})["elbo"]),
+            "The same held-out rows and the same noise at every checkpoint.",
+        ),
         _figure(pictures.mask_picture(batch, caption), "Clean blocks that no later block reads are not stored."),
         "" if router is None else _figure(router, "Where masked, visible noisy and clean tokens are routed."),
-        "<h2>Samples</h2>", _samples(samples),
-        "<h2>Time</h2>", _html_table(["stage", "seconds"], [[n, f"{s:.0f}"] for n, s in times.items()]),
+        "<h2>Samples</h2>",
+        _samples(samples),
+        "<h2>Time</h2>",
+        _html_table(["stage", "seconds"], [[n, f"{s:.0f}"] for n, s in times.items()]),
     ]
     body = "\n".join(parts)
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(config.run.name)}</title>'
-            f"<style>{_STYLE}</style></head><body>{body}</body></html>\n")
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(config.run.name)}</title>'
+        f"<style>{_STYLE}</style></head><body>{body}</body></html>\n"
+    )
 
 
 def _print_table(lines: list[Result], samples: list[dict[str, Any]], times: dict[str, float], page: Path) -> None:

@@ -13,8 +13,11 @@ NOT_RUN = "NOT RUN: "
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print such reasons in red, however quiet pytest is asked to be."""
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ")
-                      for report in terminalreporter.stats.get("skipped", []) if isinstance(report.longrepr, tuple))
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
     for reason, count in reasons.items():
         if reason.startswith(NOT_RUN):
             terminalreporter.write_line(f"{count} test{'s' * (count > 1)} {reason}", red=True, bold=True)

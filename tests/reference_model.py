@@ -18,10 +18,26 @@ Weights = dict[str, Tensor]
 def tiny_model(**changes: object) -> ModelConfig:
     """A model of the Ling kind that runs in milliseconds: one dense layer, two with experts."""
     fields = dict(
-        num_layers=3, hidden_size=48, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=16,
-        vocab_size=96, max_position_embeddings=512, num_dense_layers=1, num_moe_experts=8, moe_ffn_hidden_size=24,
-        moe_shared_expert_intermediate_size=40, moe_router_topk=4, moe_router_num_groups=4, moe_router_group_topk=2,
-        moe_router_topk_scaling_factor=2.5, mask_token_id=95, eos_token_id=94, pad_token_id=93)
+        num_layers=3,
+        hidden_size=48,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        vocab_size=96,
+        max_position_embeddings=512,
+        num_dense_layers=1,
+        num_moe_experts=8,
+        moe_ffn_hidden_size=24,
+        moe_shared_expert_intermediate_size=40,
+        moe_router_topk=4,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_topk_scaling_factor=2.5,
+        mask_token_id=95,
+        eos_token_id=94,
+        pad_token_id=93,
+    )
     model = ModelConfig(**{**fields, **changes})
     model.validate()
     return model
@@ -35,8 +51,10 @@ def random_weights(model: ModelConfig, seed: int = 0) -> Weights:
         return mean + std * torch.randn(*shape, generator=generator)
 
     h, d, heads, groups = model.hidden_size, model.kv_channels, model.num_attention_heads, model.num_query_groups
-    weights = {"model.word_embeddings.weight": draw(model.vocab_size, h, std=0.5),
-               "model.norm.weight": draw(h, mean=1.0)}
+    weights = {
+        "model.word_embeddings.weight": draw(model.vocab_size, h, std=0.5),
+        "model.norm.weight": draw(h, mean=1.0),
+    }
     if not model.tie_word_embeddings:
         weights["lm_head.weight"] = draw(model.vocab_size, h)
     for layer in range(model.num_layers):
@@ -62,12 +80,21 @@ def random_weights(model: ModelConfig, seed: int = 0) -> Weights:
 
 
 def _mlp_weights(prefix: str, hidden: int, inner: int, draw: object) -> Weights:
-    return {prefix + "gate_proj.weight": draw(inner, hidden), prefix + "up_proj.weight": draw(inner, hidden),
-            prefix + "down_proj.weight": draw(hidden, inner)}
+    return {
+        prefix + "gate_proj.weight": draw(inner, hidden),
+        prefix + "up_proj.weight": draw(inner, hidden),
+        prefix + "down_proj.weight": draw(hidden, inner),
+    }
 
 
-def expected_logits(model: ModelConfig, weights: Weights, input_ids: Tensor, position_ids: Tensor, mask: Tensor,
-                    embeddings: Tensor | None = None) -> Tensor:
+def expected_logits(
+    model: ModelConfig,
+    weights: Weights,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    mask: Tensor,
+    embeddings: Tensor | None = None,
+) -> Tensor:
     """Logits [b, s, v] under an explicit mask [b, s, s] (true = visible); embeddings [b, s, h] replace input_ids."""
     hidden = F.embedding(input_ids, weights["model.word_embeddings.weight"]) if embeddings is None else embeddings
     for layer in range(model.num_layers):
@@ -92,12 +119,13 @@ def expected_rotation(states: Tensor, position_ids: Tensor, model: ModelConfig) 
     angles = position_ids[:, None, :, None].float() * inverse
     cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
     turned, passed = states[..., :dim], states[..., dim:]
-    half = torch.cat([-turned[..., dim // 2:], turned[..., :dim // 2]], -1)
+    half = torch.cat([-turned[..., dim // 2 :], turned[..., : dim // 2]], -1)
     return torch.cat([turned * cos + half * sin, passed], -1)
 
 
-def _attention(model: ModelConfig, weights: Weights, prefix: str, hidden: Tensor, position_ids: Tensor,
-               mask: Tensor) -> Tensor:
+def _attention(
+    model: ModelConfig, weights: Weights, prefix: str, hidden: Tensor, position_ids: Tensor, mask: Tensor
+) -> Tensor:
     b, s, _ = hidden.shape
     d, heads, groups = model.kv_channels, model.num_attention_heads, model.num_query_groups
     joined = (hidden @ weights[prefix + "query_key_value.weight"].t()).view(b, s, heads + 2 * groups, d).transpose(1, 2)
@@ -147,8 +175,10 @@ def _choose_experts(model: ModelConfig, biased: Tensor) -> Tensor:
 def to_megatron(model: ModelConfig, weights: Weights) -> Weights:
     """The same weights under the names and in the layout of an undivided megatron-core model (state dict)."""
     heads, groups, d = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    result = {"embedding.word_embeddings.weight": weights["model.word_embeddings.weight"],
-              "decoder.final_layernorm.weight": weights["model.norm.weight"]}
+    result = {
+        "embedding.word_embeddings.weight": weights["model.word_embeddings.weight"],
+        "decoder.final_layernorm.weight": weights["model.norm.weight"],
+    }
     if "lm_head.weight" in weights:
         result["output_layer.weight"] = weights["lm_head.weight"]
     for layer in range(model.num_layers):
@@ -171,8 +201,9 @@ def to_megatron(model: ModelConfig, weights: Weights) -> Weights:
         result[target + "mlp.router.weight"] = weights[source + "mlp.gate.weight"]
         result[target + "mlp.router.expert_bias"] = weights[source + "mlp.gate.expert_bias"]
         for expert in range(model.num_moe_experts):
-            result |= _mlp_to_megatron(weights, f"{source}mlp.experts.{expert}.",
-                                       f"{target}mlp.experts.local_experts.{expert}.")
+            result |= _mlp_to_megatron(
+                weights, f"{source}mlp.experts.{expert}.", f"{target}mlp.experts.local_experts.{expert}."
+            )
         if model.moe_shared_expert_intermediate_size:
             result |= _mlp_to_megatron(weights, source + "mlp.shared_experts.", target + "mlp.shared_experts.")
     return result

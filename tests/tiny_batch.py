@@ -10,8 +10,17 @@ from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.batch import Batch
 
 
-def tiny_batch(model: ModelConfig, rows: Sequence[Sequence[int]], row_length: int, block_size: int, *,
-               num_views: int = 1, has_clean: bool = True, mask_ratio: float = 0.5, seed: int = 0) -> Batch:
+def tiny_batch(
+    model: ModelConfig,
+    rows: Sequence[Sequence[int]],
+    row_length: int,
+    block_size: int,
+    *,
+    num_views: int = 1,
+    has_clean: bool = True,
+    mask_ratio: float = 0.5,
+    seed: int = 0,
+) -> Batch:
     """Rows of documents of the given lengths; num_views 0 is AR (clean tokens that predict the next).
 
     Each document lies as its noisy views and then its clean copy; the rest of a row is padding.
@@ -33,18 +42,28 @@ def tiny_batch(model: ModelConfig, rows: Sequence[Sequence[int]], row_length: in
                 is_masked[row, place] = masked
                 labels[row, place] = torch.where(masked, tokens, -1)
                 if num_views == 0:
-                    labels[row, start:start + length - 1] = tokens[1:]
+                    labels[row, start : start + length - 1] = tokens[1:]
                 position_ids[row, place] = torch.arange(length)
                 block = torch.arange(length) if num_views == 0 else torch.arange(length) // block_size
                 roles[row, place] = torch.stack(
-                    [torch.full_like(block, document), block, torch.full_like(block, view)], -1).int()
+                    [torch.full_like(block, document), block, torch.full_like(block, view)], -1
+                ).int()
                 start += length
         assert start <= row_length, f"documents of {start} tokens in a row of {row_length}"
     targets = (labels.flatten() >= 0).nonzero().flatten()
     weights = 0.5 + torch.rand(len(targets), generator=generator)
     return Batch(
-        input_ids=input_ids, position_ids=position_ids, roles=roles, is_masked=is_masked, target_positions=targets,
-        target_ids=labels.flatten()[targets], loss_weights=weights, target_t=torch.full((len(targets),), mask_ratio),
-        row_keys=torch.arange(b) * 7919 + 13, sample_ids=torch.arange(sum(len(row) for row in rows)),
-        num_maskable=torch.tensor(len(targets)), num_document_tokens=torch.tensor(sum(sum(row) for row in rows)),
-        num_forward_tokens=torch.tensor(int((roles[..., 0] >= 0).sum())))
+        input_ids=input_ids,
+        position_ids=position_ids,
+        roles=roles,
+        is_masked=is_masked,
+        target_positions=targets,
+        target_ids=labels.flatten()[targets],
+        loss_weights=weights,
+        target_t=torch.full((len(targets),), mask_ratio),
+        row_keys=torch.arange(b) * 7919 + 13,
+        sample_ids=torch.arange(sum(len(row) for row in rows)),
+        num_maskable=torch.tensor(len(targets)),
+        num_document_tokens=torch.tensor(sum(sum(row) for row in rows)),
+        num_forward_tokens=torch.tensor(int((roles[..., 0] >= 0).sum())),
+    )

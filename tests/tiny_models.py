@@ -14,21 +14,62 @@ from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import ModelConfig
 
 LING = ModelConfig(
-    family="bailing_moe", num_layers=3, hidden_size=24, ffn_hidden_size=20, num_attention_heads=4, num_query_groups=2,
-    kv_channels=8, vocab_size=40, max_position_embeddings=64, num_dense_layers=1, num_moe_experts=4,
-    moe_ffn_hidden_size=10, moe_shared_expert_intermediate_size=10, moe_router_topk=2, moe_router_num_groups=2,
-    moe_router_group_topk=1, moe_router_topk_scaling_factor=2.5, mask_token_id=2, eos_token_id=0, pad_token_id=1)
+    family="bailing_moe",
+    num_layers=3,
+    hidden_size=24,
+    ffn_hidden_size=20,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=40,
+    max_position_embeddings=64,
+    num_dense_layers=1,
+    num_moe_experts=4,
+    moe_ffn_hidden_size=10,
+    moe_shared_expert_intermediate_size=10,
+    moe_router_topk=2,
+    moe_router_num_groups=2,
+    moe_router_group_topk=1,
+    moe_router_topk_scaling_factor=2.5,
+    mask_token_id=2,
+    eos_token_id=0,
+    pad_token_id=1,
+)
 QWEN3_MOE = replace(
-    LING, family="qwen3_moe", num_dense_layers=0, moe_shared_expert_intermediate_size=0, moe_router_num_groups=0,
-    moe_router_group_topk=0, moe_router_topk_scaling_factor=1.0, moe_router_score_function="softmax",
-    moe_router_enable_expert_bias=False, rotary_percent=1.0, rotary_base=1e6)
+    LING,
+    family="qwen3_moe",
+    num_dense_layers=0,
+    moe_shared_expert_intermediate_size=0,
+    moe_router_num_groups=0,
+    moe_router_group_topk=0,
+    moe_router_topk_scaling_factor=1.0,
+    moe_router_score_function="softmax",
+    moe_router_enable_expert_bias=False,
+    rotary_percent=1.0,
+    rotary_base=1e6,
+)
 QWEN3 = ModelConfig(
-    family="qwen3", num_layers=3, hidden_size=24, ffn_hidden_size=20, num_attention_heads=4, num_query_groups=2,
-    kv_channels=8, vocab_size=40, max_position_embeddings=64, rotary_percent=1.0, rotary_base=1e6,
-    mask_token_id=2, eos_token_id=0, pad_token_id=1)
+    family="qwen3",
+    num_layers=3,
+    hidden_size=24,
+    ffn_hidden_size=20,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=40,
+    max_position_embeddings=64,
+    rotary_percent=1.0,
+    rotary_base=1e6,
+    mask_token_id=2,
+    eos_token_id=0,
+    pad_token_id=1,
+)
 MODELS = {
-    "bailing_moe": LING, "llada2_moe": replace(LING, family="llada2_moe"), "qwen3_moe": QWEN3_MOE,
-    "sdar_moe": replace(QWEN3_MOE, family="sdar_moe"), "qwen3": QWEN3,
+    "bailing_moe": LING,
+    "llada2_moe": replace(LING, family="llada2_moe"),
+    "qwen3_moe": QWEN3_MOE,
+    "sdar_moe": replace(QWEN3_MOE, family="sdar_moe"),
+    "qwen3": QWEN3,
     "qwen3 tied": replace(QWEN3, tie_word_embeddings=True),
     "two dense layers, two shared experts": replace(LING, num_dense_layers=2, moe_shared_expert_intermediate_size=20),
 }
@@ -67,5 +108,7 @@ def left_in(folder: Path) -> set[str]:
 
 def seal(checkpoint: Path) -> None:
     """Write the manifest of the files as they are, so that a change made on purpose is no damage."""
-    folders.write_json(checkpoint / folders.MANIFEST, {
-        name: folders.checksum(checkpoint / name) for name in folders.payload_files(checkpoint)})
+    folders.write_json(
+        checkpoint / folders.MANIFEST,
+        {name: folders.checksum(checkpoint / name) for name in folders.payload_files(checkpoint)},
+    )

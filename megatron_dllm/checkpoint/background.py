@@ -71,12 +71,15 @@ def _write(function: Callable[..., None] | None, buckets: list[Any]) -> Written:
         count: queue.Queue[int] = queue.Queue()
         count.put(index)
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
-            function.args[0], index, bucket, results, count, use_fsync=True)  # type: ignore[union-attr, arg-type]
+            function.args[0], index, bucket, results, count, use_fsync=True
+        )  # type: ignore[union-attr, arg-type]
         _, records = results.get_nowait()
         path = Path(bucket[0])
         if isinstance(records, Exception):
-            raise OSError(f"writing {path}: {_cause(records)} ({shutil.disk_usage(path.parent).free / 2**30:.1f} GiB "
-                          "free there); make room, or choose another run.root") from records
+            raise OSError(
+                f"writing {path}: {_cause(records)} ({shutil.disk_usage(path.parent).free / 2**30:.1f} GiB "
+                "free there); make room, or choose another run.root"
+            ) from records
         written.records[index] = records
         written.checksums[path.name] = checksum(path)
     return written
@@ -100,8 +103,12 @@ class BackgroundWrite:
         self._written: Written | None = None
         context = multiprocessing.get_context("fork")
         self._receiver, sender = context.Pipe(duplex=False)
-        self._process = context.Process(target=_child, args=(request.async_fn, _staged(request), sender, os.getpid()),
-                                        daemon=True, name="checkpoint-writer")
+        self._process = context.Process(
+            target=_child,
+            args=(request.async_fn, _staged(request), sender, os.getpid()),
+            daemon=True,
+            name="checkpoint-writer",
+        )
         self._process.start()
         sender.close()
         # Before multiprocessing's own clean-up, which waits for its children.
@@ -138,8 +145,10 @@ class BackgroundWrite:
             raise RuntimeError(f"the checkpoint's writer (process {self.pid}) died: {_end(self._process.exitcode)}")
         if time.monotonic() > self._deadline:
             self._process.kill()
-            raise TimeoutError(f"the checkpoint's writer (process {self.pid}) did not finish within "
-                               f"checkpoint.timeout_minutes ({self._timeout_minutes:g})")
+            raise TimeoutError(
+                f"the checkpoint's writer (process {self.pid}) did not finish within "
+                f"checkpoint.timeout_minutes ({self._timeout_minutes:g})"
+            )
         return None
 
     def kill(self) -> None:

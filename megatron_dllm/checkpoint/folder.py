@@ -30,17 +30,41 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 CONTRACT, STATE, MANIFEST, VALIDATION, LATEST = (
-    "contract.json", "state.json", "manifest.json", "validation.json", "latest")
+    "contract.json",
+    "state.json",
+    "manifest.json",
+    "validation.json",
+    "latest",
+)
 TEMPORARY_PREFIX = ".tmp-"
 DAMAGED_PREFIX = "damaged-"
 _CHUNK = 1 << 22
 # Fields of the model that decide what its tensors mean; others may change between runs.
 IDENTITY = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "vocab_size", "qk_layernorm", "layernorm_epsilon", "rotary_base", "rotary_percent", "tie_word_embeddings",
-    "num_dense_layers", "num_moe_experts", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-    "moe_router_topk", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
-    "moe_router_score_function", "moe_router_pre_softmax", "moe_router_enable_expert_bias", "mask_token_id",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "qk_layernorm",
+    "layernorm_epsilon",
+    "rotary_base",
+    "rotary_percent",
+    "tie_word_embeddings",
+    "num_dense_layers",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_topk",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_enable_expert_bias",
+    "mask_token_id",
 )
 
 
@@ -81,8 +105,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: {path.parent} is not a complete checkpoint; "
-                         "choose another one.") from None
+        raise ValueError(
+            f"{path} is missing: {path.parent} is not a complete checkpoint; choose another one."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); choose another checkpoint.") from None
     if not isinstance(content, dict):
@@ -159,10 +184,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: it is missing or no such table.
     """
     manifest = read_json(folder / MANIFEST)
-    if not all(isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
-               for entry in manifest.values()) or CONTRACT not in manifest:
-        raise ValueError(f"{folder / MANIFEST} is damaged: it does not give sizes and checksums; choose another "
-                         "checkpoint.")
+    if (
+        not all(
+            isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+            for entry in manifest.values()
+        )
+        or CONTRACT not in manifest
+    ):
+        raise ValueError(
+            f"{folder / MANIFEST} is damaged: it does not give sizes and checksums; choose another checkpoint."
+        )
     return manifest
 
 
@@ -240,17 +271,23 @@ def check_identity(folder: Path, model: Any, contract: dict[str, Any] | None = N
     """
     stored = read_json(folder / CONTRACT)
     if stored.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONTRACT}: format ({stored.get('format')}) is not {FORMAT}; "
-                         "convert the checkpoint with the version that wrote it.")
+        raise ValueError(
+            f"{folder / CONTRACT}: format ({stored.get('format')}) is not {FORMAT}; "
+            "convert the checkpoint with the version that wrote it."
+        )
     ours = asdict(model)
     for name in IDENTITY:
         if stored["model"].get(name) != ours[name]:
-            raise ValueError(f"model.{name} ({ours[name]}) differs from the checkpoint {folder} "
-                             f"({stored['model'].get(name)}); choose the model recipe it was made with.")
+            raise ValueError(
+                f"model.{name} ({ours[name]}) differs from the checkpoint {folder} "
+                f"({stored['model'].get(name)}); choose the model recipe it was made with."
+            )
     for name, value in (contract or {}).items():
         if stored["contract"].get(name) != value:
-            raise ValueError(f"contract: {name} ({value}) differs from the checkpoint {folder} "
-                             f"({stored['contract'].get(name)}); continue with the value it was trained with.")
+            raise ValueError(
+                f"contract: {name} ({value}) differs from the checkpoint {folder} "
+                f"({stored['contract'].get(name)}); continue with the value it was trained with."
+            )
     return stored
 
 
@@ -269,8 +306,10 @@ def check_start(folder: Path, config: Any) -> dict[str, Any]:
         return stored
     name, first = next(iter(config.schedule.stages.items()))
     if first.objective == "ar":
-        raise ValueError(f"schedule.stages.{name}.objective (ar) cannot start from the diffusion weights {folder}; "
-                         "start from an autoregressive checkpoint, or with a diffusion stage.")
+        raise ValueError(
+            f"schedule.stages.{name}.objective (ar) cannot start from the diffusion weights {folder}; "
+            "start from an autoregressive checkpoint, or with a diffusion stage."
+        )
     check_grid(folder, contract, config.data.block_origin)
     return stored
 
@@ -282,8 +321,10 @@ def check_grid(folder: Path, contract: dict[str, Any], block_origin: str) -> Non
         ValueError: naming both grids.
     """
     if not contract.get("shift", True) and contract.get("block_origin", block_origin) != block_origin:
-        raise ValueError(f"data.block_origin ({block_origin}) differs from that of the diffusion weights {folder} "
-                         f"({contract['block_origin']}); continue with the grid they were trained on.")
+        raise ValueError(
+            f"data.block_origin ({block_origin}) differs from that of the diffusion weights {folder} "
+            f"({contract['block_origin']}); continue with the grid they were trained on."
+        )
 
 
 def read_validation(folder: Path) -> dict[str, Any] | None:
@@ -301,7 +342,8 @@ def read_validation(folder: Path) -> dict[str, Any] | None:
         if not isinstance(values, dict) or not all(isinstance(value, (int, float)) for value in values.values()):
             raise ValueError(f"{path} is damaged ({part} holds no numbers); evaluate the checkpoint again.")
     return {"elbo": {}, "bits_per_byte": {}, "target_block_size": None} | {
-        name: value for name, value in content.items() if value is not None}
+        name: value for name, value in content.items() if value is not None
+    }
 
 
 def validation_elbo(folder: Path) -> float | None:
@@ -332,7 +374,7 @@ def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -
     end. An incomplete folder never counts as one that is kept, so the newest complete checkpoint always stays.
     """
     complete = list_checkpoints(checkpoints)
-    kept = set(complete[-max(keep_last, 1):])
+    kept = set(complete[-max(keep_last, 1) :])
     ranked = []
     for folder in (f for f in complete if _kind(f) == _kind(complete[-1])):
         try:

@@ -46,8 +46,10 @@ def read_contract(folder: Path) -> Contract:
     path = folder / folders.CONTRACT
     content = folders.read_json(path)
     if content.get("format") != folders.FORMAT:
-        raise ValueError(f"{path}: format ({content.get('format')}) is not {folders.FORMAT}; convert the checkpoint "
-                         "with the version that wrote it.")
+        raise ValueError(
+            f"{path}: format ({content.get('format')}) is not {folders.FORMAT}; convert the checkpoint "
+            "with the version that wrote it."
+        )
     for part in ("model", "contract"):
         if not isinstance(content.get(part), dict):
             raise ValueError(f"{path} is damaged (no object {part}); choose another checkpoint.")
@@ -55,14 +57,18 @@ def read_contract(folder: Path) -> Contract:
     unknown = sorted(set(content["model"]) - set(fields))
     if unknown:
         raise ValueError(f"{path}: model.{unknown[0]} is not known to this version; use the version that wrote it.")
-    values = {f"model.{name}": (content["model"].get(name, field.default), str(field.type))
-              for name, field in fields.items()}
-    values |= {f"contract.{name}": (content["contract"].get(name), kind)
-               for name, kind in (("shift", "bool"), ("block_size", "int"), ("context_length", "int"))}
+    values = {
+        f"model.{name}": (content["model"].get(name, field.default), str(field.type)) for name, field in fields.items()
+    }
+    values |= {
+        f"contract.{name}": (content["contract"].get(name), kind)
+        for name, kind in (("shift", "bool"), ("block_size", "int"), ("context_length", "int"))
+    }
     for name, (value, kind) in values.items():
         if type(value) not in _TYPES[kind]:
-            raise ValueError(f"{path} is damaged: {name} ({value!r}) must be of type {kind}; choose another "
-                             "checkpoint.")
+            raise ValueError(
+                f"{path} is damaged: {name} ({value!r}) must be of type {kind}; choose another checkpoint."
+            )
     return Contract(ModelConfig(**content["model"]), content)
 
 
@@ -85,8 +91,11 @@ def model_keys(model: ModelConfig, reader: TorchDistReader) -> dict[str, str]:
     """
     local = {alias: key for key, alias in key_aliases(model).items()}
     stored = reader.metadata.tensors
-    return {local.get(key, key): key for key in stored
-            if key.startswith(_MODEL_PREFIXES) and not (key in local and local[key] in stored)}
+    return {
+        local.get(key, key): key
+        for key in stored
+        if key.startswith(_MODEL_PREFIXES) and not (key in local and local[key] in stored)
+    }
 
 
 def finish_tensors(writer: TorchDistWriter, model: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -101,14 +110,24 @@ def finish_tensors(writer: TorchDistWriter, model: ModelConfig) -> dict[str, dic
     return writer.close()
 
 
-def new_contract(model: ModelConfig, *, shift: bool, block_size: int, context_length: int,
-                 has_tokenizer: bool) -> dict[str, Any]:
+def new_contract(
+    model: ModelConfig, *, shift: bool, block_size: int, context_length: int, has_tokenizer: bool
+) -> dict[str, Any]:
     """contract.json of a checkpoint that no run of ours has trained yet."""
     return {
-        "format": folders.FORMAT, "model": asdict(model),
-        "contract": {"shift": shift, "block_origin": "document", "mask_token_id": model.mask_token_id,
-                     "block_size": block_size, "context_length": context_length},
-        "step": 0, "consumed_tokens": 0, "stage": None, "is_stage_end": False,
+        "format": folders.FORMAT,
+        "model": asdict(model),
+        "contract": {
+            "shift": shift,
+            "block_origin": "document",
+            "mask_token_id": model.mask_token_id,
+            "block_size": block_size,
+            "context_length": context_length,
+        },
+        "step": 0,
+        "consumed_tokens": 0,
+        "stage": None,
+        "is_stage_end": False,
         "tokenizer": TOKENIZER if has_tokenizer else None,
     }
 

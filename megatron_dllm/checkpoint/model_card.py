@@ -60,10 +60,21 @@ def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_na
         rows.append(("Recipe", str(run / "config.yaml")))
     tags = ["block-diffusion"] * is_diffusion + ["mixture-of-experts"] * contract.model.is_moe
     own_run = _run_folder(checkpoint.absolute())
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation",
-             f"tags: [{', '.join(tags)}]", "---", "",
-             f"# {own_run.name if own_run else checkpoint.absolute().name}", "", "## Provenance", "",
-             "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [{', '.join(tags)}]",
+        "---",
+        "",
+        f"# {own_run.name if own_run else checkpoint.absolute().name}",
+        "",
+        "## Provenance",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows),
+    ]
     lines += _validation_lines(folders.read_validation(checkpoint)) + (_merge_lines(provenance) if provenance else [])
     use = _USE.format(block_size=contract.block_size) if architecture == "llada2_moe" else ""
     return "\n".join(lines) + "\n" + use
@@ -90,7 +101,8 @@ def _provenance(checkpoint: Path) -> dict[str, Any] | None:
         return None
     provenance = folders.read_json(path)
     if not provenance.get("inputs") or not all(
-            isinstance(entry, dict) and {"checkpoint", "weight"} <= entry.keys() for entry in provenance["inputs"]):
+        isinstance(entry, dict) and {"checkpoint", "weight"} <= entry.keys() for entry in provenance["inputs"]
+    ):
         raise ValueError(f"{path} is damaged (no inputs); merge the checkpoints again.")
     return provenance
 
@@ -99,13 +111,24 @@ def _validation_lines(validation: dict[str, Any] | None) -> list[str]:
     if validation is None:
         return []
     bits = validation["bits_per_byte"]
-    rows = [f"| {size} | {value:.4f} | {bits[size]:.4f} |" if size in bits else f"| {size} | {value:.4f} | |"
-            for size, value in sorted(validation["elbo"].items(), key=lambda item: (len(item[0]), item[0]))]
+    rows = [
+        f"| {size} | {value:.4f} | {bits[size]:.4f} |" if size in bits else f"| {size} | {value:.4f} | |"
+        for size, value in sorted(validation["elbo"].items(), key=lambda item: (len(item[0]), item[0]))
+    ]
     return ["", "## Validation", "", "| block size | ELBO (nats per token) | bits per byte |", "|---|---|---|", *rows]
 
 
 def _merge_lines(provenance: dict[str, Any]) -> list[str]:
-    rows = [f"| {entry['checkpoint']} | {entry['weight']:.4f} | {entry.get('elbo')} |"
-            for entry in provenance["inputs"]]
-    return ["", "## Merge", "", f"Weighted mean ({provenance.get('weights')}) of:", "",
-            "| checkpoint | weight | ELBO |", "|---|---|---|", *rows]
+    rows = [
+        f"| {entry['checkpoint']} | {entry['weight']:.4f} | {entry.get('elbo')} |" for entry in provenance["inputs"]
+    ]
+    return [
+        "",
+        "## Merge",
+        "",
+        f"Weighted mean ({provenance.get('weights')}) of:",
+        "",
+        "| checkpoint | weight | ELBO |",
+        "|---|---|---|",
+        *rows,
+    ]

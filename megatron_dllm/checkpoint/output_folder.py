@@ -71,8 +71,10 @@ def check_output(target: Path, num_bytes: int) -> None:
     needed = num_bytes + num_bytes // 50
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ValueError(f"output ({target}) needs {needed / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} "
-                         "GB free; make room or name a folder on another disk.")
+        raise ValueError(
+            f"output ({target}) needs {needed / 1e9:.2f} GB, the disk of {existing} has {free / 1e9:.2f} "
+            "GB free; make room or name a folder on another disk."
+        )
 
 
 def _prefix(target: Path) -> str:

@@ -54,8 +54,10 @@ def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     Objects (modules' `_extra_state`, empty in this model) are left out: loading them would unpickle.
     """
     states = [unwrap_model(chunk).sharded_state_dict(metadata=dict(_METADATA)) for chunk in chunks]
-    tensors = {f"chunk{i}": {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
-               for i, state in enumerate(states)}
+    tensors = {
+        f"chunk{i}": {name: value for name, value in state.items() if not isinstance(value, ShardedObject)}
+        for i, state in enumerate(states)
+    }
     assert not any(isinstance(value, ShardedObject) for value in nested_values(tensors)), "an object lies deeper"
     return tensors
 
@@ -72,8 +74,10 @@ def _check_space(folder: Path) -> None:
     needed = sum(entry["size"] for entry in folders.read_manifest(before).values())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"writing {folder}: it needs about {needed / 2**30:.3g} GiB, as {before.name} does, and "
-                      f"{free / 2**30:.3g} GiB are free; {_MAKE_ROOM}")
+        raise OSError(
+            f"writing {folder}: it needs about {needed / 2**30:.3g} GiB, as {before.name} does, and "
+            f"{free / 2**30:.3g} GiB are free; {_MAKE_ROOM}"
+        )
 
 
 def _altered_file(folder: Path, parts: Sequence[dict[str, Any]]) -> Exception | None:
@@ -91,8 +95,10 @@ def _optimizers(optimizer: MegatronOptimizer) -> list[Any]:
 
 def _optimizer_state(optimizer: MegatronOptimizer, model_sharded_state: dict[str, Any], is_loading: bool) -> dict:
     """Sharded moments and main weights. Their keys are global names; the place in the chain is this rank's affair."""
-    return {i: part.sharded_param_state_fully_reshardable(model_sharded_state, is_loading, dict(_METADATA))
-            for i, part in enumerate(_optimizers(optimizer))}
+    return {
+        i: part.sharded_param_state_fully_reshardable(model_sharded_state, is_loading, dict(_METADATA))
+        for i, part in enumerate(_optimizers(optimizer))
+    }
 
 
 def raise_together(error: Exception | None) -> None:
@@ -119,8 +125,10 @@ class _Deadline:
     def __init__(self, minutes: float, what: str) -> None:
         self._timer = threading.Timer(60.0 * minutes, self._expire)
         self._timer.daemon = True
-        self._message = (f"{what} did not finish within checkpoint.timeout_minutes ({minutes:g}); a rank or its "
-                         "storage is taken for dead.")
+        self._message = (
+            f"{what} did not finish within checkpoint.timeout_minutes ({minutes:g}); a rank or its "
+            "storage is taken for dead."
+        )
 
     def _expire(self) -> None:
         log.critical(self._message)
@@ -148,8 +156,14 @@ class _Save:
 class CheckpointWriter:
     """Writes checkpoints of one run, one after the other, synchronously or behind training."""
 
-    def __init__(self, checkpoints: Path, is_async: bool = False, timeout_minutes: float = 30.0,
-                 before_publish: Callable[[], None] | None = None, reads_back: bool = True) -> None:
+    def __init__(
+        self,
+        checkpoints: Path,
+        is_async: bool = False,
+        timeout_minutes: float = 30.0,
+        before_publish: Callable[[], None] | None = None,
+        reads_back: bool = True,
+    ) -> None:
         """Args: folder of the run's checkpoints; `before_publish` may refuse (raise) before the final rename.
 
         `reads_back`: before that, every rank compares another rank's files with their checksums (not in asynchronous
@@ -167,8 +181,14 @@ class CheckpointWriter:
             self._strategy = FullyParallelSaveStrategyWrapper(self._strategy, group, True)
         use_local_results()
 
-    def save(self, step: int, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer | None,
-             contract: dict[str, Any], state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        chunks: Sequence[nn.Module],
+        optimizer: MegatronOptimizer | None,
+        contract: dict[str, Any],
+        state: dict[str, Any],
+    ) -> Path:
         """Save after `step` optimizer steps; returns the folder (complete on return unless asynchronous)."""
         self.finish()
         final = folders.step_folder(self._checkpoints, step)
@@ -214,8 +234,10 @@ class CheckpointWriter:
         except (RuntimeError, TimeoutError) as caught:
             error = caught
         # 2: failed, 1: busy, 0: done; the worst of all ranks.
-        status = torch.tensor([2 if error is not None else int(written is None)],
-                              device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        status = torch.tensor(
+            [2 if error is not None else int(written is None)],
+            device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu",
+        )
         dist.all_reduce(status, op=dist.ReduceOp.MAX)
         if status.item() == 2:
             process.kill()
@@ -297,7 +319,7 @@ def verify(folder: Path, hash_content: bool = True) -> None:
     error: Exception | None = None
     try:
         manifest = folders.read_manifest(folder)
-        names = sorted(manifest)[dist.get_rank()::dist.get_world_size()]
+        names = sorted(manifest)[dist.get_rank() :: dist.get_world_size()]
         problems = folders.damaged_files(folder, manifest, names, hash_content)
         if problems:
             error = ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
@@ -311,8 +333,11 @@ def verify(folder: Path, hash_content: bool = True) -> None:
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows the classes of torch's checkpoint metadata; any other name in the pickle is an error."""
 
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner",
-                "torch.distributed.checkpoint.filesystem")
+    _MODULES = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.planner",
+        "torch.distributed.checkpoint.filesystem",
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         """The class of that name, if the format has it."""
@@ -337,8 +362,10 @@ def check_metadata(folder: Path) -> None:
         with open(path, "rb") as stream:
             _MetadataUnpickler(stream).load()
     except Exception as error:
-        raise ValueError(f"{path} is not the metadata of a torch_dist checkpoint ({error}); it was not loaded. Take "
-                         "checkpoints from people you trust, or convert their safetensors.") from error
+        raise ValueError(
+            f"{path} is not the metadata of a torch_dist checkpoint ({error}); it was not loaded. Take "
+            "checkpoints from people you trust, or convert their safetensors."
+        ) from error
 
 
 def load_weights(folder: Path, chunks: Sequence[nn.Module], hash_content: bool = True) -> None:

@@ -53,8 +53,10 @@ def run(tasks: Iterable[Task], total_bytes: int, title: str, num_readers: int = 
     buffers: SimpleQueue[Tensor] = SimpleQueue()
     for _ in range(_NUM_BUFFERS):
         buffers.put(torch.empty(0, dtype=torch.uint8))
-    with (ThreadPoolExecutor(num_readers) as reader,
-          tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, smoothing=0.05, mininterval=0.5) as bar):
+    with (
+        ThreadPoolExecutor(num_readers) as reader,
+        tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, smoothing=0.05, mininterval=0.5) as bar,
+    ):
         pending: deque[tuple[list[Task], Future[tuple[Tensor, list[Tensor]]]]] = deque()
         try:
             for batch in _batches(tasks):
@@ -98,7 +100,7 @@ def _read(batch: list[Task], buffers: SimpleQueue[Tensor]) -> tuple[Tensor, list
     for task in batch:
         num_bytes = task.num_elements * task.dtype.itemsize
         # A storage of exactly the piece's size: torch.save writes whole storages.
-        data = torch.frombuffer(view[begin:begin + num_bytes], dtype=task.dtype)
+        data = torch.frombuffer(view[begin : begin + num_bytes], dtype=task.dtype)
         task.read(data)
         check_finite(data, task.name)
         pieces.append(data)
@@ -106,8 +108,9 @@ def _read(batch: list[Task], buffers: SimpleQueue[Tensor]) -> tuple[Tensor, list
     return buffer, pieces
 
 
-def _write(batch: list[Task], future: Future[tuple[Tensor, list[Tensor]]], buffers: SimpleQueue[Tensor],
-           bar: tqdm[None]) -> None:
+def _write(
+    batch: list[Task], future: Future[tuple[Tensor, list[Tensor]]], buffers: SimpleQueue[Tensor], bar: tqdm[None]
+) -> None:
     buffer, pieces = future.result()
     for task, data in zip(batch, pieces, strict=True):
         task.write(data)
@@ -128,13 +131,16 @@ def check_finite(data: Tensor, name: str) -> None:
     if torch.isfinite(low) and torch.isfinite(high):
         return
     bad = (~torch.isfinite(data)).nonzero()
-    raise ValueError(f"tensor {name} holds {len(bad)} NaN or Inf (the first: {float(data[bad[0]])} at element "
-                     f"{int(bad[0])} of this piece of {data.numel()}); the checkpoint is not usable, take an earlier "
-                     "one.")
+    raise ValueError(
+        f"tensor {name} holds {len(bad)} NaN or Inf (the first: {float(data[bad[0]])} at element "
+        f"{int(bad[0])} of this piece of {data.numel()}); the checkpoint is not usable, take an earlier "
+        "one."
+    )
 
 
-def split_rows(offsets: tuple[int, ...], sizes: tuple[int, ...],
-               max_elements: int) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+def split_rows(
+    offsets: tuple[int, ...], sizes: tuple[int, ...], max_elements: int
+) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
     """Cut a box into boxes of at most `max_elements`, along its first dim longer than 1.
 
     Yields:
@@ -144,9 +150,12 @@ def split_rows(offsets: tuple[int, ...], sizes: tuple[int, ...],
     if dim is None or prod(sizes) <= max_elements:
         yield 0, offsets, sizes
         return
-    row = prod(sizes[dim + 1:])
+    row = prod(sizes[dim + 1 :])
     step = max(max_elements // row, 1)
     for begin in range(0, sizes[dim], step):
         count = min(step, sizes[dim] - begin)
-        yield (begin * row, (*offsets[:dim], offsets[dim] + begin, *offsets[dim + 1:]),
-               (*sizes[:dim], count, *sizes[dim + 1:]))
+        yield (
+            begin * row,
+            (*offsets[:dim], offsets[dim] + begin, *offsets[dim + 1 :]),
+            (*sizes[:dim], count, *sizes[dim + 1 :]),
+        )

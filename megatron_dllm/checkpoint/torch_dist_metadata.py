@@ -22,14 +22,25 @@ COMMON_NAME = "common.pt"
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
 _RECORDS = {
-    *((_METADATA, name) for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+    *(
+        (_METADATA, name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
     *((_PLANNER, name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
     ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
 }
@@ -116,8 +127,10 @@ def read_metadata(folder: Path) -> DistMetadata:
     for name in (CONFIG_NAME, METADATA_NAME):
         if not (folder / name).is_file():
             found = sorted(entry.name for entry in folder.iterdir())[:8]
-            raise ValueError(f"{folder} is no complete torch_dist checkpoint: {name} is missing (found {found}); "
-                             "name the step folder itself, or save again.")
+            raise ValueError(
+                f"{folder} is no complete torch_dist checkpoint: {name} is missing (found {found}); "
+                "name the step folder itself, or save again."
+            )
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
@@ -158,13 +171,16 @@ def _check_place(folder: Path, name: str, place: tuple[str, int, int], sizes: di
     if file_name not in sizes:
         raise ValueError(f"{folder / file_name} is missing: it holds {name}; copy the whole folder.")
     if start < 0 or length < 0 or start + length > sizes[file_name]:
-        raise ValueError(f"{folder / file_name} is truncated: {name} ends at byte {start + length}, the file at "
-                         f"{sizes[file_name]}; copy or save it again.")
+        raise ValueError(
+            f"{folder / file_name} is truncated: {name} ends at byte {start + length}, the file at "
+            f"{sizes[file_name]}; copy or save it again."
+        )
 
 
 def _chunk(folder: Path, key: str, record: _Record, places: dict[Any, tuple[str, int, int]]) -> Chunk:
     offsets = tuple(record.get("offsets"))
     if (key, offsets) not in places:
-        raise ValueError(f"{folder}: tensor {key} has no data for its part at {list(offsets)}; the checkpoint is "
-                         "damaged.")
+        raise ValueError(
+            f"{folder}: tensor {key} has no data for its part at {list(offsets)}; the checkpoint is damaged."
+        )
     return Chunk(offsets, tuple(record.get("sizes")), *places[key, offsets])

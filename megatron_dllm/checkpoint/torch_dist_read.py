@@ -98,8 +98,10 @@ class TorchDistReader:
             if covered == box.numel():
                 return
         if covered != box.numel():
-            raise ValueError(f"{self.folder}: tensor {key} is stored incompletely ({covered} of {box.numel()} elements "
-                             f"of the part at {list(offsets)}); save it again.")
+            raise ValueError(
+                f"{self.folder}: tensor {key} is stored incompletely ({covered} of {box.numel()} elements "
+                f"of the part at {list(offsets)}); save it again."
+            )
 
     def _near(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> list[Chunk]:
         """Chunks that overlap a box along dim 0: a layer's experts are hundreds of chunks, a box is in few of them."""
@@ -110,7 +112,7 @@ class TorchDistReader:
             longest = max((chunk.sizes[0] for chunk in chunks), default=0)
             self._sorted[key] = (chunks, [chunk.offsets[0] for chunk in chunks], longest)
         chunks, starts, longest = self._sorted[key]
-        return chunks[bisect_right(starts, offsets[0] - longest):bisect_left(starts, offsets[0] + sizes[0])]
+        return chunks[bisect_right(starts, offsets[0] - longest) : bisect_left(starts, offsets[0] + sizes[0])]
 
     def _read_part(self, key: str, chunk: Chunk, start: tuple[int, ...], target: Tensor) -> None:
         """Read the box of `chunk` that begins at `start` and is shaped like `target`."""
@@ -152,8 +154,10 @@ class TorchDistReader:
         try:
             position = _tensor_position(_Slice(descriptor, chunk.start, chunk.length), chunk, dtype)
         except Exception as error:  # damaged bytes raise whatever they are taken for
-            raise ValueError(f"{self.folder / chunk.file_name}: tensor {key} is damaged at byte {chunk.start} "
-                             f"({error}); copy or save it again.") from error
+            raise ValueError(
+                f"{self.folder / chunk.file_name}: tensor {key} is damaged at byte {chunk.start} "
+                f"({error}); copy or save it again."
+            ) from error
         if position is not None:
             self._headers[kind] = os.pread(descriptor, position - chunk.start, chunk.start)
         return _Layout(position)
@@ -163,11 +167,14 @@ class TorchDistReader:
         try:
             tensor = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{self.folder / chunk.file_name}: tensor {key} is damaged at byte {chunk.start} "
-                             f"({error}); copy or save it again.") from error
+            raise ValueError(
+                f"{self.folder / chunk.file_name}: tensor {key} is damaged at byte {chunk.start} "
+                f"({error}); copy or save it again."
+            ) from error
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes:
-            raise ValueError(f"{self.folder / chunk.file_name}: {key} does not hold the tensor it should; save it "
-                             "again.")
+            raise ValueError(
+                f"{self.folder / chunk.file_name}: {key} does not hold the tensor it should; save it again."
+            )
         return tensor
 
     def close(self) -> None:
@@ -178,7 +185,7 @@ class TorchDistReader:
 
 
 def _strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(prod(sizes[dim + 1:]) for dim in range(len(sizes)))
+    return tuple(prod(sizes[dim + 1 :]) for dim in range(len(sizes)))
 
 
 def _contiguous_run(sizes: tuple[int, ...], start: tuple[int, ...], box: tuple[int, ...]) -> tuple[int, int]:

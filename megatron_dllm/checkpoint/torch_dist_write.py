@@ -34,8 +34,12 @@ from megatron_dllm.checkpoint.torch_dist_metadata import COMMON_NAME, CONFIG_NAM
 MAX_FILE_BYTES = 4 * 10**9
 # Below this, handing the bytes to the hashing thread costs more than hashing them.
 _WORTH_A_THREAD = 1 << 18
-_CONFIG = {"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-           "common_backend": "torch", "common_backend_version": 1}
+_CONFIG = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
 class TorchDistWriter:
@@ -118,8 +122,11 @@ class TorchDistWriter:
         common = BytesIO()
         torch.save({}, common)
         # megatron-core takes the last of these as the sign of a checkpoint.
-        for name, data in ((METADATA_NAME, pickle.dumps(metadata)), (COMMON_NAME, common.getvalue()),
-                           (CONFIG_NAME, json.dumps(_CONFIG).encode())):
+        for name, data in (
+            (METADATA_NAME, pickle.dumps(metadata)),
+            (COMMON_NAME, common.getvalue()),
+            (CONFIG_NAME, json.dumps(_CONFIG).encode()),
+        ):
             file = _HashedFile(self._folder / name)
             file.write(data)
             self._checksums[name] = file.finish()

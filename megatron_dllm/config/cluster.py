@@ -44,13 +44,19 @@ class ContainerConfig:
     def validate(self) -> None:
         """Raise ValueError for an unknown kind, a missing image, or a mount that is no HOST:CONTAINER."""
         check_choice("cluster.container.kind", self.kind, CONTAINER_KINDS)
-        check(self.kind == "none" or bool(self.image),
-              f"cluster.container.image (null) is needed with kind {self.kind}; name a file or a registry address.")
-        check(self.kind != "none" or not self.image,
-              f"cluster.container.image ({self.image}) has no effect with kind none; set kind to pyxis or apptainer.")
+        check(
+            self.kind == "none" or bool(self.image),
+            f"cluster.container.image (null) is needed with kind {self.kind}; name a file or a registry address.",
+        )
+        check(
+            self.kind != "none" or not self.image,
+            f"cluster.container.image ({self.image}) has no effect with kind none; set kind to pyxis or apptainer.",
+        )
         for mount in self.mounts:
-            check(mount.count(":") in (1, 2) and mount.startswith("/") and "," not in mount,
-                  f"cluster.container.mounts ({mount}) must read /HOST:/CONTAINER or /HOST:/CONTAINER:ro.")
+            check(
+                mount.count(":") in (1, 2) and mount.startswith("/") and "," not in mount,
+                f"cluster.container.mounts ({mount}) must read /HOST:/CONTAINER or /HOST:/CONTAINER:ro.",
+            )
 
 
 @dataclass
@@ -120,37 +126,59 @@ class ClusterConfig:
         """
         self.container.validate()
         check_choice("cluster.launcher", self.launcher, LAUNCHERS)
-        check(self.gpus_per_node >= 0,
-              f"cluster.gpus_per_node ({self.gpus_per_node}) must not be negative; 0 means CPU nodes.")
-        check(self.num_ranks_per_node > 0,
-              f"cluster.ranks_per_node ({self.ranks_per_node}) must be positive; null means one per GPU.")
-        check(self.gpus_per_node == 0 or self.num_ranks_per_node <= self.gpus_per_node,
-              f"cluster.ranks_per_node ({self.ranks_per_node}) must not exceed gpus_per_node ({self.gpus_per_node}): "
-              "every rank needs a GPU of its own.")
-        check(self.cpus_per_node is None or self.cpus_per_node >= self.num_ranks_per_node,
-              f"cluster.cpus_per_node ({self.cpus_per_node}) must give each of the {self.num_ranks_per_node} ranks of "
-              "a node a CPU; set it to null to ask for none.")
-        check(self.cpu_cpus is None or self.cpu_cpus > 0,
-              f"cluster.cpu_cpus ({self.cpu_cpus}) must be positive; set it to null to ask for none.")
+        check(
+            self.gpus_per_node >= 0,
+            f"cluster.gpus_per_node ({self.gpus_per_node}) must not be negative; 0 means CPU nodes.",
+        )
+        check(
+            self.num_ranks_per_node > 0,
+            f"cluster.ranks_per_node ({self.ranks_per_node}) must be positive; null means one per GPU.",
+        )
+        check(
+            self.gpus_per_node == 0 or self.num_ranks_per_node <= self.gpus_per_node,
+            f"cluster.ranks_per_node ({self.ranks_per_node}) must not exceed gpus_per_node ({self.gpus_per_node}): "
+            "every rank needs a GPU of its own.",
+        )
+        check(
+            self.cpus_per_node is None or self.cpus_per_node >= self.num_ranks_per_node,
+            f"cluster.cpus_per_node ({self.cpus_per_node}) must give each of the {self.num_ranks_per_node} ranks of "
+            "a node a CPU; set it to null to ask for none.",
+        )
+        check(
+            self.cpu_cpus is None or self.cpu_cpus > 0,
+            f"cluster.cpu_cpus ({self.cpu_cpus}) must be positive; set it to null to ask for none.",
+        )
         for name in ("memory", "cpu_memory"):
             value = getattr(self, name)
-            check(_MEMORY.match(value) is not None,
-                  f"cluster.{name} ({value!r}) must be a number with K, M, G or T behind it, as 64G; 0 is the whole "
-                  "node's.")
+            check(
+                _MEMORY.match(value) is not None,
+                f"cluster.{name} ({value!r}) must be a number with K, M, G or T behind it, as 64G; 0 is the whole "
+                "node's.",
+            )
         limit = time_limit_seconds(self.time_limit)
-        check(0 < self.stop_seconds < limit,
-              f"cluster.stop_seconds ({self.stop_seconds}) must lie between 0 and the time limit ({limit} s).")
+        check(
+            0 < self.stop_seconds < limit,
+            f"cluster.stop_seconds ({self.stop_seconds}) must lie between 0 and the time limit ({limit} s).",
+        )
         for name in self.environment:
-            check(_VARIABLE.match(name) is not None,
-                  f"cluster.environment ({name!r}) is not the name of an environment variable; use letters, digits "
-                  "and underscores.")
+            check(
+                _VARIABLE.match(name) is not None,
+                f"cluster.environment ({name!r}) is not the name of an environment variable; use letters, digits "
+                "and underscores.",
+            )
         for name in ("partition", "account", "qos", "constraint", "reservation", "cpu_partition", "gpu_type"):
             value = getattr(self, name)
-            check(value is None or (value.isprintable() and " " not in value and value != ""),
-                  f"cluster.{name} ({value!r}) must be a word without spaces; set it to null to leave it out.")
+            check(
+                value is None or (value.isprintable() and " " not in value and value != ""),
+                f"cluster.{name} ({value!r}) must be a word without spaces; set it to null to leave it out.",
+            )
         for option in self.sbatch_options:
-            check(option.startswith("--") and option.isprintable(),
-                  f"cluster.sbatch_options ({option!r}) must be whole long options such as --switches=1.")
+            check(
+                option.startswith("--") and option.isprintable(),
+                f"cluster.sbatch_options ({option!r}) must be whole long options such as --switches=1.",
+            )
         for module in self.modules:
-            check(re.match(r"[A-Za-z0-9][A-Za-z0-9._/+-]*$", module) is not None,
-                  f"cluster.modules ({module!r}) is not a module's name; use letters, digits and ._/+-.")
+            check(
+                re.match(r"[A-Za-z0-9][A-Za-z0-9._/+-]*$", module) is not None,
+                f"cluster.modules ({module!r}) is not a module's name; use letters, digits and ._/+-.",
+            )

@@ -31,8 +31,10 @@ class DataConfig:
         """Raise ValueError for values no corpus could satisfy; files are checked when opened."""
         check_choice("data.block_origin", self.block_origin, BLOCK_ORIGINS)
         check_positive("data.packing_chunk", self.packing_chunk)
-        check(self.num_workers >= 0,
-              f"data.num_workers ({self.num_workers}) must not be negative; 0 builds rows in the training process.")
+        check(
+            self.num_workers >= 0,
+            f"data.num_workers ({self.num_workers}) must not be negative; 0 builds rows in the training process.",
+        )
 
 
 @dataclass

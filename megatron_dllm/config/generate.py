@@ -27,12 +27,16 @@ class DecodingConfig:
 
     def validate(self) -> None:
         """Raise ValueError for values no decoding could follow."""
-        check(0.0 < self.threshold <= 1.0,
-              f"threshold ({self.threshold}) must lie in (0, 1]; 1 accepts min_tokens_per_step tokens a step.")
+        check(
+            0.0 < self.threshold <= 1.0,
+            f"threshold ({self.threshold}) must lie in (0, 1]; 1 accepts min_tokens_per_step tokens a step.",
+        )
         for name in ("min_tokens_per_step", "max_new_tokens"):
             check_positive(name, getattr(self, name))
-        check(0.0 <= self.temperature < float("inf"),
-              f"temperature ({self.temperature}) must be finite and not negative; 0 takes the most probable token.")
+        check(
+            0.0 <= self.temperature < float("inf"),
+            f"temperature ({self.temperature}) must be finite and not negative; 0 takes the most probable token.",
+        )
         check(0.0 < self.top_p <= 1.0, f"top_p ({self.top_p}) must lie in (0, 1]; 1 keeps the whole distribution.")
         check(self.top_k >= 0, f"top_k ({self.top_k}) must not be negative; 0 keeps the whole vocabulary.")
         check(0 <= self.seed < 2**63, f"seed ({self.seed}) must lie in [0, 2^63).")
@@ -63,12 +67,16 @@ class GenerateConfig(DecodingConfig):
         """Raise ValueError where the request is incomplete or contradicts itself; files are checked when opened."""
         super().validate()
         check(self.checkpoint not in ("", MISSING), "checkpoint (not given) is required: name an HF or a run folder.")
-        check((self.prompt is None) != (self.prompts_file is None),
-              f"prompt ({self.prompt!r}) and prompts_file ({self.prompts_file!r}): give exactly one of the two.")
+        check(
+            (self.prompt is None) != (self.prompts_file is None),
+            f"prompt ({self.prompt!r}) and prompts_file ({self.prompts_file!r}): give exactly one of the two.",
+        )
         check(self.prompt != "", "prompt ('') is empty; give at least one token to continue from.")
         for name in ("block_size", "context_length"):
             value = getattr(self, name)
             check(value is None or value > 0, f"{name} ({value}) must be positive; null takes the checkpoint's.")
-        check(self.precision is None or self.precision in PRECISIONS,
-              f"precision ({self.precision}) is not known; use one of {', '.join(PRECISIONS)}, or null.")
+        check(
+            self.precision is None or self.precision in PRECISIONS,
+            f"precision ({self.precision}) is not known; use one of {', '.join(PRECISIONS)}, or null.",
+        )
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)

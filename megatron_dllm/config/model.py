@@ -71,48 +71,77 @@ class ModelConfig:
         """Raise ValueError where the sizes contradict each other or megatron-core would differ from HF."""
         check_choice("model.family", self.family, FAMILIES)
         check_choice("model.attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-                     "num_query_groups", "kv_channels", "vocab_size"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "vocab_size",
+        ):
             check_positive(f"model.{name}", getattr(self, name))
-        check(self.num_attention_heads % self.num_query_groups == 0,
-              f"model.num_query_groups ({self.num_query_groups}) must divide num_attention_heads "
-              f"({self.num_attention_heads}); every query group serves the same number of heads.")
-        check(0.0 < self.rotary_percent <= 1.0,
-              f"model.rotary_percent ({self.rotary_percent}) must lie in (0, 1]; it is HF's partial_rotary_factor.")
+        check(
+            self.num_attention_heads % self.num_query_groups == 0,
+            f"model.num_query_groups ({self.num_query_groups}) must divide num_attention_heads "
+            f"({self.num_attention_heads}); every query group serves the same number of heads.",
+        )
+        check(
+            0.0 < self.rotary_percent <= 1.0,
+            f"model.rotary_percent ({self.rotary_percent}) must lie in (0, 1]; it is HF's partial_rotary_factor.",
+        )
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            check(0 <= value < self.vocab_size,
-                  f"model.{name} ({value}) must lie in [0, vocab_size) = [0, {self.vocab_size}); "
-                  "take it from the tokenizer.")
-        check(self.mask_token_id != self.eos_token_id,
-              f"model.mask_token_id ({self.mask_token_id}) equals eos_token_id; "
-              "the mask token must be a token of its own.")
-        check(self.mask_embedding_noise >= 0.0,
-              f"model.mask_embedding_noise ({self.mask_embedding_noise}) must not be negative; 0 turns it off.")
-        check(self.mask_embedding_noise == 0.0 or self.mask_embedding_noise_steps > 0,
-              f"model.mask_embedding_noise_steps ({self.mask_embedding_noise_steps}) must be positive with "
-              f"mask_embedding_noise ({self.mask_embedding_noise}), which falls to 0 over so many steps; give their "
-              "number, or set mask_embedding_noise to 0.")
+            check(
+                0 <= value < self.vocab_size,
+                f"model.{name} ({value}) must lie in [0, vocab_size) = [0, {self.vocab_size}); "
+                "take it from the tokenizer.",
+            )
+        check(
+            self.mask_token_id != self.eos_token_id,
+            f"model.mask_token_id ({self.mask_token_id}) equals eos_token_id; "
+            "the mask token must be a token of its own.",
+        )
+        check(
+            self.mask_embedding_noise >= 0.0,
+            f"model.mask_embedding_noise ({self.mask_embedding_noise}) must not be negative; 0 turns it off.",
+        )
+        check(
+            self.mask_embedding_noise == 0.0 or self.mask_embedding_noise_steps > 0,
+            f"model.mask_embedding_noise_steps ({self.mask_embedding_noise_steps}) must be positive with "
+            f"mask_embedding_noise ({self.mask_embedding_noise}), which falls to 0 over so many steps; give their "
+            "number, or set mask_embedding_noise to 0.",
+        )
         if self.is_moe:
             self._validate_moe()
 
     def _validate_moe(self) -> None:
         check_choice("model.moe_router_score_function", self.moe_router_score_function, SCORE_FUNCTIONS)
-        check(0 <= self.num_dense_layers < self.num_layers,
-              f"model.num_dense_layers ({self.num_dense_layers}) must lie in [0, num_layers) = "
-              f"[0, {self.num_layers}); for a dense model set num_moe_experts to 0.")
+        check(
+            0 <= self.num_dense_layers < self.num_layers,
+            f"model.num_dense_layers ({self.num_dense_layers}) must lie in [0, num_layers) = "
+            f"[0, {self.num_layers}); for a dense model set num_moe_experts to 0.",
+        )
         check_positive("model.moe_ffn_hidden_size", self.moe_ffn_hidden_size)
-        check(0 < self.moe_router_topk <= self.num_moe_experts,
-              f"model.moe_router_topk ({self.moe_router_topk}) must lie in [1, num_moe_experts] = "
-              f"[1, {self.num_moe_experts}].")
+        check(
+            0 < self.moe_router_topk <= self.num_moe_experts,
+            f"model.moe_router_topk ({self.moe_router_topk}) must lie in [1, num_moe_experts] = "
+            f"[1, {self.num_moe_experts}].",
+        )
         if self.moe_router_num_groups:
-            check(self.num_moe_experts % self.moe_router_num_groups == 0,
-                  f"model.moe_router_num_groups ({self.moe_router_num_groups}) must divide num_moe_experts "
-                  f"({self.num_moe_experts}).")
-            check(0 < self.moe_router_group_topk <= self.moe_router_num_groups,
-                  f"model.moe_router_group_topk ({self.moe_router_group_topk}) must lie in "
-                  f"[1, moe_router_num_groups] = [1, {self.moe_router_num_groups}].")
-            check(self.moe_router_topk == 2 * self.moe_router_group_topk,
-                  f"model.moe_router_topk ({self.moe_router_topk}) must be twice moe_router_group_topk "
-                  f"({self.moe_router_group_topk}): megatron-core ranks a group by its best topk/group_topk "
-                  "experts, the published models by its best 2, and only this ratio agrees.")
+            check(
+                self.num_moe_experts % self.moe_router_num_groups == 0,
+                f"model.moe_router_num_groups ({self.moe_router_num_groups}) must divide num_moe_experts "
+                f"({self.num_moe_experts}).",
+            )
+            check(
+                0 < self.moe_router_group_topk <= self.moe_router_num_groups,
+                f"model.moe_router_group_topk ({self.moe_router_group_topk}) must lie in "
+                f"[1, moe_router_num_groups] = [1, {self.moe_router_num_groups}].",
+            )
+            check(
+                self.moe_router_topk == 2 * self.moe_router_group_topk,
+                f"model.moe_router_topk ({self.moe_router_topk}) must be twice moe_router_group_topk "
+                f"({self.moe_router_group_topk}): megatron-core ranks a group by its best topk/group_topk "
+                "experts, the published models by its best 2, and only this ratio agrees.",
+            )

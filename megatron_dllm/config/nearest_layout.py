@@ -15,8 +15,9 @@ from megatron_dllm.config.parallel import ParallelConfig
 _UNEVEN_COST = 1.0
 
 
-def nearest_layout(wish: ParallelConfig, world_size: int, model: ModelConfig,
-                   check: Callable[[ParallelConfig], None]) -> ParallelConfig | None:
+def nearest_layout(
+    wish: ParallelConfig, world_size: int, model: ModelConfig, check: Callable[[ParallelConfig], None]
+) -> ParallelConfig | None:
     """The layout with sizes nearest to `wish` that `check` does not refuse, or None.
 
     Args:
@@ -42,8 +43,11 @@ def nearest_layout(wish: ParallelConfig, world_size: int, model: ModelConfig,
 
 def as_overrides(wish: ParallelConfig, layout: ParallelConfig, prefix: str) -> str:
     """What differs in `layout`, as words of a command line."""
-    changes = {field.name: getattr(layout, field.name) for field in fields(layout)
-               if getattr(layout, field.name) != getattr(wish, field.name)}
+    changes = {
+        field.name: getattr(layout, field.name)
+        for field in fields(layout)
+        if getattr(layout, field.name) != getattr(wish, field.name)
+    }
     words = {"None": "null", "True": "true", "False": "false"}
     return " ".join(f"{prefix}.{name}={words.get(str(value), value)}" for name, value in changes.items())
 
@@ -57,22 +61,35 @@ def _candidates(wish: ParallelConfig, world_size: int, model: ModelConfig) -> It
     for tp, pp, cp in product(tensor, pipeline, sizes):
         if world_size % (tp * pp * cp):
             continue
-        dense_cost = sum(_distance(new, old) for new, old in (
-            (tp, wish.tensor_model_parallel_size), (pp, wish.pipeline_model_parallel_size),
-            (cp, wish.context_parallel_size)))
-        dense = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp,
-                 "sequence_parallel": tp > 1 and (model.is_moe or wish.sequence_parallel)}
+        dense_cost = sum(
+            _distance(new, old)
+            for new, old in (
+                (tp, wish.tensor_model_parallel_size),
+                (pp, wish.pipeline_model_parallel_size),
+                (cp, wish.context_parallel_size),
+            )
+        )
+        dense = {
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "context_parallel_size": cp,
+            "sequence_parallel": tp > 1 and (model.is_moe or wish.sequence_parallel),
+        }
         ranks_of_stage = world_size // pp
         for (stage_cost, stages), (expert_cost, expert) in product(
-                _stages(wish, pp, model.num_layers),
-                _experts(wish, tp, [size for size in experts if ranks_of_stage % size == 0])):
+            _stages(wish, pp, model.num_layers),
+            _experts(wish, tp, [size for size in experts if ranks_of_stage % size == 0]),
+        ):
             yield dense_cost + stage_cost + expert_cost, {**dense, **stages, **expert}
 
 
 def _stages(wish: ParallelConfig, pp: int, num_layers: int) -> Iterator[tuple[float, dict[str, int | None]]]:
     """Virtual stages and layers of the first and the last stage: the wish's, even ones, or nearly even ones."""
-    names = ("virtual_pipeline_model_parallel_size", "num_layers_in_first_pipeline_stage",
-             "num_layers_in_last_pipeline_stage")
+    names = (
+        "virtual_pipeline_model_parallel_size",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+    )
     old = wish.virtual_pipeline_model_parallel_size
     even = [number for number in range(2, num_layers + 1) if num_layers % (pp * number) == 0] if old and pp > 1 else []
     for virtual in dict.fromkeys((None, old, *even)):
@@ -80,9 +97,11 @@ def _stages(wish: ParallelConfig, pp: int, num_layers: int) -> Iterator[tuple[fl
         middle = max(round(num_layers / pp / step), 1) * step
         rest = num_layers - (pp - 2) * middle
         first = rest // 2 // step * step
-        for cost, ends in ((0.0, (wish.num_layers_in_first_pipeline_stage, wish.num_layers_in_last_pipeline_stage)),
-                           (0.0, (None, None)),
-                           (_UNEVEN_COST, (first, None if pp == 2 else rest - first))):
+        for cost, ends in (
+            (0.0, (wish.num_layers_in_first_pipeline_stage, wish.num_layers_in_last_pipeline_stage)),
+            (0.0, (None, None)),
+            (_UNEVEN_COST, (first, None if pp == 2 else rest - first)),
+        ):
             yield cost + _distance(virtual or 1, old or 1), dict(zip(names, (virtual, *ends), strict=True))
 
 
@@ -90,8 +109,10 @@ def _experts(wish: ParallelConfig, tp: int, sizes: list[int]) -> Iterator[tuple[
     old = wish.expert_tensor_parallel_size
     for ep, etp in product(sizes, dict.fromkeys((old, None, 1))):
         moved = 0.0 if etp == old else _distance(etp or tp, old or wish.tensor_model_parallel_size)
-        yield (_distance(ep, wish.expert_model_parallel_size) + moved,
-               {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp})
+        yield (
+            _distance(ep, wish.expert_model_parallel_size) + moved,
+            {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp},
+        )
 
 
 def _distance(new: int, old: int) -> float:

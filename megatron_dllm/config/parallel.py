@@ -37,8 +37,7 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one replica of the dense weights and one row: TP x PP x CP."""
-        return (self.tensor_model_parallel_size * self.pipeline_model_parallel_size
-                * self.context_parallel_size)
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas that read different rows."""
@@ -54,13 +53,19 @@ class ParallelConfig:
     def validate(self, world_size: int, model: ModelConfig) -> None:
         """Refuse layouts that megatron-core would refuse late or train wrongly."""
         self.validate_choices()
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-                     "expert_model_parallel_size"):
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+        ):
             check_positive(f"parallel.{name}", getattr(self, name))
-        check(world_size % self.model_parallel_size == 0,
-              f"parallel: tensor x pipeline x context ({self.tensor_model_parallel_size} x "
-              f"{self.pipeline_model_parallel_size} x {self.context_parallel_size} = {self.model_parallel_size}) must "
-              f"divide the number of ranks ({world_size}); start a multiple of {self.model_parallel_size} ranks.")
+        check(
+            world_size % self.model_parallel_size == 0,
+            f"parallel: tensor x pipeline x context ({self.tensor_model_parallel_size} x "
+            f"{self.pipeline_model_parallel_size} x {self.context_parallel_size} = {self.model_parallel_size}) must "
+            f"divide the number of ranks ({world_size}); start a multiple of {self.model_parallel_size} ranks.",
+        )
         self._validate_tensor(model)
         self._validate_context(model)
         self._validate_pipeline(model)
@@ -70,57 +75,76 @@ class ParallelConfig:
         tp = self.tensor_model_parallel_size
         for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size", "moe_shared_expert_intermediate_size"):
             value = getattr(model, name)
-            check(value % tp == 0,
-                  f"parallel.tensor_model_parallel_size ({tp}) must divide model.{name} ({value}).")
+            check(value % tp == 0, f"parallel.tensor_model_parallel_size ({tp}) must divide model.{name} ({value}).")
         groups = model.num_query_groups
-        check(groups % tp == 0 or tp % groups == 0,
-              f"parallel.tensor_model_parallel_size ({tp}) must divide model.num_query_groups ({groups}) "
-              "or be a multiple of it.")
-        check(not self.sequence_parallel or tp > 1,
-              f"parallel.sequence_parallel (true) needs tensor_model_parallel_size above 1 (it is {tp}); "
-              "set it to false.")
-        check(not (model.is_moe and tp > 1) or self.sequence_parallel,
-              f"parallel.sequence_parallel (false) must be true for a mixture of experts with "
-              f"tensor_model_parallel_size {tp}: megatron-core does not train it otherwise; set it to true.")
+        check(
+            groups % tp == 0 or tp % groups == 0,
+            f"parallel.tensor_model_parallel_size ({tp}) must divide model.num_query_groups ({groups}) "
+            "or be a multiple of it.",
+        )
+        check(
+            not self.sequence_parallel or tp > 1,
+            f"parallel.sequence_parallel (true) needs tensor_model_parallel_size above 1 (it is {tp}); "
+            "set it to false.",
+        )
+        check(
+            not (model.is_moe and tp > 1) or self.sequence_parallel,
+            f"parallel.sequence_parallel (false) must be true for a mixture of experts with "
+            f"tensor_model_parallel_size {tp}: megatron-core does not train it otherwise; set it to true.",
+        )
 
     def _validate_context(self, model: ModelConfig) -> None:
         cp, tp = self.context_parallel_size, self.tensor_model_parallel_size
         if self.context_parallel_method != "ulysses" or cp == 1:
             return
         heads, groups = model.num_attention_heads // tp, max(1, model.num_query_groups // tp)
-        check(heads % cp == 0 and (groups % cp == 0 or cp % groups == 0),
-              f"parallel.context_parallel_size ({cp}) must divide the {heads} attention heads of a tensor rank, and "
-              f"divide its {groups} query groups or be a multiple of them, with context_parallel_method ulysses; "
-              "use another size, or gather.")
+        check(
+            heads % cp == 0 and (groups % cp == 0 or cp % groups == 0),
+            f"parallel.context_parallel_size ({cp}) must divide the {heads} attention heads of a tensor rank, and "
+            f"divide its {groups} query groups or be a multiple of them, with context_parallel_method ulysses; "
+            "use another size, or gather.",
+        )
 
     def _validate_pipeline(self, model: ModelConfig) -> None:
         pp = self.pipeline_model_parallel_size
         vpp = self.virtual_pipeline_model_parallel_size
         first, last = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
-        check(vpp is None or (pp > 1 and vpp > 1),
-              f"parallel.virtual_pipeline_model_parallel_size ({vpp}) must be above 1 and needs "
-              f"pipeline_model_parallel_size above 1 (it is {pp}); set it to null for one stage a rank.")
+        check(
+            vpp is None or (pp > 1 and vpp > 1),
+            f"parallel.virtual_pipeline_model_parallel_size ({vpp}) must be above 1 and needs "
+            f"pipeline_model_parallel_size above 1 (it is {pp}); set it to null for one stage a rank.",
+        )
         for name, number in (("first", first), ("last", last)):
-            check(number is None or (number > 0 and number % (vpp or 1) == 0),
-                  f"parallel.num_layers_in_{name}_pipeline_stage ({number}) must be positive and a multiple of the "
-                  f"virtual stages ({vpp or 1}); set it to null to share the layers out evenly.")
-            check(number is None or pp > 1,
-                  f"parallel.num_layers_in_{name}_pipeline_stage ({number}) needs pipeline_model_parallel_size above "
-                  f"1 (it is {pp}); set it to null.")
+            check(
+                number is None or (number > 0 and number % (vpp or 1) == 0),
+                f"parallel.num_layers_in_{name}_pipeline_stage ({number}) must be positive and a multiple of the "
+                f"virtual stages ({vpp or 1}); set it to null to share the layers out evenly.",
+            )
+            check(
+                number is None or pp > 1,
+                f"parallel.num_layers_in_{name}_pipeline_stage ({number}) needs pipeline_model_parallel_size above "
+                f"1 (it is {pp}); set it to null.",
+            )
         middle = pp - (first is not None) - (last is not None)
         layers = model.num_layers - (first or 0) - (last or 0)
         if middle == 0:
-            check(layers == 0,
-                  f"parallel.num_layers_in_first/last_pipeline_stage ({first}, {last}) must add up to "
-                  f"model.num_layers ({model.num_layers}).")
-            check(vpp is None,
-                  f"parallel.num_layers_in_last_pipeline_stage ({last}) must be null with virtual stages ({vpp}) "
-                  f"where no stage lies between the first ({first} layers) and the last: megatron-core divides by the "
-                  "number of those; set it to null, and the last stage takes the rest.")
+            check(
+                layers == 0,
+                f"parallel.num_layers_in_first/last_pipeline_stage ({first}, {last}) must add up to "
+                f"model.num_layers ({model.num_layers}).",
+            )
+            check(
+                vpp is None,
+                f"parallel.num_layers_in_last_pipeline_stage ({last}) must be null with virtual stages ({vpp}) "
+                f"where no stage lies between the first ({first} layers) and the last: megatron-core divides by the "
+                "number of those; set it to null, and the last stage takes the rest.",
+            )
             return
-        check(layers > 0 and layers % (middle * (vpp or 1)) == 0,
-              f"parallel.pipeline_model_parallel_size ({pp}, virtual {vpp or 1}, first {first}, last {last}) must "
-              f"divide the layers left for the middle stages ({layers} of {model.num_layers}).")
+        check(
+            layers > 0 and layers % (middle * (vpp or 1)) == 0,
+            f"parallel.pipeline_model_parallel_size ({pp}, virtual {vpp or 1}, first {first}, last {last}) must "
+            f"divide the layers left for the middle stages ({layers} of {model.num_layers}).",
+        )
 
     def _validate_experts(self, world_size: int, model: ModelConfig) -> None:
         ep = self.expert_model_parallel_size
@@ -131,18 +155,25 @@ class ParallelConfig:
         if self.expert_tensor_parallel_size is not None:
             check_positive("parallel.expert_tensor_parallel_size", self.expert_tensor_parallel_size)
         etp = self.expert_tensor_parallel_size or tp
-        check(model.num_moe_experts % ep == 0,
-              f"parallel.expert_model_parallel_size ({ep}) must divide model.num_moe_experts "
-              f"({model.num_moe_experts}).")
-        check(ep > 1 or etp == tp,
-              f"parallel.expert_tensor_parallel_size ({etp}) must equal tensor_model_parallel_size ({tp}) when "
-              "expert_model_parallel_size is 1: megatron-core 0.16 would reduce the experts' gradients over the ranks "
-              f"of the dense weights and train wrongly without an error; set it to {tp} or use expert parallelism.")
-        check(model.moe_ffn_hidden_size % etp == 0,
-              f"parallel.expert_tensor_parallel_size ({etp}) must divide model.moe_ffn_hidden_size "
-              f"({model.moe_ffn_hidden_size}).")
+        check(
+            model.num_moe_experts % ep == 0,
+            f"parallel.expert_model_parallel_size ({ep}) must divide model.num_moe_experts ({model.num_moe_experts}).",
+        )
+        check(
+            ep > 1 or etp == tp,
+            f"parallel.expert_tensor_parallel_size ({etp}) must equal tensor_model_parallel_size ({tp}) when "
+            "expert_model_parallel_size is 1: megatron-core 0.16 would reduce the experts' gradients over the ranks "
+            f"of the dense weights and train wrongly without an error; set it to {tp} or use expert parallelism.",
+        )
+        check(
+            model.moe_ffn_hidden_size % etp == 0,
+            f"parallel.expert_tensor_parallel_size ({etp}) must divide model.moe_ffn_hidden_size "
+            f"({model.moe_ffn_hidden_size}).",
+        )
         expert_ranks = ep * etp * self.pipeline_model_parallel_size
-        check(world_size % expert_ranks == 0,
-              f"parallel: expert x expert-tensor x pipeline ({ep} x {etp} x {self.pipeline_model_parallel_size} = "
-              f"{expert_ranks}) must divide the number of ranks ({world_size}); "
-              f"start a multiple of {expert_ranks} ranks or use less expert parallelism.")
+        check(
+            world_size % expert_ranks == 0,
+            f"parallel: expert x expert-tensor x pipeline ({ep} x {etp} x {self.pipeline_model_parallel_size} = "
+            f"{expert_ranks}) must divide the number of ranks ({world_size}); "
+            f"start a multiple of {expert_ranks} ranks or use less expert parallelism.",
+        )

@@ -22,8 +22,11 @@ def check_positive(name: str, value: float) -> None:
 def check_name(key: str, name: str) -> None:
     """Refuse what is no plain folder name, or what a shell or scheduler could misread."""
     plain = bool(name) and name.isascii() and all(c.isalnum() or c in "._-" for c in name) and name[0] not in ".-"
-    check(plain, f"{key} ({name!r}) must be letters, digits, '.', '_' or '-', not starting with '.' or '-'; "
-                 "it names a folder and a job.")
+    check(
+        plain,
+        f"{key} ({name!r}) must be letters, digits, '.', '_' or '-', not starting with '.' or '-'; "
+        "it names a folder and a job.",
+    )
 
 
 def nearest_divisors(number: int, wanted: int) -> str:

@@ -56,8 +56,10 @@ class OptimizerConfig:
         for name in ("clip_grad", "weight_decay", "spike_factor"):
             value = getattr(self, name)
             check(value >= 0, f"optimizer.{name} ({value}) must not be negative; 0 turns it off.")
-        check(not self.overlap_param_gather or self.overlap_grad_reduce,
-              "optimizer.overlap_param_gather (true) needs overlap_grad_reduce; set both to true.")
+        check(
+            not self.overlap_param_gather or self.overlap_grad_reduce,
+            "optimizer.overlap_param_gather (true) needs overlap_grad_reduce; set both to true.",
+        )
 
 
 @dataclass
@@ -85,8 +87,10 @@ class CheckpointConfig:
 
     def validate(self) -> None:
         """Raise ValueError where nothing would be kept."""
-        check(self.keep_last >= 1,
-              f"checkpoint.keep_last ({self.keep_last}) must be at least 1, or a run could not be resumed.")
+        check(
+            self.keep_last >= 1,
+            f"checkpoint.keep_last ({self.keep_last}) must be at least 1, or a run could not be resumed.",
+        )
         for name in ("keep_best", "keep_every", "save_interval_tokens"):
             value = getattr(self, name)
             check(value >= 0, f"checkpoint.{name} ({value}) must not be negative; 0 turns it off.")
@@ -105,17 +109,22 @@ class EvaluationConfig:
 
     def validate(self, context_length: int, has_validation: bool) -> None:
         """Raise ValueError for block sizes that do not fit, or tokens without a corpus."""
-        check(self.num_tokens >= 0,
-              f"evaluation.num_tokens ({self.num_tokens}) must not be negative; 0 turns validation off.")
+        check(
+            self.num_tokens >= 0,
+            f"evaluation.num_tokens ({self.num_tokens}) must not be negative; 0 turns validation off.",
+        )
         check_positive("evaluation.micro_batch_size", self.micro_batch_size)
-        check(self.num_tokens == 0 or has_validation,
-              f"evaluation.num_tokens ({self.num_tokens}) needs data.validation; "
-              "name a held-out corpus or set it to 0.")
+        check(
+            self.num_tokens == 0 or has_validation,
+            f"evaluation.num_tokens ({self.num_tokens}) needs data.validation; name a held-out corpus or set it to 0.",
+        )
         check(len(self.block_sizes) > 0, "evaluation.block_sizes ([]) must name at least the target block size.")
         for block_size in self.block_sizes:
-            check(block_size > 0 and context_length % block_size == 0,
-                  f"evaluation.block_sizes ({block_size}) must divide context_length ({context_length}); "
-                  f"use {nearest_divisors(context_length, block_size)}.")
+            check(
+                block_size > 0 and context_length % block_size == 0,
+                f"evaluation.block_sizes ({block_size}) must divide context_length ({context_length}); "
+                f"use {nearest_divisors(context_length, block_size)}.",
+            )
 
 
 @dataclass

@@ -53,23 +53,37 @@ class StageConfig:
         check_choice(f"{prefix}.lr_shape", self.lr_shape, LR_SHAPES)
         for key in ("block_size", "num_tokens", "global_batch_size", "micro_batch_size", "learning_rate"):
             check_positive(f"{prefix}.{key}", getattr(self, key))
-        check(self.final_learning_rate is None or self.final_learning_rate >= 0.0,
-              f"{prefix}.final_learning_rate ({self.final_learning_rate}) must not be negative; 0 is the least.")
-        check(context_length % self.block_size == 0,
-              f"{prefix}.block_size ({self.block_size}) must divide context_length ({context_length}); "
-              f"use {nearest_divisors(context_length, self.block_size)}.")
-        check(self.global_batch_size % self.micro_batch_size == 0,
-              f"{prefix}.micro_batch_size ({self.micro_batch_size}) must divide global_batch_size "
-              f"({self.global_batch_size}).")
-        check(0.0 <= self.t_min < self.t_max <= 1.0,
-              f"{prefix}.t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min < t_max <= 1.")
-        check(self.objective != "ar" or not self.is_complementary,
-              f"{prefix}.is_complementary (true) needs the block_diffusion objective; an AR stage masks nothing.")
-        check(not self.is_complementary or abs(self.t_min + self.t_max - 1.0) < 0.01,
-              f"{prefix}.t_min, t_max ({self.t_min}, {self.t_max}) must be symmetric about 0.5 with complementary "
-              f"masking, since the second view's mask ratio is 1 - t; use t_max = {1.0 - self.t_min:g}.")
-        check(self.lr_shape == "constant" or self.final_learning_rate is not None,
-              f"{prefix}.final_learning_rate (null) is needed with lr_shape {self.lr_shape}; give the last value.")
+        check(
+            self.final_learning_rate is None or self.final_learning_rate >= 0.0,
+            f"{prefix}.final_learning_rate ({self.final_learning_rate}) must not be negative; 0 is the least.",
+        )
+        check(
+            context_length % self.block_size == 0,
+            f"{prefix}.block_size ({self.block_size}) must divide context_length ({context_length}); "
+            f"use {nearest_divisors(context_length, self.block_size)}.",
+        )
+        check(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"{prefix}.micro_batch_size ({self.micro_batch_size}) must divide global_batch_size "
+            f"({self.global_batch_size}).",
+        )
+        check(
+            0.0 <= self.t_min < self.t_max <= 1.0,
+            f"{prefix}.t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min < t_max <= 1.",
+        )
+        check(
+            self.objective != "ar" or not self.is_complementary,
+            f"{prefix}.is_complementary (true) needs the block_diffusion objective; an AR stage masks nothing.",
+        )
+        check(
+            not self.is_complementary or abs(self.t_min + self.t_max - 1.0) < 0.01,
+            f"{prefix}.t_min, t_max ({self.t_min}, {self.t_max}) must be symmetric about 0.5 with complementary "
+            f"masking, since the second view's mask ratio is 1 - t; use t_max = {1.0 - self.t_min:g}.",
+        )
+        check(
+            self.lr_shape == "constant" or self.final_learning_rate is not None,
+            f"{prefix}.final_learning_rate (null) is needed with lr_shape {self.lr_shape}; give the last value.",
+        )
 
 
 @dataclass
@@ -93,16 +107,20 @@ class ScheduleConfig:
         check(len(self.stages) > 0, "schedule.stages ({}) must name at least one stage; choose a schedule group.")
         counts = {name: stage.world_size for name, stage in self.stages.items()}
         silent = [name for name, count in counts.items() if count is None]
-        check(not silent or len(silent) == len(counts),
-              f"schedule.stages.{silent[0] if silent else ''}.world_size (null) must be given where other stages give "
-              f"theirs ({', '.join(f'{name}: {count}' for name, count in counts.items() if count is not None)}): null "
-              "is the number of ranks of whichever start comes, and those will differ; give each stage its number.")
+        check(
+            not silent or len(silent) == len(counts),
+            f"schedule.stages.{silent[0] if silent else ''}.world_size (null) must be given where other stages give "
+            f"theirs ({', '.join(f'{name}: {count}' for name, count in counts.items() if count is not None)}): null "
+            "is the number of ranks of whichever start comes, and those will differ; give each stage its number.",
+        )
         for name, stage in self.stages.items():
             stage.validate(name, self.context_length)
             needed = self.context_length * max(stage.num_views, 1)
             if stage.objective == "block_diffusion":
                 needed += self.context_length - stage.block_size
-            check(self.tokens_per_row >= needed,
-                  f"schedule.row_length ({self.tokens_per_row}) must hold the longest piece of stage {name}: "
-                  f"{max(stage.num_views, 1)} view(s) and the clean blocks of context_length "
-                  f"{self.context_length} take {needed} tokens; raise row_length or lower context_length.")
+            check(
+                self.tokens_per_row >= needed,
+                f"schedule.row_length ({self.tokens_per_row}) must hold the longest piece of stage {name}: "
+                f"{max(stage.num_views, 1)} view(s) and the clean blocks of context_length "
+                f"{self.context_length} take {needed} tokens; raise row_length or lower context_length.",
+            )

@@ -43,9 +43,11 @@ class TrainConfig:
         self.checkpoint.validate()
         self.evaluation.validate(self.schedule.context_length, self.data.validation is not None)
         self.logging.validate()
-        check(self.schedule.context_length <= self.model.max_position_embeddings,
-              f"schedule.context_length ({self.schedule.context_length}) must not exceed "
-              f"model.max_position_embeddings ({self.model.max_position_embeddings}).")
+        check(
+            self.schedule.context_length <= self.model.max_position_embeddings,
+            f"schedule.context_length ({self.schedule.context_length}) must not exceed "
+            f"model.max_position_embeddings ({self.model.max_position_embeddings}).",
+        )
         for name, stage in self.schedule.stages.items():
             self._validate_stage_layout(name, stage, world_size)
 
@@ -57,15 +59,20 @@ class TrainConfig:
         if stage.world_size is not None:
             check_positive(f"schedule.stages.{name}.world_size", stage.world_size)
         layout, world_size = self.layout_of(stage), stage.world_size or run_world_size
-        check(layout.precision == self.parallel.precision,
-              f"schedule.stages.{name}.parallel.precision ({layout.precision}) must be the run's "
-              f"({self.parallel.precision}); a run keeps its precision.")
+        check(
+            layout.precision == self.parallel.precision,
+            f"schedule.stages.{name}.parallel.precision ({layout.precision}) must be the run's "
+            f"({self.parallel.precision}); a run keeps its precision.",
+        )
         layout.validate_choices()
         try:
             self._check_sizes(name, layout, world_size)
         except ValueError as error:
-            place = "" if layout is self.parallel and world_size == run_world_size else (
-                f"schedule.stages.{name}, on {world_size} ranks: ")
+            place = (
+                ""
+                if layout is self.parallel and world_size == run_world_size
+                else (f"schedule.stages.{name}, on {world_size} ranks: ")
+            )
             raise ValueError(f"{place}{error} {self._layout_that_works(name, layout, world_size)}") from None
         self._check_batch(name, stage, layout, world_size)
 
@@ -80,9 +87,11 @@ class TrainConfig:
 
         layout = nearest_layout(wish, world_size, self.model, try_layout)
         if layout is None:
-            return (f"On {world_size} ranks no layout works with these global_batch_size and micro_batch_size; make "
-                    f"each global_batch_size a multiple of {world_size} x micro_batch_size, or start another number of "
-                    "ranks.")
+            return (
+                f"On {world_size} ranks no layout works with these global_batch_size and micro_batch_size; make "
+                f"each global_batch_size a multiple of {world_size} x micro_batch_size, or start another number of "
+                "ranks."
+            )
         prefix = "parallel" if wish is self.parallel else f"schedule.stages.{name}.parallel"
         return f"On {world_size} ranks this works: {as_overrides(wish, layout, prefix)}"
 
@@ -90,21 +99,27 @@ class TrainConfig:
         layout.validate(world_size, self.model)
         split = layout.tensor_model_parallel_size * layout.context_parallel_size
         row_length = self.schedule.tokens_per_row
-        check(row_length % split == 0,
-              f"schedule.row_length ({row_length}) must be a multiple of tensor x context parallel size ({split}) in "
-              f"stage {name}; use {-(-row_length // split) * split}.")
+        check(
+            row_length % split == 0,
+            f"schedule.row_length ({row_length}) must be a multiple of tensor x context parallel size ({split}) in "
+            f"stage {name}; use {-(-row_length // split) * split}.",
+        )
 
     @staticmethod
     def _check_batch(name: str, stage: StageConfig, layout: ParallelConfig, world_size: int) -> None:
         dp = layout.data_parallel_size(world_size)
         rows = dp * stage.micro_batch_size
-        check(stage.global_batch_size % rows == 0,
-              f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must be a multiple of "
-              f"data parallel size x micro_batch_size ({dp} x {stage.micro_batch_size} = {rows}); "
-              f"use {nearest_multiples(stage.global_batch_size, rows)}.")
+        check(
+            stage.global_batch_size % rows == 0,
+            f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must be a multiple of "
+            f"data parallel size x micro_batch_size ({dp} x {stage.micro_batch_size} = {rows}); "
+            f"use {nearest_multiples(stage.global_batch_size, rows)}.",
+        )
         pp = layout.pipeline_model_parallel_size
-        check(layout.virtual_pipeline_model_parallel_size is None or stage.global_batch_size // rows % pp == 0,
-              f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must give a multiple of "
-              f"pipeline_model_parallel_size ({pp}) micro-batches to each rank with virtual pipeline stages, and "
-              f"gives {stage.global_batch_size // rows}; "
-              f"use {nearest_multiples(stage.global_batch_size, rows * pp)}.")
+        check(
+            layout.virtual_pipeline_model_parallel_size is None or stage.global_batch_size // rows % pp == 0,
+            f"schedule.stages.{name}.global_batch_size ({stage.global_batch_size}) must give a multiple of "
+            f"pipeline_model_parallel_size ({pp}) micro-batches to each rank with virtual pipeline stages, and "
+            f"gives {stage.global_batch_size // rows}; "
+            f"use {nearest_multiples(stage.global_batch_size, rows * pp)}.",
+        )

@@ -107,8 +107,16 @@ class RowContent:
     loss_mask: BoolArray | None = None
 
 
-def build_row(plan: RowPlan, content: RowContent, geometry: RowGeometry, noise: NoiseSpec | None, *, seed: int,
-              mask_token_id: int, pad_token_id: int) -> Row:
+def build_row(
+    plan: RowPlan,
+    content: RowContent,
+    geometry: RowGeometry,
+    noise: NoiseSpec | None,
+    *,
+    seed: int,
+    mask_token_id: int,
+    pad_token_id: int,
+) -> Row:
     """Lay out a row, draw its noise and name its targets.
 
     Args:
@@ -159,10 +167,21 @@ def build_row(plan: RowPlan, content: RowContent, geometry: RowGeometry, noise: 
         levels = drawn.t[target_view, target_source]
         input_ids[is_masked] = mask_token_id
         num_maskable = geometry.num_views * int(tokens.loss_mask.sum())
-    return Row(input_ids=input_ids, position_ids=position_ids, roles=roles, is_masked=is_masked,
-               target_positions=target_positions, target_ids=target_ids, loss_weights=weights, target_t=levels,
-               row_key=row_key, sample_ids=content.sample_ids, num_maskable=num_maskable,
-               num_document_tokens=len(content.clean_ids), num_forward_tokens=num_forward)
+    return Row(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        roles=roles,
+        is_masked=is_masked,
+        target_positions=target_positions,
+        target_ids=target_ids,
+        loss_weights=weights,
+        target_t=levels,
+        row_key=row_key,
+        sample_ids=content.sample_ids,
+        num_maskable=num_maskable,
+        num_document_tokens=len(content.clean_ids),
+        num_forward_tokens=num_forward,
+    )
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -212,8 +231,15 @@ class _PieceTokens:
         else:
             block_ids = (index if geometry.block_origin == "row" else position_ids) // geometry.block_size
         loss_mask = np.ones(num_tokens, dtype=np.bool_) if content.loss_mask is None else content.loss_mask
-        return cls(lengths=lengths, starts=starts, doc_ids=doc_ids, position_ids=position_ids, block_ids=block_ids,
-                   loss_mask=loss_mask, has_successor=position_ids + 1 < lengths[doc_ids])
+        return cls(
+            lengths=lengths,
+            starts=starts,
+            doc_ids=doc_ids,
+            position_ids=position_ids,
+            block_ids=block_ids,
+            loss_mask=loss_mask,
+            has_successor=position_ids + 1 < lengths[doc_ids],
+        )
 
 
 def _layout(lengths: IntArray, starts: IntArray, geometry: RowGeometry) -> tuple[IntArray, IntArray]:
@@ -236,17 +262,24 @@ class _DrawnNoise:
     t: FloatArray
 
 
-def _draw_noise(plan: RowPlan, content: RowContent, tokens: _PieceTokens, noise: NoiseSpec, *, seed: int,
-                row_key: int) -> _DrawnNoise:
+def _draw_noise(
+    plan: RowPlan, content: RowContent, tokens: _PieceTokens, noise: NoiseSpec, *, seed: int, row_key: int
+) -> _DrawnNoise:
     shape = (noise.num_views + 1, len(content.clean_ids))
     drawn = _DrawnNoise(np.zeros(shape, np.bool_), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
     for piece, (start, length) in enumerate(zip(tokens.starts.tolist(), tokens.lengths.tolist(), strict=True)):
         span = slice(start, start + length)
         block_ids = tokens.block_ids[span]
         piece_noise = sample_noise(
-            noise, seed=seed, epoch=plan.epoch, sample_id=int(content.sample_ids[piece]),
-            ordinal=int(plan.pieces[piece, ORDINAL]), row_key=row_key, block_ids=block_ids - block_ids[0],
-            loss_mask=tokens.loss_mask[span])
+            noise,
+            seed=seed,
+            epoch=plan.epoch,
+            sample_id=int(content.sample_ids[piece]),
+            ordinal=int(plan.pieces[piece, ORDINAL]),
+            row_key=row_key,
+            block_ids=block_ids - block_ids[0],
+            loss_mask=tokens.loss_mask[span],
+        )
         drawn.is_masked[1:, span] = piece_noise.is_masked
         drawn.loss_weights[1:, span] = piece_noise.loss_weights
         drawn.t[1:, span] = piece_noise.t

@@ -51,5 +51,10 @@ def take_context_shard(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
     local = place[batch.target_positions]
     mine = local >= 0
     per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
-    return replace(batch, roles=batch.roles.flatten(0, 1)[flat].view(num_rows, -1, 3), target_positions=local[mine],
-                   **per_token, **per_target)
+    return replace(
+        batch,
+        roles=batch.roles.flatten(0, 1)[flat].view(num_rows, -1, 3),
+        target_positions=local[mine],
+        **per_token,
+        **per_target,
+    )

@@ -63,10 +63,15 @@ class Corpus:
         wrong = (tokens < 0) | (tokens >= self._vocab_size) | (tokens == self._mask_token_id)
         if wrong.any():
             place = int(np.argmax(wrong))
-            rule = ("is the mask token, which no text may hold" if tokens[place] == self._mask_token_id
-                    else f"must lie in [0, model.vocab_size) = [0, {self._vocab_size})")
-            raise ValueError(f"token {int(tokens[place])} of corpus {self.prefix} (document {document}, token "
-                             f"{offset + place}) {rule}; tokenize the text with the model's own tokenizer.")
+            rule = (
+                "is the mask token, which no text may hold"
+                if tokens[place] == self._mask_token_id
+                else f"must lie in [0, model.vocab_size) = [0, {self._vocab_size})"
+            )
+            raise ValueError(
+                f"token {int(tokens[place])} of corpus {self.prefix} (document {document}, token "
+                f"{offset + place}) {rule}; tokenize the text with the model's own tokenizer."
+            )
         return tokens
 
     def sample_id(self, document: int, offset: int) -> int:
@@ -79,9 +84,11 @@ class Corpus:
         has_clean = geometry.objective == "ar" or geometry.block_size < geometry.context_length
         copies = geometry.num_views + has_clean
         if self.num_tokens * copies < geometry.row_length:
-            raise ValueError(f"corpus {self.prefix} ({self.num_tokens} tokens) must hold more than one row of "
-                             f"{geometry.row_length} tokens ({copies} copies of each); give more text or a "
-                             "smaller row_length.")
+            raise ValueError(
+                f"corpus {self.prefix} ({self.num_tokens} tokens) must hold more than one row of "
+                f"{geometry.row_length} tokens ({copies} copies of each); give more text or a "
+                "smaller row_length."
+            )
 
 
 @dataclass(frozen=True)
@@ -104,8 +111,10 @@ def _read_header(path: Path) -> _Header:
     _, version, code, num_sequences, num_boundaries = _IDX_HEADER.unpack(raw)
     names = {dtype.value: dtype.name for dtype in DType}
     if version != 1 or "int" not in names.get(code, ""):
-        raise ValueError(f"{path} (version {version}, dtype code {code}) must be a version 1 index of integers; "
-                         "tokenize the corpus again.")
+        raise ValueError(
+            f"{path} (version {version}, dtype code {code}) must be a version 1 index of integers; "
+            "tokenize the corpus again."
+        )
     return _Header(DType.size(code), num_sequences, num_boundaries)
 
 
@@ -113,31 +122,40 @@ def _check_files(prefix: str) -> None:
     paths = {suffix: Path(prefix + suffix) for suffix in (".bin", ".idx")}
     for path in paths.values():
         if not path.is_file():
-            raise ValueError(f"corpus {prefix} has no {path.name}; give the prefix, without suffix, that "
-                             "python -m megatron_dllm.data.tokenize wrote (--output).")
+            raise ValueError(
+                f"corpus {prefix} has no {path.name}; give the prefix, without suffix, that "
+                "python -m megatron_dllm.data.tokenize wrote (--output)."
+            )
     header = _read_header(paths[".idx"])
     idx_size, bin_size = (paths[suffix].stat().st_size for suffix in (".idx", ".bin"))
     if idx_size != header.file_size:
-        raise ValueError(f"{paths['.idx']} ({idx_size} bytes) must have {header.file_size} bytes for its "
-                         f"{header.num_sequences} documents; it is cut off or damaged: tokenize or copy it again.")
+        raise ValueError(
+            f"{paths['.idx']} ({idx_size} bytes) must have {header.file_size} bytes for its "
+            f"{header.num_sequences} documents; it is cut off or damaged: tokenize or copy it again."
+        )
     if header.num_sequences == 0 or bin_size == 0:
-        raise ValueError(f"corpus {prefix} ({header.num_sequences} documents, {bin_size} bytes) is empty; "
-                         "tokenize text that is not.")
+        raise ValueError(
+            f"corpus {prefix} ({header.num_sequences} documents, {bin_size} bytes) is empty; tokenize text that is not."
+        )
     if header.num_boundaries != header.num_sequences + 1:
-        raise ValueError(f"corpus {prefix} ({header.num_sequences} sequences in {header.num_boundaries - 1} documents) "
-                         "must have one sequence a document; tokenize it without splitting sentences.")
+        raise ValueError(
+            f"corpus {prefix} ({header.num_sequences} sequences in {header.num_boundaries - 1} documents) "
+            "must have one sequence a document; tokenize it without splitting sentences."
+        )
     expected = _end_of_last_sequence(paths[".idx"], header)
     if bin_size != expected:
-        raise ValueError(f"{paths['.bin']} ({bin_size} bytes) must have the {expected} bytes that its .idx names; "
-                         "it is cut off or belongs to another index: tokenize or copy it again.")
+        raise ValueError(
+            f"{paths['.bin']} ({bin_size} bytes) must have the {expected} bytes that its .idx names; "
+            "it is cut off or belongs to another index: tokenize or copy it again."
+        )
 
 
 def _end_of_last_sequence(path: Path, header: _Header) -> int:
     last = header.num_sequences - 1
     index = np.memmap(path, mode="r", dtype=np.uint8, offset=0)
     lengths_end = _IDX_HEADER.size + 4 * header.num_sequences
-    length = index[_IDX_HEADER.size + 4 * last:lengths_end].view(np.int32)[0]
-    pointer = index[lengths_end + 8 * last:lengths_end + 8 * header.num_sequences].view(np.int64)[0]
+    length = index[_IDX_HEADER.size + 4 * last : lengths_end].view(np.int32)[0]
+    pointer = index[lengths_end + 8 * last : lengths_end + 8 * header.num_sequences].view(np.int64)[0]
     return int(pointer) + int(length) * header.token_bytes
 
 
@@ -151,23 +169,32 @@ def _read_description(prefix: str) -> dict[str, Any]:
     return description
 
 
-def _check_description(prefix: str, description: dict[str, Any], model: ModelConfig, tokenizer: str | None,
-                       num_tokens: int) -> None:
+def _check_description(
+    prefix: str, description: dict[str, Any], model: ModelConfig, tokenizer: str | None, num_tokens: int
+) -> None:
     """What PREFIX.json says must agree with the model and the files; what it does not say is not checked."""
     stated = description.get("num_tokens", num_tokens)
     if stated != num_tokens:
-        raise ValueError(f"corpus {prefix} ({num_tokens} tokens) must have the {stated} tokens that {prefix}.json "
-                         "names; the files are of different runs: tokenize again.")
+        raise ValueError(
+            f"corpus {prefix} ({num_tokens} tokens) must have the {stated} tokens that {prefix}.json "
+            "names; the files are of different runs: tokenize again."
+        )
     largest = description.get("max_token_id", 0)
     if largest >= model.vocab_size:
-        raise ValueError(f"corpus {prefix} (largest token {largest}) must lie in [0, model.vocab_size) = "
-                         f"[0, {model.vocab_size}); tokenize the text with the model's own tokenizer.")
+        raise ValueError(
+            f"corpus {prefix} (largest token {largest}) must lie in [0, model.vocab_size) = "
+            f"[0, {model.vocab_size}); tokenize the text with the model's own tokenizer."
+        )
     for name in ("eos_token_id", "mask_token_id"):
         value = description.get(name)
         if value is not None and value != getattr(model, name):
-            raise ValueError(f"model.{name} ({getattr(model, name)}) differs from the corpus {prefix} ({value}); "
-                             "tokenize the text with the model's own tokenizer, or correct the model's id.")
+            raise ValueError(
+                f"model.{name} ({getattr(model, name)}) differs from the corpus {prefix} ({value}); "
+                "tokenize the text with the model's own tokenizer, or correct the model's id."
+            )
     fingerprint = description.get("tokenizer_fingerprint")
     if tokenizer is not None and fingerprint is not None and tokenizer_fingerprint(tokenizer) != fingerprint:
-        raise ValueError(f"data.tokenizer ({tokenizer}) is not the tokenizer that made corpus {prefix} (another "
-                         "tokenizer.json); tokenize the text again with it.")
+        raise ValueError(
+            f"data.tokenizer ({tokenizer}) is not the tokenizer that made corpus {prefix} (another "
+            "tokenizer.json); tokenize the text again with it."
+        )

@@ -46,8 +46,7 @@ class RowGeometry:
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective ({self.objective}) is not known; use one of {', '.join(OBJECTIVES)}.")
         if self.block_origin not in BLOCK_ORIGINS:
-            raise ValueError(f"block_origin ({self.block_origin}) is not known; use one of "
-                             f"{', '.join(BLOCK_ORIGINS)}.")
+            raise ValueError(f"block_origin ({self.block_origin}) is not known; use one of {', '.join(BLOCK_ORIGINS)}.")
         for name in ("block_size", "context_length", "row_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive; give a value above 0.")
@@ -56,16 +55,24 @@ class RowGeometry:
         longest = np.array([self.context_length])
         needed = int((self.num_views * longest + clean_lengths(self, longest, np.zeros(1, dtype=np.int64)))[0])
         if self.row_length < needed:
-            raise ValueError(f"row_length ({self.row_length}) must hold the longest piece: context_length "
-                             f"{self.context_length} with {self.num_views} noisy view(s) takes {needed} tokens; "
-                             f"raise row_length to {needed} or lower context_length.")
+            raise ValueError(
+                f"row_length ({self.row_length}) must hold the longest piece: context_length "
+                f"{self.context_length} with {self.num_views} noisy view(s) takes {needed} tokens; "
+                f"raise row_length to {needed} or lower context_length."
+            )
 
     @classmethod
     def of_stage(cls, stage: StageConfig, schedule: ScheduleConfig, data: DataConfig) -> RowGeometry:
         """The geometry that a stage of the configuration asks for."""
-        return cls(objective=stage.objective, block_size=stage.block_size, context_length=schedule.context_length,
-                   row_length=schedule.tokens_per_row, num_views=stage.num_views, block_origin=data.block_origin,
-                   prune_clean=data.prune_clean)
+        return cls(
+            objective=stage.objective,
+            block_size=stage.block_size,
+            context_length=schedule.context_length,
+            row_length=schedule.tokens_per_row,
+            num_views=stage.num_views,
+            block_origin=data.block_origin,
+            prune_clean=data.prune_clean,
+        )
 
 
 def row_starts(lengths: IntArray) -> IntArray:

@@ -51,10 +51,18 @@ class RowDataset(Dataset[Row]):
         pieces = plan.pieces.tolist()
         tokens = [self.corpus.read(document, offset, length) for document, offset, length, _ in pieces]
         sample_ids = [self.corpus.sample_id(document, offset) for document, offset, _, _ in pieces]
-        content = RowContent(clean_ids=np.concatenate([np.zeros(0, np.int64), *tokens]),
-                             sample_ids=np.array(sample_ids, dtype=np.int64))
-        return build_row(plan, content, self.geometry, self.noise, seed=self.seed,
-                         mask_token_id=self.mask_token_id, pad_token_id=self.pad_token_id)
+        content = RowContent(
+            clean_ids=np.concatenate([np.zeros(0, np.int64), *tokens]), sample_ids=np.array(sample_ids, dtype=np.int64)
+        )
+        return build_row(
+            plan,
+            content,
+            self.geometry,
+            self.noise,
+            seed=self.seed,
+            mask_token_id=self.mask_token_id,
+            pad_token_id=self.pad_token_id,
+        )
 
 
 @dataclass(frozen=True)
@@ -94,12 +102,23 @@ class BatchLoader:
         ValueError: where the global batch cannot be dealt evenly.
     """
 
-    def __init__(self, dataset: RowDataset, stream: RowStream, *, global_batch_size: int, micro_batch_size: int,
-                 data_parallel_rank: int = 0, data_parallel_size: int = 1, num_workers: int = 0,
-                 num_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        dataset: RowDataset,
+        stream: RowStream,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        num_workers: int = 0,
+        num_rows: int | None = None,
+    ) -> None:
         if global_batch_size < 1 or global_batch_size % (micro_batch_size * data_parallel_size):
-            raise ValueError(f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x data "
-                             f"parallel size ({micro_batch_size} x {data_parallel_size}).")
+            raise ValueError(
+                f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x data "
+                f"parallel size ({micro_batch_size} x {data_parallel_size})."
+            )
         self._dataset, self._stream = dataset, stream
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
@@ -110,10 +129,14 @@ class BatchLoader:
         """Yield steps from the stream's position on."""
         planned: deque[tuple[dict[str, Any], int, int]] = deque()
         loader = DataLoader(
-            self._dataset, batch_sampler=self._plans(self._stream.copy(), planned), collate_fn=collate,
-            num_workers=self._num_workers, pin_memory=torch.cuda.is_available(),
+            self._dataset,
+            batch_sampler=self._plans(self._stream.copy(), planned),
+            collate_fn=collate,
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
             # Its own generator: the default one would draw from the run's random state.
-            generator=torch.Generator())
+            generator=torch.Generator(),
+        )
         micro_batches: list[Batch] = []
         for batch in loader:
             micro_batches.append(batch)
@@ -132,9 +155,14 @@ class BatchLoader:
             rows = [stream.next(self._dataset.geometry) for _ in range(num_rows)]
             rows += [padding] * (self._global_batch_size - num_rows)
             lengths = [row.pieces[:, LENGTH] for row in rows]
-            planned.append((stream.state_dict(), sum(int(row.sum()) for row in lengths),
-                            sum(row_forward_tokens(self._dataset.geometry, row) for row in lengths)))
+            planned.append(
+                (
+                    stream.state_dict(),
+                    sum(int(row.sum()) for row in lengths),
+                    sum(row_forward_tokens(self._dataset.geometry, row) for row in lengths),
+                )
+            )
             for index in range(self._num_micro_batches):
                 first = (index * self._size + self._rank) * self._micro_batch_size
-                yield rows[first:first + self._micro_batch_size]
+                yield rows[first : first + self._micro_batch_size]
             rows_left = None if rows_left is None else rows_left - num_rows

@@ -93,8 +93,12 @@ def assign_rows(geometry: RowGeometry, lengths: NDArray[np.int64]) -> NDArray[np
             room, row = geometry.row_length, len(filled)
             filled.append(0)
         # Under the row grid a piece costs less than its bound, depending on where it comes to stand.
-        cost = bound if geometry.block_origin == "document" else geometry.num_views * length + int(
-            clean_lengths(geometry, np.array([length]), np.array([filled[row]]))[0])
+        cost = (
+            bound
+            if geometry.block_origin == "document"
+            else geometry.num_views * length
+            + int(clean_lengths(geometry, np.array([length]), np.array([filled[row]]))[0])
+        )
         room -= cost
         filled[row] += length
         rows[piece] = row
@@ -139,8 +143,10 @@ class RowStream:
         num_tries = 0
         while not rows:
             if num_tries > self._num_chunks:
-                raise ValueError(f"document_lengths (all {len(self._lengths)} are 0) must hold tokens; "
-                                 "tokenize a corpus with text in it.")
+                raise ValueError(
+                    f"document_lengths (all {len(self._lengths)} are 0) must hold tokens; "
+                    "tokenize a corpus with text in it."
+                )
             num_tries += 1
             self._next_chunk(geometry)
             rows = self._rows_left(geometry)
@@ -170,7 +176,8 @@ class RowStream:
             if state["identity"][name] != value:
                 raise ValueError(
                     f"{name} ({value}) differs from the saved data position's ({state['identity'][name]}): the rows "
-                    "would not continue; restore the setting, or start a new run from the checkpoint's weights.")
+                    "would not continue; restore the setting, or start a new run from the checkpoint's weights."
+                )
         self._epoch, self._chunk_index = int(state["epoch"]), int(state["chunk_index"])
         self._num_pieces_before = int(state["num_pieces_before"])
         self._emitted = [(RowGeometry(**entry["geometry"]), int(entry["num_rows"])) for entry in state["emitted"]]
@@ -232,8 +239,9 @@ def row_forward_tokens(geometry: RowGeometry, lengths: Sequence[int] | NDArray[n
     return int((geometry.num_views * lengths + clean_lengths(geometry, lengths, row_starts(lengths))).sum())
 
 
-def estimate_fill(document_lengths: NDArray[Any], geometry: RowGeometry, *, seed: int, chunk: int,
-                  num_chunks: int = 4) -> RowFill:
+def estimate_fill(
+    document_lengths: NDArray[Any], geometry: RowGeometry, *, seed: int, chunk: int, num_chunks: int = 4
+) -> RowFill:
     """How full the rows of a stage are, from the first chunks of the corpus.
 
     Args:

@@ -68,8 +68,10 @@ def list_files(inputs: list[str]) -> list[Path]:
                 raise ValueError(f"input ({name}) is a folder without files; give one that holds text.")
             files += found
         elif path.name.endswith((".json", ".json.gz", ".json.zst")):
-            raise ValueError(f"input ({name}) may be one JSON value or many; rename it to .jsonl if every line "
-                             "is an object of its own, else to .txt.")
+            raise ValueError(
+                f"input ({name}) may be one JSON value or many; rename it to .jsonl if every line "
+                "is an object of its own, else to .txt."
+            )
         else:
             files.append(path)
     seen: set[Path] = set()
@@ -196,8 +198,10 @@ def _read_parquet(file: Path, text_key: str) -> Iterator[tuple[RawDocument, int]
         raise ValueError(f"input ({file}) is not a readable parquet file: {error}.") from error
     column = table.schema_arrow.field(text_key) if text_key in table.schema_arrow.names else None
     if column is None or not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-        raise ValueError(f"text_key ({text_key}) must be a column of strings in {file}; it has "
-                         f"{', '.join(f'{field.name} ({field.type})' for field in table.schema_arrow)}.")
+        raise ValueError(
+            f"text_key ({text_key}) must be a column of strings in {file}; it has "
+            f"{', '.join(f'{field.name} ({field.type})' for field in table.schema_arrow)}."
+        )
     size, num_rows, row = file.stat().st_size, table.metadata.num_rows, 0
     for batch in table.iter_batches(batch_size=_BATCH_DOCUMENTS, columns=[text_key]):
         # As bytes: text that is not UTF-8 is then a bad document and not the end of the file.

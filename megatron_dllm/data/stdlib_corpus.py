@@ -66,8 +66,9 @@ def is_validation(path: str, fraction: float) -> bool:
     return _hash("split", path) < fraction * 2**64
 
 
-def build(output: Path, *, vocab_size: int = 4096, validation_fraction: float = 0.05,
-          max_bytes: int | None = None) -> dict[str, Any]:
+def build(
+    output: Path, *, vocab_size: int = 4096, validation_fraction: float = 0.05, max_bytes: int | None = None
+) -> dict[str, Any]:
     """Write the corpus and its tokenizer.
 
     Args:
@@ -84,25 +85,31 @@ def build(output: Path, *, vocab_size: int = 4096, validation_fraction: float = 
         ValueError: for impossible settings, or where `output` holds something else.
     """
     if vocab_size < _SMALLEST_VOCABULARY:
-        raise ValueError(f"vocab_size ({vocab_size}) must be at least {_SMALLEST_VOCABULARY}: 256 bytes, "
-                         "3 special tokens and some words.")
+        raise ValueError(
+            f"vocab_size ({vocab_size}) must be at least {_SMALLEST_VOCABULARY}: 256 bytes, "
+            "3 special tokens and some words."
+        )
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(f"validation_fraction ({validation_fraction}) must lie between 0 and 1.")
     root = Path(sysconfig.get_path("stdlib"))
     documents = _select(root, max_bytes)
     is_held_out = {path: is_validation(path, validation_fraction) for path in documents}
     if len(set(is_held_out.values())) < 2:
-        raise ValueError(f"max_bytes ({max_bytes}) leaves {len(documents)} documents, too few to hold some out with "
-                         f"validation_fraction {validation_fraction}; raise either.")
+        raise ValueError(
+            f"max_bytes ({max_bytes}) leaves {len(documents)} documents, too few to hold some out with "
+            f"validation_fraction {validation_fraction}; raise either."
+        )
     description = {
         "format": 1,
         "vocab_size": vocab_size,
         "validation_fraction": validation_fraction,
         "python": sys.version.split()[0],
         "sha256": _fingerprint(documents),
-        **{f"num_{name}_{unit}": count
-           for name, held_out in (("train", False), ("validation", True))
-           for unit, count in _count(documents, is_held_out, held_out).items()},
+        **{
+            f"num_{name}_{unit}": count
+            for name, held_out in (("train", False), ("validation", True))
+            for unit, count in _count(documents, is_held_out, held_out).items()
+        },
     }
     if output.exists():
         _check_finished(output, description)
@@ -136,8 +143,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS_TOKEN, PAD_TOKEN, MASK_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=sys.stderr.isatty())
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN, PAD_TOKEN, MASK_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
     return tokenizer
 
@@ -146,8 +156,12 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write a folder that transformers.AutoTokenizer loads."""
     folder.mkdir(parents=True, exist_ok=True)
     special_tokens = {"eos_token": EOS_TOKEN, "pad_token": PAD_TOKEN, "mask_token": MASK_TOKEN}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-              "model_max_length": 10**9, **special_tokens}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**9,
+        **special_tokens,
+    }
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special_tokens)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -191,8 +205,10 @@ def _check_finished(output: Path, description: dict[str, Any]) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
     different = sorted(name for name in description if found.get(name) != description[name])
     if different:
-        raise ValueError(f"output ({output}) was made with other settings or another Python ({', '.join(different)}); "
-                         "choose another folder or delete it.")
+        raise ValueError(
+            f"output ({output}) was made with other settings or another Python ({', '.join(different)}); "
+            "choose another folder or delete it."
+        )
     logger.info(f"{output} is finished already: {found}")
 
 
@@ -209,8 +225,11 @@ def _shown(items: Iterator[dict[str, str]], total: int, label: str) -> Iterator[
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_dllm.data.stdlib_corpus", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_dllm.data.stdlib_corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to create")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of the tokenizer, special tokens included")
     parser.add_argument("--validation_fraction", type=float, default=0.05, help="share of documents held out")
@@ -218,8 +237,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
-        build(options.output, vocab_size=options.vocab_size, validation_fraction=options.validation_fraction,
-              max_bytes=options.max_bytes)
+        build(
+            options.output,
+            vocab_size=options.vocab_size,
+            validation_fraction=options.validation_fraction,
+            max_bytes=options.max_bytes,
+        )
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         return 1

@@ -126,8 +126,16 @@ class _Worker:
         return encode_batch(cls.tokenizer, documents, cls.text_key)
 
 
-def tokenize_corpus(inputs: list[str], tokenizer: str, output: str, *, num_workers: int = 1, text_key: str = "text",
-                    max_bad_fraction: float = 0.01, overwrite: bool = False) -> TokenizeCounts:
+def tokenize_corpus(
+    inputs: list[str],
+    tokenizer: str,
+    output: str,
+    *,
+    num_workers: int = 1,
+    text_key: str = "text",
+    max_bad_fraction: float = 0.01,
+    overwrite: bool = False,
+) -> TokenizeCounts:
     """Tokenize `inputs` into the corpus `output`.
 
     Args:
@@ -172,14 +180,17 @@ def tokenize_corpus(inputs: list[str], tokenizer: str, output: str, *, num_worke
     return counts
 
 
-def _write(files: list[Path], folder: str, tokenizer: TextTokenizer, temporary: str, num_workers: int,
-           text_key: str) -> TokenizeCounts:
+def _write(
+    files: list[Path], folder: str, tokenizer: TextTokenizer, temporary: str, num_workers: int, text_key: str
+) -> TokenizeCounts:
     counts = TokenizeCounts()
     with ProcessPoolExecutor(num_workers, get_context("fork"), _Worker.start, (folder, text_key)) as executor:
         executor.submit(int).result()  # forks while this process has no other thread
         builder = _open_builder(temporary + ".bin", tokenizer.vocab_size)
-        with (open(temporary + ".bad_lines.txt", "w", encoding="utf-8", errors="backslashreplace") as bad_lines,
-              _progress() as progress):
+        with (
+            open(temporary + ".bad_lines.txt", "w", encoding="utf-8", errors="backslashreplace") as bad_lines,
+            _progress() as progress,
+        ):
             task = progress.add_task("tokenizing", total=sum(file.stat().st_size for file in files), tokens=0)
             batches = read_batches(files, text_key)
             for raw, encoded in _encode_in_order(executor, batches, num_workers * _BATCHES_PER_WORKER):
@@ -201,12 +212,20 @@ def _open_builder(path: str, vocab_size: int) -> IndexedDatasetBuilder:
 
 
 def _progress() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                    TextColumn("{task.fields[tokens]:,} tokens"), TimeRemainingColumn(), console=Console(stderr=True))
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[tokens]:,} tokens"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
 
 
-def _encode_in_order(executor: ProcessPoolExecutor, batches: Iterable[RawBatch],
-                     num_ahead: int) -> Iterator[tuple[RawBatch, EncodedBatch]]:
+def _encode_in_order(
+    executor: ProcessPoolExecutor, batches: Iterable[RawBatch], num_ahead: int
+) -> Iterator[tuple[RawBatch, EncodedBatch]]:
     """Results in the order of the batches, reading at most `num_ahead` batches ahead of the slowest."""
     pending: deque[tuple[RawBatch, Future[EncodedBatch]]] = deque()
     for batch in batches:
@@ -222,9 +241,10 @@ def _append(builder: IndexedDatasetBuilder, batch: EncodedBatch) -> None:
     start = 0
     for length in batch.lengths:
         if length > _LONGEST_DOCUMENT:
-            raise ValueError(f"a document of {length} tokens is too long for an .idx file ({_LONGEST_DOCUMENT}); "
-                             "split the text.")
-        builder.add_document(batch.tokens[start:start + length], [length])
+            raise ValueError(
+                f"a document of {length} tokens is too long for an .idx file ({_LONGEST_DOCUMENT}); split the text."
+            )
+        builder.add_document(batch.tokens[start : start + length], [length])
         start += length
 
 
@@ -246,12 +266,15 @@ def _move_bad_lines(temporary: str, output: str, counts: TokenizeCounts) -> None
 def _check_counts(counts: TokenizeCounts, max_bad_fraction: float, output: str) -> None:
     num_seen = counts.num_documents + counts.num_empty_documents + counts.num_bad_lines
     if counts.num_bad_lines > max_bad_fraction * num_seen:
-        raise ValueError(f"bad documents ({counts.num_bad_lines} of {num_seen}) are more than max_bad_fraction "
-                         f"({max_bad_fraction}) allows; all are listed in {output}.bad_lines.txt: "
-                         "repair them or raise --max_bad_fraction.")
+        raise ValueError(
+            f"bad documents ({counts.num_bad_lines} of {num_seen}) are more than max_bad_fraction "
+            f"({max_bad_fraction}) allows; all are listed in {output}.bad_lines.txt: "
+            "repair them or raise --max_bad_fraction."
+        )
     if counts.num_documents == 0:
-        raise ValueError(f"the input ({num_seen} documents, {counts.num_empty_documents} of them empty) holds no "
-                         "text; give some.")
+        raise ValueError(
+            f"the input ({num_seen} documents, {counts.num_empty_documents} of them empty) holds no text; give some."
+        )
 
 
 def _describe(path: str, counts: TokenizeCounts, tokenizer: TextTokenizer, folder: str, inputs: list[str]) -> None:
@@ -270,8 +293,11 @@ def _describe(path: str, counts: TokenizeCounts, tokenizer: TextTokenizer, folde
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_dllm.data.tokenize", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_dllm.data.tokenize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--input", nargs="+", required=True, help="text files, .jsonl(.gz|.zst), .parquet, folders")
     parser.add_argument("--tokenizer", required=True, help="folder of a HF fast tokenizer")
     parser.add_argument("--output", required=True, help="prefix of the files to write")
@@ -284,15 +310,23 @@ def main(arguments: list[str] | None = None) -> int:
     logger.setLevel(logging.INFO)
     try:
         counts = tokenize_corpus(
-            options.input, options.tokenizer, options.output, num_workers=options.num_workers,
-            text_key=options.text_key, max_bad_fraction=options.max_bad_fraction, overwrite=options.overwrite)
+            options.input,
+            options.tokenizer,
+            options.output,
+            num_workers=options.num_workers,
+            text_key=options.text_key,
+            max_bad_fraction=options.max_bad_fraction,
+            overwrite=options.overwrite,
+        )
     except (ValueError, OSError, BrokenProcessPool) as error:
         logger.error("%s", error)
         return 1
-    logger.info(f"wrote {options.output}.bin, .idx and .json: {counts.num_documents:,} documents, "
-                f"{counts.num_tokens:,} tokens, {counts.num_bytes:,} bytes of text "
-                f"({counts.num_bytes / counts.num_tokens:.2f} a token); left out "
-                f"{counts.num_empty_documents:,} empty and {counts.num_bad_lines:,} bad documents")
+    logger.info(
+        f"wrote {options.output}.bin, .idx and .json: {counts.num_documents:,} documents, "
+        f"{counts.num_tokens:,} tokens, {counts.num_bytes:,} bytes of text "
+        f"({counts.num_bytes / counts.num_tokens:.2f} a token); left out "
+        f"{counts.num_empty_documents:,} empty and {counts.num_bad_lines:,} bad documents"
+    )
     return 0
 
 

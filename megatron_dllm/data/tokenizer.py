@@ -57,8 +57,10 @@ class TextTokenizer:
         description = _read_object(folder / "tokenizer.json")
         names = {name: _content(config.get(f"{name}_token")) for name in ("eos", "pad", "mask")}
         if names["eos"] is None:
-            raise ValueError(f"tokenizer ({folder}) names no eos_token in tokenizer_config.json; "
-                             "name the token that ends a document.")
+            raise ValueError(
+                f"tokenizer ({folder}) names no eos_token in tokenizer_config.json; "
+                "name the token that ends a document."
+            )
         for token in description.get("added_tokens", []):
             if token["content"] in names.values() or token["content"] == _USUAL_MASK_TOKEN:
                 token["special"] = True  # or it would be found in text
@@ -71,11 +73,18 @@ class TextTokenizer:
         tokenizer.encode_special_tokens = True
         ids = {name: None if content is None else tokenizer.token_to_id(content) for name, content in names.items()}
         if ids["eos"] is None:
-            raise ValueError(f"tokenizer ({folder}) has no token for its eos_token ({names['eos']}); "
-                             "correct tokenizer_config.json.")
+            raise ValueError(
+                f"tokenizer ({folder}) has no token for its eos_token ({names['eos']}); correct tokenizer_config.json."
+            )
         mask_token_id = tokenizer.token_to_id(_USUAL_MASK_TOKEN) if names["mask"] is None else ids["mask"]
-        return cls(fingerprint=fingerprint, vocab_size=max(tokenizer.get_vocab().values()) + 1,
-                   eos_token_id=ids["eos"], mask_token_id=mask_token_id, pad_token_id=ids["pad"], _tokenizer=tokenizer)
+        return cls(
+            fingerprint=fingerprint,
+            vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            eos_token_id=ids["eos"],
+            mask_token_id=mask_token_id,
+            pad_token_id=ids["pad"],
+            _tokenizer=tokenizer,
+        )
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Tokens of every text, without special tokens at either end."""

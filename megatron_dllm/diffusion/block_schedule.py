@@ -151,19 +151,25 @@ class BlockSchedule:
                 raise ValueError(
                     f"schedule.stages.{stage.name}.num_tokens ({stage.end - stage.start}) must be at least what one "
                     f"global batch can hold ({needed}, {whose}), or a single step would jump over the stage; "
-                    "raise num_tokens or lower global_batch_size.")
+                    "raise num_tokens or lower global_batch_size."
+                )
             previous = own
 
     def _check_rates(self) -> None:
         for stage in self.stages:
             config, prefix = stage.config, f"schedule.stages.{stage.name}"
             if not 0 <= config.lr_warmup_tokens < config.num_tokens:
-                raise ValueError(f"{prefix}.lr_warmup_tokens ({config.lr_warmup_tokens}) must lie in [0, num_tokens) = "
-                                 f"[0, {config.num_tokens}); the warmup ends inside its stage: lower it, or "
-                                 "lengthen the stage.")
+                raise ValueError(
+                    f"{prefix}.lr_warmup_tokens ({config.lr_warmup_tokens}) must lie in [0, num_tokens) = "
+                    f"[0, {config.num_tokens}); the warmup ends inside its stage: lower it, or "
+                    "lengthen the stage."
+                )
             if config.lr_shape == "constant" and config.final_learning_rate not in (None, config.learning_rate):
-                _logger.warning("%s.final_learning_rate (%g) has no effect with lr_shape constant; "
-                                "use linear or cosine.", prefix, config.final_learning_rate)
+                _logger.warning(
+                    "%s.final_learning_rate (%g) has no effect with lr_shape constant; use linear or cosine.",
+                    prefix,
+                    config.final_learning_rate,
+                )
 
 
 def max_batch_tokens(stage: StageConfig, tokens_per_row: int) -> int:
@@ -228,12 +234,24 @@ def stage_table(schedule: BlockSchedule, estimates: Mapping[str, RowEstimate] | 
 
 def format_table(rows: list[StageRow]) -> str:
     """The stage table as aligned text, a line of column names first."""
-    header = ["stage", "objective", "block_size", "tokens", "start", "end", "learning_rate", "batch", "t",
-              "steps", "forward_tokens"]
+    header = [
+        "stage",
+        "objective",
+        "block_size",
+        "tokens",
+        "start",
+        "end",
+        "learning_rate",
+        "batch",
+        "t",
+        "steps",
+        "forward_tokens",
+    ]
     lines = [header] + [_cells(row) for row in rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def _cells(row: StageRow) -> list[str]:
@@ -246,5 +264,13 @@ def _cells(row: StageRow) -> list[str]:
         noise += " pair"
     numbers = [f"{value:,}" for value in (config.num_tokens, stage.start, stage.end)]
     estimates = ["?" if value is None else f"{value:,}" for value in (row.steps, row.forward_tokens)]
-    return [stage.name, config.objective, f"{config.block_size}", *numbers, rate, f"{config.global_batch_size}",
-            noise, *estimates]
+    return [
+        stage.name,
+        config.objective,
+        f"{config.block_size}",
+        *numbers,
+        rate,
+        f"{config.global_batch_size}",
+        noise,
+        *estimates,
+    ]

@@ -121,8 +121,9 @@ class _Piece:
     rank: int
 
 
-def _deal_units(starts: IntArray, is_whole: NDArray[np.bool_], token_costs: NDArray[np.float64],
-                num_ranks: int) -> IntArray | None:
+def _deal_units(
+    starts: IntArray, is_whole: NDArray[np.bool_], token_costs: NDArray[np.float64], num_ranks: int
+) -> IntArray | None:
     """[s] rank of each token, with s / num_ranks tokens for each; None if the whole units do not fit.
 
     Args:
@@ -152,7 +153,7 @@ def _deal_units(starts: IntArray, is_whole: NDArray[np.bool_], token_costs: NDAr
     _exchange_pieces(pieces, summed, num_ranks)
     owner = np.empty(length, dtype=np.int64)
     for piece in pieces:
-        owner[piece.start:piece.stop] = piece.rank
+        owner[piece.start : piece.stop] = piece.rank
     return owner
 
 
@@ -161,7 +162,8 @@ def _exchange_pieces(pieces: list[_Piece], summed: NDArray[np.float64], num_rank
     starts, stops, owner = np.array([(piece.start, piece.stop, piece.rank) for piece in pieces]).T
     costs = summed[:, stops] - summed[:, starts]
     loads: NDArray[np.float64] = np.stack(
-        [np.bincount(owner, weights=row, minlength=num_ranks) for row in costs]).astype(np.float64)
+        [np.bincount(owner, weights=row, minlength=num_ranks) for row in costs]
+    ).astype(np.float64)
     for _ in range(MAX_SWAPS):
         if not _swap_once(costs, stops - starts, owner, loads):
             break

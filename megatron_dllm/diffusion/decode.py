@@ -67,8 +67,10 @@ class DecodingContract:
             if value <= 0:
                 raise ValueError(f"{name} ({value}) must be positive; give a number of tokens.")
         if self.mask_token_id in self.eos_token_ids:
-            raise ValueError(f"mask_token_id ({self.mask_token_id}) must not be among eos_token_ids "
-                             f"{self.eos_token_ids}; the mask token must be a token of its own.")
+            raise ValueError(
+                f"mask_token_id ({self.mask_token_id}) must not be among eos_token_ids "
+                f"{self.eos_token_ids}; the mask token must be a token of its own."
+            )
 
 
 @dataclass(frozen=True)
@@ -139,17 +141,17 @@ def decode(
         block = torch.tensor(known + [contract.mask_token_id] * (end - len(ids)), dtype=torch.int64, device=device)
         is_masked = torch.arange(end - start, device=device) >= len(known)
         steps_per_block.append(_denoise(forward, block, is_masked, start, config, contract, generator))
-        new_ids = block[len(known):].tolist()
+        new_ids = block[len(known) :].tolist()
         ids += new_ids
         if len(ids) >= limit or _first_eos(new_ids, contract.eos_token_ids) is not None:
             break
         _commit(forward, ids[start:end], start, block_size, device)
         num_commits += 1
-    generated_ids = ids[len(prompt_ids):limit]
+    generated_ids = ids[len(prompt_ids) : limit]
     stop_reason = STOP_CONTEXT_LENGTH if limit < len(prompt_ids) + config.max_new_tokens else STOP_MAX_NEW_TOKENS
     eos = _first_eos(generated_ids, contract.eos_token_ids)
     if eos is not None:
-        generated_ids, stop_reason = generated_ids[:eos + 1], STOP_EOS
+        generated_ids, stop_reason = generated_ids[: eos + 1], STOP_EOS
     return Generation(generated_ids, stop_reason, steps_per_block, num_commits)
 
 
@@ -158,11 +160,15 @@ def check_prompt(prompt_ids: Sequence[int], contract: DecodingContract) -> None:
     if not len(prompt_ids):
         raise ValueError("prompt ([]) is empty; give at least one token to continue from.")
     if len(prompt_ids) >= contract.context_length:
-        raise ValueError(f"prompt ({len(prompt_ids)} tokens) must be shorter than context_length "
-                         f"({contract.context_length}); shorten the prompt or raise context_length.")
+        raise ValueError(
+            f"prompt ({len(prompt_ids)} tokens) must be shorter than context_length "
+            f"({contract.context_length}); shorten the prompt or raise context_length."
+        )
     if contract.mask_token_id in prompt_ids:
-        raise ValueError(f"prompt holds the mask token ({contract.mask_token_id}) at position "
-                         f"{list(prompt_ids).index(contract.mask_token_id)}; take it out of the text.")
+        raise ValueError(
+            f"prompt holds the mask token ({contract.mask_token_id}) at position "
+            f"{list(prompt_ids).index(contract.mask_token_id)}; take it out of the text."
+        )
 
 
 def _first_eos(ids: Iterable[int], eos_token_ids: tuple[int, ...]) -> int | None:
@@ -232,8 +238,10 @@ def predict(
     logits = logits.float()
     probabilities = torch.softmax(logits, dim=1)
     if not bool(torch.isfinite(probabilities).all()):
-        raise ValueError("logits (nan or inf) must be finite; the checkpoint has broken weights or overflows in its "
-                         "precision: compare with precision=fp32.")
+        raise ValueError(
+            "logits (nan or inf) must be finite; the checkpoint has broken weights or overflows in its "
+            "precision: compare with precision=fp32."
+        )
     candidates = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), float("-inf"))
     if config.temperature == 0.0:
         token_ids = candidates.argmax(dim=1)

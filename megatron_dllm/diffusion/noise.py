@@ -64,11 +64,14 @@ class NoiseSpec:
         if not 0.0 <= self.t_min <= self.t_max <= 1.0:
             raise ValueError(f"t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min <= t_max <= 1.")
         if self.num_views not in (1, 2):
-            raise ValueError(f"num_views ({self.num_views}) must be 1, or 2 for a complementary pair; "
-                             "an AR stage has no noise.")
+            raise ValueError(
+                f"num_views ({self.num_views}) must be 1, or 2 for a complementary pair; an AR stage has no noise."
+            )
         if self.is_count and (self.num_views != 1 or self.loss_weight != "elbo"):
-            raise ValueError(f"is_count (true) measures the ELBO with one view; it was given num_views "
-                             f"({self.num_views}) and loss_weight ({self.loss_weight}); use 1 and elbo.")
+            raise ValueError(
+                f"is_count (true) measures the ELBO with one view; it was given num_views "
+                f"({self.num_views}) and loss_weight ({self.loss_weight}); use 1 and elbo."
+            )
 
     @classmethod
     def for_stage(cls, noise: NoiseConfig, stage: StageConfig) -> NoiseSpec:
@@ -81,14 +84,29 @@ class NoiseSpec:
         Returns:
             The specification for `sample_noise`.
         """
-        return cls(t_unit=noise.t_unit, is_stratified=noise.is_stratified, at_least_one=noise.at_least_one,
-                   loss_weight=noise.loss_weight, t_min=stage.t_min, t_max=stage.t_max, num_views=stage.num_views)
+        return cls(
+            t_unit=noise.t_unit,
+            is_stratified=noise.is_stratified,
+            at_least_one=noise.at_least_one,
+            loss_weight=noise.loss_weight,
+            t_min=stage.t_min,
+            t_max=stage.t_max,
+            num_views=stage.num_views,
+        )
 
     @classmethod
     def for_validation(cls) -> NoiseSpec:
         """The noise of the validation ELBO: over all of [0, 1], by counts, whatever the training noise is."""
-        return cls(t_unit="block", is_stratified=True, at_least_one=True, loss_weight="elbo", t_min=0.0, t_max=1.0,
-                   num_views=1, is_count=True)
+        return cls(
+            t_unit="block",
+            is_stratified=True,
+            at_least_one=True,
+            loss_weight="elbo",
+            t_min=0.0,
+            t_max=1.0,
+            num_views=1,
+            is_count=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -156,8 +174,17 @@ class _Draws:
         return float(((offset + ordinal * _GOLDEN_STEP) & _WORD) >> 11) * _RESOLUTION
 
 
-def sample_noise(spec: NoiseSpec, *, seed: int, epoch: int, sample_id: int, ordinal: int, row_key: int,
-                 block_ids: NDArray[np.int64], loss_mask: NDArray[np.bool_]) -> PieceNoise:
+def sample_noise(
+    spec: NoiseSpec,
+    *,
+    seed: int,
+    epoch: int,
+    sample_id: int,
+    ordinal: int,
+    row_key: int,
+    block_ids: NDArray[np.int64],
+    loss_mask: NDArray[np.bool_],
+) -> PieceNoise:
     """Draw the masks, weights and noise levels of one document piece.
 
     Args:
@@ -190,8 +217,9 @@ def sample_noise(spec: NoiseSpec, *, seed: int, epoch: int, sample_id: int, ordi
     return noise
 
 
-def _unit_levels(spec: NoiseSpec, draws: _Draws, sample_id: int, ordinal: int, row_key: int,
-                 num_blocks: int) -> NDArray[np.float64]:
+def _unit_levels(
+    spec: NoiseSpec, draws: _Draws, sample_id: int, ordinal: int, row_key: int, num_blocks: int
+) -> NDArray[np.float64]:
     """[c] float64, each uniform on [0, 1): where every block's t lies in its range."""
     if spec.t_unit == "row":
         return np.repeat(draws.uniform(_LEVEL, row_key, 1), num_blocks)
@@ -206,8 +234,9 @@ def _unit_levels(spec: NoiseSpec, draws: _Draws, sample_id: int, ordinal: int, r
     return np.minimum((stratum + base) / num_blocks, _BELOW_ONE)
 
 
-def _masks(spec: NoiseSpec, draws: _Draws, sample_id: int, u: NDArray[np.float64],
-           blocks: _Blocks) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def _masks(
+    spec: NoiseSpec, draws: _Draws, sample_id: int, u: NDArray[np.float64], blocks: _Blocks
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Masked tokens [k, m] and noise levels [k, c] of every view."""
     uniforms = draws.uniform(_TOKEN, sample_id, len(blocks.of_token))
     if spec.is_count:
@@ -223,8 +252,9 @@ def _masks(spec: NoiseSpec, draws: _Draws, sample_id: int, u: NDArray[np.float64
     return masked[None], t[None]
 
 
-def _count_mask(u: NDArray[np.float64], uniforms: NDArray[np.float64],
-                blocks: _Blocks) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+def _count_mask(
+    u: NDArray[np.float64], uniforms: NDArray[np.float64], blocks: _Blocks
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Mask m tokens of every block, m uniform on 1..B and the subset uniform among those of size m.
 
     For t uniform on [0, 1] the ELBO gives a mask of m tokens the weight of the integral of
@@ -262,8 +292,9 @@ def _first_masked(t: NDArray[np.float64], u: NDArray[np.float64], size: NDArray[
     return np.clip(first.astype(np.int64), 0, size - 1)
 
 
-def _weights(spec: NoiseSpec, views: NDArray[np.bool_], levels: NDArray[np.float64],
-             blocks: _Blocks) -> NDArray[np.float64]:
+def _weights(
+    spec: NoiseSpec, views: NDArray[np.bool_], levels: NDArray[np.float64], blocks: _Blocks
+) -> NDArray[np.float64]:
     """Loss weights that a masked token would have, broadcastable to [k, m]."""
     if spec.loss_weight == "uniform":
         return np.ones(1)

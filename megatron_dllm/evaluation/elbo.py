@@ -52,9 +52,12 @@ class Validation:
 
     def to_json(self) -> dict[str, object]:
         """What is written beside a checkpoint as validation.json."""
-        return {"elbo": self.nats_per_token,
-                "bits_per_byte": self.bits_per_byte,
-                "target_block_size": self.target_block_size, "num_tokens": self.num_tokens}
+        return {
+            "elbo": self.nats_per_token,
+            "bits_per_byte": self.bits_per_byte,
+            "target_block_size": self.target_block_size,
+            "num_tokens": self.num_tokens,
+        }
 
 
 def validation_names(config: TrainConfig, stage: StageConfig) -> list[str]:
@@ -66,14 +69,25 @@ def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:
     """Rows of the evaluation called `name`: a block size, or "ar"."""
     is_ar = name == AR
     return RowGeometry(
-        objective="ar" if is_ar else "block_diffusion", block_size=1 if is_ar else int(name),
-        context_length=config.schedule.context_length, row_length=config.schedule.tokens_per_row,
-        num_views=0 if is_ar else 1, block_origin=config.data.block_origin, prune_clean=config.data.prune_clean)
+        objective="ar" if is_ar else "block_diffusion",
+        block_size=1 if is_ar else int(name),
+        context_length=config.schedule.context_length,
+        row_length=config.schedule.tokens_per_row,
+        num_views=0 if is_ar else 1,
+        block_origin=config.data.block_origin,
+        prune_clean=config.data.prune_clean,
+    )
 
 
 @torch.no_grad()
-def evaluate(chunks: list[nn.Module], config: TrainConfig, corpus: Corpus, names: list[str],
-             device: torch.device, must_stop: Callable[[], bool] = lambda: False) -> Validation:
+def evaluate(
+    chunks: list[nn.Module],
+    config: TrainConfig,
+    corpus: Corpus,
+    names: list[str],
+    device: torch.device,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> Validation:
     """Measure the NLL bound of the local model on `evaluation.num_tokens` tokens of the corpus (a collective).
 
     Args:
@@ -116,7 +130,7 @@ def validation_lengths(document_lengths: NDArray[Any], num_tokens: int) -> NDArr
     """
     order = np.random.default_rng(_SEED).permutation(len(document_lengths))
     total = np.cumsum(np.asarray(document_lengths, dtype=np.int64)[order])
-    chosen = order[:int(np.searchsorted(total, num_tokens)) + 1]
+    chosen = order[: int(np.searchsorted(total, num_tokens)) + 1]
     lengths = np.zeros(len(document_lengths), dtype=np.int64)
     lengths[chosen] = np.asarray(document_lengths)[chosen]
     return lengths
@@ -137,9 +151,21 @@ def _loader(config: TrainConfig, corpus: Corpus, lengths: NDArray[np.int64], nam
     # As many micro-batches at a time as pipeline stages keep them busy, and virtual stages take no fewer; rows of
     # padding fill them up.
     num_micro_batches = config.parallel.pipeline_model_parallel_size
-    dataset = RowDataset(corpus, geometry, None if name == AR else NoiseSpec.for_validation(), _SEED,
-                         config.model.mask_token_id, config.model.pad_token_id)
+    dataset = RowDataset(
+        corpus,
+        geometry,
+        None if name == AR else NoiseSpec.for_validation(),
+        _SEED,
+        config.model.mask_token_id,
+        config.model.pad_token_id,
+    )
     stream = RowStream(lengths, _SEED, config.data.packing_chunk, shuffle=False)
-    return BatchLoader(dataset, stream, global_batch_size=rows * ranks * num_micro_batches, micro_batch_size=rows,
-                       data_parallel_rank=parallel_state.get_data_parallel_rank(), data_parallel_size=ranks,
-                       num_rows=_count_rows(stream, geometry))
+    return BatchLoader(
+        dataset,
+        stream,
+        global_batch_size=rows * ranks * num_micro_batches,
+        micro_batch_size=rows,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=ranks,
+        num_rows=_count_rows(stream, geometry),
+    )

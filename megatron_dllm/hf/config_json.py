@@ -13,27 +13,46 @@ from megatron_dllm.config import ModelConfig
 MODELING_FILES = Path(__file__).parent / "modeling"
 FAMILY_OF_MODEL_TYPE = {
     # dFactory calls its training form of llada2_moe by a name of its own.
-    "bailing_moe": "bailing_moe", "bailing_moe_v2": "bailing_moe",
-    "llada2_moe": "llada2_moe", "llada2_moe_veomni": "llada2_moe",
-    "qwen3_moe": "qwen3_moe", "sdar_moe": "sdar_moe", "qwen3": "qwen3",
+    "bailing_moe": "bailing_moe",
+    "bailing_moe_v2": "bailing_moe",
+    "llada2_moe": "llada2_moe",
+    "llada2_moe_veomni": "llada2_moe",
+    "qwen3_moe": "qwen3_moe",
+    "sdar_moe": "sdar_moe",
+    "qwen3": "qwen3",
 }
 ARCHITECTURE_CLASS = {
-    "bailing_moe": "BailingMoeV2ForCausalLM", "llada2_moe": "LLaDA2MoeModelLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-    "sdar_moe": "SDARMoeForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "bailing_moe": "BailingMoeV2ForCausalLM",
+    "llada2_moe": "LLaDA2MoeModelLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "sdar_moe": "SDARMoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
 }
 # Architectures an export may be written as: those with the same tensors.
 ARCHITECTURES_OF_FAMILY = {
-    "bailing_moe": ("bailing_moe", "llada2_moe"), "llada2_moe": ("llada2_moe", "bailing_moe"),
-    "qwen3_moe": ("qwen3_moe", "sdar_moe"), "sdar_moe": ("sdar_moe", "qwen3_moe"), "qwen3": ("qwen3",),
+    "bailing_moe": ("bailing_moe", "llada2_moe"),
+    "llada2_moe": ("llada2_moe", "bailing_moe"),
+    "qwen3_moe": ("qwen3_moe", "sdar_moe"),
+    "sdar_moe": ("sdar_moe", "qwen3_moe"),
+    "qwen3": ("qwen3",),
 }
 DIFFUSION_ARCHITECTURES = ("llada2_moe", "sdar_moe")
 # Tokens that LLaDA2's and SGLang's decoding denoise together.
 DEFAULT_BLOCK_SIZE = 32
 # Settings that change the function and that our model does not have: key -> the only value we can express.
 _MUST_BE = {
-    "use_bias": False, "use_qkv_bias": False, "attention_bias": False, "use_sliding_window": False,
-    "norm_head": False, "norm_softmax": False, "num_nextn_predict_layers": 0, "hidden_act": "silu",
-    "use_rmsnorm": True, "quantization_config": None, "expert_capacity": None, "router_dtype": "fp32",
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "norm_head": False,
+    "norm_softmax": False,
+    "num_nextn_predict_layers": 0,
+    "hidden_act": "silu",
+    "use_rmsnorm": True,
+    "quantization_config": None,
+    "expert_capacity": None,
+    "router_dtype": "fp32",
 }
 _REMEDY = {
     "num_nextn_predict_layers": "export the checkpoint without its multi-token-prediction layers",
@@ -97,8 +116,9 @@ def from_hf_config(config: dict[str, Any], source: str = "config.json") -> Sourc
     return SourceConfig(model, block_size if isinstance(block_size, int) else None, family in DIFFUSION_ARCHITECTURES)
 
 
-def to_hf_config(model: ModelConfig, architecture: str, dtype_name: str,
-                 block_size: int | None = None) -> dict[str, Any]:
+def to_hf_config(
+    model: ModelConfig, architecture: str, dtype_name: str, block_size: int | None = None
+) -> dict[str, Any]:
     """Build config.json.
 
     Args:
@@ -111,8 +131,10 @@ def to_hf_config(model: ModelConfig, architecture: str, dtype_name: str,
         ValueError: the architecture cannot carry this model.
     """
     if architecture not in ARCHITECTURES_OF_FAMILY[model.family]:
-        raise ValueError(f"architecture ({architecture}) has other tensors than a model of family {model.family}; "
-                         f"use one of {', '.join(ARCHITECTURES_OF_FAMILY[model.family])}.")
+        raise ValueError(
+            f"architecture ({architecture}) has other tensors than a model of family {model.family}; "
+            f"use one of {', '.join(ARCHITECTURES_OF_FAMILY[model.family])}."
+        )
     config = {
         "architectures": [ARCHITECTURE_CLASS[architecture]],
         "model_type": architecture,
@@ -145,11 +167,14 @@ def to_hf_config(model: ModelConfig, architecture: str, dtype_name: str,
         config |= _qwen3_keys(model)
     if architecture == "llada2_moe":
         config |= {
-            "auto_map": {"AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
-                         "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
-                         "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM"},
+            "auto_map": {
+                "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+                "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+                "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+            },
             "rotary_dim": int(model.kv_channels * model.rotary_percent),
-            "norm_head": False, "norm_softmax": False,
+            "norm_head": False,
+            "norm_softmax": False,
         }
     if architecture in DIFFUSION_ARCHITECTURES:
         # Not "block_size": in llada2_moe SGLang takes that as a sign of routing by block.
@@ -166,8 +191,9 @@ class _Reader:
         """A value of the given type, which must be there; an int also counts as a float."""
         value = self.config.get(key)
         if value is None:
-            raise ValueError(f"{self.source} lacks {key}; it is read, never guessed: add it as the model's authors "
-                             "gave it.")
+            raise ValueError(
+                f"{self.source} lacks {key}; it is read, never guessed: add it as the model's authors gave it."
+            )
         return self.checked(key, value, kind)
 
     def get(self, key: str, default: Any, kind: type = int) -> Any:
@@ -178,21 +204,26 @@ class _Reader:
     def checked(self, key: str, value: Any, kind: type) -> Any:
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{self.source}: {key} ({value!r}) must be of type {kind.__name__}; correct it as the "
-                             "model's authors gave it.")
+            raise ValueError(
+                f"{self.source}: {key} ({value!r}) must be of type {kind.__name__}; correct it as the "
+                "model's authors gave it."
+            )
         return kind(value)
 
     def family(self) -> str:
         model_type = self.config.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILY_OF_MODEL_TYPE:
-            raise ValueError(f"{self.source}: model_type ({model_type}) is not known; "
-                             f"known are {', '.join(FAMILY_OF_MODEL_TYPE)}.")
+            raise ValueError(
+                f"{self.source}: model_type ({model_type}) is not known; known are {', '.join(FAMILY_OF_MODEL_TYPE)}."
+            )
         family = FAMILY_OF_MODEL_TYPE[model_type]
         names = self.get("architectures", [], list)
         # Ling 1.x has another architecture under the same model_type.
         if family == "bailing_moe" and names and names[0] != ARCHITECTURE_CLASS["bailing_moe"]:
-            raise ValueError(f"{self.source}: architectures ({names[0]}) is not {ARCHITECTURE_CLASS['bailing_moe']}; "
-                             "only the Ling 2.0 architecture is known under this model_type.")
+            raise ValueError(
+                f"{self.source}: architectures ({names[0]}) is not {ARCHITECTURE_CLASS['bailing_moe']}; "
+                "only the Ling 2.0 architecture is known under this model_type."
+            )
         return family
 
     def refuse_what_we_lack(self) -> None:
@@ -200,13 +231,16 @@ class _Reader:
             value = self.config.get(key, only)
             if value is not None and value != only:
                 remedy = _REMEDY.get(key, "it would change the results silently, so the model is not converted")
-                raise ValueError(f"{self.source}: {key} ({value}) must be {only}: our model has nothing else; "
-                                 f"{remedy}.")
+                raise ValueError(
+                    f"{self.source}: {key} ({value}) must be {only}: our model has nothing else; {remedy}."
+                )
         for key in ("rope_scaling", "rope_parameters"):
             kind = _rope_kind(self.get(key, {}, dict))
             if kind != "default":
-                raise ValueError(f"{self.source}: {key} ({kind}) must be null: our rotary embedding is unscaled; "
-                                 "use the checkpoint of the native context length.")
+                raise ValueError(
+                    f"{self.source}: {key} ({kind}) must be null: our rotary embedding is unscaled; "
+                    "use the checkpoint of the native context length."
+                )
 
     def rope(self, key: str) -> float | None:
         """A RoPE value from where transformers 4 or 5 writes it."""
@@ -233,27 +267,38 @@ def _common(reader: _Reader, family: str) -> ModelConfig:
     hidden = reader.need("hidden_size")
     theta = reader.rope("rope_theta")
     if theta is None:
-        raise ValueError(f"{reader.source} lacks rope_theta; checkpoints of one model differ in it, so it is not "
-                         "guessed.")
+        raise ValueError(
+            f"{reader.source} lacks rope_theta; checkpoints of one model differ in it, so it is not guessed."
+        )
     return ModelConfig(
-        family=family, num_layers=reader.need("num_hidden_layers"), hidden_size=hidden,
-        ffn_hidden_size=reader.need("intermediate_size"), num_attention_heads=heads,
+        family=family,
+        num_layers=reader.need("num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=reader.need("intermediate_size"),
+        num_attention_heads=heads,
         num_query_groups=reader.need("num_key_value_heads"),
         kv_channels=reader.get("head_dim", 0) or hidden // max(heads, 1),
-        vocab_size=reader.need("vocab_size"), max_position_embeddings=reader.need("max_position_embeddings"),
-        layernorm_epsilon=reader.need("rms_norm_eps", float), rotary_base=theta, rotary_percent=1.0,
+        vocab_size=reader.need("vocab_size"),
+        max_position_embeddings=reader.need("max_position_embeddings"),
+        layernorm_epsilon=reader.need("rms_norm_eps", float),
+        rotary_base=theta,
+        rotary_percent=1.0,
         tie_word_embeddings=reader.get("tie_word_embeddings", False, bool),
         init_method_std=reader.get("initializer_range", 0.02, float),
-        mask_token_id=reader.token_id("mask_token_id"), eos_token_id=reader.token_id("eos_token_id"),
-        pad_token_id=reader.token_id("pad_token_id"))
+        mask_token_id=reader.token_id("mask_token_id"),
+        eos_token_id=reader.token_id("eos_token_id"),
+        pad_token_id=reader.token_id("pad_token_id"),
+    )
 
 
 def _bailing(reader: _Reader, model: ModelConfig) -> ModelConfig:
     config = reader.config
     if config.get("score_function", "sigmoid") != "sigmoid" or config.get("norm_topk_prob", True) is not True:
-        raise ValueError(f"{reader.source}: score_function ({config.get('score_function')}) and norm_topk_prob "
-                         f"({config.get('norm_topk_prob')}) must be sigmoid and true: our router normalises sigmoid "
-                         "scores.")
+        raise ValueError(
+            f"{reader.source}: score_function ({config.get('score_function')}) and norm_topk_prob "
+            f"({config.get('norm_topk_prob')}) must be sigmoid and true: our router normalises sigmoid "
+            "scores."
+        )
     factor = reader.rope("partial_rotary_factor")
     if factor is None:
         # Ling-1T gives the number of rotated features instead.
@@ -263,43 +308,62 @@ def _bailing(reader: _Reader, model: ModelConfig) -> ModelConfig:
     shared_size = num_shared * reader.need("moe_intermediate_size")
     stated = config.get("moe_shared_expert_intermediate_size")
     if num_shared and stated is not None and stated not in (shared_size, config["moe_intermediate_size"]):
-        raise ValueError(f"{reader.source}: moe_shared_expert_intermediate_size ({stated}) contradicts "
-                         f"num_shared_experts x moe_intermediate_size ({shared_size}); correct whichever is wrong.")
+        raise ValueError(
+            f"{reader.source}: moe_shared_expert_intermediate_size ({stated}) contradicts "
+            f"num_shared_experts x moe_intermediate_size ({shared_size}); correct whichever is wrong."
+        )
     return replace(
-        model, qk_layernorm=reader.get("use_qk_norm", True, bool), rotary_percent=factor,
-        num_dense_layers=reader.need("first_k_dense_replace"), num_moe_experts=reader.need("num_experts"),
-        moe_ffn_hidden_size=reader.need("moe_intermediate_size"), moe_shared_expert_intermediate_size=shared_size,
+        model,
+        qk_layernorm=reader.get("use_qk_norm", True, bool),
+        rotary_percent=factor,
+        num_dense_layers=reader.need("first_k_dense_replace"),
+        num_moe_experts=reader.need("num_experts"),
+        moe_ffn_hidden_size=reader.need("moe_intermediate_size"),
+        moe_shared_expert_intermediate_size=shared_size,
         moe_router_topk=reader.need("num_experts_per_tok"),
         moe_router_num_groups=num_groups if num_groups > 1 else 0,
         moe_router_group_topk=reader.get("topk_group", 0) if num_groups > 1 else 0,
-        moe_router_topk_scaling_factor=reader.need("routed_scaling_factor", float), moe_router_score_function="sigmoid",
-        moe_router_pre_softmax=False, moe_router_dtype="fp32",
-        moe_router_enable_expert_bias=reader.get("moe_router_enable_expert_bias", True, bool))
+        moe_router_topk_scaling_factor=reader.need("routed_scaling_factor", float),
+        moe_router_score_function="sigmoid",
+        moe_router_pre_softmax=False,
+        moe_router_dtype="fp32",
+        moe_router_enable_expert_bias=reader.get("moe_router_enable_expert_bias", True, bool),
+    )
 
 
 def _qwen3_moe(reader: _Reader, model: ModelConfig) -> ModelConfig:
     if reader.config.get("decoder_sparse_step", 1) != 1:
-        raise ValueError(f"{reader.source}: decoder_sparse_step ({reader.config['decoder_sparse_step']}) must be 1: "
-                         "our model has dense layers only below its mixture-of-experts layers.")
+        raise ValueError(
+            f"{reader.source}: decoder_sparse_step ({reader.config['decoder_sparse_step']}) must be 1: "
+            "our model has dense layers only below its mixture-of-experts layers."
+        )
     dense = reader.get("mlp_only_layers", [], list)
     if any(layer not in dense for layer in range(len(dense))):
-        raise ValueError(f"{reader.source}: mlp_only_layers ({dense}) must be the lowest layers: our model has dense "
-                         "layers only below its mixture-of-experts layers.")
+        raise ValueError(
+            f"{reader.source}: mlp_only_layers ({dense}) must be the lowest layers: our model has dense "
+            "layers only below its mixture-of-experts layers."
+        )
     return replace(
-        model, num_dense_layers=len(dense),
+        model,
+        num_dense_layers=len(dense),
         # transformers 5 saves the number of experts under another name.
         num_moe_experts=reader.get("num_local_experts", 0) or reader.need("num_experts"),
-        moe_ffn_hidden_size=reader.need("moe_intermediate_size"), moe_router_topk=reader.need("num_experts_per_tok"),
-        moe_router_score_function="softmax", moe_router_pre_softmax=not reader.need("norm_topk_prob", bool),
-        moe_router_enable_expert_bias=False)
+        moe_ffn_hidden_size=reader.need("moe_intermediate_size"),
+        moe_router_topk=reader.need("num_experts_per_tok"),
+        moe_router_score_function="softmax",
+        moe_router_pre_softmax=not reader.need("norm_topk_prob", bool),
+        moe_router_enable_expert_bias=False,
+    )
 
 
 def _bailing_keys(model: ModelConfig) -> dict[str, Any]:
     has_groups = model.moe_router_num_groups > 1
     shared = model.moe_shared_expert_intermediate_size
     if shared % max(model.moe_ffn_hidden_size, 1):
-        raise ValueError(f"model.moe_shared_expert_intermediate_size ({shared}) must be a multiple of "
-                         f"moe_ffn_hidden_size ({model.moe_ffn_hidden_size}): config.json counts shared experts.")
+        raise ValueError(
+            f"model.moe_shared_expert_intermediate_size ({shared}) must be a multiple of "
+            f"moe_ffn_hidden_size ({model.moe_ffn_hidden_size}): config.json counts shared experts."
+        )
     return {
         "first_k_dense_replace": model.num_dense_layers,
         "moe_intermediate_size": model.moe_ffn_hidden_size,
@@ -316,8 +380,12 @@ def _bailing_keys(model: ModelConfig) -> dict[str, Any]:
         "num_nextn_predict_layers": 0,
         "output_router_logits": False,
         "partial_rotary_factor": model.rotary_percent,
-        "use_bias": False, "use_qkv_bias": False, "use_qk_norm": model.qk_layernorm, "use_rmsnorm": True,
-        "embedding_dropout": 0.0, "output_dropout": 0.0,
+        "use_bias": False,
+        "use_qkv_bias": False,
+        "use_qk_norm": model.qk_layernorm,
+        "use_rmsnorm": True,
+        "embedding_dropout": 0.0,
+        "output_dropout": 0.0,
     }
 
 

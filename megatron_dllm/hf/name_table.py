@@ -22,8 +22,11 @@ WHOLE, GATE, UP, QUERY, KEY, VALUE = "whole", "gate", "up", "query", "key", "val
 
 # Families whose tensors carry the same names and shapes.
 NAMES_OF_FAMILY = {
-    "bailing_moe": "bailing", "llada2_moe": "bailing",
-    "qwen3_moe": "qwen3", "sdar_moe": "qwen3", "qwen3": "qwen3",
+    "bailing_moe": "bailing",
+    "llada2_moe": "bailing",
+    "qwen3_moe": "qwen3",
+    "sdar_moe": "qwen3",
+    "qwen3": "qwen3",
 }
 
 
@@ -82,10 +85,18 @@ _BAILING = (
     Rule("model.layers.{l}.attention.query_key_value.weight", _QKV, "QKV H", QUERY),
     Rule("model.layers.{l}.attention.query_key_value.weight", _QKV, "QKV H", KEY),
     Rule("model.layers.{l}.attention.query_key_value.weight", _QKV, "QKV H", VALUE),
-    Rule("model.layers.{l}.attention.query_layernorm.weight", _LAYER + "self_attention.q_layernorm.weight", "D",
-         when="norms"),
-    Rule("model.layers.{l}.attention.key_layernorm.weight", _LAYER + "self_attention.k_layernorm.weight", "D",
-         when="norms"),
+    Rule(
+        "model.layers.{l}.attention.query_layernorm.weight",
+        _LAYER + "self_attention.q_layernorm.weight",
+        "D",
+        when="norms",
+    ),
+    Rule(
+        "model.layers.{l}.attention.key_layernorm.weight",
+        _LAYER + "self_attention.k_layernorm.weight",
+        "D",
+        when="norms",
+    ),
     Rule("model.layers.{l}.attention.dense.weight", _LAYER + "self_attention.linear_proj.weight", "H Q"),
     Rule("model.layers.{l}.mlp.gate.expert_bias", _LAYER + "mlp.router.expert_bias", "E", when="bias"),
     Rule("model.layers.{l}.mlp.shared_experts.gate_proj.weight", _SHARED_FC1, "S H", GATE, "shared"),
@@ -211,17 +222,29 @@ def _is_moe_layer(model: ModelConfig, layer: int) -> bool:
 def _letters(model: ModelConfig) -> dict[str, int]:
     head_dim, heads, groups = model.kv_channels, model.num_attention_heads, model.num_query_groups
     return {
-        "V": model.vocab_size, "H": model.hidden_size, "D": head_dim, "NH": heads, "NG": groups,
-        "Q": heads * head_dim, "K": groups * head_dim, "QKV": (heads + 2 * groups) * head_dim,
-        "I": model.ffn_hidden_size, "M": model.moe_ffn_hidden_size,
-        "S": model.moe_shared_expert_intermediate_size, "E": model.num_moe_experts,
+        "V": model.vocab_size,
+        "H": model.hidden_size,
+        "D": head_dim,
+        "NH": heads,
+        "NG": groups,
+        "Q": heads * head_dim,
+        "K": groups * head_dim,
+        "QKV": (heads + 2 * groups) * head_dim,
+        "I": model.ffn_hidden_size,
+        "M": model.moe_ffn_hidden_size,
+        "S": model.moe_shared_expert_intermediate_size,
+        "E": model.num_moe_experts,
     }
 
 
 def _applies(rule: Rule, model: ModelConfig, layer: int) -> bool:
     is_moe = _is_moe_layer(model, layer)
     return {
-        "layer": True, "norms": model.qk_layernorm, "dense": not is_moe, "moe": is_moe, "expert": is_moe,
+        "layer": True,
+        "norms": model.qk_layernorm,
+        "dense": not is_moe,
+        "moe": is_moe,
+        "expert": is_moe,
         "bias": is_moe and model.moe_router_enable_expert_bias,
         "shared": is_moe and model.moe_shared_expert_intermediate_size > 0,
     }[rule.when]
@@ -229,8 +252,9 @@ def _applies(rule: Rule, model: ModelConfig, layer: int) -> bool:
 
 def _instances(model: ModelConfig, table: tuple[Rule, ...]) -> Iterator[tuple[Rule, int, int]]:
     """Rules with their layer and expert, in the order of the forward pass: embedding, layers, head."""
-    whole_model = [rule for rule in table if rule.when == "model"
-                   or (rule.when == "untied" and not model.tie_word_embeddings)]
+    whole_model = [
+        rule for rule in table if rule.when == "model" or (rule.when == "untied" and not model.tie_word_embeddings)
+    ]
     yield from ((rule, 0, 0) for rule in whole_model if rule.mcore.startswith("embedding."))
     layer_rules = [rule for rule in table if rule.when not in ("model", "untied")]
     for layer in range(model.num_layers):
@@ -263,8 +287,9 @@ def _place(rule: Rule, hf_name: str, key: str, expert: int, letters: dict[str, i
         start = number * prod(matrix)
         is_stacked = rule.when == "expert" or len(shape) == 3
         offsets = (row,) + (0,) * (len(matrix) - 1)
-        yield Piece(hf_name, start, key, (index, *offsets) if is_stacked else offsets,
-                    (1, *matrix) if is_stacked else matrix)
+        yield Piece(
+            hf_name, start, key, (index, *offsets) if is_stacked else offsets, (1, *matrix) if is_stacked else matrix
+        )
 
 
 def _place_attention(rule: Rule, hf_name: str, key: str, letters: dict[str, int]) -> Iterator[Piece]:

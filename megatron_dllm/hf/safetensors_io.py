@@ -21,8 +21,16 @@ SINGLE_NAME = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100 * 1024**2
 DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -53,25 +61,31 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-            raise ValueError(f"{path} ({size} bytes) is no whole safetensors file: its header would take {length} "
-                             "bytes; download or write it again.")
+            raise ValueError(
+                f"{path} ({size} bytes) is no whole safetensors file: its header would take {length} "
+                "bytes; download or write it again."
+            )
         try:
             header = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} has a corrupt safetensors header ({error}); download or write it "
-                             "again.") from error
+            raise ValueError(
+                f"{path} has a corrupt safetensors header ({error}); download or write it again."
+            ) from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} has a corrupt safetensors header (no JSON object); download or write it again.")
     tensors = [_stored_tensor(path, 8 + length, *item) for item in header.items() if item[0] != "__metadata__"]
     end = 8 + length
     for name, tensor in sorted(tensors, key=lambda item: item[1].start):
         if tensor.start != end:
-            raise ValueError(f"{path}: tensor {name} does not begin where the one before it ends; the header is "
-                             "corrupt.")
+            raise ValueError(
+                f"{path}: tensor {name} does not begin where the one before it ends; the header is corrupt."
+            )
         end = tensor.start + tensor.num_bytes
         if end > size:
-            raise ValueError(f"{path} is truncated: tensor {name} ends at byte {end}, the file at {size}; "
-                             "download or write it again.")
+            raise ValueError(
+                f"{path} is truncated: tensor {name} ends at byte {end}, the file at {size}; "
+                "download or write it again."
+            )
     if end != size:
         raise ValueError(f"{path} has {size - end} bytes after its last tensor; download or write it again.")
     return dict(tensors)
@@ -113,13 +127,17 @@ class SafetensorsFolder:
         for path in _shard_paths(folder, index):
             for name, tensor in read_header(path).items():
                 if name in self.tensors:
-                    raise ValueError(f"{path}: tensor {name} is also in {self.tensors[name].path.name}; "
-                                     "keep one set of shards in the folder.")
+                    raise ValueError(
+                        f"{path}: tensor {name} is also in {self.tensors[name].path.name}; "
+                        "keep one set of shards in the folder."
+                    )
                 self.tensors[name] = tensor
         for name, file_name in (index or {}).items():
             if name not in self.tensors or self.tensors[name].path.name != file_name:
-                raise ValueError(f"{folder / INDEX_NAME} names tensor {name} in {file_name}, which does not hold it; "
-                                 "download the folder again.")
+                raise ValueError(
+                    f"{folder / INDEX_NAME} names tensor {name} in {file_name}, which does not hold it; "
+                    "download the folder again."
+                )
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Read a run of elements into `out`.
@@ -133,8 +151,12 @@ class SafetensorsFolder:
             ValueError: the file ended early.
         """
         tensor = self.tensors[name]
-        read_exactly(descriptor_of(tensor.path, self._files), tensor.start + start * tensor.dtype.itemsize, out,
-                     f"{tensor.path}: {name}")
+        read_exactly(
+            descriptor_of(tensor.path, self._files),
+            tensor.start + start * tensor.dtype.itemsize,
+            out,
+            f"{tensor.path}: {name}",
+        )
 
     def close(self) -> None:
         """Close the open shards."""
@@ -203,8 +225,12 @@ def _shard_paths(folder: Path, index: dict[str, str] | None) -> list[Path]:
 class SafetensorsWriter:
     """Writes a folder whose tensors are all known beforehand, in any order of elements."""
 
-    def __init__(self, folder: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
-                 max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
         """Lay the shards out, write their headers.
 
         Args:
@@ -216,8 +242,11 @@ class SafetensorsWriter:
         self._places: dict[str, tuple[int, int, torch.dtype]] = {}
         self._descriptors: list[int] = []
         shards = _fill_shards(tensors, max_shard_bytes)
-        names = [SINGLE_NAME] if len(shards) == 1 else [
-            f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+        names = (
+            [SINGLE_NAME]
+            if len(shards) == 1
+            else [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+        )
         total = sum(_num_bytes(entry) for entry in tensors.values())
         for file_name, shard in zip(names, shards, strict=True):
             self._begin_shard(file_name, {name: tensors[name] for name in shard})

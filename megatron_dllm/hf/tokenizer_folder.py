@@ -15,8 +15,17 @@ from typing import Any
 # The id that serving uses, by the vocabulary's size, and the text SDAR and LLaDA2 give the token.
 RESERVED_MASK_IDS = {157184: (156895, "<|mask|>"), 151936: (151669, "<|MASK|>")}
 MASK_TEXTS = ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 # A token nobody has given a meaning yet.
 _PLACEHOLDER = re.compile(r"reserved|unused|placeholder|extra_\d|dummy", re.IGNORECASE)
 
@@ -38,8 +47,9 @@ class TokenizerFiles:
         try:
             self.ids = self._ids()
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder}: the tokenizer's files name its tokens in an unknown way ({error!r}); download "
-                             "them again.") from error
+            raise ValueError(
+                f"{folder}: the tokenizer's files name its tokens in an unknown way ({error!r}); download them again."
+            ) from error
         self.texts = {token_id: text for text, token_id in self.ids.items()}
 
     @property
@@ -95,20 +105,28 @@ def settle_mask_id(files: TokenizerFiles, vocab_size: int, stated: int, wanted: 
     candidates = (wanted, stated if stated >= 0 else None, reserved, own)
     mask_id = next((candidate for candidate in candidates if candidate is not None), None)
     if mask_id is None:
-        raise ValueError("mask_token_id (auto) cannot be found: neither config.json nor the tokenizer of "
-                         f"{files.folder} has a mask token; add one to the tokenizer, or give --mask_token_id with "
-                         "the id of a reserved token.")
+        raise ValueError(
+            "mask_token_id (auto) cannot be found: neither config.json nor the tokenizer of "
+            f"{files.folder} has a mask token; add one to the tokenizer, or give --mask_token_id with "
+            "the id of a reserved token."
+        )
     if not 0 <= mask_id < vocab_size:
-        raise ValueError(f"mask_token_id ({mask_id}) has no row in the embedding (vocab_size {vocab_size}); "
-                         "give the id of a reserved token below it.")
+        raise ValueError(
+            f"mask_token_id ({mask_id}) has no row in the embedding (vocab_size {vocab_size}); "
+            "give the id of a reserved token below it."
+        )
     if own is not None and own != mask_id:
-        raise ValueError(f"mask_token_id ({mask_id}) differs from the tokenizer's own mask token ({own}, "
-                         f"{files.texts[own]}); serving would mask with the wrong token: use one id in both.")
+        raise ValueError(
+            f"mask_token_id ({mask_id}) differs from the tokenizer's own mask token ({own}, "
+            f"{files.texts[own]}); serving would mask with the wrong token: use one id in both."
+        )
     text = files.texts.get(mask_id)
     if text is not None and own != mask_id and not _PLACEHOLDER.search(text):
-        raise ValueError(f"mask_token_id ({mask_id}) is {text} in the tokenizer of {files.folder}, which gives it "
-                         "another meaning; convert from the base model, or give --tokenizer with one whose mask token "
-                         "has this id (LLaDA2's moved the other token away).")
+        raise ValueError(
+            f"mask_token_id ({mask_id}) is {text} in the tokenizer of {files.folder}, which gives it "
+            "another meaning; convert from the base model, or give --tokenizer with one whose mask token "
+            "has this id (LLaDA2's moved the other token away)."
+        )
     return mask_id
 
 
@@ -129,8 +147,10 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
         shutil.copyfile(files.folder / name, target / name)
     if files.exists and files.special_id("mask_token") != mask_id:
         if not files.tokenizer:
-            raise ValueError(f"{files.folder} has no tokenizer.json, so it cannot be given the mask token ({mask_id}); "
-                             "save it as a fast tokenizer first, or give --tokenizer.")
+            raise ValueError(
+                f"{files.folder} has no tokenizer.json, so it cannot be given the mask token ({mask_id}); "
+                "save it as a fast tokenizer first, or give --tokenizer."
+            )
         own_text = files.texts.get(mask_id) if files.mask_id() == mask_id else None
         text = own_text or RESERVED_MASK_IDS.get(vocab_size, (None, "<|mask|>"))[1]
         _declare_mask(files, target, text, mask_id)
@@ -140,10 +160,17 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
 def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) -> None:
     """Write the mask token into the copied files, at exactly `mask_id`."""
     old = files.texts.get(mask_id)
-    entry = {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-             "special": True}
+    entry = {
+        "content": text,
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     if files.tokenizer and {"id": mask_id, "content": text} not in [
-            {"id": item["id"], "content": item["content"]} for item in files.tokenizer.get("added_tokens") or []]:
+        {"id": item["id"], "content": item["content"]} for item in files.tokenizer.get("added_tokens") or []
+    ]:
         tokenizer = json.loads(json.dumps(files.tokenizer))
         added = [item for item in tokenizer.get("added_tokens") or [] if item["id"] != mask_id]
         tokenizer["added_tokens"] = sorted([*added, {"id": mask_id, **entry}], key=lambda item: item["id"])

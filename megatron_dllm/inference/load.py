@@ -92,13 +92,16 @@ def load_hf_weights(folder: Path, model: DiffusionGPTModel) -> None:
     has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in source.tensors)
     table = weight_map(sizes, has_stacked_experts=has_stacked_experts)
     stored = {name: tensor.shape for name, tensor in source.tensors.items()}
-    differing = sorted(name for name in stored.keys() | table.hf_shapes.keys()
-                       if stored.get(name) != table.hf_shapes.get(name))
+    differing = sorted(
+        name for name in stored.keys() | table.hf_shapes.keys() if stored.get(name) != table.hf_shapes.get(name)
+    )
     if differing:
         name = differing[0]
-        raise ValueError(f"{folder}: {len(differing)} tensors do not fit its config.json; {name} is "
-                         f"{stored.get(name)}, expected {table.hf_shapes.get(name)}. The folder is of another model, "
-                         "or incomplete.")
+        raise ValueError(
+            f"{folder}: {len(differing)} tensors do not fit its config.json; {name} is "
+            f"{stored.get(name)}, expected {table.hf_shapes.get(name)}. The folder is of another model, "
+            "or incomplete."
+        )
     targets: dict[str, list[ShardedTensor]] = defaultdict(list)
     state = model.sharded_state_dict()
     apply_factories(state)
@@ -121,8 +124,10 @@ def _copy_piece(source: SafetensorsFolder, piece: Piece, targets: list[ShardedTe
     num_copied = 0
     for target in targets:
         data = target.data.view((1,) * target.prepend_axis_num + tuple(target.local_shape))
-        box = [(max(a, b), min(a + n, b + m)) for a, n, b, m in
-               zip(piece.offsets, piece.sizes, target.global_offset, data.shape, strict=True)]
+        box = [
+            (max(a, b), min(a + n, b + m))
+            for a, n, b, m in zip(piece.offsets, piece.sizes, target.global_offset, data.shape, strict=True)
+        ]
         if all(low < high for low, high in box):
             part = values[_slices(box, piece.offsets)]
             data[_slices(box, target.global_offset)].copy_(part)

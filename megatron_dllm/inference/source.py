@@ -53,11 +53,15 @@ def read_source(config: GenerateConfig) -> CheckpointSource:
     model, block_size, beside = _read_hf(folder) if is_hf else _read_torch_dist(folder)
     longest = model.max_position_embeddings
     if config.context_length is not None and config.context_length > longest:
-        raise ValueError(f"context_length ({config.context_length}) must not exceed the model's "
-                         f"max_position_embeddings ({longest}).")
+        raise ValueError(
+            f"context_length ({config.context_length}) must not exceed the model's max_position_embeddings ({longest})."
+        )
     contract = DecodingContract(
-        block_size=config.block_size or block_size, context_length=config.context_length or longest,
-        mask_token_id=model.mask_token_id, eos_token_ids=(model.eos_token_id,))
+        block_size=config.block_size or block_size,
+        context_length=config.context_length or longest,
+        mask_token_id=model.mask_token_id,
+        eos_token_ids=(model.eos_token_id,),
+    )
     return CheckpointSource(folder, is_hf, model, contract, _find_tokenizer(beside, config.tokenizer))
 
 
@@ -65,8 +69,10 @@ def _read_torch_dist(folder: Path) -> tuple[ModelConfig, int, Path | None]:
     """Model, block size and tokenizer folder of a torch_dist checkpoint."""
     stored = read_contract(folder)
     if not stored.is_diffusion:
-        raise ValueError(f"{folder}: contract.shift (true) means that it predicts the next token, autoregressively; "
-                         "convert it with megatron_dllm.train before decoding blocks.")
+        raise ValueError(
+            f"{folder}: contract.shift (true) means that it predicts the next token, autoregressively; "
+            "convert it with megatron_dllm.train before decoding blocks."
+        )
     return stored.model, stored.block_size, tokenizer_folder(folder, stored)
 
 
@@ -75,14 +81,20 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, int, Path | None]:
     stored = read_hf_config(folder)
     model = stored.model
     if not stored.is_diffusion:
-        raise ValueError(f"{folder}: model_type ({model.family}) predicts the next token, autoregressively; convert it "
-                         f"first, or name a folder of {' or '.join(SERVED_BLOCK_SIZES)}.")
+        raise ValueError(
+            f"{folder}: model_type ({model.family}) predicts the next token, autoregressively; convert it "
+            f"first, or name a folder of {' or '.join(SERVED_BLOCK_SIZES)}."
+        )
     files = TokenizerFiles(folder)
     eos = model.eos_token_id if model.eos_token_id >= 0 else files.eos_id()
     if eos is None:
         raise ValueError(f"{folder}: eos_token_id is neither in {HF_CONFIG} nor in the tokenizer; add it there.")
-    model = replace(model, mask_token_id=settle_mask_id(files, model.vocab_size, model.mask_token_id, None),
-                    eos_token_id=eos, pad_token_id=model.pad_token_id if model.pad_token_id >= 0 else eos)
+    model = replace(
+        model,
+        mask_token_id=settle_mask_id(files, model.vocab_size, model.mask_token_id, None),
+        eos_token_id=eos,
+        pad_token_id=model.pad_token_id if model.pad_token_id >= 0 else eos,
+    )
     model.validate()
     return model, stored.block_size or SERVED_BLOCK_SIZES[model.family], folder
 

@@ -12,11 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_swiglu import (
-    weighted_bias_swiglu_impl,
-    weighted_swiglu,
-    weighted_swiglu_back,
-)
+from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl, weighted_swiglu, weighted_swiglu_back
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
@@ -33,13 +29,16 @@ class BatchedExperts(SequentialMLP):
         """Take SequentialMLP's arguments."""
         super().__init__(*args, **kwargs)
         config = self.config
-        assert config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear, \
+        assert config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear, (
             "BatchedExperts computes gated SiLU without bias"
-        assert not (config.fp8 or config.fp4 or config.moe_apply_probs_on_input), \
+        )
+        assert not (config.fp8 or config.fp4 or config.moe_apply_probs_on_input), (
             "BatchedExperts has neither fp8 nor probabilities on its input"
+        )
 
-    def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor,
-                permuted_probs: Tensor) -> tuple[Tensor, None]:
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
         """Send every token through its expert.
 
         Args:
@@ -59,8 +58,9 @@ class BatchedExperts(SequentialMLP):
         return _SectionExperts.apply(hidden, probs, tokens_per_expert.tolist(), *first, *second), None
 
 
-def grouped_experts(rows: Tensor, probs: Tensor, sizes: Tensor, first: Sequence[Tensor],
-                    second: Sequence[Tensor]) -> Tensor:
+def grouped_experts(
+    rows: Tensor, probs: Tensor, sizes: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> Tensor:
     """Every token through its expert by one grouped product for each of the two layers.
 
     Args:
@@ -85,9 +85,8 @@ class _SectionExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, probs: Tensor, sizes: list[int],
-                *weights: Tensor) -> Tensor:  # type: ignore[override]
-        first, second = weights[:len(sizes)], weights[len(sizes):]
+    def forward(ctx: Any, rows: Tensor, probs: Tensor, sizes: list[int], *weights: Tensor) -> Tensor:  # type: ignore[override]
+        first, second = weights[: len(sizes)], weights[len(sizes) :]
         inner = rows.new_empty(rows.shape[0], first[0].shape[0])
         out = rows.new_empty(rows.shape[0], second[0].shape[0])
         sections = zip(*(tensor.split(sizes) for tensor in (rows, probs, inner, out)), strict=True)
@@ -103,13 +102,14 @@ class _SectionExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         rows, probs, inner, *weights = ctx.saved_tensors
         sizes = ctx.sizes
-        first, second = weights[:len(sizes)], weights[len(sizes):]
+        first, second = weights[: len(sizes)], weights[len(sizes) :]
         grad_rows, grad_probs = torch.empty_like(rows), torch.empty_like(probs)
         # A tensor for every weight, of zeros where an expert had no token: the data-parallel wrapper waits for all.
         grad_first = rows.new_empty(len(sizes), *first[0].shape)
         grad_second = rows.new_empty(len(sizes), *second[0].shape)
-        sections = zip(*(tensor.split(sizes) for tensor in (rows, probs, inner, grad, grad_rows, grad_probs)),
-                       strict=True)
+        sections = zip(
+            *(tensor.split(sizes) for tensor in (rows, probs, inner, grad, grad_rows, grad_probs)), strict=True
+        )
         experts = zip(first, second, grad_first, grad_second, sections, strict=True)
         for up, down, grad_up, grad_down, (part, factor, inner_part, grad_part, to_rows, to_probs) in experts:
             if not len(part):

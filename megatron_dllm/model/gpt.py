@@ -64,26 +64,42 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
     return dict(
-        num_layers=model.num_layers, hidden_size=model.hidden_size, ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads, num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels, init_method_std=model.init_method_std,
-        normalization="RMSNorm", layernorm_epsilon=model.layernorm_epsilon, qk_layernorm=model.qk_layernorm,
-        gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=False,
-        hidden_dropout=0.0, attention_dropout=0.0,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        init_method_std=model.init_method_std,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        qk_layernorm=model.qk_layernorm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
         # The rotary angles differ from row to row, which the fused kernel does not take.
-        apply_rope_fusion=False, bias_dropout_fusion=has_cuda,
+        apply_rope_fusion=False,
+        bias_dropout_fusion=has_cuda,
         # On CPU it is not compiled, but keeps only its input for the backward pass.
         bias_activation_fusion=True,
-        persist_layer_norm=has_te, gradient_accumulation_fusion=False,
-        params_dtype=dtype, pipeline_dtype=dtype, bf16=parallel.precision == "bf16",
+        persist_layer_norm=has_te,
+        gradient_accumulation_fusion=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=parallel.precision == "bf16",
         # Losses are summed over targets and divided once, by the global batch's count.
         calculate_per_token_loss=True,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size, sequence_parallel=parallel.sequence_parallel,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         # With virtual stages one rank may be both the previous and the next of another (two ranks: always). Batched
         # sends would then mix up activations and gradients; one by one they have an order and groups of their own.
-        overlap_p2p_comm=is_interleaved, batch_p2p_comm=not is_interleaved,
+        overlap_p2p_comm=is_interleaved,
+        batch_p2p_comm=not is_interleaved,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         # An overlapped send of gloo reads the tensor while it is on its way; of NCCL, in the stream's order.
@@ -97,7 +113,8 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         moe_layer_freq=[int(model.is_moe and layer >= model.num_dense_layers) for layer in range(model.num_layers)],
         cuda_graph_scope=[],
         **_moe_arguments(model, _token_dispatcher(parallel, has_cuda), has_cuda, has_te),
-        **_recompute_arguments(parallel.recompute))
+        **_recompute_arguments(parallel.recompute),
+    )
 
 
 def _token_dispatcher(parallel: ParallelConfig, has_cuda: bool) -> str:
@@ -106,9 +123,11 @@ def _token_dispatcher(parallel: ParallelConfig, has_cuda: bool) -> str:
         return "alltoall" if has_cuda else "allgather"
     expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     if parallel.moe_token_dispatcher == "alltoall" and expert_tp > 1 and not has_cuda:
-        raise ValueError(f"parallel.moe_token_dispatcher (alltoall) needs NCCL with expert_tensor_parallel_size "
-                         f"{expert_tp}: the tensor ranks gather different numbers of tokens, which gloo cannot; use "
-                         "allgather or auto.")
+        raise ValueError(
+            f"parallel.moe_token_dispatcher (alltoall) needs NCCL with expert_tensor_parallel_size "
+            f"{expert_tp}: the tensor ranks gather different numbers of tokens, which gloo cannot; use "
+            "allgather or auto."
+        )
     return parallel.moe_token_dispatcher
 
 
@@ -116,7 +135,8 @@ def _moe_arguments(model: ModelConfig, dispatcher: str, has_cuda: bool, has_te: 
     if not model.is_moe:
         return {}
     return dict(
-        num_moe_experts=model.num_moe_experts, moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        num_moe_experts=model.num_moe_experts,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
         moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size or None,
         moe_router_topk=model.moe_router_topk,
         moe_router_num_groups=model.moe_router_num_groups or None,
@@ -128,9 +148,12 @@ def _moe_arguments(model: ModelConfig, dispatcher: str, has_cuda: bool, has_te: 
         moe_router_bias_update_rate=model.moe_router_bias_update_rate,
         moe_router_dtype=model.moe_router_dtype,
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff, moe_z_loss_coeff=model.moe_z_loss_coeff or None,
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_z_loss_coeff=model.moe_z_loss_coeff or None,
         moe_token_dispatcher_type=dispatcher,
-        moe_grouped_gemm=has_te, moe_permute_fusion=has_te)
+        moe_grouped_gemm=has_te,
+        moe_permute_fusion=has_te,
+    )
 
 
 def _recompute_arguments(recompute: str) -> dict[str, Any]:
@@ -142,8 +165,11 @@ def _recompute_arguments(recompute: str) -> dict[str, Any]:
 
 
 def _layer_spec(config: TransformerConfig, is_moe: bool, attention_backend: str, skips_outputs: bool) -> ModuleSpec:
-    arguments = dict(num_experts=config.num_moe_experts if is_moe else None, qk_layernorm=config.qk_layernorm,
-                     moe_grouped_gemm=is_moe and config.moe_grouped_gemm)
+    arguments = dict(
+        num_experts=config.num_moe_experts if is_moe else None,
+        qk_layernorm=config.qk_layernorm,
+        moe_grouped_gemm=is_moe and config.moe_grouped_gemm,
+    )
     if uses_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(**arguments)
     else:
@@ -158,26 +184,42 @@ def _layer_spec(config: TransformerConfig, is_moe: bool, attention_backend: str,
         spec.module = LastLayer
     spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.arbitrary}
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        module=RoleAttention, params={"backend": attention_backend, "selects_rows": skips_outputs})
+        module=RoleAttention, params={"backend": attention_backend, "selects_rows": skips_outputs}
+    )
     spec.submodules.sharded_state_dict_keys_map = dict(_CHECKPOINT_NAMES)
     return spec
 
 
-def block_spec(config: TransformerConfig, attention_backend: str, vp_stage: int | None,
-               skips_outputs: bool = False) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, attention_backend: str, vp_stage: int | None, skips_outputs: bool = False
+) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds, and of the final norm."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     number = get_num_layers_to_build(config, vp_stage=vp_stage)
-    specs = [_layer_spec(config, bool(config.moe_layer_freq[layer]), attention_backend,
-                         skips_outputs and layer == config.num_layers - 1) for layer in range(first, first + number)]
+    specs = [
+        _layer_spec(
+            config,
+            bool(config.moe_layer_freq[layer]),
+            attention_backend,
+            skips_outputs and layer == config.num_layers - 1,
+        )
+        for layer in range(first, first + number)
+    ]
     layer_norm = RMSNorm
     if uses_transformer_engine():
         from megatron.core.extensions.transformer_engine import TENorm as layer_norm
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm)
 
 
-def build_model(model: ModelConfig, parallel: ParallelConfig, *, pre_process: bool, post_process: bool,
-                vp_stage: int | None = None, attention_backend: str | None = None) -> DiffusionGPTModel:
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None = None,
+    attention_backend: str | None = None,
+) -> DiffusionGPTModel:
     """This rank's part of the model, with random weights. Process groups must exist.
 
     Args:
@@ -193,25 +235,44 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, *, pre_process: bo
     """
     config = transformer_config(model, parallel)
     spec = block_spec(config, attention_backend or model.attention_backend, vp_stage, can_skip_outputs(model, config))
-    return DiffusionGPTModel(model, config, spec, pre_process=pre_process, post_process=post_process,
-                             vp_stage=vp_stage).to(torch.cuda.current_device())
+    return DiffusionGPTModel(
+        model, config, spec, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
+    ).to(torch.cuda.current_device())
 
 
 class DiffusionGPTModel(GPTModel):
     """GPTModel whose forward pass reads a `Batch` and returns the loss of its targets."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, spec: TransformerBlockSubmodules, *,
-                 pre_process: bool, post_process: bool, vp_stage: int | None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        spec: TransformerBlockSubmodules,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
         super().__init__(
-            config=config, transformer_layer_spec=spec, vocab_size=model.vocab_size,
-            max_sequence_length=model.max_position_embeddings, pre_process=pre_process, post_process=post_process,
-            share_embeddings_and_output_weights=model.tie_word_embeddings, position_embedding_type="none",
-            vp_stage=vp_stage)
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=model.vocab_size,
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=model.tie_word_embeddings,
+            position_embedding_type="none",
+            vp_stage=vp_stage,
+        )
         self.model_config = replace(model)
         self.skips_outputs = post_process and isinstance(self.decoder.layers[-1], LastLayer)
 
-    def forward(self, batch: Batch, mask_noise_sigma: float = 0.0,  # type: ignore[override]
-                noise_seed: int = 0) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        batch: Batch,
+        mask_noise_sigma: float = 0.0,  # type: ignore[override]
+        noise_seed: int = 0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Negative log-likelihood of the batch's targets.
 
         Args:
@@ -256,8 +317,9 @@ class DiffusionGPTModel(GPTModel):
         if self.config.sequence_parallel:
             length = hidden.shape[0]
             tokens = slice(self.tp_group.rank() * length, (self.tp_group.rank() + 1) * length)
-        normals = token_normals(noise_seed, batch.row_keys, batch.roles[:, tokens], batch.position_ids[:, tokens],
-                                hidden.shape[-1])
+        normals = token_normals(
+            noise_seed, batch.row_keys, batch.roles[:, tokens], batch.position_ids[:, tokens], hidden.shape[-1]
+        )
         norm = mean_row_norm(self.embedding.word_embeddings.weight, self.vocab_size, self.tp_group)
         std = mask_noise_std(mask_noise_sigma, norm, hidden.shape[-1])
         noise = torch.where(batch.is_masked[:, tokens].unsqueeze(-1), normals * std, 0.0)
@@ -286,7 +348,7 @@ class DiffusionGPTModel(GPTModel):
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         length, num_rows, _ = hidden.shape
         if self.skips_outputs:
-            chosen = hidden[:len(positions), 0]  # the last layer has kept them, in order
+            chosen = hidden[: len(positions), 0]  # the last layer has kept them, in order
         else:
             chosen = hidden.flatten(0, 1).index_select(0, flat_rows(positions, length, num_rows))
         if self.config.sequence_parallel:

@@ -23,8 +23,9 @@ CHUNK_ELEMENTS = {"cpu": 8 * 1024 * 1024, "cuda": 64 * 1024 * 1024}
 MIN_CHUNK_TARGETS = 256
 
 
-def target_cross_entropy(hidden: Tensor, weight: Tensor, target_ids: Tensor, tp_group: ProcessGroup | None,
-                         chunk_elements: int | None = None) -> tuple[Tensor, Tensor]:
+def target_cross_entropy(
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, tp_group: ProcessGroup | None, chunk_elements: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each target, and whether it is the most likely token.
 
     The gradient with respect to `hidden` is this rank's part, from its shard of the vocabulary: sum it over the
@@ -59,8 +60,14 @@ class _TargetCrossEntropy(torch.autograd.Function):
     """Chunked vocabulary-parallel cross entropy; saves hidden states and the log of the partition sum."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target_ids: Tensor,  # type: ignore[override]
-                tp_group: ProcessGroup | None, rows: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target_ids: Tensor,  # type: ignore[override]
+        tp_group: ProcessGroup | None,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
         vocab = weight.shape[0]
         first_id = vocab * (tp_group.rank() if tp_group is not None else 0)
         local_ids = target_ids - first_id

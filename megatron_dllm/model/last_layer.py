@@ -30,8 +30,9 @@ def can_skip_outputs(model: ModelConfig, config: TransformerConfig) -> bool:
     """
     is_balanced = bool(model.moe_router_bias_update_rate or model.moe_aux_loss_coeff or model.moe_z_loss_coeff)
     num_expert_ranks = config.expert_model_parallel_size * (config.expert_tensor_parallel_size or 1)
-    needs_equal_counts = (config.moe_token_dispatcher_type == "allgather"
-                          and num_expert_ranks > config.tensor_model_parallel_size)
+    needs_equal_counts = (
+        config.moe_token_dispatcher_type == "allgather" and num_expert_ranks > config.tensor_model_parallel_size
+    )
     if model.is_moe and (is_balanced or needs_equal_counts):
         return False
     exchanges_heads = config.context_parallel_size > 1 and config.cp_comm_type == "a2a"
@@ -63,8 +64,14 @@ def rows_to_keep(positions: Tensor, length: int, num_rows: int, multiple: int) -
 class LastLayer(TransformerLayer):
     """TransformerLayer that returns the hidden states of chosen tokens alone. Parameters and names are the same."""
 
-    def _forward_attention(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *,
-                           attention_bias: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def _forward_attention(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        attention_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention and residual of the chosen tokens.
 
         Args:
@@ -80,8 +87,12 @@ class LastLayer(TransformerLayer):
         rows = attention_bias
         if rows is None:
             return super()._forward_attention(hidden_states, attention_mask, **kwargs)
-        attended = self.self_attention(self.input_layernorm(hidden_states), attention_mask=attention_mask,
-                                       attention_bias=rows, rotary_pos_emb=kwargs.get("rotary_pos_emb"))
+        attended = self.self_attention(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            attention_bias=rows,
+            rotary_pos_emb=kwargs.get("rotary_pos_emb"),
+        )
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         return add(attended, self._select(hidden_states, rows), self.hidden_dropout), None
 

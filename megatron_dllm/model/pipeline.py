@@ -43,14 +43,22 @@ def _loss(batch: Batch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, 
     owner = 1 if parallel_state.get_context_parallel_rank() == 0 else 0
     maskable = batch.num_maskable * owner
     detached = nll.detach()
-    head = torch.stack([loss.detach().float(), detached.sum().float(), is_correct.sum().float(),
-                        detached.new_full((), nll.numel()).float(), maskable.float()])
+    head = torch.stack(
+        [
+            loss.detach().float(),
+            detached.sum().float(),
+            is_correct.sum().float(),
+            detached.new_full((), nll.numel()).float(),
+            maskable.float(),
+        ]
+    )
     sums = torch.cat([head.double(), bucket_sums(detached, is_correct, batch.target_t, NUM_BUCKETS).flatten()])
     return loss, maskable.int(), sums
 
 
-def _forward_step(noise: EmbeddingNoise, observe: Callable[[Batch], None] | None,
-                  batches: Iterator[Batch], model: nn.Module) -> tuple[Any, Callable[..., Any]]:
+def _forward_step(
+    noise: EmbeddingNoise, observe: Callable[[Batch], None] | None, batches: Iterator[Batch], model: nn.Module
+) -> tuple[Any, Callable[..., Any]]:
     batch = next(batches)
     if observe is not None:
         observe(batch)
@@ -68,8 +76,15 @@ def _local_batches(micro_batches: Sequence[Batch], device: torch.device) -> list
     return [shard.to(device) for shard in shards]
 
 
-def run_schedule(chunks: list[nn.Module], micro_batches: Sequence[Batch], device: torch.device, *, forward_only: bool,
-                 noise: EmbeddingNoise | None = None, observe: Callable[[Batch], None] | None = None) -> Tensor:
+def run_schedule(
+    chunks: list[nn.Module],
+    micro_batches: Sequence[Batch],
+    device: torch.device,
+    *,
+    forward_only: bool,
+    noise: EmbeddingNoise | None = None,
+    observe: Callable[[Batch], None] | None = None,
+) -> Tensor:
     """Run megatron-core's schedule over the micro-batches of one global batch.
 
     Returns:
@@ -82,8 +97,12 @@ def run_schedule(chunks: list[nn.Module], micro_batches: Sequence[Batch], device
     store = forward_backward(
         forward_step_func=partial(_forward_step, noise or EmbeddingNoise(), observe),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks, num_microbatches=len(local), seq_length=row_length, micro_batch_size=rows,
-        forward_only=forward_only)
+        model=chunks,
+        num_microbatches=len(local),
+        seq_length=row_length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
     sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
     if store and parallel_state.get_tensor_model_parallel_rank() == 0:
         sums += torch.stack(list(store)).sum(0)

@@ -60,7 +60,8 @@ def initialize(parallel: ParallelConfig, run: RunConfig) -> None:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=run.distributed_timeout_minutes)
+        distributed_timeout_minutes=run.distributed_timeout_minutes,
+    )
     seed_everything(run.seed)
 
 

@@ -61,7 +61,7 @@ def loss_picture(records: Records) -> bytes:
         width = min(9, len(loss))
         if width > 1:
             smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-            axis.plot(tokens[width - 1:], smooth, color=color, lw=1.8, label=stage)
+            axis.plot(tokens[width - 1 :], smooth, color=color, lw=1.8, label=stage)
     axis.set_xlabel("document tokens (millions)")
     axis.set_ylabel("loss (nats per token)")
     axis.set_title("Training loss by stage: a bound on the NLL at the stage's block size")
@@ -71,12 +71,21 @@ def loss_picture(records: Records) -> bytes:
 
 def elbo_picture(records: Records, ar_nll: float | None, merged: dict[str, float]) -> bytes:
     """Validation ELBO over consumed tokens at every measured block size, the AR model and the merge beside it."""
-    sizes = sorted({int(k.split("/")[1]) for r in records for k in r
-                    if k.startswith("validation_elbo/") and k.split("/")[1].isdigit()})
+    sizes = sorted(
+        {
+            int(k.split("/")[1])
+            for r in records
+            for k in r
+            if k.startswith("validation_elbo/") and k.split("/")[1].isdigit()
+        }
+    )
     figure, axis = plt.subplots(figsize=(8, 3.4))
     for index, size in enumerate(sizes):
-        points = [(r["consumed_tokens"] / 1e6, r[f"validation_elbo/{size}"]) for r in records
-                  if f"validation_elbo/{size}" in r]
+        points = [
+            (r["consumed_tokens"] / 1e6, r[f"validation_elbo/{size}"])
+            for r in records
+            if f"validation_elbo/{size}" in r
+        ]
         color = _STAGE_COLORS[index % len(_STAGE_COLORS)]
         axis.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.5, color=color, label=f"block {size}")
         if str(size) in merged:
@@ -108,8 +117,13 @@ def mask_picture(batch: Batch, title: str) -> bytes:
     figure, axis = plt.subplots(figsize=(6.2, 6.2))
     colors = ListedColormap(_MASK_COLORS)
     axis.imshow(mask_classes(batch), cmap=colors, norm=BoundaryNorm(np.arange(6) - 0.5, 5), interpolation="nearest")
-    labels = ("padding", "hidden", "noisy block sees itself", "noisy sees earlier clean blocks",
-              "clean sees clean up to its block")
+    labels = (
+        "padding",
+        "hidden",
+        "noisy block sees itself",
+        "noisy sees earlier clean blocks",
+        "clean sees clean up to its block",
+    )
     patches = [plt.Rectangle((0, 0), 1, 1, facecolor=color, edgecolor="#888888") for color in _MASK_COLORS]
     axis.legend(patches, labels, fontsize=7, loc="lower left")
     axis.set_title(title, fontsize=9)

@@ -15,8 +15,12 @@ _UNKNOWN = "no git repository"
 def git(*arguments: str) -> str | None:
     """Output of git in the project; None where the project is no checkout of its own, or git is not installed."""
     try:
-        top, output = (subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=60,
-                                      check=True).stdout for words in (["rev-parse", "--show-toplevel"], arguments))
+        top, output = (
+            subprocess.run(
+                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=60, check=True
+            ).stdout
+            for words in (["rev-parse", "--show-toplevel"], arguments)
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return output if Path(top.strip()).resolve() == ROOT else None

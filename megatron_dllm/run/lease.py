@@ -104,7 +104,8 @@ class Lease:
         if newest > self.generation:
             raise LeaseLost(
                 f"generation ({self.generation}) of {self.folder.parent} was superseded by {newest}: another life of "
-                "this run has started and owns the folder; this one ends without writing.")
+                "this run has started and owns the folder; this one ends without writing."
+            )
 
 
 def newest_generation(folder: str | os.PathLike[str]) -> int:

@@ -6,11 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.module import Float16Module
@@ -42,9 +38,12 @@ def build_chunks(config: TrainConfig) -> list[nn.Module]:
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
         chunk = build_model(
-            config.model, config.parallel, vp_stage=vp_stage,
+            config.model,
+            config.parallel,
+            vp_stage=vp_stage,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage))
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        )
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
         chunks.append(chunk)
@@ -64,14 +63,18 @@ def build_engine(config: TrainConfig) -> Engine:
         check_gradients("cuda", dtype, config.model.kv_channels)
     chunks = build_chunks(config)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
-        overlap_param_gather=config.optimizer.overlap_param_gather)
-    wrapped = [DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
-               for i, chunk in enumerate(chunks)]
+        overlap_param_gather=config.optimizer.overlap_param_gather,
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
+        for i, chunk in enumerate(chunks)
+    ]
     optimizer = get_megatron_optimizer(
-        _megatron_config(config.optimizer, config.parallel.precision), wrapped,
-        use_gloo_process_groups=False)
+        _megatron_config(config.optimizer, config.parallel.precision), wrapped, use_gloo_process_groups=False
+    )
     transformer_config = wrapped[0].config
     transformer_config.finalize_model_grads_func = finalize_model_grads
     transformer_config.grad_scale_func = None
@@ -86,11 +89,20 @@ def build_engine(config: TrainConfig) -> Engine:
 
 def _megatron_config(optimizer: OptimizerConfig, precision: str) -> MegatronOptimizerConfig:
     return MegatronOptimizerConfig(
-        optimizer="adam", lr=1.0, min_lr=0.0, weight_decay=optimizer.weight_decay, adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2, adam_eps=optimizer.adam_eps, clip_grad=optimizer.clip_grad,
-        bf16=precision == "bf16", params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        use_distributed_optimizer=True, overlap_param_gather=optimizer.overlap_param_gather,
-        log_num_zeros_in_grad=False)
+        optimizer="adam",
+        lr=1.0,
+        min_lr=0.0,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=precision == "bf16",
+        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=optimizer.overlap_param_gather,
+        log_num_zeros_in_grad=False,
+    )
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

@@ -78,19 +78,28 @@ class Trainer:
         self.folder = Path(config.run.root) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
         self.is_rank_zero = dist.get_rank() == 0
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else (
-            torch.device("cpu"))
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else (torch.device("cpu"))
+        )
         self.schedule = BlockSchedule.from_config(config.schedule)
         self.corpus = Corpus(config.data.train, config.model, config.data.tokenizer)
-        self.validation = (Corpus(config.data.validation, config.model, config.data.tokenizer)
-                           if config.data.validation and config.evaluation.num_tokens else None)
+        self.validation = (
+            Corpus(config.data.validation, config.model, config.data.tokenizer)
+            if config.data.validation and config.evaluation.num_tokens
+            else None
+        )
         self.stream = RowStream(self.corpus.document_lengths, config.run.seed, config.data.packing_chunk)
         self.stop = StopRequest()
         self.lease = acquire_lease(self.folder)
         self._prepare_folder()
         self.engine = build_engine(config)
-        self.writer = CheckpointWriter(self.checkpoints, config.checkpoint.is_async, config.checkpoint.timeout_minutes,
-                                       self.lease.check if self.lease else None, config.checkpoint.verify)
+        self.writer = CheckpointWriter(
+            self.checkpoints,
+            config.checkpoint.is_async,
+            config.checkpoint.timeout_minutes,
+            self.lease.check if self.lease else None,
+            config.checkpoint.verify,
+        )
         self.state = RunState(stream=self.stream.state_dict())
         self._resumed_from: Path | None = None
         # What the start weights were converted from.
@@ -100,8 +109,11 @@ class Trainer:
             folders.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.given_config)))
             folders.write_text(self.folder / "git.txt", code_state())
         model = config.model
-        self.router = (RouterLoad(self.engine.chunks, model.num_layers, model.num_moe_experts,
-                                  config.parallel.recompute == "full") if model.is_moe else None)
+        self.router = (
+            RouterLoad(self.engine.chunks, model.num_layers, model.num_moe_experts, config.parallel.recompute == "full")
+            if model.is_moe
+            else None
+        )
         self.metrics = MetricsWriter(self.folder, config) if self.is_rank_zero else None
         self.progress = Progress(self.schedule, self.is_rank_zero)
 
@@ -129,8 +141,9 @@ class Trainer:
             self.stream.load_state_dict(self.state.stream)
             if self.is_rank_zero:
                 trim_metrics(self.folder, self.state.step, (folder / folders.VALIDATION).is_file())
-                log.warning("resumed %s: step %d, %d tokens consumed", folder, self.state.step,
-                            self.state.consumed_tokens)
+                log.warning(
+                    "resumed %s: step %d, %d tokens consumed", folder, self.state.step, self.state.consumed_tokens
+                )
             return
         if self.is_rank_zero:
             trim_metrics(self.folder, -1)  # of a start that ended before its first checkpoint
@@ -166,8 +179,11 @@ class Trainer:
             if changes_layout(self.given_config, self.config.parallel, stage, dist.get_world_size()):
                 self.writer.finish()
                 if self.is_rank_zero:
-                    log.warning("stage %s has another layout: start again with %d ranks to continue", stage.name,
-                                stage.config.world_size or dist.get_world_size())
+                    log.warning(
+                        "stage %s has another layout: start again with %d ranks to continue",
+                        stage.name,
+                        stage.config.world_size or dist.get_world_size(),
+                    )
                 return EXIT_LAYOUT
             started = time.perf_counter()
             for step in self._loader(stage.config):
@@ -175,7 +191,8 @@ class Trainer:
                 if code is not None:
                     return code
                 if self.schedule.is_finished(self.state.consumed_tokens) or (
-                        self.schedule.stage_at(self.state.consumed_tokens) != stage):
+                    self.schedule.stage_at(self.state.consumed_tokens) != stage
+                ):
                     break
                 started = time.perf_counter()
         self.writer.finish()
@@ -185,12 +202,20 @@ class Trainer:
         config = self.config
         geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
         noise = None if stage.objective == "ar" else NoiseSpec.for_stage(config.noise, stage)
-        dataset = RowDataset(self.corpus, geometry, noise, config.run.seed, config.model.mask_token_id,
-                             config.model.pad_token_id)
-        return iter(BatchLoader(
-            dataset, self.stream, global_batch_size=stage.global_batch_size, micro_batch_size=stage.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(), num_workers=config.data.num_workers))
+        dataset = RowDataset(
+            self.corpus, geometry, noise, config.run.seed, config.model.mask_token_id, config.model.pad_token_id
+        )
+        return iter(
+            BatchLoader(
+                dataset,
+                self.stream,
+                global_batch_size=stage.global_batch_size,
+                micro_batch_size=stage.micro_batch_size,
+                data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                data_parallel_size=parallel_state.get_data_parallel_world_size(),
+                num_workers=config.data.num_workers,
+            )
+        )
 
     def _step(self, stage: Stage, step: GlobalStep, started: float) -> int | None:
         """One optimizer step with everything around it; an exit code where the run must end.
@@ -205,15 +230,26 @@ class Trainer:
         is_logged = finished is not None or (state.step + 1) % config.logging.interval_steps == 0
         result = self._train_step(step, is_logged)
         if not result.is_applied:
-            dump_step(self.folder, state.step, step.micro_batches, {
-                "stage": stage.name, "reason": result.reason, "loss": result.loss, "grad_norm": result.grad_norm,
-                "embedding_noise": asdict(self._embedding_noise()), "config": asdict(self.given_config)})
+            dump_step(
+                self.folder,
+                state.step,
+                step.micro_batches,
+                {
+                    "stage": stage.name,
+                    "reason": result.reason,
+                    "loss": result.loss,
+                    "grad_norm": result.grad_norm,
+                    "embedding_noise": asdict(self._embedding_noise()),
+                    "config": asdict(self.given_config),
+                },
+            )
             state.num_skipped += 1
             if config.optimizer.on_non_finite == "stop" or state.num_skipped >= _MAX_SKIPPED:
                 self.writer.finish()
                 in_a_row = f" ({state.num_skipped} steps in a row)" if state.num_skipped > 1 else ""
-                log.error("step %d: %s%s; the batch is in %s", state.step, result.reason, in_a_row,
-                          self.folder / "replay")
+                log.error(
+                    "step %d: %s%s; the batch is in %s", state.step, result.reason, in_a_row, self.folder / "replay"
+                )
                 return EXIT_NON_FINITE
             log.warning("step %d skipped: %s", state.step, result.reason)
         state.step += 1
@@ -224,8 +260,9 @@ class Trainer:
             state.num_skipped = 0
             state.grad_norms = [*state.grad_norms, result.grad_norm][-_SPIKE_WINDOW:]
         seconds = time.perf_counter() - started
-        self.progress.advance(stage, state.step, state.consumed_tokens, result.loss, learning_rate,
-                              step.num_document_tokens / seconds)
+        self.progress.advance(
+            stage, state.step, state.consumed_tokens, result.loss, learning_rate, step.num_document_tokens / seconds
+        )
         if finished is not None:
             state.grad_norms = []
         if is_logged:
@@ -236,8 +273,11 @@ class Trainer:
         is_due = interval > 0 and before // interval != state.consumed_tokens // interval
         if finished is not None or is_due or must_stop:
             is_validated = self.validation is not None and (finished is not None or is_due)
-            details = {"is_stage_end": finished is not None, "is_validated": is_validated,
-                       "save_number": state.consumed_tokens // interval if is_due else None}
+            details = {
+                "is_stage_end": finished is not None,
+                "is_validated": is_validated,
+                "save_number": state.consumed_tokens // interval if is_due else None,
+            }
             is_complete = self._save(stage, details)
             must_stop = not is_complete or (must_stop and not self.schedule.is_finished(state.consumed_tokens))
         if must_stop:
@@ -272,13 +312,21 @@ class Trainer:
         if self.metrics is None:
             return
         record: dict[str, Any] = {
-            "stage": stage.name, "stage_index": stage.index, "block_size": stage.config.block_size,
-            "consumed_tokens": self.state.consumed_tokens, "learning_rate": learning_rate, **step_record(result),
+            "stage": stage.name,
+            "stage_index": stage.index,
+            "block_size": stage.config.block_size,
+            "consumed_tokens": self.state.consumed_tokens,
+            "learning_rate": learning_rate,
+            **step_record(result),
             f"loss_block/{stage.config.block_size}": result.loss,
-            "data_fingerprint": fingerprint, **balance,
+            "data_fingerprint": fingerprint,
+            **balance,
             "tokens_per_second": step.num_document_tokens / seconds,
-            "forward_tokens_per_second": step.num_forward_tokens / seconds, "step_seconds": seconds,
-            "mask_embedding_norm": norm, "peak_memory_gib": peak_memory_gib()}
+            "forward_tokens_per_second": step.num_forward_tokens / seconds,
+            "step_seconds": seconds,
+            "mask_embedding_norm": norm,
+            "peak_memory_gib": peak_memory_gib(),
+        }
         if load is not None and load.sum() > 0:
             record |= {f"router_imbalance/{role}": value for role, value in imbalance(load).items()}
             record["router_load"] = load.sum(0).tolist()
@@ -314,8 +362,13 @@ class Trainer:
         if overlap:
             for chunk in self.engine.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)
-        folder = self.writer.save(self.state.step, self.engine.chunks, self.engine.optimizer,
-                                  {**self._contract(stage), **details}, asdict(self.state))
+        folder = self.writer.save(
+            self.state.step,
+            self.engine.chunks,
+            self.engine.optimizer,
+            {**self._contract(stage), **details},
+            asdict(self.state),
+        )
         is_validated = details["is_validated"]
         validation = self._validate(stage, details["is_stage_end"]) if is_validated else None
         if overlap:
@@ -351,27 +404,48 @@ class Trainer:
 
         None where the run was asked to stop, before or meanwhile.
         """
-        names = validation_names(self.config, stage.config)[:None if is_stage_end else 1]
+        names = validation_names(self.config, stage.config)[: None if is_stage_end else 1]
         self.progress.note("validating")
         try:
-            result = evaluate(self.engine.chunks, self.config, self.validation, names, self.device,
-                              lambda: self.stop.agreed(self.device))
+            result = evaluate(
+                self.engine.chunks,
+                self.config,
+                self.validation,
+                names,
+                self.device,
+                lambda: self.stop.agreed(self.device),
+            )
         except EvaluationStopped:
             return None
         if self.metrics is not None:
-            self.metrics.write(self.state.step, {
-                "validation": True, "stage": stage.name, "consumed_tokens": self.state.consumed_tokens,
-                "is_stage_end": is_stage_end,
-                **{f"validation_elbo/{name}": value for name, value in result.nats_per_token.items()},
-                **{f"validation_bits_per_byte/{name}": value for name, value in result.bits_per_byte.items()}})
+            self.metrics.write(
+                self.state.step,
+                {
+                    "validation": True,
+                    "stage": stage.name,
+                    "consumed_tokens": self.state.consumed_tokens,
+                    "is_stage_end": is_stage_end,
+                    **{f"validation_elbo/{name}": value for name, value in result.nats_per_token.items()},
+                    **{f"validation_bits_per_byte/{name}": value for name, value in result.bits_per_byte.items()},
+                },
+            )
         return result
 
     def _contract(self, stage: Stage) -> dict[str, Any]:
         config = self.config
         return {
-            "format": folders.FORMAT, "model": asdict(config.model),
-            "contract": {**run_contract(config), "shift": stage.config.objective == AR,
-                         "block_size": stage.config.block_size},
-            "step": self.state.step, "consumed_tokens": self.state.consumed_tokens, "stage": stage.name,
-            "layout": asdict(config.parallel), "world_size": dist.get_world_size(),
-            "tokenizer": "../../tokenizer" if config.data.tokenizer else None, "source": self._source}
+            "format": folders.FORMAT,
+            "model": asdict(config.model),
+            "contract": {
+                **run_contract(config),
+                "shift": stage.config.objective == AR,
+                "block_size": stage.config.block_size,
+            },
+            "step": self.state.step,
+            "consumed_tokens": self.state.consumed_tokens,
+            "stage": stage.name,
+            "layout": asdict(config.parallel),
+            "world_size": dist.get_world_size(),
+            "tokenizer": "../../tokenizer" if config.data.tokenizer else None,
+            "source": self._source,
+        }

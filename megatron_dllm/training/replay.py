@@ -38,14 +38,22 @@ def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], recor
     if dist.get_rank() == 0:
         folders.remove(folder)
         folder.mkdir(parents=True)
-        folders.write_json(folder / "step.json", {
-            "step": step, "data_parallel_size": parallel_state.get_data_parallel_world_size(), **record})
+        folders.write_json(
+            folder / "step.json",
+            {"step": step, "data_parallel_size": parallel_state.get_data_parallel_world_size(), **record},
+        )
     dist.barrier()
-    place = (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank(),
-             parallel_state.get_context_parallel_rank())
+    place = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_context_parallel_rank(),
+    )
     if not any(place):
-        tensors = {f"{index}.{item.name}": getattr(batch, item.name).cpu().contiguous()
-                   for index, batch in enumerate(micro_batches) for item in fields(Batch)}
+        tensors = {
+            f"{index}.{item.name}": getattr(batch, item.name).cpu().contiguous()
+            for index, batch in enumerate(micro_batches)
+            for item in fields(Batch)
+        }
         save_file(tensors, str(folder / f"data_{parallel_state.get_data_parallel_rank():05d}.safetensors"))
     dist.barrier()
     return folder
@@ -62,14 +70,17 @@ def load_step(folder: Path) -> list[list[Batch]]:
         raise ValueError(f"{folder} holds no batch (data_*.safetensors); name a folder RUN/replay/step_N.")
     size = folders.read_json(folder / "step.json")["data_parallel_size"]
     if len(files) != size:
-        raise ValueError(f"{folder} holds the rows of {len(files)} data-parallel ranks instead of {size}: the run was "
-                         "ended while it wrote them, or files were moved; the step's gradient needs them all.")
+        raise ValueError(
+            f"{folder} holds the rows of {len(files)} data-parallel ranks instead of {size}: the run was "
+            "ended while it wrote them, or files were moved; the step's gradient needs them all."
+        )
     ranks = []
     for file in files:
         tensors: dict[str, Tensor] = load_file(str(file))
         count = 1 + max(int(name.split(".")[0]) for name in tensors)
-        ranks.append([Batch(**{item.name: tensors[f"{index}.{item.name}"] for item in fields(Batch)})
-                      for index in range(count)])
+        ranks.append(
+            [Batch(**{item.name: tensors[f"{index}.{item.name}"] for item in fields(Batch)}) for index in range(count)]
+        )
     return ranks
 
 
@@ -81,11 +92,20 @@ def split_rows(batch: Batch) -> list[Batch]:
     rows = []
     for row in range(num_rows):
         mine = batch.target_positions // length == row
-        per_row = {name: getattr(batch, name)[row:row + 1]
-                   for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys")}
+        per_row = {
+            name: getattr(batch, name)[row : row + 1]
+            for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys")
+        }
         per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
-        rows.append(replace(batch, target_positions=batch.target_positions[mine] - row * length,
-                            sample_ids=samples[row], **per_row, **per_target))
+        rows.append(
+            replace(
+                batch,
+                target_positions=batch.target_positions[mine] - row * length,
+                sample_ids=samples[row],
+                **per_row,
+                **per_target,
+            )
+        )
     return rows
 
 
@@ -142,8 +162,11 @@ def replay_step(model: nn.Module, ranks: list[list[Batch]], noise: EmbeddingNois
                     nll, _ = model(single.to(device), mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
                     loss = weighted_nll(nll, single.loss_weights.to(device)) / denominator
                 loss.backward()
-                rows.append(_row_replay(single, (data_rank, index, row), loss.item(), _gradient_norm(model, total),
-                                        next(iter(bad), "")))
+                rows.append(
+                    _row_replay(
+                        single, (data_rank, index, row), loss.item(), _gradient_norm(model, total), next(iter(bad), "")
+                    )
+                )
     norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in total.values()))
     rows.sort(key=lambda row: row.badness, reverse=True)
     return StepReplay(rows, sum(row.loss for row in rows), norm)
@@ -152,8 +175,16 @@ def replay_step(model: nn.Module, ranks: list[list[Batch]], noise: EmbeddingNois
 def _row_replay(batch: Batch, place: tuple[int, int, int], loss: float, grad_norm: float, bad: str) -> RowReplay:
     t = batch.target_t
     low, high = (float(t.min()), float(t.max())) if t.numel() else (0.0, 0.0)
-    return RowReplay(*place, sample_ids=batch.sample_ids.tolist(), num_targets=t.numel(), t_min=low, t_max=high,
-                     loss=loss, grad_norm=grad_norm, first_bad=bad)
+    return RowReplay(
+        *place,
+        sample_ids=batch.sample_ids.tolist(),
+        num_targets=t.numel(),
+        t_min=low,
+        t_max=high,
+        loss=loss,
+        grad_norm=grad_norm,
+        first_bad=bad,
+    )
 
 
 def _gradient_norm(model: nn.Module, total: dict[str, Tensor]) -> float:
@@ -173,10 +204,12 @@ def _first_bad_module(model: nn.Module) -> Iterator[list[str]]:
     bad: list[str] = []
     handles = []
     for name, module in model.named_modules():
+
         def look(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
             tensors = output if isinstance(output, tuple | list) else (output,)
             if any(isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors):
                 bad.append(name or "the loss")
+
         handles.append(module.register_forward_hook(look))
     try:
         yield bad

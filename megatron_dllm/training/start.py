@@ -31,8 +31,11 @@ def run_checkpoints(config: TrainConfig) -> Path:
 
 def run_contract(config: TrainConfig) -> dict[str, Any]:
     """The part of the contract that may not change inside one run."""
-    return {"block_origin": config.data.block_origin, "mask_token_id": config.model.mask_token_id,
-            "context_length": config.schedule.context_length}
+    return {
+        "block_origin": config.data.block_origin,
+        "mask_token_id": config.model.mask_token_id,
+        "context_length": config.schedule.context_length,
+    }
 
 
 def check_inputs(config: TrainConfig) -> None:
@@ -54,8 +57,10 @@ def check_inputs(config: TrainConfig) -> None:
                 raise ValueError(f"validation ({name}) cannot run: {error}") from None
     has_checkpoints = bool(folders.step_folders(run_checkpoints(config)))
     if has_checkpoints and not config.checkpoint.resume:
-        raise ValueError(f"checkpoint.resume (false) starts anew, but run.name ({config.run.name}) has checkpoints in "
-                         f"{run_checkpoints(config)}; choose another name, or remove them.")
+        raise ValueError(
+            f"checkpoint.resume (false) starts anew, but run.name ({config.run.name}) has checkpoints in "
+            f"{run_checkpoints(config)}; choose another name, or remove them."
+        )
     if config.checkpoint.load and not has_checkpoints:
         start = folders.resolve_checkpoint(Path(config.checkpoint.load))
         folders.check_complete(start)
@@ -68,14 +73,18 @@ def _check_same_stage(folder: Path, stored: dict[str, Any], config: TrainConfig)
     if name is None:
         return
     if name not in config.schedule.stages:
-        raise ValueError(f"schedule.stages has no {name}, the stage of the checkpoint {folder}; continue with the "
-                         "run's own schedule (its config.yaml), or start a new run from the weights.")
+        raise ValueError(
+            f"schedule.stages has no {name}, the stage of the checkpoint {folder}; continue with the "
+            "run's own schedule (its config.yaml), or start a new run from the weights."
+        )
     stage = config.schedule.stages[name]
     for field, value in (("shift", stage.objective == AR), ("block_size", stage.block_size)):
         if contract.get(field, value) != value:
-            raise ValueError(f"schedule.stages.{name}: {field} ({value}) differs from the checkpoint {folder} "
-                             f"({contract[field]}); continue with the run's own schedule (its config.yaml), or start "
-                             "a new run from the weights.")
+            raise ValueError(
+                f"schedule.stages.{name}: {field} ({value}) differs from the checkpoint {folder} "
+                f"({contract[field]}); continue with the run's own schedule (its config.yaml), or start "
+                "a new run from the weights."
+            )
 
 
 def acquire_lease(run_folder: Path) -> Lease | None:
@@ -112,8 +121,10 @@ def check_world_size(config: TrainConfig, world_size: int) -> None:
     stage = next_stage(config)
     wanted = stage.config.world_size if stage else None
     if stage is not None and wanted is not None and wanted != world_size:
-        raise ValueError(f"schedule.stages.{stage.name}.world_size ({wanted}) differs from the number of ranks "
-                         f"({world_size}), and this stage is next; start {wanted} ranks.")
+        raise ValueError(
+            f"schedule.stages.{stage.name}.world_size ({wanted}) differs from the number of ranks "
+            f"({world_size}), and this stage is next; start {wanted} ranks."
+        )
 
 
 def choose_layout(config: TrainConfig) -> ParallelConfig:
@@ -135,8 +146,9 @@ def changes_layout(config: TrainConfig, layout: ParallelConfig, stage: Stage, wo
     return config.layout_of(stage.config) != layout or (stage.config.world_size or world_size) != world_size
 
 
-def load_newest(config: TrainConfig, chunks: Sequence[nn.Module],
-                optimizer: MegatronOptimizer) -> tuple[Path, dict[str, Any]] | None:
+def load_newest(
+    config: TrainConfig, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer
+) -> tuple[Path, dict[str, Any]] | None:
     """Continue from the run's newest whole checkpoint (a collective): its folder and state, or None without any.
 
     A damaged checkpoint is passed over, with a warning that names it and the reason, and set aside once an older
@@ -162,13 +174,17 @@ def load_newest(config: TrainConfig, chunks: Sequence[nn.Module],
         _check_same_stage(folder, stored, config)
         precision = stored.get("layout", {}).get("precision", config.parallel.precision)
         if precision != config.parallel.precision:
-            raise ValueError(f"parallel.precision ({config.parallel.precision}) differs from the checkpoint {folder} "
-                             f"({precision}); a run keeps its precision: start a new one from the weights.")
+            raise ValueError(
+                f"parallel.precision ({config.parallel.precision}) differs from the checkpoint {folder} "
+                f"({precision}); a run keeps its precision: start a new one from the weights."
+            )
         _set_aside(damaged, folder)
         return folder, load_run(folder, chunks, optimizer)
     if damaged:
-        raise ValueError(f"{checkpoints} holds no whole checkpoint: all of {[f.name for f in damaged]} are damaged. "
-                         "Restore one of them, or remove the folder to start the run anew.")
+        raise ValueError(
+            f"{checkpoints} holds no whole checkpoint: all of {[f.name for f in damaged]} are damaged. "
+            "Restore one of them, or remove the folder to start the run anew."
+        )
     return None
 
 
@@ -177,8 +193,12 @@ def _set_aside(damaged: list[Path], good: Path) -> None:
     if dist.get_rank() == 0 and damaged:
         try:
             for folder in damaged:
-                log.warning("%s is damaged and was renamed to %s; the run continues from %s", folder.name,
-                            folders.set_aside(folder).name, good.name)
+                log.warning(
+                    "%s is damaged and was renamed to %s; the run continues from %s",
+                    folder.name,
+                    folders.set_aside(folder).name,
+                    good.name,
+                )
             folders.write_text(good.parent / folders.LATEST, good.name + "\n")
         except OSError as caught:
             error = caught

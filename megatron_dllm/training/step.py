@@ -30,9 +30,14 @@ class StepResult:
         return float(self.sums[LOSS] / self.sums[MASKABLE].clamp(min=1))
 
 
-def train_step(engine: Engine, micro_batches: Sequence[Batch], device: torch.device, noise: EmbeddingNoise,
-               observe: Callable[[Batch], None] | None = None,
-               spike_limit: float = math.inf) -> StepResult:
+def train_step(
+    engine: Engine,
+    micro_batches: Sequence[Batch],
+    device: torch.device,
+    noise: EmbeddingNoise,
+    observe: Callable[[Batch], None] | None = None,
+    spike_limit: float = math.inf,
+) -> StepResult:
     """Forward, backward and update. The update is withheld if loss or gradient norm is not finite or too large.
 
     Args:
@@ -74,8 +79,12 @@ def _moving_expert_biases(engine: Engine) -> list[Tensor]:
     """The routers' biases where megatron-core moves them: with the gradients, before the step is judged."""
     if not engine.transformer_config.moe_router_bias_update_rate:
         return []
-    return [module.expert_bias for chunk in engine.chunks for module in chunk.modules()
-            if getattr(module, "expert_bias", None) is not None]
+    return [
+        module.expert_bias
+        for chunk in engine.chunks
+        for module in chunk.modules()
+        if getattr(module, "expert_bias", None) is not None
+    ]
 
 
 def _clip(engine: Engine, grad_norm: float) -> None:

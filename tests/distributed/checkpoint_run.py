@@ -37,17 +37,32 @@ def writer_of(folder: Path, **options: Any) -> Any:
 def save(writer: Any, step: int, engine: Any) -> Path:
     """Write a checkpoint."""
     layout = {"precision": "fp32"}
-    contract = {"format": 1, "model": asdict(MODEL), "step": step, "layout": layout, "stage": "stable",
-                "contract": {"shift": False, "block_size": 32,
-                             "block_origin": "document", "mask_token_id": MODEL.mask_token_id, "context_length": 32}}
-    return writer.save(step, engine.chunks, engine.optimizer, contract,
-                       {"optimizer_step": OPTIMIZER_STEP, "step": step})
+    contract = {
+        "format": 1,
+        "model": asdict(MODEL),
+        "step": step,
+        "layout": layout,
+        "stage": "stable",
+        "contract": {
+            "shift": False,
+            "block_size": 32,
+            "block_origin": "document",
+            "mask_token_id": MODEL.mask_token_id,
+            "context_length": 32,
+        },
+    }
+    return writer.save(
+        step, engine.chunks, engine.optimizer, contract, {"optimizer_step": OPTIMIZER_STEP, "step": step}
+    )
 
 
 def optimizer_parts(engine: Any) -> list[Any]:
     """The distributed optimizers behind a chain."""
-    return [part for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
-            if not getattr(part, "is_stub_optimizer", False)]
+    return [
+        part
+        for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+        if not getattr(part, "is_stub_optimizer", False)
+    ]
 
 
 def fill_moments(engine: Any) -> None:

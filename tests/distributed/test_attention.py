@@ -36,8 +36,11 @@ def deal(roles: Tensor, size: int, by_block: bool, seed: int) -> Tensor:
         return torch.randperm(len(roles), generator=generator).view(size, -1)
     room = [len(roles) // size] * size
     ranks: list[list[int]] = [[] for _ in range(size)]
-    noisy = [torch.nonzero((roles == group).all(-1)).flatten() for group in roles.unique(dim=0)
-             if group[0] >= 0 and group[2] > 0]
+    noisy = [
+        torch.nonzero((roles == group).all(-1)).flatten()
+        for group in roles.unique(dim=0)
+        if group[0] >= 0 and group[2] > 0
+    ]
     for tokens in sorted(noisy, key=len, reverse=True):
         rank = max(range(size), key=lambda rank: room[rank] - len(ranks[rank]))
         assert len(tokens) <= room[rank] - len(ranks[rank]), "a block does not fit on a rank"
@@ -74,17 +77,26 @@ def attend_case(case: RoleCase, by_block: bool, backend: str) -> tuple[bool, flo
         """[b, n, s, d] to this rank's [s / size, b, n, d]."""
         return tensor.detach().permute(2, 0, 1, 3)[places.T, rows].contiguous()
 
-    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8,
-                               attention_dropout=0.0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8, attention_dropout=0.0
+    )
     one = SimpleNamespace(size=lambda: 1)
-    layer = RoleAttention(config, 1, AttnMaskType.arbitrary, "self", backend=backend,
-                          pg_collection=SimpleNamespace(tp=one, cp=dist.group.WORLD))
+    layer = RoleAttention(
+        config,
+        1,
+        AttnMaskType.arbitrary,
+        "self",
+        backend=backend,
+        pg_collection=SimpleNamespace(tp=one, cp=dist.group.WORLD),
+    )
     local = [take(tensor).requires_grad_() for tensor in inputs]
     local_roles = roles[rows.unsqueeze(1), places].contiguous()
     out = layer(*local, local_roles).unflatten(-1, (4, 8))
     grads = torch.autograd.grad(out, local, take(grad))
-    errors = [float((got - take(want)).detach().abs().max())
-              for got, want in zip((out, *grads), (expected, *expected_grads), strict=True)]
+    errors = [
+        float((got - take(want)).detach().abs().max())
+        for got, want in zip((out, *grads), (expected, *expected_grads), strict=True)
+    ]
     return plan_exchange(local_roles, dist.group.WORLD).sent is not None, max(errors)
 
 

@@ -36,19 +36,29 @@ from tests.distributed.checkpoint_run import (
 TWO_RANKS = {
     "DP2": ParallelConfig(),
     "TP2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2),
-    "TP2 x EP2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2,
-                                expert_tensor_parallel_size=1),
+    "TP2 x EP2": ParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+    ),
     "PP2": ParallelConfig(pipeline_model_parallel_size=2),
     "PP2 virtual": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     "CP2": ParallelConfig(context_parallel_size=2),
     "EP2": ParallelConfig(expert_model_parallel_size=2),
 }
 FOUR_RANKS = {
-    "TP2 x PP2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2,
-                                expert_tensor_parallel_size=2),
+    "TP2 x PP2": ParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=2,
+        expert_tensor_parallel_size=2,
+    ),
     "PP2 x EP2": ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2),
     "CP2 x EP4": ParallelConfig(context_parallel_size=2, expert_model_parallel_size=4),
 }
+
+
 def _bf16(layouts: dict[str, ParallelConfig]) -> dict[str, ParallelConfig]:
     return {name: replace(layout, precision="bf16") for name, layout in layouts.items()}
 
@@ -83,15 +93,23 @@ def _load_and_save(folder: Path, layouts: dict[str, ParallelConfig], model: Mode
     return different
 
 
-@pytest.mark.parametrize(("model", "ranks", "layouts"), [
-    pytest.param(MODEL, 2, TWO_RANKS, id="experts-2"),
-    pytest.param(MODEL, 4, FOUR_RANKS, id="experts-4"),
-    pytest.param(DENSE, 2, {name: replace(TWO_RANKS[name], expert_tensor_parallel_size=None)
-                            for name in ("DP2", "TP2", "PP2")}, id="dense-2"),
-    pytest.param(MODEL, 2, _bf16({name: TWO_RANKS[name] for name in ("DP2", "TP2 x EP2", "PP2")}), id="bf16-2"),
-])
+@pytest.mark.parametrize(
+    ("model", "ranks", "layouts"),
+    [
+        pytest.param(MODEL, 2, TWO_RANKS, id="experts-2"),
+        pytest.param(MODEL, 4, FOUR_RANKS, id="experts-4"),
+        pytest.param(
+            DENSE,
+            2,
+            {name: replace(TWO_RANKS[name], expert_tensor_parallel_size=None) for name in ("DP2", "TP2", "PP2")},
+            id="dense-2",
+        ),
+        pytest.param(MODEL, 2, _bf16({name: TWO_RANKS[name] for name in ("DP2", "TP2 x EP2", "PP2")}), id="bf16-2"),
+    ],
+)
 def test_weights_and_optimizer_state_pass_through_every_layout_bit_for_bit(
-        tmp_path: Path, model: ModelConfig, ranks: int, layouts: dict[str, ParallelConfig]) -> None:
+    tmp_path: Path, model: ModelConfig, ranks: int, layouts: dict[str, ParallelConfig]
+) -> None:
     precision = next(iter(layouts.values())).precision
     run_ranks(_write_reference, 1, tmp_path, model, precision, timeout_s=300.0)
     different = run_ranks(_load_and_save, ranks, tmp_path, layouts, model, timeout_s=500.0)[0]
@@ -115,9 +133,13 @@ def _failing_saves(folder: Path) -> dict[str, str]:
     save(writer_of(folder), 1, engine)
     said = {}
     is_failing = dist.get_rank() == 1
-    for name, is_async, fault in (("disk full", False, _limit_files), ("disk full, async", True, _limit_files),
-                                  ("altered", False, _alter_written),
-                                  ("killed", True, _kill_writer), ("stuck", True, _freeze_writer)):
+    for name, is_async, fault in (
+        ("disk full", False, _limit_files),
+        ("disk full, async", True, _limit_files),
+        ("altered", False, _alter_written),
+        ("killed", True, _kill_writer),
+        ("stuck", True, _freeze_writer),
+    ):
         writer = writer_of(folder, is_async=is_async, timeout_minutes=5.0)
         began = time.monotonic()
         with pytest.raises(RuntimeError) as caught, fault(is_failing) as after_save:
@@ -222,8 +244,9 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path: Path) -> None:
     assert [f.name for f in folders.list_checkpoints(checkpoints)] == [f"step_000000{n}" for n in (1, 3, 4)]
     expected = read_tensors(checkpoints / "step_0000001")
     for name in ("step_0000003", "step_0000004"):
-        assert sorted(folders.payload_files(checkpoints / name)) == sorted(folders.payload_files(
-            checkpoints / "step_0000001")), "asynchronous and synchronous saves leave the same files"
+        assert sorted(folders.payload_files(checkpoints / name)) == sorted(
+            folders.payload_files(checkpoints / "step_0000001")
+        ), "asynchronous and synchronous saves leave the same files"
         assert all(torch.equal(tensor, expected[key]) for key, tensor in read_tensors(checkpoints / name).items())
 
 
@@ -251,8 +274,10 @@ def test_a_full_disk_is_named_before_or_while_writing(tmp_path: Path) -> None:
 
 
 def test_a_save_that_does_not_end_ends_the_process() -> None:
-    code = ("import time; from megatron_dllm.checkpoint.saving import _Deadline\n"
-            "with _Deadline(0.001, 'Saving step_7'): time.sleep(300)")
+    code = (
+        "import time; from megatron_dllm.checkpoint.saving import _Deadline\n"
+        "with _Deadline(0.001, 'Saving step_7'): time.sleep(300)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1
     assert "Saving step_7 did not finish within checkpoint.timeout_minutes (0.001)" in done.stderr

@@ -58,10 +58,14 @@ def _poison(folder: Path) -> None:
     folders.write_json(folder / folders.MANIFEST, manifest)
 
 
-DAMAGES = {_truncate: "__1_0.distcp has 1000 bytes instead of", _alter: "__0_0.distcp does not have the checksum",
-           _alter_state: "state.json does not have the checksum", _lose: "__1_0.distcp is missing",
-           _half: "manifest.json is missing",
-           _poison: ".metadata is not the metadata of a torch_dist checkpoint"}
+DAMAGES = {
+    _truncate: "__1_0.distcp has 1000 bytes instead of",
+    _alter: "__0_0.distcp does not have the checksum",
+    _alter_state: "state.json does not have the checksum",
+    _lose: "__1_0.distcp is missing",
+    _half: "manifest.json is missing",
+    _poison: ".metadata is not the metadata of a torch_dist checkpoint",
+}
 
 
 def _load_damaged(folder: Path) -> dict[str, tuple[str, str, list[str]]]:
@@ -119,13 +123,20 @@ def _other_identity(folder: Path) -> list[str]:
     fill_moments(engine)
     save(writer_of(folder), 1, engine)
     config = run_config(folder, "run")
-    others = [replace(config, model=replace(MODEL, hidden_size=64)),
-              replace(config, data=replace(config.data, block_origin="row")),
-              replace(config, model=replace(MODEL, mask_token_id=3)),
-              replace(config, parallel=ParallelConfig(precision="bf16")),
-              replace(config, schedule=replace(config.schedule, stages={
-                  **config.schedule.stages, "stable": replace(config.schedule.stages["stable"], block_size=16)})),
-              replace(config, schedule=replace(config.schedule, stages={"other": config.schedule.stages["stable"]}))]
+    others = [
+        replace(config, model=replace(MODEL, hidden_size=64)),
+        replace(config, data=replace(config.data, block_origin="row")),
+        replace(config, model=replace(MODEL, mask_token_id=3)),
+        replace(config, parallel=ParallelConfig(precision="bf16")),
+        replace(
+            config,
+            schedule=replace(
+                config.schedule,
+                stages={**config.schedule.stages, "stable": replace(config.schedule.stages["stable"], block_size=16)},
+            ),
+        ),
+        replace(config, schedule=replace(config.schedule, stages={"other": config.schedule.stages["stable"]})),
+    ]
     said = []
     for other in others:
         with pytest.raises(ValueError) as caught:

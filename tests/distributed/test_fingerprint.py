@@ -31,9 +31,11 @@ def _global_fingerprint() -> str:
     from megatron_dllm.training.observers.fingerprint import step_fingerprint
 
     groups.initialize(ParallelConfig(), RunConfig(name="test"))
-    rows = [tiny_batch(tiny_model(), [lengths], 48, block_size=4, seed=index)
-            for index, lengths in enumerate([[12, 9], [20], [3, 4, 5], [8]])]
-    return step_fingerprint(rows[torch.distributed.get_rank()::torch.distributed.get_world_size()])
+    rows = [
+        tiny_batch(tiny_model(), [lengths], 48, block_size=4, seed=index)
+        for index, lengths in enumerate([[12, 9], [20], [3, 4, 5], [8]])
+    ]
+    return step_fingerprint(rows[torch.distributed.get_rank() :: torch.distributed.get_world_size()])
 
 
 def _balance(method: str) -> dict[str, float]:

@@ -35,12 +35,21 @@ LAYOUTS = {
     "interleaved": (2, ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)),
     "expert": (2, ParallelConfig(expert_model_parallel_size=2)),
     "context": (2, ParallelConfig(context_parallel_size=2)),
-    "tensor_expert": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True,
-                                        expert_model_parallel_size=2, expert_tensor_parallel_size=1)),
+    "tensor_expert": (
+        2,
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+        ),
+    ),
     "context_expert": (2, ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2)),
     "ulysses": (2, ParallelConfig(context_parallel_size=2, context_parallel_method="ulysses")),
-    "context_tensor": (4, ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2,
-                                         sequence_parallel=True)),
+    "context_tensor": (
+        4,
+        ParallelConfig(context_parallel_size=2, tensor_model_parallel_size=2, sequence_parallel=True),
+    ),
     "tensor_only": (2, ParallelConfig(tensor_model_parallel_size=2)),
     "recompute": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, recompute="full")),
     "pipeline_recompute": (2, ParallelConfig(pipeline_model_parallel_size=2, recompute="full")),
@@ -49,8 +58,12 @@ LAYOUTS = {
 MODELS: dict[str, dict[str, Any]] = {"ling": {}, "tied": {"tie_word_embeddings": True}, "dense": {"num_moe_experts": 0}}
 # Layout, token dispatcher, model. A mixture of experts needs sequence parallelism, a dense model does not.
 CASES: list[Case] = [(name, "allgather", "dense" if name == "tensor_only" else "ling") for name in LAYOUTS] + [
-    ("expert", "alltoall", "ling"), ("context_expert", "alltoall", "ling"), ("tensor_expert", "alltoall", "ling"),
-    ("pipeline", "allgather", "tied"), ("tensor", "allgather", "tied")]
+    ("expert", "alltoall", "ling"),
+    ("context_expert", "alltoall", "ling"),
+    ("tensor_expert", "alltoall", "ling"),
+    ("pipeline", "allgather", "tied"),
+    ("tensor", "allgather", "tied"),
+]
 
 
 def _model(name: str) -> ModelConfig:
@@ -93,10 +106,15 @@ def _chunks(model: ModelConfig, layout: ParallelConfig) -> list[Any]:
     chunks = []
     for stage in range(layout.virtual_pipeline_model_parallel_size or 1):
         vp_stage = stage if layout.virtual_pipeline_model_parallel_size else None
-        chunks.append(build_model(
-            model, layout, vp_stage=vp_stage,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)))
+        chunks.append(
+            build_model(
+                model,
+                layout,
+                vp_stage=vp_stage,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            )
+        )
     return chunks
 
 
@@ -123,12 +141,22 @@ def _run_one_rank(folder: str) -> dict[str, Result]:
 
 
 def _run_cases(cases: list[Case], folder: str) -> list[Result]:
-    return [_run_layout(model_name, LAYOUTS[name][1], dispatcher, folder, f"{name}_{dispatcher}_{model_name}",
-                        skips_outputs=(name, dispatcher) not in PLAIN) for name, dispatcher, model_name in cases]
+    return [
+        _run_layout(
+            model_name,
+            LAYOUTS[name][1],
+            dispatcher,
+            folder,
+            f"{name}_{dispatcher}_{model_name}",
+            skips_outputs=(name, dispatcher) not in PLAIN,
+        )
+        for name, dispatcher, model_name in cases
+    ]
 
 
-def _run_layout(model_name: str, layout: ParallelConfig, dispatcher: str, folder: str, name: str,
-                skips_outputs: bool) -> Result:
+def _run_layout(
+    model_name: str, layout: ParallelConfig, dispatcher: str, folder: str, name: str, skips_outputs: bool
+) -> Result:
     """Loss sums of the global batch and its gradients, of the whole model."""
     from megatron.core import dist_checkpointing, parallel_state
 
@@ -162,11 +190,7 @@ def _run_layout(model_name: str, layout: ParallelConfig, dispatcher: str, folder
 def _forward_backward(model: ModelConfig, chunks: list[Any]) -> Tensor:
     """Run megatron-core's schedule over this rank's share of the rows; [3] sums of the global batch."""
     from megatron.core import parallel_state
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_dllm.data.context_shard import take_context_shard
@@ -179,8 +203,14 @@ def _forward_backward(model: ModelConfig, chunks: list[Any]) -> Tensor:
     batches = [take_context_shard(batch, cp_rank, cp_size) for batch in _rows(model)[rank::size]]
     iterators = [iter(batches) for _ in wrapped]
     sums = get_forward_backward_func()(
-        forward_step_func=_forward, data_iterator=iterators if len(wrapped) > 1 else iterators[0], model=wrapped,
-        num_microbatches=len(batches), seq_length=ROW_LENGTH, micro_batch_size=1, forward_only=False)
+        forward_step_func=_forward,
+        data_iterator=iterators if len(wrapped) > 1 else iterators[0],
+        model=wrapped,
+        num_microbatches=len(batches),
+        seq_length=ROW_LENGTH,
+        micro_batch_size=1,
+        forward_only=False,
+    )
     total = torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64)
     if parallel_state.get_tensor_model_parallel_rank() > 0:
         total.zero_()
@@ -209,8 +239,9 @@ def expected(folder: str) -> dict[str, Result]:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_layouts_give_the_loss_and_gradients_of_one_rank(world_size: int, folder: str,
-                                                         expected: dict[str, Result]) -> None:
+def test_layouts_give_the_loss_and_gradients_of_one_rank(
+    world_size: int, folder: str, expected: dict[str, Result]
+) -> None:
     cases = [case for case in CASES if LAYOUTS[case[0]][0] == world_size]
     for results in run_ranks(_run_cases, world_size, cases, folder):
         for case, (sums, gradients) in zip(cases, results, strict=True):

@@ -7,8 +7,11 @@ import torch
 from benchmarks.ranks import run_ranks
 from megatron_dllm.config import ParallelConfig, RunConfig
 
-LAYOUTS = [ParallelConfig(pipeline_model_parallel_size=2), ParallelConfig(tensor_model_parallel_size=2),
-           ParallelConfig()]
+LAYOUTS = [
+    ParallelConfig(pipeline_model_parallel_size=2),
+    ParallelConfig(tensor_model_parallel_size=2),
+    ParallelConfig(),
+]
 
 
 def _draws() -> list[tuple[list[float], list[float]]]:
@@ -20,11 +23,16 @@ def _draws() -> list[tuple[list[float], list[float]]]:
     result = []
     for layout in LAYOUTS:
         groups.initialize(layout, RunConfig(name="test", seed=3, distributed_timeout_minutes=1.0))
-        layout_sizes = (parallel_state.get_pipeline_model_parallel_world_size(),
-                        parallel_state.get_tensor_model_parallel_world_size(),
-                        parallel_state.get_data_parallel_world_size())
-        assert layout_sizes == (layout.pipeline_model_parallel_size, layout.tensor_model_parallel_size,
-                                layout.data_parallel_size(2))
+        layout_sizes = (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+        assert layout_sizes == (
+            layout.pipeline_model_parallel_size,
+            layout.tensor_model_parallel_size,
+            layout.data_parallel_size(2),
+        )
         replicated = torch.rand(3).tolist()
         with tensor_parallel.get_cuda_rng_tracker().fork():
             result.append((replicated, torch.rand(3).tolist()))

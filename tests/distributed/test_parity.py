@@ -21,9 +21,22 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     return folder, expected
 
 
-@pytest.mark.parametrize("name", ["accumulation 4", "recompute full", "DP2 overlap", "TP2 x EP2", "PP2 virtual 2",
-                                  "CP2", "CP2 ulysses", "EP2 alltoall", "PP2 virtual 2 dense", "CP2, skipping",
-                                  "TP2 x EP2, skipping"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "accumulation 4",
+        "recompute full",
+        "DP2 overlap",
+        "TP2 x EP2",
+        "PP2 virtual 2",
+        "CP2",
+        "CP2 ulysses",
+        "EP2 alltoall",
+        "PP2 virtual 2 dense",
+        "CP2, skipping",
+        "TP2 x EP2, skipping",
+    ],
+)
 def test_layouts_train_what_one_rank_trains(name: str, start: Start) -> None:
     assert violations(measure(ALL_LAYOUTS[name], *start, list(STAGES)), "fp32") == []
 
@@ -33,13 +46,16 @@ def test_four_ranks_train_what_one_rank_trains(name: str, start: Start) -> None:
     assert violations(measure(ALL_LAYOUTS[name], *start, ["ar", "complementary"]), "fp32") == []
 
 
-@pytest.mark.parametrize(("name", "measures"), [
-    ("TP2, expert TP 1, EP 1", {"grad_norm", "weights", "update"}),
-    ("TP1, expert TP 2, EP 1", {"grad_norm", "weights", "update"}),
-    ("DP2, gradient not divided by the tokens", {"grad_norm"}),
-    ("TP2, norm gradients not summed", {"grad_norm", "weights", "update", "replica_spread"}),
-    ("CP2, key gradients of other ranks dropped", {"grad_norm", "weights", "update"}),
-])
+@pytest.mark.parametrize(
+    ("name", "measures"),
+    [
+        ("TP2, expert TP 1, EP 1", {"grad_norm", "weights", "update"}),
+        ("TP1, expert TP 2, EP 1", {"grad_norm", "weights", "update"}),
+        ("DP2, gradient not divided by the tokens", {"grad_norm"}),
+        ("TP2, norm gradients not summed", {"grad_norm", "weights", "update", "replica_spread"}),
+        ("CP2, key gradients of other ranks dropped", {"grad_norm", "weights", "update"}),
+    ],
+)
 def test_wrong_gradients_are_noticed(name: str, measures: set[str], start: Start) -> None:
     found = violations(measure(ALL_LAYOUTS[name], *start, ["complementary"]), "fp32")
     assert measures <= {violation.split()[1] for violation in found}

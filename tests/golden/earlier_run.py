@@ -27,25 +27,42 @@ from tests.golden.golden_run import STAGES, machine
 
 FOLDER = Path(__file__).with_name("earlier_run")
 NAME, CHECKPOINT, STEPS = "earlier", "step_0000007", "steps.txt"
-SMALL = replace(MODEL, num_layers=2, hidden_size=16, ffn_hidden_size=32, kv_channels=4, num_moe_experts=4,
-                moe_ffn_hidden_size=8, moe_shared_expert_intermediate_size=8, moe_router_topk=4,
-                moe_router_num_groups=2, moe_router_group_topk=2)
+SMALL = replace(
+    MODEL,
+    num_layers=2,
+    hidden_size=16,
+    ffn_hidden_size=32,
+    kv_channels=4,
+    num_moe_experts=4,
+    moe_ffn_hidden_size=8,
+    moe_shared_expert_intermediate_size=8,
+    moe_router_topk=4,
+    moe_router_num_groups=2,
+    moe_router_group_topk=2,
+)
 
 
 def earlier_config(folder: Path) -> TrainConfig:
     """The run, in a folder that holds the corpus."""
     config = run_config(
-        folder, NAME, ParallelConfig(), model=SMALL,
+        folder,
+        NAME,
+        ParallelConfig(),
+        model=SMALL,
         checkpoint=CheckpointConfig(keep_last=9, save_interval_tokens=250, timeout_minutes=10.0),
-        schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=dict(STAGES)))
+        schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=dict(STAGES)),
+    )
     # One chunk for the whole run: the saved position then holds rows under several geometries.
     return replace(config, data=replace(config.data, packing_chunk=400))
 
 
 def steps_of(config: TrainConfig, first: int) -> list[str]:
     """Steps from `first` on, as the lines of `steps.txt`."""
-    return [f"{r['step']} {r['stage']} {r['loss']!r} {r['grad_norm']!r} {r['data_fingerprint']}"
-            for r in read_metrics(config) if "loss" in r and r["step"] >= first]
+    return [
+        f"{r['step']} {r['stage']} {r['loss']!r} {r['grad_norm']!r} {r['data_fingerprint']}"
+        for r in read_metrics(config)
+        if "loss" in r and r["step"] >= first
+    ]
 
 
 def main() -> None:

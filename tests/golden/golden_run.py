@@ -46,8 +46,15 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "one_rank_skipping": (1, ParallelConfig()),
     "one_rank_recompute": (1, ParallelConfig(recompute="full")),
     "dp2": (2, ParallelConfig()),
-    "tp2_ep2": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2,
-                                  expert_tensor_parallel_size=1)),
+    "tp2_ep2": (
+        2,
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+        ),
+    ),
     "pp2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
     "cp2": (2, ParallelConfig(context_parallel_size=2)),
     "cp2_skipping": (2, ParallelConfig(context_parallel_size=2)),
@@ -81,16 +88,22 @@ class Golden:
 
     def lines(self) -> list[str]:
         """As text, one line a step."""
-        return [f"{step.stage:<10} {step.loss!r:<22} {step.grad_norm!r:<22} {step.fingerprint}"
-                for step in self.steps] + [f"weights    {self.weights}"]
+        return [
+            f"{step.stage:<10} {step.loss!r:<22} {step.grad_norm!r:<22} {step.fingerprint}" for step in self.steps
+        ] + [f"weights    {self.weights}"]
 
 
 def golden_config(folder: Path, name: str, layout: ParallelConfig) -> TrainConfig:
     """The run of one layout."""
     model = replace(MODEL, moe_router_bias_update_rate=0.0) if name.endswith(SKIPPING) else MODEL
     return run_config(
-        folder, name, layout, model=model, checkpoint=CheckpointConfig(keep_last=1, timeout_minutes=10.0),
-        schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=dict(STAGES)))
+        folder,
+        name,
+        layout,
+        model=model,
+        checkpoint=CheckpointConfig(keep_last=1, timeout_minutes=10.0),
+        schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=dict(STAGES)),
+    )
 
 
 def train_layout(folder: Path, name: str) -> Golden:
@@ -98,8 +111,9 @@ def train_layout(folder: Path, name: str) -> Golden:
     world_size, layout = LAYOUTS[name]
     config = golden_config(folder, name, layout)
     assert run_ranks(train_here, world_size, config, timeout_s=500.0) == [0] * world_size
-    steps = [Step(r["stage"], r["loss"], r["grad_norm"], r["data_fingerprint"])
-             for r in read_metrics(config) if "loss" in r]
+    steps = [
+        Step(r["stage"], r["loss"], r["grad_norm"], r["data_fingerprint"]) for r in read_metrics(config) if "loss" in r
+    ]
     return Golden(steps, weights_hash(max(checkpoints_of(config).glob("step_*"))))
 
 
@@ -114,8 +128,18 @@ def weights_hash(checkpoint: Path) -> str:
 
 def machine() -> str:
     """What decides how sums are rounded: the processor's kind, its vector unit and torch's version."""
-    model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine()) if Path("/proc/cpuinfo").exists() else ""
+    model = (
+        next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.machine(),
+        )
+        if Path("/proc/cpuinfo").exists()
+        else ""
+    )
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 
@@ -173,8 +197,11 @@ def main() -> int:
         RECORD.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return 0
     recorded_on, expected = read_record()
-    problems = [f"{name}: {problem}" for name, golden in found.items()
-                for problem in differences(golden, expected[name], machine() == recorded_on)]
+    problems = [
+        f"{name}: {problem}"
+        for name, golden in found.items()
+        for problem in differences(golden, expected[name], machine() == recorded_on)
+    ]
     print("\n".join(problems) or "equal" + ("" if machine() == recorded_on else " to rounding (another machine)"))
     return int(bool(problems))
 

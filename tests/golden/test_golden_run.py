@@ -35,8 +35,12 @@ def test_the_record_holds_every_layout_and_stage() -> None:
 def test_the_smallest_difference_is_seen() -> None:
     golden = read_record()[1]["one_rank"]
     first = golden.steps[0]
-    for change in (dict(loss=first.loss * (1 + 1e-15)), dict(grad_norm=first.grad_norm * (1 + 1e-15)),
-                   dict(fingerprint="0"), dict(stage="other")):
+    for change in (
+        dict(loss=first.loss * (1 + 1e-15)),
+        dict(grad_norm=first.grad_norm * (1 + 1e-15)),
+        dict(fingerprint="0"),
+        dict(stage="other"),
+    ):
         changed = replace(golden, steps=[replace(first, **change), *golden.steps[1:]])
         assert len(differences(changed, golden, is_exact=True)) == 1
     assert differences(replace(golden, weights="0"), golden, is_exact=True)

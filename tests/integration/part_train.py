@@ -20,8 +20,9 @@ def write_checkpoint(folder: Path, state: dict[str, object]) -> None:
     """A whole checkpoint, as far as its descriptions go."""
     folders.write_json(folder / folders.CONTRACT, {})
     folders.write_json(folder / folders.STATE, state)
-    folders.write_json(folder / folders.MANIFEST,
-                       {name: folders.checksum(folder / name) for name in folders.payload_files(folder)})
+    folders.write_json(
+        folder / folders.MANIFEST, {name: folders.checksum(folder / name) for name in folders.payload_files(folder)}
+    )
 
 
 def given_config() -> dict[str, Any]:

@@ -116,8 +116,9 @@ def test_exported_model_keeps_the_bits_of_the_bias(llada2: tuple[ModelConfig, di
     assert exported.lm_head.weight.dtype == torch.float16
 
 
-def test_exported_model_saves_and_loads_again(llada2: tuple[ModelConfig, dict[str, Tensor], Path],
-                                              tmp_path: Path) -> None:
+def test_exported_model_saves_and_loads_again(
+    llada2: tuple[ModelConfig, dict[str, Tensor], Path], tmp_path: Path
+) -> None:
     model, weights, folder = llada2
     _from_pretrained(folder / "llada2", dtype=torch.float32).save_pretrained(tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
@@ -133,17 +134,28 @@ def test_exported_model_trains(llada2: tuple[ModelConfig, dict[str, Tensor], Pat
     ids = _ids(model)
     exported(ids, labels=ids).loss.backward()
     gradients = {name: parameter.grad for name, parameter in exported.named_parameters()}
-    assert all(gradient is not None and bool(torch.isfinite(gradient).all()) for name, gradient in gradients.items()
-               if ".experts." not in name)
+    assert all(
+        gradient is not None and bool(torch.isfinite(gradient).all())
+        for name, gradient in gradients.items()
+        if ".experts." not in name
+    )
 
 
-@pytest.mark.parametrize(("block_size", "settings"), [
-    (8, {"threshold": 0.3}), (4, {"threshold": 0.95}), (8, {"threshold": 0.9, "min_tokens_per_step": 3}), (1, {}),
-    (64, {}),
-    (8, {"threshold": 0.5, "temperature": 0.8, "seed": 7}),
-    (8, {"threshold": 0.5, "temperature": 1.2, "top_p": 0.7, "top_k": 20, "seed": 8})])
-def test_exported_generate_equals_ours(llada2: tuple[ModelConfig, dict[str, Tensor], Path], block_size: int,
-                                       settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("block_size", "settings"),
+    [
+        (8, {"threshold": 0.3}),
+        (4, {"threshold": 0.95}),
+        (8, {"threshold": 0.9, "min_tokens_per_step": 3}),
+        (1, {}),
+        (64, {}),
+        (8, {"threshold": 0.5, "temperature": 0.8, "seed": 7}),
+        (8, {"threshold": 0.5, "temperature": 1.2, "top_p": 0.7, "top_k": 20, "seed": 8}),
+    ],
+)
+def test_exported_generate_equals_ours(
+    llada2: tuple[ModelConfig, dict[str, Tensor], Path], block_size: int, settings: dict[str, Any]
+) -> None:
     from megatron_dllm.inference.load import CachedForward
 
     model, _, folder = llada2
@@ -152,8 +164,9 @@ def test_exported_generate_equals_ours(llada2: tuple[ModelConfig, dict[str, Tens
     generator = torch.Generator().manual_seed(11)
     for length in (1, 3, 8, 13, 16):
         prompt = torch.randint(0, 90, (length,), generator=generator).tolist()
-        contract = DecodingContract(block_size, model.max_position_embeddings, model.mask_token_id,
-                                    (model.eos_token_id,))
+        contract = DecodingContract(
+            block_size, model.max_position_embeddings, model.mask_token_id, (model.eos_token_id,)
+        )
         expected = decode(CachedForward(module), prompt, DecodingConfig(max_new_tokens=21, **settings), contract)
         actual = exported.generate(torch.tensor([prompt]), block_size=block_size, max_new_tokens=21, **settings)
         assert actual[0].tolist() == prompt + expected.generated_ids
@@ -169,18 +182,21 @@ def test_exported_generate_stops_like_ours(llada2: tuple[ModelConfig, dict[str, 
     free = exported.generate(torch.tensor([prompt]), block_size=8, max_new_tokens=30, threshold=0.3)[0].tolist()
     eos = free[15]
     contract = DecodingContract(8, model.max_position_embeddings, model.mask_token_id, (eos,))
-    expected = decode(CachedForward(_load(folder / "mcore")), prompt, DecodingConfig(max_new_tokens=30, threshold=0.3),
-                      contract)
+    expected = decode(
+        CachedForward(_load(folder / "mcore")), prompt, DecodingConfig(max_new_tokens=30, threshold=0.3), contract
+    )
     actual = exported.generate(torch.tensor([prompt]), block_size=8, max_new_tokens=30, threshold=0.3, eos_token_id=eos)
     assert expected.stop_reason == "eos"
-    assert actual[0].tolist() == prompt + expected.generated_ids == free[:free.index(eos, 3) + 1]
+    assert actual[0].tolist() == prompt + expected.generated_ids == free[: free.index(eos, 3) + 1]
 
 
-@pytest.mark.parametrize(("prompt", "message"), [([[95, 3]], "mask token"), ([[1] * 512], "shorter"),
-                                                 ([[1], [2]], "one prompt"),
-                                                 ([[]], "one prompt")])
-def test_exported_generate_refuses(llada2: tuple[ModelConfig, dict[str, Tensor], Path], prompt: list[list[int]],
-                                   message: str) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([[95, 3]], "mask token"), ([[1] * 512], "shorter"), ([[1], [2]], "one prompt"), ([[]], "one prompt")],
+)
+def test_exported_generate_refuses(
+    llada2: tuple[ModelConfig, dict[str, Tensor], Path], prompt: list[list[int]], message: str
+) -> None:
     exported = _from_pretrained(llada2[2] / "llada2", dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         exported.generate(torch.tensor(prompt, dtype=torch.int64))
@@ -193,11 +209,24 @@ def test_qwen3_moe_logits_equal_transformers(tmp_path: Path, one_rank: None, is_
 
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=96, hidden_size=48, intermediate_size=64, moe_intermediate_size=24, num_hidden_layers=3,
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=64,
+        moe_intermediate_size=24,
+        num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3, norm_topk_prob=is_normalised,
-        max_position_embeddings=128, rope_theta=1e6, eos_token_id=1, pad_token_id=0, mlp_only_layers=[0],
-        initializer_range=0.15)
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=is_normalised,
+        max_position_embeddings=128,
+        rope_theta=1e6,
+        eos_token_id=1,
+        pad_token_id=0,
+        mlp_only_layers=[0],
+        initializer_range=0.15,
+    )
     _check_against_transformers(Qwen3MoeForCausalLM(config), tmp_path)
 
 
@@ -208,11 +237,20 @@ def test_qwen3_logits_equal_transformers(tmp_path: Path, one_rank: None, is_tied
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=96,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16, max_position_embeddings=128, rope_theta=1e6, eos_token_id=1, pad_token_id=0,
+        head_dim=16,
+        max_position_embeddings=128,
+        rope_theta=1e6,
+        eos_token_id=1,
+        pad_token_id=0,
         tie_word_embeddings=is_tied,
-        initializer_range=0.15)
+        initializer_range=0.15,
+    )
     _check_against_transformers(Qwen3ForCausalLM(config), tmp_path)
 
 
@@ -235,10 +273,26 @@ def _check_against_transformers(original: Any, folder: Path) -> None:
 
 
 LAYOUTS = {
-    "TP2 x EP2": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2,
-                                    expert_tensor_parallel_size=1, precision="bf16")),
-    "TP2 x PP2": (4, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True,
-                                    pipeline_model_parallel_size=2, expert_tensor_parallel_size=2, precision="bf16")),
+    "TP2 x EP2": (
+        2,
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            expert_model_parallel_size=2,
+            expert_tensor_parallel_size=1,
+            precision="bf16",
+        ),
+    ),
+    "TP2 x PP2": (
+        4,
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            pipeline_model_parallel_size=2,
+            expert_tensor_parallel_size=2,
+            precision="bf16",
+        ),
+    ),
 }
 
 
@@ -251,22 +305,36 @@ def _load_and_save(source: str, target: str, layout: ParallelConfig, model: Mode
     from megatron_dllm.parallel import groups
 
     groups.initialize(layout, RunConfig(name="layouts"))
-    module = build_model(model, layout, pre_process=parallel_state.is_pipeline_first_stage(),
-                         post_process=parallel_state.is_pipeline_last_stage())
+    module = build_model(
+        model,
+        layout,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
     load_weights(Path(source), [module])
     contract = json.loads((Path(source) / "contract.json").read_text())
     CheckpointWriter(Path(target)).save(1, [module], None, contract, {})
 
 
-@pytest.mark.parametrize(("family", "layout"), [
-    ("bailing_moe", "TP2 x EP2"), ("bailing_moe", "TP2 x PP2"), ("qwen3_moe", "TP2 x EP2"), ("qwen3", "TP2 x PP2")])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("bailing_moe", "TP2 x EP2"), ("bailing_moe", "TP2 x PP2"), ("qwen3_moe", "TP2 x EP2"), ("qwen3", "TP2 x PP2")],
+)
 def test_round_trip_through_another_layout_is_exact(family: str, layout: str, tmp_path: Path) -> None:
     model = tiny_model(num_layers=4, moe_shared_expert_intermediate_size=48)
     if family != "bailing_moe":
         model = replace(
-            model, family=family, num_dense_layers=0, moe_shared_expert_intermediate_size=0, moe_router_num_groups=0,
-            moe_router_group_topk=0, moe_router_topk_scaling_factor=1.0, moe_router_score_function="softmax",
-            moe_router_enable_expert_bias=False, rotary_percent=1.0)
+            model,
+            family=family,
+            num_dense_layers=0,
+            moe_shared_expert_intermediate_size=0,
+            moe_router_num_groups=0,
+            moe_router_group_topk=0,
+            moe_router_topk_scaling_factor=1.0,
+            moe_router_score_function="softmax",
+            moe_router_enable_expert_bias=False,
+            rotary_percent=1.0,
+        )
     if family == "qwen3":
         model = replace(model, num_moe_experts=0, moe_ffn_hidden_size=0, moe_router_topk=0)
     write_synthetic(tmp_path / "hf", model, max_shard_bytes=10**5)
@@ -283,8 +351,11 @@ def test_round_trip_through_another_layout_is_exact(family: str, layout: str, tm
 def _bits(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a Hugging Face folder as integers of its width, which tell -0 from 0."""
     integer = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
-    return {name: value.view(integer[value.dtype]) for path in folder.glob("*.safetensors")
-            for name, value in load_file(path).items()}
+    return {
+        name: value.view(integer[value.dtype])
+        for path in folder.glob("*.safetensors")
+        for name, value in load_file(path).items()
+    }
 
 
 def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
@@ -298,22 +369,34 @@ def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
         assert (content["step"], content["source"]) == (step, str(tmp_path / "hf"))
 
 
-@pytest.mark.parametrize(("num_layers", "num_tensors"), [
-    (20, 14_813), (32, 24_161)], ids=["mini", "flash"])
+@pytest.mark.parametrize(("num_layers", "num_tensors"), [(20, 14_813), (32, 24_161)], ids=["mini", "flash"])
 def test_round_trip_with_the_real_number_of_tensors(num_layers: int, num_tensors: int, tmp_path: Path) -> None:
     model = ModelConfig(
-        num_layers=num_layers, hidden_size=8, ffn_hidden_size=8, num_attention_heads=4, num_query_groups=2,
+        num_layers=num_layers,
+        hidden_size=8,
+        ffn_hidden_size=8,
+        num_attention_heads=4,
+        num_query_groups=2,
         kv_channels=2,
-        vocab_size=16, num_dense_layers=1, num_moe_experts=256, moe_ffn_hidden_size=2,
+        vocab_size=16,
+        num_dense_layers=1,
+        num_moe_experts=256,
+        moe_ffn_hidden_size=2,
         moe_shared_expert_intermediate_size=2,
-        moe_router_topk=8, moe_router_num_groups=8, moe_router_group_topk=4, mask_token_id=2, eos_token_id=0,
-        pad_token_id=1)
+        moe_router_topk=8,
+        moe_router_num_groups=8,
+        moe_router_group_topk=4,
+        mask_token_id=2,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
     write_synthetic(tmp_path / "hf", model, max_shard_bytes=10**5)
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back")
     expected, actual = SafetensorsFolder(tmp_path / "hf"), SafetensorsFolder(tmp_path / "back")
     assert len(expected.tensors) == num_tensors
     assert {name: (t.dtype, t.shape) for name, t in actual.tensors.items()} == {
-        name: (t.dtype, t.shape) for name, t in expected.tensors.items()}
+        name: (t.dtype, t.shape) for name, t in expected.tensors.items()
+    }
     bits, original = _bits(tmp_path / "back"), _bits(tmp_path / "hf")
     assert all(torch.equal(bits[name], value) for name, value in original.items())

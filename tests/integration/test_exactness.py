@@ -61,9 +61,12 @@ def corpus(one_rank: None, model_config: ModelConfig, tmp_path_factory: pytest.T
 def _config(model: ModelConfig, corpus: Any, **data: Any) -> TrainConfig:
     stage = StageConfig(block_size=4, num_tokens=1000, global_batch_size=1, learning_rate=1e-3)
     return TrainConfig(
-        run=RunConfig(name="test"), model=model, data=DataConfig(train=corpus.prefix, packing_chunk=4, **data),
+        run=RunConfig(name="test"),
+        model=model,
+        data=DataConfig(train=corpus.prefix, packing_chunk=4, **data),
         schedule=ScheduleConfig(context_length=CONTEXT, row_length=ROW, stages={"only": stage}),
-        evaluation=EvaluationConfig(block_sizes=[1], num_tokens=60))
+        evaluation=EvaluationConfig(block_sizes=[1], num_tokens=60),
+    )
 
 
 def _pieces(config: TrainConfig, corpus: Any, name: str) -> list[tuple[int, int, int]]:
@@ -100,8 +103,9 @@ def test_elbo_at_block_size_1_is_the_exact_sequential_nll(built: Any, corpus: An
     config = _config(model_config, corpus)
     result = evaluate([built], config, corpus, ["1"], torch.device("cpu"))
     pieces = _pieces(config, corpus, "1")
-    expected_nll = sum(_sequential_nll(built, torch.from_numpy(corpus.read(*piece)), model_config.mask_token_id)
-                       for piece in pieces)
+    expected_nll = sum(
+        _sequential_nll(built, torch.from_numpy(corpus.read(*piece)), model_config.mask_token_id) for piece in pieces
+    )
     num_tokens = sum(length for _, _, length in pieces)
     assert result.num_tokens == num_tokens >= 60
     assert result.nats_per_token["1"] == pytest.approx(expected_nll / num_tokens, rel=1e-5)
@@ -118,14 +122,21 @@ def test_elbo_bounds_the_block_wise_likelihood(built: Any, corpus: Any, model_co
     assert first.nats_per_token["1"] != first.nats_per_token["8"]
 
 
-def _loss_and_gradients(model: Any, config: TrainConfig, corpus: Any, stage: StageConfig,
-                        rows: int) -> tuple[float, dict[str, Tensor], int]:
+def _loss_and_gradients(
+    model: Any, config: TrainConfig, corpus: Any, stage: StageConfig, rows: int
+) -> tuple[float, dict[str, Tensor], int]:
     from megatron_dllm.data.batch import collate
     from megatron_dllm.data.loader import RowDataset
 
     geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
-    dataset = RowDataset(corpus, geometry, NoiseSpec.for_stage(config.noise, stage), 7, config.model.mask_token_id,
-                         config.model.pad_token_id)
+    dataset = RowDataset(
+        corpus,
+        geometry,
+        NoiseSpec.for_stage(config.noise, stage),
+        7,
+        config.model.mask_token_id,
+        config.model.pad_token_id,
+    )
     stream = RowStream(corpus.document_lengths, 7, 4, shuffle=False)
     model.zero_grad(set_to_none=True)
     total, forward_tokens, documents = 0.0, 0, 0
@@ -143,11 +154,18 @@ def _loss_and_gradients(model: Any, config: TrainConfig, corpus: Any, stage: Sta
 @pytest.mark.parametrize("origin", ["document", "row"])
 @pytest.mark.parametrize("is_complementary", [False, True])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_pruning_clean_blocks_changes_no_number(built: Any, corpus: Any, model_config: ModelConfig, origin: str,
-                                                is_complementary: bool, block_size: int) -> None:
+def test_pruning_clean_blocks_changes_no_number(
+    built: Any, corpus: Any, model_config: ModelConfig, origin: str, is_complementary: bool, block_size: int
+) -> None:
     """A clean block that no later block reads may be left out: same loss, same gradients, fewer tokens."""
-    stage = StageConfig(block_size=block_size, num_tokens=1000, global_batch_size=1, learning_rate=1e-3,
-                        is_complementary=is_complementary, t_min=0.0)
+    stage = StageConfig(
+        block_size=block_size,
+        num_tokens=1000,
+        global_batch_size=1,
+        learning_rate=1e-3,
+        is_complementary=is_complementary,
+        t_min=0.0,
+    )
     config = _config(model_config, corpus, block_origin=origin)
     config.schedule.row_length = corpus.num_tokens * stage.num_views  # so that a chunk's pieces share one row, always
     loss, gradients, tokens = _loss_and_gradients(built, config, corpus, stage, 4)

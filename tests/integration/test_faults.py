@@ -89,8 +89,11 @@ def _train_with_poison(config: TrainConfig) -> tuple[int, list[bool], bool]:
 
 
 def _parts(engine: Any) -> list[Any]:
-    return [part for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
-            if not getattr(part, "is_stub_optimizer", False)]
+    return [
+        part
+        for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+        if not getattr(part, "is_stub_optimizer", False)
+    ]
 
 
 def _local_state(engine: Any) -> list[torch.Tensor]:
@@ -107,10 +110,14 @@ def _short_config(folder: Path, name: str, layout: ParallelConfig, action: str) 
     return replace(config, schedule=replace(config.schedule, stages={"warmup": STAGES["warmup"]}))
 
 
-@pytest.mark.parametrize("layout", [
-    pytest.param(ParallelConfig(), id="DP2"),
-    pytest.param(ParallelConfig(expert_model_parallel_size=2), id="EP2"),
-    pytest.param(ParallelConfig(pipeline_model_parallel_size=2), id="PP2")])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(ParallelConfig(), id="DP2"),
+        pytest.param(ParallelConfig(expert_model_parallel_size=2), id="EP2"),
+        pytest.param(ParallelConfig(pipeline_model_parallel_size=2), id="PP2"),
+    ],
+)
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(folder: Path, layout: ParallelConfig) -> None:
     pp = layout.pipeline_model_parallel_size
     config = _short_config(folder, f"skipping_{pp}_{layout.expert_model_parallel_size}", layout, "skip")
@@ -205,13 +212,18 @@ def test_replay_names_the_rows_that_are_not_finite(folder: Path) -> None:
     assert "not finite" in record["reason"]
     assert checkpoint.parent == checkpoints_of(start)
     ranks = load_step(dumped)
-    expected = {(rank, index, row) for rank, batches in enumerate(ranks) for index, batch in enumerate(batches)
-                for row in range(len(batch.input_ids)) if bool((batch.input_ids[row] == POISONED_TOKEN).any())}
+    expected = {
+        (rank, index, row)
+        for rank, batches in enumerate(ranks)
+        for index, batch in enumerate(batches)
+        for row in range(len(batch.input_ids))
+        if bool((batch.input_ids[row] == POISONED_TOKEN).any())
+    }
     bad = {(row.data_rank, row.micro_batch, row.row) for row in result.rows if not math.isfinite(row.badness)}
     assert bad == expected
     assert 0 < len(expected) < len(result.rows), "some rows read the token and some do not"
-    assert all("embedding" in row.first_bad for row in result.rows[:len(bad)])
-    assert all(row.first_bad == "" and row.sample_ids for row in result.rows[len(bad):])
+    assert all("embedding" in row.first_bad for row in result.rows[: len(bad)])
+    assert all(row.first_bad == "" and row.sample_ids for row in result.rows[len(bad) :])
     code, text = run_ranks(_replay_command, 1, str(dumped), "--rows", "1", timeout_s=300.0)[0]
     assert code == 0
     assert re.search(r"step 1 of stage warmup: .*not finite", text)
@@ -229,9 +241,13 @@ def _train_with_short_window(config: TrainConfig) -> int:
 
 def test_a_spike_stops_the_run_and_is_replayed_exactly(folder: Path) -> None:
     """Two ranks in a layout of their own; one process gets their loss and gradient norm from the dump."""
-    config = run_config(folder, "spiking", ParallelConfig(pipeline_model_parallel_size=2),
-                        optimizer=OptimizerConfig(spike_factor=0.01),
-                        checkpoint=CheckpointConfig(save_interval_tokens=1))
+    config = run_config(
+        folder,
+        "spiking",
+        ParallelConfig(pipeline_model_parallel_size=2),
+        optimizer=OptimizerConfig(spike_factor=0.01),
+        checkpoint=CheckpointConfig(save_interval_tokens=1),
+    )
     assert run_ranks(_train_with_short_window, 2, config, timeout_s=500.0) == [EXIT_NON_FINITE] * 2
     dumped = _run_folder(config) / "replay" / "step_0000003"
     record, checkpoint, result = run_ranks(_replay, 1, dumped, timeout_s=300.0)[0]
@@ -280,14 +296,28 @@ def test_torchrun_is_stopped_in_order_and_continues(folder: Path) -> None:
 def test_a_process_says_by_its_exit_code_how_it_ended(folder: Path) -> None:
     """The command itself: stopped by a signal, then continued to the end."""
     run = folder / "runs" / "command"
-    words = ["experiment=tiny_base", f"run.root={run.parent}", "run.name=command", f"data.train={folder}/corpus",
-             "data.validation=null", "data.tokenizer=null", "evaluation.num_tokens=0", "evaluation.block_sizes=[32]",
-             "schedule.context_length=32", "schedule.stages.ar.lr_warmup_tokens=0", "model.hidden_size=32",
-             "model.num_layers=2", "logging.interval_steps=1", "logging.tensorboard=false"]
+    words = [
+        "experiment=tiny_base",
+        f"run.root={run.parent}",
+        "run.name=command",
+        f"data.train={folder}/corpus",
+        "data.validation=null",
+        "data.tokenizer=null",
+        "evaluation.num_tokens=0",
+        "evaluation.block_sizes=[32]",
+        "schedule.context_length=32",
+        "schedule.stages.ar.lr_warmup_tokens=0",
+        "model.hidden_size=32",
+        "model.num_layers=2",
+        "logging.interval_steps=1",
+        "logging.tensorboard=false",
+    ]
 
     def start(num_tokens: int) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-m", "megatron_dllm.train", *words,
-                                 f"schedule.stages.ar.num_tokens={num_tokens}"], cwd=ROOT)
+        return subprocess.Popen(
+            [sys.executable, "-m", "megatron_dllm.train", *words, f"schedule.stages.ar.num_tokens={num_tokens}"],
+            cwd=ROOT,
+        )
 
     metrics = run / "metrics.jsonl"
     process = start(10**9)

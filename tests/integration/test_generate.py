@@ -20,15 +20,41 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 EOS, PAD, MASK = "<|eos|>", "<|pad|>", "<|mask|>"
 VOCAB = [EOS, PAD, MASK, *LETTERS]
 MODEL = ModelConfig(
-    family="llada2_moe", num_layers=3, hidden_size=48, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2,
-    kv_channels=16, vocab_size=32, max_position_embeddings=128, rotary_base=10000.0, rotary_percent=0.5,
-    num_dense_layers=1, num_moe_experts=8, moe_ffn_hidden_size=16, moe_shared_expert_intermediate_size=16,
-    moe_router_topk=4, moe_router_num_groups=4, moe_router_group_topk=2, moe_router_topk_scaling_factor=2.5,
-    eos_token_id=0, pad_token_id=1, mask_token_id=2)
+    family="llada2_moe",
+    num_layers=3,
+    hidden_size=48,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=32,
+    max_position_embeddings=128,
+    rotary_base=10000.0,
+    rotary_percent=0.5,
+    num_dense_layers=1,
+    num_moe_experts=8,
+    moe_ffn_hidden_size=16,
+    moe_shared_expert_intermediate_size=16,
+    moe_router_topk=4,
+    moe_router_num_groups=4,
+    moe_router_group_topk=2,
+    moe_router_topk_scaling_factor=2.5,
+    eos_token_id=0,
+    pad_token_id=1,
+    mask_token_id=2,
+)
 QWEN = replace(
-    MODEL, family="sdar_moe", rotary_percent=1.0, num_dense_layers=0, moe_shared_expert_intermediate_size=0,
-    moe_router_num_groups=0, moe_router_group_topk=0, moe_router_topk_scaling_factor=1.0,
-    moe_router_score_function="softmax", moe_router_enable_expert_bias=False)
+    MODEL,
+    family="sdar_moe",
+    rotary_percent=1.0,
+    num_dense_layers=0,
+    moe_shared_expert_intermediate_size=0,
+    moe_router_num_groups=0,
+    moe_router_group_topk=0,
+    moe_router_topk_scaling_factor=1.0,
+    moe_router_score_function="softmax",
+    moe_router_enable_expert_bias=False,
+)
 PROMPTS = ["the cat", "a", "once upon a time there was."]
 SETTINGS = GenerateConfig(threshold=0.5, max_new_tokens=24, block_size=8)
 
@@ -36,13 +62,31 @@ SETTINGS = GenerateConfig(threshold=0.5, max_new_tokens=24, block_size=8)
 def write_tokenizer(folder: Path) -> None:
     """One token a letter."""
     folder.mkdir(parents=True)
-    special = [{"id": i, "content": text, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False} for i, text in enumerate(VOCAB[:3])]
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "added_tokens": special, "normalizer": None, "post_processor": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
-        "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": {text: i for i, text in enumerate(VOCAB)}, "unk_token": PAD}}))
+    special = [
+        {
+            "id": i,
+            "content": text,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for i, text in enumerate(VOCAB[:3])
+    ]
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": special,
+                "normalizer": None,
+                "post_processor": None,
+                "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False},
+                "decoder": {"type": "Fuse"},
+                "model": {"type": "WordLevel", "vocab": {text: i for i, text in enumerate(VOCAB)}, "unk_token": PAD},
+            }
+        )
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps({"mask_token": MASK, "eos_token": EOS, "pad_token": PAD}))
 
 
@@ -63,8 +107,21 @@ def save_run(run: Path, model: ModelConfig, shift: bool = False, seed: int = 0) 
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
     contract = {"shift": shift, "block_origin": "document", "mask_token_id": 2, "block_size": 8, "context_length": 64}
     CheckpointWriter(run / "checkpoints").save(
-        5, [module], None, {"format": 1, "model": asdict(model), "contract": contract, "step": 5, "consumed_tokens": 0,
-                            "stage": "decay", "is_stage_end": True, "tokenizer": "../../tokenizer"}, {})
+        5,
+        [module],
+        None,
+        {
+            "format": 1,
+            "model": asdict(model),
+            "contract": contract,
+            "step": 5,
+            "consumed_tokens": 0,
+            "stage": "decay",
+            "is_stage_end": True,
+            "tokenizer": "../../tokenizer",
+        },
+        {},
+    )
     write_tokenizer(run / "tokenizer")
     return run
 
@@ -97,8 +154,9 @@ class UncachedForward:
         if commit:
             self.committed.append((input_ids, position_ids, roles))
             return None
-        ids, positions, all_roles = (torch.cat(parts, 1) for parts in
-                                     zip(*self.committed, (input_ids, position_ids, roles), strict=True))
+        ids, positions, all_roles = (
+            torch.cat(parts, 1) for parts in zip(*self.committed, (input_ids, position_ids, roles), strict=True)
+        )
         chosen = torch.arange(ids.shape[1] - input_ids.shape[1], ids.shape[1])
         return self.model.logits(ids, positions, all_roles, chosen).unsqueeze(0)
 
@@ -122,10 +180,14 @@ def test_cached_decoding_equals_uncached(run: Path, block_size: int, threshold: 
     assert len(texts) == 3
 
 
-@pytest.mark.parametrize(("model", "precision"), [(MODEL, "fp32"), (MODEL, "bf16"), (QWEN, "fp32")],
-                         ids=["llada2_moe", "llada2_moe_bf16", "sdar_moe"])
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [(MODEL, "fp32"), (MODEL, "bf16"), (QWEN, "fp32")],
+    ids=["llada2_moe", "llada2_moe_bf16", "sdar_moe"],
+)
 def test_hf_folder_gives_the_text_of_the_torch_dist_checkpoint(
-        one_rank: None, model: ModelConfig, precision: str, prompts_file: Path, tmp_path: Path) -> None:
+    one_rank: None, model: ModelConfig, precision: str, prompts_file: Path, tmp_path: Path
+) -> None:
     from checkpoints_tools.mcore_to_hf import convert
 
     run = save_run(tmp_path / "run", model)
@@ -183,28 +245,37 @@ def test_autoregressive_checkpoint_is_refused(one_rank: None, tmp_path: Path) ->
         generate(replace(SETTINGS, checkpoint=str(tmp_path / "hf"), prompt="a"))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"prompt": f"a{MASK}b"}, r"prompt 1 of 1 .* holds the mask token \(2\) at position 1"),
-    ({"prompt": "a" * 128}, r"prompt \(128 tokens\) must be shorter than context_length \(128\)"),
-    ({"prompt": "abc", "context_length": 3}, r"must be shorter than context_length \(3\)"),
-    ({"prompt": "a", "context_length": 129}, r"context_length \(129\) must not exceed"),
-    ({"prompt": "a", "tokenizer": "/nope"}, r"tokenizer \(/nope\) has no tokenizer\.json"),
-    ({"prompt": "a", "checkpoint": "/nope"}, r"checkpoint \(/nope\) is not a folder"),
-    ({"prompts_file": "/nope"}, r"prompts_file \(/nope\) is not a file"),
-    ({"prompt": "a", "prompts_file": "/nope"}, r"exactly one of the two"),
-    ({}, r"exactly one of the two"),
-    ({"prompt": "a", "block_size": 0}, r"block_size \(0\) must be positive"),
-    ({"prompt": "a", "attention_backend": "magic"}, r"attention_backend \(magic\) is not known"),
-    ({"prompt": "a", "precision": "fp8"}, r"precision \(fp8\) is not known"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": f"a{MASK}b"}, r"prompt 1 of 1 .* holds the mask token \(2\) at position 1"),
+        ({"prompt": "a" * 128}, r"prompt \(128 tokens\) must be shorter than context_length \(128\)"),
+        ({"prompt": "abc", "context_length": 3}, r"must be shorter than context_length \(3\)"),
+        ({"prompt": "a", "context_length": 129}, r"context_length \(129\) must not exceed"),
+        ({"prompt": "a", "tokenizer": "/nope"}, r"tokenizer \(/nope\) has no tokenizer\.json"),
+        ({"prompt": "a", "checkpoint": "/nope"}, r"checkpoint \(/nope\) is not a folder"),
+        ({"prompts_file": "/nope"}, r"prompts_file \(/nope\) is not a file"),
+        ({"prompt": "a", "prompts_file": "/nope"}, r"exactly one of the two"),
+        ({}, r"exactly one of the two"),
+        ({"prompt": "a", "block_size": 0}, r"block_size \(0\) must be positive"),
+        ({"prompt": "a", "attention_backend": "magic"}, r"attention_backend \(magic\) is not known"),
+        ({"prompt": "a", "precision": "fp8"}, r"precision \(fp8\) is not known"),
+    ],
+)
 def test_what_a_user_gets_wrong_is_a_value_error(run: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(replace(GenerateConfig(checkpoint=str(run)), **options))
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ("{", r":2 is no JSON"), ('"a"', r":2 .* must be an object"), ('{"prompt": ""}', r":2 .* non-empty"),
-    ('{"text": "a"}', r":2 .* must be an object")])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r":2 is no JSON"),
+        ('"a"', r":2 .* must be an object"),
+        ('{"prompt": ""}', r":2 .* non-empty"),
+        ('{"text": "a"}', r":2 .* must be an object"),
+    ],
+)
 def test_bad_line_of_prompts_is_named(run: Path, tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
@@ -242,7 +313,7 @@ def test_command_line(run: Path) -> None:
     command = [sys.executable, "-m", "megatron_dllm.generate", "prompt=the cat", "threshold=0.5", "max_new_tokens=24"]
     done = subprocess.run([*command, f"checkpoint={run}"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    expected, = generate(replace(SETTINGS, checkpoint=str(run), prompt="the cat"))
+    (expected,) = generate(replace(SETTINGS, checkpoint=str(run), prompt="the cat"))
     assert done.stdout == f"the cat{expected.text}\n"
     assert f"= {expected.generation.tokens_per_forward:.2f}" in done.stderr
     failed = subprocess.run([*command, "checkpoint=/nope"], capture_output=True, text=True, timeout=120)

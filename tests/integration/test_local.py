@@ -51,14 +51,22 @@ def recipes(tmp_path: Path) -> Path:
 
 
 def command(recipes: Path, *words: str) -> list[str]:
-    return [sys.executable, "launch/local.py", "experiment=small", f"root={recipes.parent}", "--recipes", str(recipes),
-            *words]
+    return [
+        sys.executable,
+        "launch/local.py",
+        "experiment=small",
+        f"root={recipes.parent}",
+        "--recipes",
+        str(recipes),
+        *words,
+    ]
 
 
 def run(recipes: Path, *words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **{f"FAKE_{key.upper()}": str(value) for key, value in settings.items()}}
-    return subprocess.run(command(recipes, *words), cwd=ROOT, env=environment, capture_output=True, text=True,
-                          check=False)
+    return subprocess.run(
+        command(recipes, *words), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def final_state(recipes: Path) -> Any:
@@ -89,8 +97,14 @@ def wait_for(metrics: Path, process: subprocess.Popen[str]) -> None:
 
 
 def test_ctrl_c_saves_and_the_same_command_continues(recipes: Path) -> None:
-    process = subprocess.Popen(command(recipes), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               env={**os.environ, "FAKE_STEPS": "100000", "FAKE_STEP_SECONDS": "0.05"})
+    process = subprocess.Popen(
+        command(recipes),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "FAKE_STEPS": "100000", "FAKE_STEP_SECONDS": "0.05"},
+    )
     metrics = recipes.parent / "small" / "base" / "metrics.jsonl"
     wait_for(metrics, process)
     os.killpg(process.pid, signal.SIGINT)
@@ -113,15 +127,25 @@ def rank_process(rank: int, folder: Path) -> int | None:
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (process / "cmdline").read_text()
-            if (str(folder) in words and "fake_train" in words and "rank.py" not in words
-                    and f"\0RANK={rank}\0" in (process / "environ").read_text()):
+            if (
+                str(folder) in words
+                and "fake_train" in words
+                and "rank.py" not in words
+                and f"\0RANK={rank}\0" in (process / "environ").read_text()
+            ):
                 return int(process.name)
     return None
 
 
 def test_a_killed_rank_is_named_before_the_one_that_lost_it(recipes: Path) -> None:
-    process = subprocess.Popen(command(recipes, "cluster.ranks_per_node=2"), cwd=ROOT, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "FAKE_STEPS": "100000"}, start_new_session=True)
+    process = subprocess.Popen(
+        command(recipes, "cluster.ranks_per_node=2"),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "FAKE_STEPS": "100000"},
+        start_new_session=True,
+    )
     try:
         wait_for(recipes.parent / "small" / "base" / "metrics.jsonl", process)
         killed = rank_process(1, recipes.parent)
@@ -178,21 +202,28 @@ stages:
 def test_a_chain_goes_on_with_the_ranks_of_each_part(recipes: Path) -> None:
     (recipes / "schedule" / "parts.yaml").write_text(PARTS)
     (recipes / "chain" / "small.yaml").write_text(
-        CHAIN.replace("slurm.fake_train", "integration.part_train")
-        .replace("overrides: [", "nodes: 2\n    overrides: [schedule=parts, "))
+        CHAIN.replace("slurm.fake_train", "integration.part_train").replace(
+            "overrides: [", "nodes: 2\n    overrides: [schedule=parts, "
+        )
+    )
     done = run(recipes)
     assert done.returncode == 0, done.stderr
     folder = recipes.parent / "small"
-    starts = [[entry["code"] for entry in exit_records(start)]
-              for start in sorted((folder / "launch" / "base").glob("start_*"))]
+    starts = [
+        [entry["code"] for entry in exit_records(start)]
+        for start in sorted((folder / "launch" / "base").glob("start_*"))
+    ]
     assert starts == [[EXIT_LAYOUT], [EXIT_LAYOUT] * 2, [0]]
     assert record.read_json(folder / "base" / "checkpoints" / "step_3" / "state.json") == {
-        "done": ["warmup", "stable", "decay"], "consumed_tokens": 1800}
+        "done": ["warmup", "stable", "decay"],
+        "consumed_tokens": 1800,
+    }
 
 
 @pytest.mark.parametrize("moves", [0, 2])
-def test_a_run_that_asks_for_another_layout_must_have_moved_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                               moves: int) -> None:
+def test_a_run_that_asks_for_another_layout_must_have_moved_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
     chain = compose_chain(["experiment=tiny_base", f"run.root={tmp_path}"])
     checkpoints = chain.folder / "checkpoints"
     checkpoints.mkdir(parents=True)

@@ -47,8 +47,15 @@ def demo(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _run(recipes: Path, root: Path) -> str:
     command = [sys.executable, "launch/local.py", "experiment=tiny_demo", f"root={root}", "--recipes", str(recipes)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                          timeout=900, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout + done.stderr
 
@@ -57,11 +64,21 @@ def test_every_stage_of_the_schedule_was_trained_and_measured(demo: Path) -> Non
     records = [json.loads(line) for line in (demo / "convert" / "metrics.jsonl").read_text().splitlines()]
     ends = [r["stage"] for r in records if r.get("validation") and r["is_stage_end"]]
     assert ends == ["warmup_1", "warmup_1", "warmup_4", "warmup_32", "warmup_64", "stable", "decay_128", "decay_32"]
-    assert all({"validation_elbo/32", "validation_elbo/512", "validation_bits_per_byte/32"} <= r.keys()
-               for r in records if r.get("validation") and r["is_stage_end"])
+    assert all(
+        {"validation_elbo/32", "validation_elbo/512", "validation_bits_per_byte/32"} <= r.keys()
+        for r in records
+        if r.get("validation") and r["is_stage_end"]
+    )
     logged = [r for r in records if "loss" in r]
-    assert {"learning_rate", "grad_norm", "mask_embedding_norm", "tokens_per_second", "forward_tokens_per_second",
-            "peak_memory_gib", "router_imbalance/masked"} <= logged[-1].keys()
+    assert {
+        "learning_rate",
+        "grad_norm",
+        "mask_embedding_norm",
+        "tokens_per_second",
+        "forward_tokens_per_second",
+        "peak_memory_gib",
+        "router_imbalance/masked",
+    } <= logged[-1].keys()
 
 
 def test_the_exported_folder_is_complete(demo: Path) -> None:
@@ -73,7 +90,8 @@ def test_the_exported_folder_is_complete(demo: Path) -> None:
     config = json.loads((demo / "hf" / "config.json").read_text())
     assert config["architectures"] == ["LLaDA2MoeModelLM"]
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md"} <= {
-        f.name for f in (demo / "hf").iterdir()}
+        f.name for f in (demo / "hf").iterdir()
+    }
 
 
 def test_the_card_tells_the_weights_history(demo: Path) -> None:
@@ -82,8 +100,11 @@ def test_the_card_tells_the_weights_history(demo: Path) -> None:
     rows = dict(line.strip("| ").split(" | ", 1) for line in card if line.startswith("| ") and line != "| | |")
     assert "# merged" in card
     assert {name: rows[name] for name in ("Converted from", "Recipe", "Checkpoint", "Optimizer steps")} == {
-        "Converted from": str(demo / "base_hf"), "Recipe": str(demo / "convert" / "config.yaml"),
-        "Checkpoint": str(demo / "merged"), "Optimizer steps": str(steps)}
+        "Converted from": str(demo / "base_hf"),
+        "Recipe": str(demo / "convert" / "config.yaml"),
+        "Checkpoint": str(demo / "merged"),
+        "Optimizer steps": str(steps),
+    }
     validation = json.loads((demo / "merged" / "validation.json").read_text())
     assert rows["32"] == f"{validation['elbo']['32']:.4f} | {validation['bits_per_byte']['32']:.4f}"
     merged = [name for name in rows if name.startswith(str(demo / "convert" / "checkpoints"))]

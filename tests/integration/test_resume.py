@@ -39,8 +39,9 @@ from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2)
-TP2_EP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2,
-                         expert_tensor_parallel_size=1)
+TP2_EP2 = ParallelConfig(
+    tensor_model_parallel_size=2, sequence_parallel=True, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+)
 PP2_VIRTUAL = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 CP2 = ParallelConfig(context_parallel_size=2)
 PP2_EP2 = ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)
@@ -71,8 +72,11 @@ def unbroken_one(folder: Path) -> TrainConfig:
 
 def _evaluated(config: TrainConfig) -> TrainConfig:
     """With a validation at every checkpoint."""
-    return replace(config, evaluation=EvaluationConfig(block_sizes=[8], num_tokens=300, micro_batch_size=4),
-                   data=replace(config.data, validation=config.data.train))
+    return replace(
+        config,
+        evaluation=EvaluationConfig(block_sizes=[8], num_tokens=300, micro_batch_size=4),
+        data=replace(config.data, validation=config.data.train),
+    )
 
 
 def _last(config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -87,16 +91,20 @@ def _assert_equal(config: TrainConfig, expected: TrainConfig) -> None:
     if config.logging == expected.logging:
         assert read_metrics(config) == read_metrics(expected)
     for name in ("loss", "grad_norm", "mask_embedding_norm", "router_load", "validation_elbo/8"):
-        values, expected_values = ({record["step"]: record[name] for record in read_metrics(run) if name in record}
-                                   for run in (config, expected))
+        values, expected_values = (
+            {record["step"]: record[name] for record in read_metrics(run) if name in record}
+            for run in (config, expected)
+        )
         assert values.items() <= expected_values.items(), name
 
 
 def _assert_close(config: TrainConfig, expected: TrainConfig, tolerance: float = 1e-5) -> None:
     tensors, expected_tensors = _last(config), _last(expected)
     assert tensors.keys() == expected_tensors.keys()
-    errors = {key: float((tensor - expected_tensors[key]).double().norm() / expected_tensors[key].double().norm())
-              for key, tensor in tensors.items()}
+    errors = {
+        key: float((tensor - expected_tensors[key]).double().norm() / expected_tensors[key].double().norm())
+        for key, tensor in tensors.items()
+    }
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] < tolerance, (worst, errors[worst])
     for record, reference in zip(read_metrics(config), read_metrics(expected), strict=True):
@@ -114,12 +122,17 @@ def _steps_of_stages(config: TrainConfig) -> list[int]:
 @pytest.mark.parametrize("is_overlapping", [False, True], ids=["plain", "async saves, overlapping collectives"])
 def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig, is_overlapping: bool) -> None:
     """Stopped in the first stage, exactly at its end, and inside a chunk of the second; by a signal to either rank."""
-    config = _evaluated(run_config(
-        folder, f"stopped_{is_overlapping}",
-        checkpoint=CheckpointConfig(save_interval_tokens=600, is_async=is_overlapping, timeout_minutes=10.0),
-        optimizer=OptimizerConfig(adam_eps=1e-3, overlap_grad_reduce=is_overlapping,
-                                  overlap_param_gather=is_overlapping),
-        logging=LoggingConfig(interval_steps=1 + is_overlapping, tensorboard=False)))  # a record gathers weights too
+    config = _evaluated(
+        run_config(
+            folder,
+            f"stopped_{is_overlapping}",
+            checkpoint=CheckpointConfig(save_interval_tokens=600, is_async=is_overlapping, timeout_minutes=10.0),
+            optimizer=OptimizerConfig(
+                adam_eps=1e-3, overlap_grad_reduce=is_overlapping, overlap_param_gather=is_overlapping
+            ),
+            logging=LoggingConfig(interval_steps=1 + is_overlapping, tensorboard=False),
+        )
+    )  # a record gathers weights too
     first, second, _ = _steps_of_stages(unbroken_two)
     assert first > 3 and second > 3, "the stops must lie inside the stages"
     for steps, number, rank in ((3, signal.SIGTERM, 1), (first - 3, signal.SIGUSR1, 0), (2, signal.SIGTERM, 1)):
@@ -131,15 +144,19 @@ def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig
 
 def _begin_with(config: TrainConfig, other: TrainConfig, after: int) -> None:
     """Give a run the first checkpoint that another one wrote after so many steps."""
-    start = next(path for path in folders.step_folders(checkpoints_of(other))
-                 if folders.read_json(path / folders.CONTRACT)["step"] > after)
+    start = next(
+        path
+        for path in folders.step_folders(checkpoints_of(other))
+        if folders.read_json(path / folders.CONTRACT)["step"] > after
+    )
     shutil.copytree(start, checkpoints_of(config) / start.name)
     shutil.copy(checkpoints_of(other).parent / "metrics.jsonl", checkpoints_of(config).parent)
 
 
 @pytest.mark.parametrize("layout", [pytest.param(PP2_VIRTUAL, id="PP2 virtual"), pytest.param(TP2_EP2, id="TP2 EP2")])
-def test_a_model_parallel_run_equals_one_rank_and_itself(folder: Path, unbroken_one: TrainConfig,
-                                                         layout: ParallelConfig) -> None:
+def test_a_model_parallel_run_equals_one_rank_and_itself(
+    folder: Path, unbroken_one: TrainConfig, layout: ParallelConfig
+) -> None:
     """Through all stages: against one rank, and continued from a checkpoint inside the second."""
     name = f"parallel_{layout.pipeline_model_parallel_size}"
     unbroken, config = (run_config(folder, name, layout, checkpoint=KEEP_ALL) for name in (name, f"{name}_continued"))
@@ -205,13 +222,17 @@ def test_a_run_that_is_asked_to_stop_leaves_the_validation_to_its_next_start(fol
         metrics.write(json.dumps(record) + "\n")
     assert train_ranks(1, config, 6 - step) == [EXIT_PREEMPTED]
     assert read_metrics(config) == expected
-    assert validation.read_text() == (
-        folders.step_folder(checkpoints_of(unbroken), step) / folders.VALIDATION).read_text()
+    assert (
+        validation.read_text() == (folders.step_folder(checkpoints_of(unbroken), step) / folders.VALIDATION).read_text()
+    )
 
 
 def test_a_stage_has_its_own_layout(folder: Path, unbroken_one: TrainConfig) -> None:
-    stages = {**STAGES, "stable": replace(STAGES["stable"], parallel=TP2, world_size=2),
-              "decay": replace(STAGES["decay"], world_size=1)}
+    stages = {
+        **STAGES,
+        "stable": replace(STAGES["stable"], parallel=TP2, world_size=2),
+        "decay": replace(STAGES["decay"], world_size=1),
+    }
     stages["warmup"] = replace(stages["warmup"], world_size=1)
     config = run_config(folder, "staged")
     config = replace(config, schedule=replace(config.schedule, stages=stages))

@@ -54,13 +54,19 @@ class Cluster:
     """The running fixture: SLURM's commands, its nodes' fates, and the launcher."""
 
     def __init__(self, folder: Path) -> None:
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1",
-                            "SLURM_FIXTURE_DIR": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "OMP_NUM_THREADS": "1",
+            "SLURM_FIXTURE_DIR": str(folder),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
 
     def run(self, *words: str, check: bool = True, **settings: str) -> subprocess.CompletedProcess[str]:
         """Run a command with the cluster's environment."""
-        return subprocess.run(words, env={**self.environment, **settings}, capture_output=True, text=True, check=check,
-                              cwd=ROOT)
+        return subprocess.run(
+            words, env={**self.environment, **settings}, capture_output=True, text=True, check=check, cwd=ROOT
+        )
 
     def submit(self, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Call launch/submit.py."""
@@ -105,8 +111,11 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 def first_step_after(stage: Path, moment: float) -> str:
     """How long it took from a moment to the first logged step of a start after it, as told by the stage's events."""
-    begun = wait_for(lambda: [event for event in record.events(stage)
-                              if event["event"] == "training" and event["time"] > moment], 180, "the first step")
+    begun = wait_for(
+        lambda: [event for event in record.events(stage) if event["event"] == "training" and event["time"] > moment],
+        180,
+        "the first step",
+    )
     return f"{begun[0]['time'] - moment:.0f} s"
 
 
@@ -138,11 +147,21 @@ class FakeRun:
             (root / f"{part}.bin").write_bytes(b"tokens")
             (root / f"{part}.idx").write_bytes(struct.pack("<9sQB", b"MMIDIDX\x00\x00", 1, 4))
         (root / "tokenizer").mkdir(exist_ok=True)
-        self.words = ["experiment=tiny_base", "cluster=laptop", "schedule.stages.ar.global_batch_size=8",
-                      "schedule.stages.ar.micro_batch_size=1", f"run.root={root}", f"run.name={name}",
-                      f"data.train={root}/train", f"data.validation={root}/validation",
-                      f"data.tokenizer={root}/tokenizer", "train_module=tests.slurm.fake_train",
-                      "cluster.ranks_per_node=2", "cluster.launcher=srun", "nodes=2"]
+        self.words = [
+            "experiment=tiny_base",
+            "cluster=laptop",
+            "schedule.stages.ar.global_batch_size=8",
+            "schedule.stages.ar.micro_batch_size=1",
+            f"run.root={root}",
+            f"run.name={name}",
+            f"data.train={root}/train",
+            f"data.validation={root}/validation",
+            f"data.tokenizer={root}/tokenizer",
+            "train_module=tests.slurm.fake_train",
+            "cluster.ranks_per_node=2",
+            "cluster.launcher=srun",
+            "nodes=2",
+        ]
 
     def submit(self, *words: str, **settings: Any) -> str:
         """Submit with FAKE_* settings; the job's number."""

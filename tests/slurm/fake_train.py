@@ -106,8 +106,15 @@ def train() -> int:
         is_asked = meeting.any(bool(asked))
         if rank == 0:
             lease.check()
-            line = {"step": step, "stage": "only", "consumed_tokens": step * 100, "loss": int(state[:6], 16) / 2**24,
-                    "tokens_per_second": 1000.0, "learning_rate": 1e-3, "grad_norm": 1.0}
+            line = {
+                "step": step,
+                "stage": "only",
+                "consumed_tokens": step * 100,
+                "loss": int(state[:6], 16) / 2**24,
+                "tokens_per_second": 1000.0,
+                "learning_rate": 1e-3,
+                "grad_norm": 1.0,
+            }
             with open(run / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
             if is_asked or step % every == 0 or step == steps:

@@ -27,8 +27,9 @@ def expected_state(steps: int, seed: int = 1234) -> dict[str, object]:
 
 
 def test_a_run_longer_than_the_time_limit_continues_by_itself(fake_run: FakeRun) -> None:
-    job = fake_run.submit("cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=450, step_seconds=0.2,
-                          save_every=10000)
+    job = fake_run.submit(
+        "cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=450, step_seconds=0.2, save_every=10000
+    )
     wait_for(fake_run.is_done, 480, "the run to finish")
     stops = [event for event in fake_run.events("end") if event["how"] == "stopped"]
     assert len(stops) >= 3, fake_run.log()
@@ -36,8 +37,9 @@ def test_a_run_longer_than_the_time_limit_continues_by_itself(fake_run: FakeRun)
     assert fake_run.final_state() == expected_state(450)
 
 
-def test_preemption_saves_and_continues_what_was_submitted(fake_run: FakeRun, tmp_path: Path,
-                                                           record_property: Callable[[str, object], None]) -> None:
+def test_preemption_saves_and_continues_what_was_submitted(
+    fake_run: FakeRun, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     recipes = tmp_path / "recipes"
     shutil.copytree(RECIPES, recipes)
     fake_run.submit("--recipes", str(recipes), steps=60, step_seconds=0.2, save_every=10000)
@@ -46,8 +48,9 @@ def test_preemption_saves_and_continues_what_was_submitted(fake_run: FakeRun, tm
     recipe = recipes / "experiment" / "tiny_base.yaml"
     recipe.write_text(recipe.read_text().replace("run: {", "run: {seed: 99, "))
     preempted = time.time()
-    fake_run.cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null",
-                         "--wrap=sleep 2")
+    fake_run.cluster.run(
+        "sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"
+    )
     wait_for(fake_run.is_done, 180, "the preempted run to finish")
     ends = fake_run.events("end")
     assert [event["how"] for event in ends] == ["stopped", "finished"], fake_run.log()
@@ -75,8 +78,9 @@ def test_a_crash_is_named_and_ends_the_job_soon(fake_run: FakeRun) -> None:
     assert "failed" in status and "deliberate failure of rank 3 at step 7" in status
 
 
-def test_a_crash_that_happens_once_is_survived(fake_run: FakeRun,
-                                               record_property: Callable[[str, object], None]) -> None:
+def test_a_crash_that_happens_once_is_survived(
+    fake_run: FakeRun, record_property: Callable[[str, object], None]
+) -> None:
     fake_run.submit(steps=20, step_seconds=0.1, save_every=5, **{"raise": "1:12:once"})
     wait_for(fake_run.is_done, 120, "the run to finish")
     assert [event["how"] for event in fake_run.events("end")] == ["crashed", "finished"]
@@ -88,7 +92,8 @@ def test_a_crash_that_happens_once_is_survived(fake_run: FakeRun,
 
 @pytest.mark.parametrize("moment", ["step", pytest.param("save", marks=pytest.mark.slow)])
 def test_a_lost_node_costs_only_the_steps_since_the_checkpoint(
-        fake_run: FakeRun, moment: str, record_property: Callable[[str, object], None]) -> None:
+    fake_run: FakeRun, moment: str, record_property: Callable[[str, object], None]
+) -> None:
     saving = moment == "save"
     fake_run.submit(steps=200, step_seconds=0.1, save_every=40, save_seconds=4 if saving else 0.1)
     # Rank 0 saves, on the first node: that one is lost in mid-save, taking the supervisor with it.
@@ -166,8 +171,9 @@ def test_the_preflight_refuses_and_names_bad_nodes(fake_run: FakeRun) -> None:
 @pytest.mark.slow
 def test_ranks_that_do_not_stop_in_time_are_requeued_before_the_limit(fake_run: FakeRun) -> None:
     """A step outlasts the time between the request and the limit; saved steps are not lost."""
-    job = fake_run.submit("cluster.time_limit='00:02:00'", "cluster.stop_seconds=80", steps=2, slow="2:200",
-                          save_every=1)
+    job = fake_run.submit(
+        "cluster.time_limit='00:02:00'", "cluster.stop_seconds=80", steps=2, slow="2:200", save_every=1
+    )
     wait_for(lambda: fake_run.events("end"), 240, "the end of the first start")
     assert fake_run.events("end")[0]["how"] == "overran", fake_run.log()
     wait_for(lambda: len(fake_run.events("start")) > 1, 60, "the second start")

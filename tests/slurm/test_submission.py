@@ -38,28 +38,34 @@ stages:
 """
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["nodes=3"], "must be a multiple of data parallel size x micro_batch_size"),
-    (["parallel.pipeline_model_parallel_size=3"], "must divide the number of ranks"),
-    (["data.train=/nowhere/text"], "data.train (/nowhere/text) has no /nowhere/text.bin"),
-    (["data.tokenizer=/nowhere/tokenizer"], "data.tokenizer (/nowhere/tokenizer) is not a folder"),
-    (["checkpoint.load=/nowhere/weights"], "holds no complete checkpoint"),
-    (["cluster.partion=x"], "did you mean cluster.partition?"),
-    (["cluster=moon"], "cluster (moon) is not a recipe"),
-    (["schedule.context_lenght=64"], "did you mean schedule.context_length?"),
-    (["cluster.container.kind=apptainer", "cluster.container.image=/nowhere/x.sif"],
-     "cluster.container.image (/nowhere/x.sif) does not exist"),
-    (["run.root=/proc/nowhere"], "cannot be written"),
-    (["run.name='a b'"], "it names a folder and a job"),
-    (["run.name='$(touch /tmp/pwned)'"], "it names a folder and a job"),
-    (["run.name=\"it's\""], "it names a folder and a job"),
-    (["nodes=8", "schedule.stages.ar.global_batch_size=16"], "Requested node configuration is not available"),
-    (["cluster.partition=nosuch"], "SLURM would refuse the job"),
-    (["cluster.gpus_per_node=64"], "SLURM would refuse the job"),
-    (["cluster.constraint=moon"], "SLURM would refuse the job"),
-])
-def test_the_impossible_is_refused_before_anything_is_queued(fake_run: FakeRun, words: list[str],
-                                                             sentence: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nodes=3"], "must be a multiple of data parallel size x micro_batch_size"),
+        (["parallel.pipeline_model_parallel_size=3"], "must divide the number of ranks"),
+        (["data.train=/nowhere/text"], "data.train (/nowhere/text) has no /nowhere/text.bin"),
+        (["data.tokenizer=/nowhere/tokenizer"], "data.tokenizer (/nowhere/tokenizer) is not a folder"),
+        (["checkpoint.load=/nowhere/weights"], "holds no complete checkpoint"),
+        (["cluster.partion=x"], "did you mean cluster.partition?"),
+        (["cluster=moon"], "cluster (moon) is not a recipe"),
+        (["schedule.context_lenght=64"], "did you mean schedule.context_length?"),
+        (
+            ["cluster.container.kind=apptainer", "cluster.container.image=/nowhere/x.sif"],
+            "cluster.container.image (/nowhere/x.sif) does not exist",
+        ),
+        (["run.root=/proc/nowhere"], "cannot be written"),
+        (["run.name='a b'"], "it names a folder and a job"),
+        (["run.name='$(touch /tmp/pwned)'"], "it names a folder and a job"),
+        (['run.name="it\'s"'], "it names a folder and a job"),
+        (["nodes=8", "schedule.stages.ar.global_batch_size=16"], "Requested node configuration is not available"),
+        (["cluster.partition=nosuch"], "SLURM would refuse the job"),
+        (["cluster.gpus_per_node=64"], "SLURM would refuse the job"),
+        (["cluster.constraint=moon"], "SLURM would refuse the job"),
+    ],
+)
+def test_the_impossible_is_refused_before_anything_is_queued(
+    fake_run: FakeRun, words: list[str], sentence: str
+) -> None:
     done = fake_run.cluster.submit(*fake_run.words, *words)
     assert done.returncode == 2 and sentence in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
@@ -82,7 +88,7 @@ def test_a_run_in_the_queue_is_not_submitted_twice(fake_run: FakeRun) -> None:
 
 def test_a_user_s_strings_stay_strings_in_a_job(fake_run: FakeRun) -> None:
     fake_run.cluster.environment["NOTE"] = "x"
-    nasty = "a b\"c$(touch /tmp/pwned)`id`;&"
+    nasty = 'a b"c$(touch /tmp/pwned)`id`;&'
     fake_run.submit(f"cluster.environment.NOTE='{nasty}'", steps=2, print="NOTE")
     wait_for(fake_run.is_done, 60, "the run to finish")
     assert nasty in (fake_run.stage / "start_0001" / "rank_00000.log").read_text()
@@ -91,9 +97,11 @@ def test_a_user_s_strings_stay_strings_in_a_job(fake_run: FakeRun) -> None:
 
 def test_modules_and_a_container_surround_the_ranks(fake_run: FakeRun, tmp_path: Path) -> None:
     """Stand-ins on PATH: `module` notes what it is to load, `apptainer` its options, and runs the rest."""
-    stubs = {"module": 'echo "module $*" >>"$STUBS/calls"',
-             "apptainer": 'echo "apptainer $*" >>"$STUBS/calls"\nuntil [ "$1" = "$STUBS/x.sif" ]; do shift; done\n'
-                          'shift\nINSIDE=yes exec "$@"'}
+    stubs = {
+        "module": 'echo "module $*" >>"$STUBS/calls"',
+        "apptainer": 'echo "apptainer $*" >>"$STUBS/calls"\nuntil [ "$1" = "$STUBS/x.sif" ]; do shift; done\n'
+        'shift\nINSIDE=yes exec "$@"',
+    }
     folder = tmp_path / "stubs"
     folder.mkdir()
     for name, text in stubs.items():
@@ -102,10 +110,16 @@ def test_modules_and_a_container_surround_the_ranks(fake_run: FakeRun, tmp_path:
     (folder / "x.sif").touch()
     environment = fake_run.cluster.environment
     fake_run.cluster.environment = {**environment, "PATH": f"{folder}:{environment['PATH']}", "STUBS": str(folder)}
-    fake_run.submit("cluster.modules=[tools/1.0]", "cluster.container.kind=apptainer",
-                    f"cluster.container.image={folder}/x.sif", f"cluster.container.python={sys.executable}",
-                    f"cluster.container.mounts=['{tmp_path}:{tmp_path}']", f"cluster.scratch={folder}",
-                    steps=2, print="INSIDE")
+    fake_run.submit(
+        "cluster.modules=[tools/1.0]",
+        "cluster.container.kind=apptainer",
+        f"cluster.container.image={folder}/x.sif",
+        f"cluster.container.python={sys.executable}",
+        f"cluster.container.mounts=['{tmp_path}:{tmp_path}']",
+        f"cluster.scratch={folder}",
+        steps=2,
+        print="INSIDE",
+    )
     fake_run.cluster.environment = environment
     wait_for(fake_run.is_done, 60, "the run to finish")
     assert "yes" in (fake_run.stage / "start_0001" / "rank_00003.log").read_text().split()
@@ -123,8 +137,15 @@ def chain_words(cluster: Cluster, root: Path, seconds: float) -> list[str]:
     (recipes / "chain").mkdir(exist_ok=True)
     (recipes / "chain" / "chain.yaml").write_text(CHAIN.replace("%SECONDS%", str(seconds)))
     words = [word for word in run.words if not word.startswith(("experiment=", "run.", "nodes="))]
-    return ["experiment=chain", f"root={root}", *words, "--recipes", str(recipes),
-            "cluster.environment.FAKE_STEPS='12'", "cluster.environment.FAKE_STEP_SECONDS='0.1'"]
+    return [
+        "experiment=chain",
+        f"root={root}",
+        *words,
+        "--recipes",
+        str(recipes),
+        "cluster.environment.FAKE_STEPS='12'",
+        "cluster.environment.FAKE_STEP_SECONDS='0.1'",
+    ]
 
 
 @pytest.mark.slow

@@ -25,11 +25,28 @@ from tests.slurm.conftest import ROOT, Cluster, first_step_after, wait_for
 
 pytestmark = pytest.mark.slurm
 
-MODEL = ["num_layers=2", "hidden_size=32", "ffn_hidden_size=64", "num_attention_heads=4", "num_query_groups=2",
-         "kv_channels=8", "vocab_size=128", "num_moe_experts=8", "moe_ffn_hidden_size=16",
-         "moe_shared_expert_intermediate_size=16", "mask_embedding_noise=0"]
-TOKENS = {"warmup_1": 2000, "warmup_4": 2000, "warmup_32": 2000, "warmup_64": 2000, "stable": 4000,
-          "decay_128": 2000, "decay_32": 4000}
+MODEL = [
+    "num_layers=2",
+    "hidden_size=32",
+    "ffn_hidden_size=64",
+    "num_attention_heads=4",
+    "num_query_groups=2",
+    "kv_channels=8",
+    "vocab_size=128",
+    "num_moe_experts=8",
+    "moe_ffn_hidden_size=16",
+    "moe_shared_expert_intermediate_size=16",
+    "mask_embedding_noise=0",
+]
+TOKENS = {
+    "warmup_1": 2000,
+    "warmup_4": 2000,
+    "warmup_32": 2000,
+    "warmup_64": 2000,
+    "stable": 4000,
+    "decay_128": 2000,
+    "decay_32": 4000,
+}
 # Waits where a test asks it to; otherwise training itself.
 PACED = "train_module=tests.slurm.paced_train"
 VARYING = ("tokens_per_second", "forward_tokens_per_second", "step_seconds", "peak_memory_gib", "time")
@@ -41,31 +58,61 @@ class Training:
     def __init__(self, root: Path, name: str, scale: float = 3.0) -> None:
         self.folder = root / name
         self.stage = self.folder / "launch" / "train"
-        self.words = ["experiment=tiny_convert", f"run.root={root}", f"run.name={name}",
-                      f"data.train={root}/corpus", "data.validation=null", "data.tokenizer=null",
-                      "evaluation.num_tokens=0", "evaluation.block_sizes=[32]",
-                      "logging.interval_steps=1", "logging.tensorboard=false",
-                      "checkpoint.save_interval_tokens=1000",
-                      "schedule.context_length=128", "schedule.row_length=256",
-                      "schedule.stages.stable.block_size=128", "checkpoint.keep_last=2",
-                      *(f"model.{word}" for word in MODEL),
-                      *(f"schedule.stages.{part}.num_tokens={int(scale * tokens)}" for part, tokens in TOKENS.items()),
-                      *(f"schedule.stages.{part}.global_batch_size=4" for part in TOKENS),
-                      *(f"schedule.stages.{part}.micro_batch_size=1" for part in TOKENS),
-                      *(f"schedule.stages.{part}.lr_warmup_tokens=0" for part in TOKENS)]
+        self.words = [
+            "experiment=tiny_convert",
+            f"run.root={root}",
+            f"run.name={name}",
+            f"data.train={root}/corpus",
+            "data.validation=null",
+            "data.tokenizer=null",
+            "evaluation.num_tokens=0",
+            "evaluation.block_sizes=[32]",
+            "logging.interval_steps=1",
+            "logging.tensorboard=false",
+            "checkpoint.save_interval_tokens=1000",
+            "schedule.context_length=128",
+            "schedule.row_length=256",
+            "schedule.stages.stable.block_size=128",
+            "checkpoint.keep_last=2",
+            *(f"model.{word}" for word in MODEL),
+            *(f"schedule.stages.{part}.num_tokens={int(scale * tokens)}" for part, tokens in TOKENS.items()),
+            *(f"schedule.stages.{part}.global_batch_size=4" for part in TOKENS),
+            *(f"schedule.stages.{part}.micro_batch_size=1" for part in TOKENS),
+            *(f"schedule.stages.{part}.lr_warmup_tokens=0" for part in TOKENS),
+        ]
 
     def submit(self, cluster: Cluster, *words: str) -> str:
         """Submit on two nodes of two ranks; the job's number."""
-        done = cluster.submit(*self.words, "cluster=laptop", "cluster.ranks_per_node=2", "nodes=2",
-                              "cluster.environment.OMP_NUM_THREADS='1'", *words)
+        done = cluster.submit(
+            *self.words,
+            "cluster=laptop",
+            "cluster.ranks_per_node=2",
+            "nodes=2",
+            "cluster.environment.OMP_NUM_THREADS='1'",
+            *words,
+        )
         assert done.returncode == 0, done.stderr
         return record.read_json(self.folder / "chain.json")["stages"]["train"]["job"]
 
     def run_by_torchrun(self) -> None:
         """The same run on four ranks without SLURM or launcher."""
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
-                               "-m", "megatron_dllm.train", *self.words], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node=4",
+                "-m",
+                "megatron_dllm.train",
+                *self.words,
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -124,7 +171,8 @@ def test_a_submitted_run_equals_torchrun(cluster: Cluster, unbroken: Training, r
     wait_for(run.is_done, 1500, "the run to finish")
     assert_same(run, unbroken)
     assert sorted(path.name for path in (run.stage / "start_0001").glob("rank_*.log")) == [
-        f"rank_0000{rank}.log" for rank in range(4)]
+        f"rank_0000{rank}.log" for rank in range(4)
+    ]
     status = cluster.run("python3", "launch/status.py", str(run.folder)).stdout
     assert "finished" in status and str(run.step()) in status
 
@@ -138,8 +186,9 @@ def test_one_task_a_rank_equals_torchrun(cluster: Cluster, unbroken: Training, r
 
 
 @pytest.mark.slow
-def test_preemption_changes_nothing(cluster: Cluster, unbroken: Training, root: Path,
-                                    record_property: Callable[[str, object], None]) -> None:
+def test_preemption_changes_nothing(
+    cluster: Cluster, unbroken: Training, root: Path, record_property: Callable[[str, object], None]
+) -> None:
     run = Training(root, "preempted")
     run.submit(cluster)
     wait_for(lambda: run.step() >= 5, 600, "the first steps")
@@ -151,8 +200,9 @@ def test_preemption_changes_nothing(cluster: Cluster, unbroken: Training, root: 
     assert_same(run, unbroken)
 
 
-def test_lost_nodes_and_daemons_change_nothing(cluster: Cluster, unbroken: Training, root: Path,
-                                               record_property: Callable[[str, object], None]) -> None:
+def test_lost_nodes_and_daemons_change_nothing(
+    cluster: Cluster, unbroken: Training, root: Path, record_property: Callable[[str, object], None]
+) -> None:
     """First the node of rank 0 in the middle of a save, then the daemon of a node whose ranks live on."""
     run = Training(root, "lost")
     run.submit(cluster, PACED)
@@ -218,10 +268,22 @@ def test_a_chain_of_real_stages_survives_a_cancelled_one(cluster: Cluster, unbro
     shutil.copytree(RECIPES, recipes)
     words = [word for word in unbroken.words if not word.startswith(("experiment=", "run."))]
     (recipes / "chain" / "real.yaml").write_text(CHAIN.replace("%WORDS%", json.dumps(words)[1:-1]))
-    words = ["experiment=real", f"inputs.start={unbroken.folder}", "cluster=laptop", "cluster.ranks_per_node=2", PACED,
-             "cluster.environment.OMP_NUM_THREADS='1'", "--recipes", str(recipes)]
-    here = subprocess.Popen([sys.executable, "launch/local.py", *words, f"root={root}/here"], cwd=ROOT,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [
+        "experiment=real",
+        f"inputs.start={unbroken.folder}",
+        "cluster=laptop",
+        "cluster.ranks_per_node=2",
+        PACED,
+        "cluster.environment.OMP_NUM_THREADS='1'",
+        "--recipes",
+        str(recipes),
+    ]
+    here = subprocess.Popen(
+        [sys.executable, "launch/local.py", *words, f"root={root}/here"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     folder = root / "slurm" / "chain"
     (folder / "convert").mkdir(parents=True)
     (folder / "convert" / "slow_steps").touch()
@@ -237,8 +299,9 @@ def test_a_chain_of_real_stages_survives_a_cancelled_one(cluster: Cluster, unbro
     for name in ("to_hf", "to_mcore"):
         assert f"{name:<20} finished before" in again.stderr
     wait_for((folder / "launch" / "export" / "done.json").exists, 900, "the chain to finish")
-    starts = {name: [event["event"] for event in record.events(folder / "launch" / name)].count("start")
-              for name in jobs}
+    starts = {
+        name: [event["event"] for event in record.events(folder / "launch" / name)].count("start") for name in jobs
+    }
     assert starts == {"to_hf": 1, "to_mcore": 1, "convert": 2, "merge": 1, "export": 1}
     assert here.wait(600) == 0
     expected = {path.name: path.read_bytes() for path in (root / "here" / "chain" / "hf").glob("*.safetensors")}

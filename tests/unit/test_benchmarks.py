@@ -18,8 +18,8 @@ def test_computed_pairs_are_those_of_tiles_that_show_one(views: int) -> None:
     mask = visible(roles, roles)[0]
     size = flex.TILE_SIZE
     padded = torch.zeros(-(-len(mask) // size) * size, -(-len(mask) // size) * size, dtype=torch.bool)
-    padded[:len(mask), :len(mask)] = mask
-    padded[len(mask):, len(mask) - 1] = True  # a query beyond the row sees one key, the last
+    padded[: len(mask), : len(mask)] = mask
+    padded[len(mask) :, len(mask) - 1] = True  # a query beyond the row sees one key, the last
     tiles = padded.unflatten(1, (-1, size)).unflatten(0, (-1, size)).any(3).any(1)
     got = computed_pairs(flex.build_plan(roles, roles))
     assert got == int(tiles.sum()) * size**2

@@ -16,8 +16,9 @@ RANKS = {"llada2_mini": 8, "llada2_flash": 512, "qwen3_30b_a3b": 16}
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_validates(name: str) -> None:
-    config = compose_train_config([f"experiment={name}", "data.train=corpus", "data.validation=held_out",
-                                   "run.name=test"])
+    config = compose_train_config(
+        [f"experiment={name}", "data.train=corpus", "data.validation=held_out", "run.name=test"]
+    )
     config.validate(RANKS.get(name, 2))
 
 
@@ -34,15 +35,18 @@ def test_real_models_have_the_published_sizes(name: str, parameters: int) -> Non
     assert layers + 2 * m.vocab_size * m.hidden_size + m.hidden_size == parameters
 
 
-@pytest.mark.parametrize(("override", "nearest"), [
-    ("model.num_layer=3", "model.num_layers"),
-    ("modle.num_layers=3", "model.num_layers"),
-    ("schedule.stages.stable.block_sise=3", "block_size"),
-    ("optimizer.weigth_decay=0", "optimizer.weight_decay"),
-    ("experiment=tiny_convrt", "tiny_convert"),
-    ("model=ling_min", "ling_mini"),
-    ("shedule=tiny_wsd", "schedule"),
-])
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("model.num_layer=3", "model.num_layers"),
+        ("modle.num_layers=3", "model.num_layers"),
+        ("schedule.stages.stable.block_sise=3", "block_size"),
+        ("optimizer.weigth_decay=0", "optimizer.weight_decay"),
+        ("experiment=tiny_convrt", "tiny_convert"),
+        ("model=ling_min", "ling_mini"),
+        ("shedule=tiny_wsd", "schedule"),
+    ],
+)
 def test_a_typo_names_the_nearest_key(override: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"did you mean .*{re.escape(nearest)}"):
         compose_train_config(["run.name=x", override])
@@ -53,10 +57,15 @@ def test_a_value_of_a_wrong_type_says_which_and_why() -> None:
         compose_train_config(["run.name=x", "model.num_layers=abc"])
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    (b"run: [1\nb: : 2\n", r"is not YAML.*experiment/mine.yaml\", line 2"), (b"\xff", "is not YAML.*0xff"),
-    (b"run:\n  seed: 1\n", "recipe experiment/mine puts its values under experiment.*# @package _global_"),
-    (b"just words\n", "recipe experiment/mine puts its values under experiment")])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"run: [1\nb: : 2\n", r"is not YAML.*experiment/mine.yaml\", line 2"),
+        (b"\xff", "is not YAML.*0xff"),
+        (b"run:\n  seed: 1\n", "recipe experiment/mine puts its values under experiment.*# @package _global_"),
+        (b"just words\n", "recipe experiment/mine puts its values under experiment"),
+    ],
+)
 def test_a_recipe_that_hydra_cannot_use_is_named(tmp_path: Path, content: bytes, words: str) -> None:
     shutil.copytree(RECIPES, tmp_path / "recipes")
     (tmp_path / "recipes" / "experiment" / "mine.yaml").write_bytes(content)

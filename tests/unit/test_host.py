@@ -114,8 +114,10 @@ def test_split_sizes_are_lists() -> None:
 
 def test_importing_megatron_through_us_is_quiet_and_the_order_does_not_matter() -> None:
     """Nothing on stderr, whether the host is prepared before or after megatron-core is imported."""
-    script = ("from megatron_dllm import parallel\nfrom megatron.core.models.gpt import gpt_layer_specs\n"
-              "from megatron_dllm.host import prepare_host\nprepare_host()\n"
-              "from megatron.core.optimizer.grad_scaler import ConstantGradScaler\nConstantGradScaler(1.0)\n")
+    script = (
+        "from megatron_dllm import parallel\nfrom megatron.core.models.gpt import gpt_layer_specs\n"
+        "from megatron_dllm.host import prepare_host\nprepare_host()\n"
+        "from megatron.core.optimizer.grad_scaler import ConstantGradScaler\nConstantGradScaler(1.0)\n"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=600)
     assert result.returncode == 0 and result.stderr == "", result.stderr

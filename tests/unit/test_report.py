@@ -17,7 +17,9 @@ def test_a_chain_without_validations_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_conversion_may_begin_autoregressively(tmp_path: Path) -> None:
-    records = [{"step": 5, "stage": "anneal", "is_stage_end": True, "validation_elbo/ar": 2.0},
-               {"step": 9, "stage": "decay", "is_stage_end": True, "validation_elbo/32": 3.0, "validation_elbo/4": 2.5}]
+    records = [
+        {"step": 5, "stage": "anneal", "is_stage_end": True, "validation_elbo/ar": 2.0},
+        {"step": 9, "stage": "decay", "is_stage_end": True, "validation_elbo/32": 3.0, "validation_elbo/4": 2.5},
+    ]
     (line,) = results([], records, tmp_path, None)
     assert (line.name, line.measure, line.nats) == ("after decay", "ELBO, block 32", 3.0)

@@ -57,7 +57,7 @@ def weighted_mean(inputs: Sequence[Tensor], weights: Sequence[float], out: Tenso
     scratch = torch.empty(len(total), dtype=torch.int64)
     for begin in range(0, out.numel(), _TILE):
         end = min(begin + _TILE, out.numel())
-        tile = total[:end - begin]
+        tile = total[: end - begin]
         if is_uniform:
             tile.copy_(inputs[0][begin:end])
             for tensor in inputs[1:]:
@@ -67,7 +67,7 @@ def weighted_mean(inputs: Sequence[Tensor], weights: Sequence[float], out: Tenso
             tile.zero_()
             for tensor, weight in zip(inputs, weights, strict=True):
                 tile.add_(tensor[begin:end], alpha=weight)
-        round_once(tile, out[begin:end], scratch[:end - begin])
+        round_once(tile, out[begin:end], scratch[: end - begin])
 
 
 def round_once(values: Tensor, out: Tensor, scratch: Tensor | None = None) -> None:

@@ -67,9 +67,11 @@ class TorchDistInput(MergeInput):
         """What the tensors mean, contract and tokenizer."""
         content = self.contract.content
         tokenizer = tokenizer_folder(self.folder, self.contract)
-        return {**{f"model.{name}": getattr(self.contract.model, name) for name in folders.IDENTITY},
-                **{f"contract.{name}": value for name, value in content["contract"].items()},
-                "tokenizer": _fingerprint(tokenizer)}
+        return {
+            **{f"model.{name}": getattr(self.contract.model, name) for name in folders.IDENTITY},
+            **{f"contract.{name}": value for name, value in content["contract"].items()},
+            "tokenizer": _fingerprint(tokenizer),
+        }
 
     def close(self) -> None:
         """Close the files."""
@@ -93,8 +95,10 @@ class HFInput(MergeInput):
         """config.json and tokenizer."""
         path = self.folder / "config.json"
         config = folders.read_json(path) if path.is_file() else {}
-        return {**{f"config.{name}": value for name, value in config.items() if name not in _FREE_KEYS},
-                "tokenizer": _fingerprint(self.folder)}
+        return {
+            **{f"config.{name}": value for name, value in config.items() if name not in _FREE_KEYS},
+            "tokenizer": _fingerprint(self.folder),
+        }
 
     def close(self) -> None:
         """Close the files."""
@@ -105,8 +109,9 @@ def open_input(folder: Path, input_format: str) -> MergeInput:
     """Open a folder of either format ("torch_dist", "hf" or "auto")."""
     if not folder.is_dir():
         raise ValueError(f"checkpoints ({folder}) is no folder; name folders that exist.")
-    is_hf = input_format == "hf" or (input_format == "auto" and not (folder / folders.CONTRACT).is_file()
-                                     and (folder / "config.json").is_file())
+    is_hf = input_format == "hf" or (
+        input_format == "auto" and not (folder / folders.CONTRACT).is_file() and (folder / "config.json").is_file()
+    )
     return HFInput(folder) if is_hf else TorchDistInput(folder)
 
 
@@ -120,22 +125,28 @@ def check_alike(inputs: list[MergeInput]) -> None:
         names = sorted(set(first.tensors) ^ set(other.tensors))
         if names:
             holder, lacking = (first, other) if names[0] in first.tensors else (other, first)
-            raise ValueError(f"tensor {names[0]} is in {holder.folder} but not in {lacking.folder} ({len(names)} names "
-                             "differ); only checkpoints of one model have a mean.")
+            raise ValueError(
+                f"tensor {names[0]} is in {holder.folder} but not in {lacking.folder} ({len(names)} names "
+                "differ); only checkpoints of one model have a mean."
+            )
         for name, entry in first.tensors.items():
             if not entry[0].is_floating_point:
                 raise ValueError(f"tensor {name} is {_show(entry)} in {first.folder}; only floating point has a mean.")
             if other.tensors[name] != entry:
-                raise ValueError(f"tensor {name} is {_show(entry)} in {first.folder} and {_show(other.tensors[name])} "
-                                 f"in {other.folder}; only checkpoints of one model and precision have a mean.")
+                raise ValueError(
+                    f"tensor {name} is {_show(entry)} in {first.folder} and {_show(other.tensors[name])} "
+                    f"in {other.folder}; only checkpoints of one model and precision have a mean."
+                )
 
 
 def _check_settings(first: MergeInput, other: MergeInput) -> None:
     ours, theirs = first.description(), other.description()
     for name in sorted(set(ours) | set(theirs)):
         if ours.get(name) != theirs.get(name):
-            raise ValueError(f"{name} is {ours.get(name)} in {first.folder} and {theirs.get(name)} in {other.folder}; "
-                             "only checkpoints of one model, block grid and tokenizer have a mean.")
+            raise ValueError(
+                f"{name} is {ours.get(name)} in {first.folder} and {theirs.get(name)} in {other.folder}; "
+                "only checkpoints of one model, block grid and tokenizer have a mean."
+            )
 
 
 def _show(entry: tuple[torch.dtype, tuple[int, ...]]) -> str:

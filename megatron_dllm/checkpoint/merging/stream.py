@@ -52,15 +52,22 @@ def merge_into(inputs: list[MergeInput], weights: list[float], output: Path, pro
             _merge_torch_dist(cast(list[TorchDistInput], inputs), weights, temporary, total_bytes, provenance)
 
 
-def _merge_hf(inputs: list[HFInput], weights: list[float], folder: Path, total_bytes: int,
-              provenance: dict[str, Any]) -> None:
+def _merge_hf(
+    inputs: list[HFInput], weights: list[float], folder: Path, total_bytes: int, provenance: dict[str, Any]
+) -> None:
     last = inputs[-1]
     writer = SafetensorsWriter(folder, last.tensors)
     mean = _Mean(inputs, weights)
     try:
-        run(mean.tasks({name: [((0,) * len(shape), shape)] for name, (_, shape) in last.tensors.items()},
-                       lambda name, first, offsets, sizes: partial(writer.write, name, first)), total_bytes, "merge",
-            _NUM_READERS)
+        run(
+            mean.tasks(
+                {name: [((0,) * len(shape), shape)] for name, (_, shape) in last.tensors.items()},
+                lambda name, first, offsets, sizes: partial(writer.write, name, first),
+            ),
+            total_bytes,
+            "merge",
+            _NUM_READERS,
+        )
         writer.close()
     finally:
         writer.abandon()
@@ -69,19 +76,26 @@ def _merge_hf(inputs: list[HFInput], weights: list[float], folder: Path, total_b
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 
-def _merge_torch_dist(inputs: list[TorchDistInput], weights: list[float], folder: Path, total_bytes: int,
-                      provenance: dict[str, Any]) -> None:
+def _merge_torch_dist(
+    inputs: list[TorchDistInput], weights: list[float], folder: Path, total_bytes: int, provenance: dict[str, Any]
+) -> None:
     last = inputs[-1]
     model = last.contract.model
     writer = TorchDistWriter(folder)
     mean = _Mean(inputs, weights)
-    boxes = {key: [(chunk.offsets, chunk.sizes) for chunk in last.reader.metadata.tensors[name].chunks]
-             for key, name in last.keys.items()}
+    boxes = {
+        key: [(chunk.offsets, chunk.sizes) for chunk in last.reader.metadata.tensors[name].chunks]
+        for key, name in last.keys.items()
+    }
     try:
         for key in boxes:
             writer.add(key, *last.tensors[key])
-        run(mean.tasks(boxes, lambda key, first, offsets, sizes: partial(_write_box, writer, key, offsets, sizes)),
-            total_bytes, "merge", _NUM_READERS)
+        run(
+            mean.tasks(boxes, lambda key, first, offsets, sizes: partial(_write_box, writer, key, offsets, sizes)),
+            total_bytes,
+            "merge",
+            _NUM_READERS,
+        )
         checksums = finish_tensors(writer, model)
     finally:
         writer.abandon()
@@ -93,8 +107,9 @@ def _merge_torch_dist(inputs: list[TorchDistInput], weights: list[float], folder
     write_json_files(folder, {folders.CONTRACT: contract, PROVENANCE: provenance}, checksums)
 
 
-def _write_box(writer: TorchDistWriter, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...],
-               data: Tensor) -> None:
+def _write_box(
+    writer: TorchDistWriter, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], data: Tensor
+) -> None:
     writer.write(key, offsets, data.view(sizes))
 
 
@@ -118,16 +133,23 @@ class _Mean:
             dtype = self._inputs[0].tensors[name][0]
             for box_offsets, box_sizes in parts:
                 for first, offsets, sizes in split_rows(box_offsets, box_sizes, _PIECE_BYTES // dtype.itemsize):
-                    yield Task(name, prod(sizes), dtype, partial(self._read, name, first, offsets, sizes),
-                               writer_of(name, first, offsets, sizes))
+                    yield Task(
+                        name,
+                        prod(sizes),
+                        dtype,
+                        partial(self._read, name, first, offsets, sizes),
+                        writer_of(name, first, offsets, sizes),
+                    )
 
     def _read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
         num_bytes = out.numel() * out.dtype.itemsize
         staging = getattr(self._own, "staging", torch.empty(0, dtype=torch.uint8))
         if staging.numel() < num_bytes * len(self._inputs):
             staging = self._own.staging = torch.empty(num_bytes * len(self._inputs), dtype=torch.uint8)
-        parts = [staging[number * num_bytes:(number + 1) * num_bytes].view(out.dtype)
-                 for number in range(len(self._inputs))]
+        parts = [
+            staging[number * num_bytes : (number + 1) * num_bytes].view(out.dtype)
+            for number in range(len(self._inputs))
+        ]
         list(self._readers.map(lambda item, part: item.read(name, first, offsets, sizes, part), self._inputs, parts))
         weighted_mean(parts, self._weights, out)
         low, high = torch.aminmax(out)

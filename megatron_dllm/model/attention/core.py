@@ -59,8 +59,10 @@ def _choose(name: str, device: torch.device) -> tuple[str, str]:
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"attention_backend ({name}) is not known; use auto or one of {', '.join(BACKENDS)}.")
     if name == "shared_prefix" and device.type != "cpu":
-        raise ValueError(f"attention_backend (shared_prefix) calls a kernel of the CPU and the tensors are on "
-                         f"{device.type}; use auto, flex or chunked.")
+        raise ValueError(
+            f"attention_backend (shared_prefix) calls a kernel of the CPU and the tensors are on "
+            f"{device.type}; use auto, flex or chunked."
+        )
     if name == "flex" and device.type == "cuda" and not has_triton():
         raise ValueError("attention_backend (flex) needs Triton and a GPU that it supports; use chunked.")
     if name != "auto":
@@ -166,8 +168,9 @@ class RoleAttention(MegatronModule):
         s, b, n, d = query.shape
         if roles is None or roles.shape != (b, s, 3) or roles.dtype.is_floating_point:
             shape = None if roles is None else tuple(roles.shape)
-            raise ValueError(f"attention_mask ({shape}) must hold the integer roles [{b}, {s}, 3] of the tokens; "
-                             "pass Batch.roles.")
+            raise ValueError(
+                f"attention_mask ({shape}) must hold the integer roles [{b}, {s}, 3] of the tokens; pass Batch.roles."
+            )
         backend, _ = choose_backend(self.backend, query.device)
         if backend == "flex" and self.kv_cache is not None:
             backend = "chunked"  # The number of keys grows with every block: flex would compile each time.
@@ -181,13 +184,15 @@ class RoleAttention(MegatronModule):
         else:
             assert not self.exchanges_heads, "rows are chosen from this rank's tokens"
             query, key, value = select_queries(query, rows, backend == "flex"), join_rows(key), join_rows(value)
-            plan = PLANS.get(rows, (backend, key.device),
-                             lambda: build(*select_roles(roles, key_roles, rows, len(query))))
-        out = BACKENDS[backend].attend(query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3),
-                                       plan, self.softmax_scale)
+            plan = PLANS.get(
+                rows, (backend, key.device), lambda: build(*select_roles(roles, key_roles, rows, len(query)))
+            )
+        out = BACKENDS[backend].attend(
+            query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), plan, self.softmax_scale
+        )
         out = out.permute(2, 0, 1, 3)
         if rows is not None:
-            return out[:len(rows)].reshape(len(rows), 1, n * d)
+            return out[: len(rows)].reshape(len(rows), 1, n * d)
         if self.exchanges_heads:
             out = heads_to_tokens(out, self.cp_group)
         return out.reshape(s, b, n * d)

@@ -35,5 +35,6 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
     if query.is_cuda and mask is not None and query.shape[1] != key.shape[1]:
         # Before Hopper no fused kernel takes a mask and groups: torch would write out the logits of all pairs.
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], 1) for tensor in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale,
-                                          enable_gqa=query.shape[1] != key.shape[1])
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )

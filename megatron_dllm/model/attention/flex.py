@@ -48,8 +48,10 @@ def build_plan(query_roles: Tensor, key_roles: Tensor) -> FlexPlan:
     """
     found = find_intervals(query_roles, key_roles)
     if query_roles.is_cuda and query_roles is key_roles:
-        torch._assert_async(found.is_sorted, "attention: rows must be laid out document by document as "
-                            "[view 1][view 2]..[clean], padding last")
+        torch._assert_async(
+            found.is_sorted,
+            "attention: rows must be laid out document by document as [view 1][view 2]..[clean], padding last",
+        )
         is_sorted = True
     else:
         is_sorted = not query_roles.is_cuda and query_roles is key_roles and bool(found.is_sorted)
@@ -73,12 +75,14 @@ def _merge_intervals(own_start: Tensor, own_stop: Tensor, clean_start: Tensor, c
     has_both = (own_start < own_stop) & (clean_start < clean_stop)
     is_behind = has_both & (clean_stop == own_start)
     is_before = has_both & (own_stop == clean_start)
-    merged = torch.stack([
-        torch.where(is_behind, clean_start, own_start),
-        torch.where(is_before, clean_stop, own_stop),
-        torch.where(is_behind | is_before, 0, clean_start),
-        torch.where(is_behind | is_before, 0, clean_stop),
-    ])
+    merged = torch.stack(
+        [
+            torch.where(is_behind, clean_start, own_start),
+            torch.where(is_before, clean_stop, own_stop),
+            torch.where(is_behind | is_before, 0, clean_start),
+            torch.where(is_behind | is_before, 0, clean_stop),
+        ]
+    )
     return merged.int()
 
 
@@ -98,25 +102,33 @@ def build_block_mask(ranges: Tensor, num_keys: int, tile_size: int) -> BlockMask
     ranges = F.pad(ranges, (0, query_tiles * tile_size - ranges.shape[2]))
     place = torch.arange(ranges.shape[2], device=ranges.device, dtype=torch.int32).clamp(max=num_keys - 1)
     sees_none = (ranges[0] >= ranges[1]) & (ranges[2] >= ranges[3])
-    ranges = torch.stack([torch.where(sees_none, place, ranges[0]), torch.where(sees_none, place + 1, ranges[1]),
-                          ranges[2], ranges[3]])
+    ranges = torch.stack(
+        [torch.where(sees_none, place, ranges[0]), torch.where(sees_none, place + 1, ranges[1]), ranges[2], ranges[3]]
+    )
     starts, stops = ranges[0::2], ranges[1::2]
     touched = _count_covering(starts // tile_size, -(-stops // tile_size), starts < stops, tile_size, key_tiles)
     inside = _count_covering(-(-starts // tile_size), stops // tile_size, starts < stops, tile_size, key_tiles)
     is_full = inside == tile_size
     partial_num, partial_indices = _list_tiles((touched > 0) & ~is_full)
     full_num, full_indices = _list_tiles(is_full)
-    return BlockMask.from_kv_blocks(partial_num, partial_indices, full_num, full_indices, BLOCK_SIZE=tile_size,
-                                    mask_mod=_interval_mask(*(tensor.contiguous() for tensor in ranges)),
-                                    seq_lengths=(query_tiles * tile_size, key_tiles * tile_size))
+    return BlockMask.from_kv_blocks(
+        partial_num,
+        partial_indices,
+        full_num,
+        full_indices,
+        BLOCK_SIZE=tile_size,
+        mask_mod=_interval_mask(*(tensor.contiguous() for tensor in ranges)),
+        seq_lengths=(query_tiles * tile_size, key_tiles * tile_size),
+    )
 
 
 def _interval_mask(start_1: Tensor, stop_1: Tensor, start_2: Tensor, stop_2: Tensor) -> Callable[..., Tensor]:
     """The element mask; each tensor [b, q] int32."""
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return ((key >= start_1[b, query]) & (key < stop_1[b, query])) | \
-            ((key >= start_2[b, query]) & (key < stop_2[b, query]))
+        return ((key >= start_1[b, query]) & (key < stop_1[b, query])) | (
+            (key >= start_2[b, query]) & (key < stop_2[b, query])
+        )
 
     return mask_mod
 
@@ -184,8 +196,7 @@ def _run_kernel(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if needs_grad and query.device.type == "cpu":
         raise ValueError("attention_backend (flex) has no backward on the CPU; use shared_prefix or auto.")
-    return _compiled()(query, key, value, block_mask=block_mask, scale=scale,
-                       enable_gqa=query.shape[1] != key.shape[1])
+    return _compiled()(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
 def _reorder(tensor: Tensor, order: Tensor | None) -> Tensor:
@@ -222,15 +233,21 @@ def check_gradients(device: torch.device | str, dtype: torch.dtype = torch.bfloa
     scale = head_dim**-0.5
     out = attend(*inputs, build_plan(roles, roles), scale)
     expected = dense.attend(*exact, dense.build_plan(roles, roles), scale)
-    pairs = zip(("output", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, inputs, grad)),
-                (expected, *torch.autograd.grad(expected, exact, grad.float())), strict=True)
+    pairs = zip(
+        ("output", "dq", "dk", "dv"),
+        (out, *torch.autograd.grad(out, inputs, grad)),
+        (expected, *torch.autograd.grad(expected, exact, grad.float())),
+        strict=True,
+    )
     # Rounding of inputs and of the probabilities, some units in the last place.
     tolerance = 8 * torch.finfo(dtype).eps
     for name, got, want in pairs:
         error = float((got.float() - want).norm() / want.norm())
         if not error < tolerance:
-            raise RuntimeError(f"attention_backend (flex): {name} is off by {error:.1e} on {device}, at most "
-                               f"{tolerance:.1e} is expected of {dtype}; use attention_backend chunked.")
+            raise RuntimeError(
+                f"attention_backend (flex): {name} is off by {error:.1e} on {device}, at most "
+                f"{tolerance:.1e} is expected of {dtype}; use attention_backend chunked."
+            )
 
 
 def _test_roles() -> Tensor:

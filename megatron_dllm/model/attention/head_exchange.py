@@ -30,8 +30,9 @@ def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received
 
 
-def tokens_to_heads(query: Tensor, key: Tensor, value: Tensor,
-                    group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def tokens_to_heads(
+    query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
     """Give up heads for tokens, in one collective.
 
     Args:

@@ -79,8 +79,9 @@ class KVCache:
         """
         joined = self._joined_roles.get(roles, (len(self), self.is_committing), lambda: self._join_roles(roles))
         if layer_number in self._layers:
-            key, value = (torch.cat([old, new]) for old, new in
-                          zip(self._layers[layer_number], (key, value), strict=True))
+            key, value = (
+                torch.cat([old, new]) for old, new in zip(self._layers[layer_number], (key, value), strict=True)
+            )
         if self.is_committing:
             self._pending[layer_number] = (key.detach(), value.detach())
             self._pending_roles = joined
@@ -89,7 +90,9 @@ class KVCache:
     def _join_roles(self, roles: Tensor) -> Tensor:
         is_storable = (roles[..., VIEW] == CLEAN_VIEW) | (roles[..., DOC] == PADDING_DOC)
         if self.is_committing and not bool(is_storable.all()):
-            raise ValueError("KVCache: only clean tokens can be stored; run the finished block again with "
-                             "view 0 and commit that pass.")
+            raise ValueError(
+                "KVCache: only clean tokens can be stored; run the finished block again with "
+                "view 0 and commit that pass."
+            )
         # A copy: the caller may write the next block's roles over these.
         return roles.clone() if self.roles is None else torch.cat([self.roles, roles], dim=1)

@@ -60,8 +60,10 @@ def sort_codes(roles: Tensor) -> Tensor:
     roles = roles.long()
     doc, block, view = roles[..., DOC], roles[..., BLOCK], roles[..., VIEW]
     is_in_range = (doc < 2**DOC_BITS) & (view >= 0) & (view < CLEAN_CODE) & (block.abs() < BLOCK_OFFSET)
-    torch._assert_async((is_in_range | (doc < 0)).all(),
-                        "attention: roles must have doc below 2^25, view in [0, 31) and block within int32")
+    torch._assert_async(
+        (is_in_range | (doc < 0)).all(),
+        "attention: roles must have doc below 2^25, view in [0, 31) and block within int32",
+    )
     view = torch.where(view == CLEAN_VIEW, CLEAN_CODE, view)
     return torch.where(doc >= 0, _code(doc, view, block + BLOCK_OFFSET), PADDING_CODE)
 

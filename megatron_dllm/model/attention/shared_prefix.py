@@ -76,7 +76,7 @@ def _cut_tile(tile: Tile, first_key: int) -> list[Piece]:
     column = 0
     for span in tile.own:
         size = span[1] - span[0]
-        mask = None if tile.mask is None else tile.mask[:, column:column + size]
+        mask = None if tile.mask is None else tile.mask[:, column : column + size]
         piece = _crop(mask, start, stop)
         if piece is not None:
             queries, mask = piece
@@ -121,8 +121,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: PiecePlan, scale: fl
     Returns:
         [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
     """
-    out = _AttendPieces.apply(sort_queries(query, plan.tiles), sort_keys(key, plan.tiles),
-                              sort_keys(value, plan.tiles), plan, scale)
+    out = _AttendPieces.apply(
+        sort_queries(query, plan.tiles), sort_keys(key, plan.tiles), sort_keys(value, plan.tiles), plan, scale
+    )
     return restore_queries(out, plan.tiles, len(query), query.shape[2])
 
 
@@ -148,23 +149,42 @@ class _AttendPieces(torch.autograd.Function):
         for _, pieces in ctx.plan.pieces:
             for piece in pieces:
                 queries, keys = slice(*piece.queries), slice(*piece.keys)
-                inputs = (grad[:, queries], query[:, queries], key[:, keys], value[:, keys], out[:, queries],
-                          lse[:, queries])
-                parts = _flash_backward(*(tensor.unsqueeze(0) for tensor in inputs), 0.0, False,
-                                        attn_mask=_bias(piece, query), scale=ctx.scale)
+                inputs = (
+                    grad[:, queries],
+                    query[:, queries],
+                    key[:, keys],
+                    value[:, keys],
+                    out[:, queries],
+                    lse[:, queries],
+                )
+                parts = _flash_backward(
+                    *(tensor.unsqueeze(0) for tensor in inputs),
+                    0.0,
+                    False,
+                    attn_mask=_bias(piece, query),
+                    scale=ctx.scale,
+                )
                 for total, part, place in zip(grads, parts, (queries, keys, keys), strict=True):
                     total[:, place] += part.squeeze(0)
         return *(total.to(query.dtype) for total in grads), None, None
 
 
-def _attend_tile(query: Tensor, key: Tensor, value: Tensor, tile_queries: Span, pieces: tuple[Piece, ...],
-                 scale: float) -> tuple[Tensor, Tensor]:
+def _attend_tile(
+    query: Tensor, key: Tensor, value: Tensor, tile_queries: Span, pieces: tuple[Piece, ...], scale: float
+) -> tuple[Tensor, Tensor]:
     """Output [n, q, d] and lse [n, q] of a tile's queries over all pieces."""
     total_out = total_lse = None
     for piece in pieces:
         queries, keys = slice(*piece.queries), slice(*piece.keys)
-        out, lse = _flash(query[:, queries].unsqueeze(0), key[:, keys].unsqueeze(0), value[:, keys].unsqueeze(0),
-                          0.0, False, attn_mask=_bias(piece, query), scale=scale)
+        out, lse = _flash(
+            query[:, queries].unsqueeze(0),
+            key[:, keys].unsqueeze(0),
+            value[:, keys].unsqueeze(0),
+            0.0,
+            False,
+            attn_mask=_bias(piece, query),
+            scale=scale,
+        )
         out, lse = out.squeeze(0), lse.squeeze(0)
         if piece.is_hidden is not None:
             lse = lse.masked_fill(piece.is_hidden, float("-inf"))

@@ -96,16 +96,26 @@ def build_tile_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int) -> T
             prefix, own = _key_spans(part)
             is_one_block = part.block[0] == part.block[-1] and part.view[0] == part.view[-1]
             mask = None if is_one_block else _own_mask(flat_query_roles[torch.from_numpy(token)], flat_key_roles, own)
-            tiles.append(Tile(document=int(part.document[0]), queries=(done, done + len(token)),
-                              prefix=_shift(prefix, base), own=tuple(_shift(span, base) for span in own),
-                              mask=None if mask is None else mask.to(device)))
+            tiles.append(
+                Tile(
+                    document=int(part.document[0]),
+                    queries=(done, done + len(token)),
+                    prefix=_shift(prefix, base),
+                    own=tuple(_shift(span, base) for span in own),
+                    mask=None if mask is None else mask.to(device),
+                )
+            )
             order.append(token)
             done += len(token)
     query_order = torch.from_numpy(np.concatenate(order) if order else np.zeros(0, np.int64))
     is_sorted = np.array_equal(key_order, np.arange(len(key_order)))
-    return TilePlan(query_order=query_order.to(device),
-                    key_order=None if is_sorted else torch.from_numpy(key_order).to(device),
-                    num_keys=len(key_order), documents=documents, tiles=tuple(tiles))
+    return TilePlan(
+        query_order=query_order.to(device),
+        key_order=None if is_sorted else torch.from_numpy(key_order).to(device),
+        num_keys=len(key_order),
+        documents=documents,
+        tiles=tuple(tiles),
+    )
 
 
 def _sort(query_roles: Tensor, key_roles: Tensor) -> tuple[np.ndarray, tuple[int, ...], np.ndarray, _Queries]:
@@ -125,15 +135,25 @@ def _sort(query_roles: Tensor, key_roles: Tensor) -> tuple[np.ndarray, tuple[int
     code = found.query_codes[sees_key].numpy()
     view = code >> BLOCK_BITS & CLEAN_CODE
     offset = row_start.unsqueeze(1)
-    spans = {name: torch.stack([getattr(found, f"{name}_start") + offset, getattr(found, f"{name}_stop") + offset],
-                               dim=-1)[sees_key].numpy() for name in ("own", "clean")}
+    spans = {
+        name: torch.stack([getattr(found, f"{name}_start") + offset, getattr(found, f"{name}_stop") + offset], dim=-1)[
+            sees_key
+        ].numpy()
+        for name in ("own", "clean")
+    }
     row = rows.expand(-1, query_roles.shape[1])[sees_key].numpy()
     document = np.searchsorted(doc_ids, (code >> BLOCK_BITS + VIEW_BITS) + row * 2**32)
     token = (torch.arange(query_roles.shape[1]) + rows * query_roles.shape[1])[sees_key].numpy()
     block = code & 2**BLOCK_BITS - 1
     order = np.lexsort((token, view, block, document))
-    queries = _Queries(token=token[order], document=document[order], block=block[order], view=view[order],
-                       own=spans["own"][order], clean=spans["clean"][order])
+    queries = _Queries(
+        token=token[order],
+        document=document[order],
+        block=block[order],
+        view=view[order],
+        own=spans["own"][order],
+        clean=spans["clean"][order],
+    )
     return key_order, tuple(int(size) for size in sizes), first_key, queries
 
 
@@ -150,8 +170,7 @@ def _cut(queries: _Queries, tile_size: int) -> list[Span]:
     spans = []
     start = 0
     for place in range(1, len(starts)):
-        reach = max(clean_stop[place] - clean_stop[start] + own_size[place],
-                    (stops[place] - starts[start]) // 2)
+        reach = max(clean_stop[place] - clean_stop[start] + own_size[place], (stops[place] - starts[start]) // 2)
         if is_new_document[place] or reach > tile_size:
             spans.append((int(starts[start]), int(stops[place - 1])))
             start = place
@@ -164,8 +183,7 @@ def _split_single_block(queries: _Queries) -> list[_Queries]:
     if queries.block[0] != queries.block[-1]:
         return [queries]
     edges = np.flatnonzero(np.diff(queries.view)) + 1
-    return [queries.slice(start, stop) for start, stop in
-            zip([0, *edges], [*edges, len(queries.token)], strict=True)]
+    return [queries.slice(start, stop) for start, stop in zip([0, *edges], [*edges, len(queries.token)], strict=True)]
 
 
 def _key_spans(queries: _Queries) -> tuple[Span, tuple[Span, ...]]:
@@ -206,7 +224,7 @@ def sort_queries(query: Tensor, plan: TilePlan) -> Tensor:
 def sort_keys(key: Tensor, plan: TilePlan) -> Tensor:
     """[b, g, k, d] to [g, K, d]: the keys in sorted order; a view of `key` where it is sorted already."""
     flat = key.transpose(0, 1).flatten(1, 2)
-    return flat[:, :plan.num_keys] if plan.key_order is None else flat.index_select(1, plan.key_order)
+    return flat[:, : plan.num_keys] if plan.key_order is None else flat.index_select(1, plan.key_order)
 
 
 def restore_queries(out: Tensor, plan: TilePlan, num_rows: int, row_length: int) -> Tensor:

@@ -17,13 +17,14 @@ from megatron_dllm.diffusion.roles import visible_keys
 
 def row_ratios(micro_batches: Sequence[Batch], cp_size: int) -> list[float]:
     """Max over mean of visible pairs among `cp_size` ranks, for each row of these micro-batches of whole rows."""
-    return [load_ratio(visible_keys(roles), tokens)
-            for batch in micro_batches
-            for roles, tokens in zip(batch.roles.numpy(), deal_context(batch, cp_size).numpy(), strict=True)]
+    return [
+        load_ratio(visible_keys(roles), tokens)
+        for batch in micro_batches
+        for roles, tokens in zip(batch.roles.numpy(), deal_context(batch, cp_size).numpy(), strict=True)
+    ]
 
 
-def context_balance(micro_batches: Sequence[Batch], parallel: ParallelConfig,
-                    device: torch.device) -> dict[str, float]:
+def context_balance(micro_batches: Sequence[Batch], parallel: ParallelConfig, device: torch.device) -> dict[str, float]:
     """The ratio's mean and maximum over the rows of the global batch (a collective).
 
     Counts on the host what the rows are dealt by: call it where something is logged, not in every step.

@@ -29,9 +29,16 @@ def row_digests(batch: Batch) -> list[bytes]:
     digests = []
     for row in range(num_rows):
         mine = row_of_target == row
-        parts = (samples[row], batch.row_keys[row], batch.input_ids[row], batch.is_masked[row],
-                 batch.target_positions[mine] - row * length, batch.target_ids[mine], batch.target_t[mine],
-                 batch.loss_weights[mine])
+        parts = (
+            samples[row],
+            batch.row_keys[row],
+            batch.input_ids[row],
+            batch.is_masked[row],
+            batch.target_positions[mine] - row * length,
+            batch.target_ids[mine],
+            batch.target_t[mine],
+            batch.loss_weights[mine],
+        )
         digest = hashlib.sha256()
         for part in parts:
             digest.update(np.ascontiguousarray(part.cpu().numpy()).tobytes())
@@ -75,5 +82,7 @@ def check_agreement(fingerprint: str) -> None:
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, fingerprint)
     apart = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
-    raise RuntimeError(f"ranks {apart} train on other samples, masks or noise levels than rank 0; "
-                       "they must read the same corpus with the same seed.")
+    raise RuntimeError(
+        f"ranks {apart} train on other samples, masks or noise levels than rank 0; "
+        "they must read the same corpus with the same seed."
+    )

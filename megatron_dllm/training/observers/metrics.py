@@ -26,19 +26,30 @@ class MetricsWriter:
         self._wandb: Any = None
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+
             self._tensorboard = SummaryWriter(str(run_folder / "tensorboard"))
         if config.logging.wandb_mode != "disabled":
             import wandb
-            self._wandb = wandb.init(project=config.logging.wandb_project, name=config.run.name, dir=str(run_folder),
-                                     id=_run_id(run_folder), resume="allow", mode=config.logging.wandb_mode,
-                                     config=asdict(config))
+
+            self._wandb = wandb.init(
+                project=config.logging.wandb_project,
+                name=config.run.name,
+                dir=str(run_folder),
+                id=_run_id(run_folder),
+                resume="allow",
+                mode=config.logging.wandb_mode,
+                config=asdict(config),
+            )
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append a record; numbers also go to TensorBoard and W&B under their names."""
         self._file.write(json.dumps({"step": step, **record}) + "\n")
         self._file.flush()
-        numbers = {name: value for name, value in record.items()
-                   if isinstance(value, int | float) and not isinstance(value, bool)}
+        numbers = {
+            name: value
+            for name, value in record.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -82,9 +93,13 @@ def step_record(result: StepResult) -> dict[str, float]:
     """Loss, accuracy and the per-t-bucket means of one step; buckets without tokens are left out."""
     sums = result.sums
     targets = float(sums[TARGETS].clamp(min=1))
-    record = {"loss": result.loss, "masked_nll": float(sums[NLL]) / targets,
-              "masked_accuracy": float(sums[CORRECT]) / targets,
-              "masked_fraction": targets / float(sums[MASKABLE].clamp(min=1)), "grad_norm": result.grad_norm}
+    record = {
+        "loss": result.loss,
+        "masked_nll": float(sums[NLL]) / targets,
+        "masked_accuracy": float(sums[CORRECT]) / targets,
+        "masked_fraction": targets / float(sums[MASKABLE].clamp(min=1)),
+        "grad_norm": result.grad_norm,
+    }
     for index, (nll, count, correct) in enumerate(sums[BUCKETS:].view(NUM_BUCKETS, 3).tolist()):
         if count > 0:
             low, high = index / NUM_BUCKETS, (index + 1) / NUM_BUCKETS

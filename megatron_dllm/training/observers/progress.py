@@ -26,9 +26,12 @@ def print_stage_table(schedule: BlockSchedule, config: TrainConfig, corpus: Corp
         estimates[stage.name] = RowEstimate(fill.document_tokens, fill.forward_tokens)
     console = Console(soft_wrap=True)
     rows = stage_table(schedule, estimates)
-    console.print(f"[bold]{config.run.name}[/bold]: {schedule.total_tokens:,} document tokens of {corpus.prefix} "
-                  f"({schedule.total_tokens / corpus.num_tokens:.2f} epochs of {corpus.num_tokens:,} tokens), "
-                  f"{sum(row.steps or 0 for row in rows):,} steps", highlight=False)
+    console.print(
+        f"[bold]{config.run.name}[/bold]: {schedule.total_tokens:,} document tokens of {corpus.prefix} "
+        f"({schedule.total_tokens / corpus.num_tokens:.2f} epochs of {corpus.num_tokens:,} tokens), "
+        f"{sum(row.steps or 0 for row in rows):,} steps",
+        highlight=False,
+    )
     console.print(format_table(rows), highlight=False)
 
 
@@ -42,16 +45,25 @@ class Progress:
         self._last_line = 0.0
         self._bar: RichProgress | None = None
         if is_shown and self._console.is_terminal:
-            self._bar = RichProgress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
-                                     TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
+            self._bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
             self._task = self._bar.add_task("starting", total=self._total)
             self._bar.start()
 
-    def advance(self, stage: Stage, step: int, consumed: int, loss: float, learning_rate: float,
-                tokens_per_second: float) -> None:
+    def advance(
+        self, stage: Stage, step: int, consumed: int, loss: float, learning_rate: float, tokens_per_second: float
+    ) -> None:
         """Show the state after a step."""
-        text = (f"{stage.name} block {stage.config.block_size} step {step} loss {loss:.3f} "
-                f"lr {learning_rate:.1e} {tokens_per_second:,.0f} tok/s")
+        text = (
+            f"{stage.name} block {stage.config.block_size} step {step} loss {loss:.3f} "
+            f"lr {learning_rate:.1e} {tokens_per_second:,.0f} tok/s"
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=min(consumed, self._total), description=text)
         elif self._is_shown and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:

@@ -54,7 +54,7 @@ class RouterLoad:
         rank = parallel_state.get_tensor_model_parallel_rank()
         num_rows, length = batch.input_ids.shape
         kept = roles[rows_to_keep(batch.target_positions, length, num_rows, size)]
-        kept[len(batch.target_positions):] = _PADDING
+        kept[len(batch.target_positions) :] = _PADDING
         self._roles, self._kept_roles = roles.chunk(size)[rank], kept.chunk(size)[rank]
 
     @contextmanager

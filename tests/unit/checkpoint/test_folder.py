@@ -9,19 +9,41 @@ import pytest
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import ModelConfig, ScheduleConfig, StageConfig, TrainConfig
 
-MODEL = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, num_query_groups=1,
-                    kv_channels=4, vocab_size=16, mask_token_id=2, eos_token_id=0, pad_token_id=1)
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=8,
+    ffn_hidden_size=8,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=4,
+    vocab_size=16,
+    mask_token_id=2,
+    eos_token_id=0,
+    pad_token_id=1,
+)
 
 
-def _make(checkpoints: Path, step: int, elbo: float | None = None, is_stage_end: bool = False,
-          block_size: int = 32, shift: bool = False, save_number: int | None = None) -> Path:
+def _make(
+    checkpoints: Path,
+    step: int,
+    elbo: float | None = None,
+    is_stage_end: bool = False,
+    block_size: int = 32,
+    shift: bool = False,
+    save_number: int | None = None,
+) -> Path:
     """A checkpoint as the writer leaves it, one small file for the tensors."""
     final = folders.step_folder(checkpoints, step)
     temporary = final.with_name(folders.TEMPORARY_PREFIX + final.name)
     temporary.mkdir(parents=True)
-    contract = {"format": 1, "model": asdict(MODEL), "contract": {"block_origin": "document", "mask_token_id": 2,
-                                                                  "block_size": block_size, "shift": shift},
-                "step": step, "is_stage_end": is_stage_end, "save_number": save_number}
+    contract = {
+        "format": 1,
+        "model": asdict(MODEL),
+        "contract": {"block_origin": "document", "mask_token_id": 2, "block_size": block_size, "shift": shift},
+        "step": step,
+        "is_stage_end": is_stage_end,
+        "save_number": save_number,
+    }
     folders.write_json(temporary / folders.CONTRACT, contract)
     folders.write_json(temporary / folders.STATE, {"step": step, "consumed_tokens": 100 * step, "text": "x" * 50})
     (temporary / "__0_0.distcp").write_bytes(bytes(range(100)))
@@ -57,11 +79,14 @@ def test_published_checkpoint_is_complete_and_latest(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000007"]
 
 
-@pytest.mark.parametrize(("damage", "words"), [
-    (Path.unlink, "__0_0.distcp is missing"),
-    (_truncate, "has 99 bytes instead of 100"),
-    (_alter, "does not have the checksum it was written with"),
-])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (Path.unlink, "__0_0.distcp is missing"),
+        (_truncate, "has 99 bytes instead of 100"),
+        (_alter, "does not have the checksum it was written with"),
+    ],
+)
 def test_damage_is_named(tmp_path: Path, damage, words: str) -> None:
     folder = _make(tmp_path, 1)
     damage(folder / "__0_0.distcp")

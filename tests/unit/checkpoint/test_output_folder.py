@@ -27,7 +27,8 @@ def test_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 
 
 def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: set[int] = set()
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
     with output_folder(tmp_path / "out", 10) as folder:
@@ -69,8 +70,10 @@ def test_a_tool_stopped_by_its_launcher_leaves_nothing(tmp_path: Path) -> None:
     """The wrapper of a rank turns SIGTERM into SIGUSR1, which its command first ignores."""
     start, work = tmp_path / "start", tmp_path / "work"
     start.mkdir(), work.mkdir()
-    wrapper = subprocess.Popen([sys.executable, "launch/rank.py", str(start), "--", sys.executable, "-c", _TOOL,
-                                str(work / "out")], env={**os.environ, "PYTHONPATH": "."})
+    wrapper = subprocess.Popen(
+        [sys.executable, "launch/rank.py", str(start), "--", sys.executable, "-c", _TOOL, str(work / "out")],
+        env={**os.environ, "PYTHONPATH": "."},
+    )
     while not any(work.glob(".out.incomplete-*/file")):
         assert wrapper.poll() is None
         time.sleep(0.05)

@@ -38,8 +38,12 @@ GRIDS = {
 @pytest.mark.parametrize("grid", GRIDS)
 def test_reads_any_box_of_any_grid(grid: str, tmp_path: Path) -> None:
     reader = _write(tmp_path / "checkpoint", GRIDS[grid])
-    for offsets, sizes in [((0, 0, 0), (6, 4, 5)), ((1, 0, 0), (1, 4, 5)), ((3, 1, 2), (2, 2, 2)),
-                           ((5, 3, 4), (1, 1, 1))]:
+    for offsets, sizes in [
+        ((0, 0, 0), (6, 4, 5)),
+        ((1, 0, 0), (1, 4, 5)),
+        ((3, 1, 2), (2, 2, 2)),
+        ((5, 3, 4), (1, 1, 1)),
+    ]:
         out = torch.full((sizes[0] * sizes[1] * sizes[2],), float("nan"))
         reader.read("x", offsets, sizes, out)
         expected = VALUES[tuple(slice(a, a + n) for a, n in zip(offsets, sizes, strict=True))]
@@ -67,9 +71,14 @@ def test_two_names_share_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_reads_what_torch_saved_transposed_and_as_a_view(tmp_path: Path) -> None:
-    state = {"plain": VALUES, "turned": VALUES[0].t(), "view": VALUES[2:4], "half": VALUES.half(),
-             "bf16": VALUES.bfloat16(),
-             "scalar": torch.tensor(3.0)}
+    state = {
+        "plain": VALUES,
+        "turned": VALUES[0].t(),
+        "view": VALUES[2:4],
+        "half": VALUES.half(),
+        "bf16": VALUES.bfloat16(),
+        "scalar": torch.tensor(3.0),
+    }
     save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
     (tmp_path / "metadata.json").write_text("{}")
     reader = TorchDistReader(tmp_path)
@@ -87,7 +96,7 @@ def test_a_damaged_byte_is_read_or_named(tmp_path: Path) -> None:
     for name, step in (("__0_0.distcp", 5), (".metadata", 10)):
         whole = (folder / name).read_bytes()
         for place in range(0, len(whole), step):
-            (folder / name).write_bytes(whole[:place] + generator.randbytes(1) + whole[place + 1:])
+            (folder / name).write_bytes(whole[:place] + generator.randbytes(1) + whole[place + 1 :])
             try:
                 reader = TorchDistReader(folder)
                 for key, tensor in reader.metadata.tensors.items():
@@ -116,8 +125,7 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
 def test_metadata_cannot_change_torch_classes(tmp_path: Path) -> None:
     """BUILD on a class writes its attributes: the classes it sees are not torch's own."""
     _write(tmp_path / "checkpoint", GRIDS["whole"])
-    build_on_class = (b"\x80\x04ctorch.distributed.checkpoint.metadata\nTensorProperties\n"
-                      b"N}\x8c\x04evilK\x01s\x86b.")
+    build_on_class = b"\x80\x04ctorch.distributed.checkpoint.metadata\nTensorProperties\nN}\x8c\x04evilK\x01s\x86b."
     (tmp_path / "checkpoint" / ".metadata").write_bytes(build_on_class)
     with pytest.raises(ValueError, match="not a torch_dist table of contents"):
         TorchDistReader(tmp_path / "checkpoint")

@@ -28,8 +28,11 @@ from tests.unit.hf.test_tokenizer_folder import make_tokenizer
 
 def _bits(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of an HF folder, as bytes."""
-    return {name: value.contiguous().view(torch.uint8) for path in sorted(folder.glob("*.safetensors"))
-            for name, value in load_file(path).items()}
+    return {
+        name: value.contiguous().view(torch.uint8)
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
 
 
 def _assert_same_tensors(actual: Path, expected: Path) -> None:
@@ -60,8 +63,9 @@ def test_stacked_experts_become_the_published_form(tmp_path: Path) -> None:
     (tmp_path / "stacked").mkdir()
     save_file(tensors, tmp_path / "stacked" / "model.safetensors")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "stacked" / "config.json").write_text(json.dumps(
-        config | {"model_type": "llada2_moe_veomni", "architectures": ["LLaDA2MoeModelLM"]}))
+    (tmp_path / "stacked" / "config.json").write_text(
+        json.dumps(config | {"model_type": "llada2_moe_veomni", "architectures": ["LLaDA2MoeModelLM"]})
+    )
     hf_to_mcore.convert(tmp_path / "stacked", tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back")
     _assert_same_tensors(tmp_path / "back", tmp_path / "hf")
@@ -71,9 +75,13 @@ def test_stacked_experts_become_the_published_form(tmp_path: Path) -> None:
 def test_checkpoint_says_what_it_is(checkpoint: Path, hf: Path) -> None:
     contract = read_contract(checkpoint)
     assert contract.model == LING
-    assert contract.content["contract"] == {"shift": True, "block_origin": "document", "mask_token_id": 2,
-                                            "block_size": 1,
-                                            "context_length": 64}
+    assert contract.content["contract"] == {
+        "shift": True,
+        "block_origin": "document",
+        "mask_token_id": 2,
+        "block_size": 1,
+        "context_length": 64,
+    }
     manifest = read_json(checkpoint / MANIFEST)
     assert damaged_files(checkpoint, manifest, manifest) == []
     assert {path.name for path in checkpoint.iterdir()} == {*manifest, MANIFEST}
@@ -84,16 +92,32 @@ def test_keys_are_those_of_both_layer_specs(checkpoint: Path) -> None:
     keys = set(TorchDistReader(checkpoint).metadata.tensors)
     shared = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"}
     for layer in range(3):
-        shared |= {f"decoder.layers.{layer}.self_attention.{name}" for name in (
-            "linear_qkv.layer_norm_weight", "linear_qkv.weight", "q_layernorm.weight", "k_layernorm.weight",
-            "linear_proj.weight")}
-    shared |= {f"decoder.layers.0.mlp.{name}" for name in ("linear_fc1.layer_norm_weight", "linear_fc1.weight",
-                                                           "linear_fc2.weight")}
+        shared |= {
+            f"decoder.layers.{layer}.self_attention.{name}"
+            for name in (
+                "linear_qkv.layer_norm_weight",
+                "linear_qkv.weight",
+                "q_layernorm.weight",
+                "k_layernorm.weight",
+                "linear_proj.weight",
+            )
+        }
+    shared |= {
+        f"decoder.layers.0.mlp.{name}"
+        for name in ("linear_fc1.layer_norm_weight", "linear_fc1.weight", "linear_fc2.weight")
+    }
     for layer in (1, 2):
-        shared |= {f"decoder.layers.{layer}.mlp.{name}" for name in (
-            "router.weight", "router.expert_bias", "experts.experts.linear_fc1.weight",
-            "experts.experts.linear_fc2.weight",
-            "shared_experts.linear_fc1.weight", "shared_experts.linear_fc2.weight")}
+        shared |= {
+            f"decoder.layers.{layer}.mlp.{name}"
+            for name in (
+                "router.weight",
+                "router.expert_bias",
+                "experts.experts.linear_fc1.weight",
+                "experts.experts.linear_fc2.weight",
+                "shared_experts.linear_fc1.weight",
+                "shared_experts.linear_fc2.weight",
+            )
+        }
     expected_local = shared | {f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight" for layer in (1, 2)}
     expected_te = shared | {f"decoder.layers.{layer}.pre_mlp_layernorm.weight" for layer in (1, 2)}
     assert keys == expected_local | expected_te
@@ -114,17 +138,26 @@ def test_expert_bias_is_fp32_even_from_a_bf16_file(tmp_path: Path, hf: Path) -> 
 def test_dtype_of_the_export(checkpoint: Path, hf: Path, tmp_path: Path) -> None:
     mcore_to_hf.convert(checkpoint, tmp_path / "wide", dtype="fp32")
     wide, original = load_file(tmp_path / "wide" / "model.safetensors"), load_file(hf / "model.safetensors")
-    assert all(value.dtype == torch.float32 and torch.equal(value, original[name].float())
-               for name, value in wide.items())
+    assert all(
+        value.dtype == torch.float32 and torch.equal(value, original[name].float()) for name, value in wide.items()
+    )
     assert json.loads((tmp_path / "wide" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
-@pytest.mark.parametrize(("family", "architecture", "expected_class", "has_code"), [
-    ("bailing_moe", None, "BailingMoeV2ForCausalLM", False), ("bailing_moe", "llada2_moe", "LLaDA2MoeModelLM", True),
-    ("llada2_moe", None, "LLaDA2MoeModelLM", True), ("qwen3_moe", "sdar_moe", "SDARMoeForCausalLM", False),
-    ("sdar_moe", None, "SDARMoeForCausalLM", False), ("sdar_moe", "qwen3_moe", "Qwen3MoeForCausalLM", False)])
-def test_architectures(family: str, architecture: str | None, expected_class: str, has_code: bool,
-                       tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "architecture", "expected_class", "has_code"),
+    [
+        ("bailing_moe", None, "BailingMoeV2ForCausalLM", False),
+        ("bailing_moe", "llada2_moe", "LLaDA2MoeModelLM", True),
+        ("llada2_moe", None, "LLaDA2MoeModelLM", True),
+        ("qwen3_moe", "sdar_moe", "SDARMoeForCausalLM", False),
+        ("sdar_moe", None, "SDARMoeForCausalLM", False),
+        ("sdar_moe", "qwen3_moe", "Qwen3MoeForCausalLM", False),
+    ],
+)
+def test_architectures(
+    family: str, architecture: str | None, expected_class: str, has_code: bool, tmp_path: Path
+) -> None:
     write_synthetic(tmp_path / "hf", MODELS[family])
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", architecture)
@@ -136,32 +169,39 @@ def test_architectures(family: str, architecture: str | None, expected_class: st
 def _drop(name: str):
     def change(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[name]
+
     return change
 
 
 def _put(name: str, value: torch.Tensor):
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = value
+
     return change
 
 
 def _poison(name: str, value: float):
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name].view(-1)[3] = value
+
     return change
 
 
 DOWN = "model.layers.2.mlp.experts.3.down_proj.weight"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (_drop(DOWN), f"tensor {DOWN} and 0 more are missing"),
-    (_put("model.layers.3.enorm.weight", torch.ones(24)), r"tensor model\.layers\.3\.enorm\.weight .* not part of"),
-    (_put(DOWN, torch.zeros(24, 11).bfloat16()), rf"{DOWN} has shape \[24, 11\], config\.json asks for \[24, 10\]"),
-    (_put(DOWN, torch.zeros(24, 10)), f"{DOWN} has dtype torch.float32, others"),
-    (_put(DOWN, torch.zeros(24, 10, dtype=torch.int8)), "dequantize"),
-    (_poison(DOWN, float("nan")), rf"model\.safetensors: {DOWN} holds 1 NaN or Inf"),
-    (_poison("lm_head.weight", float("-inf")), r"lm_head\.weight holds 1 NaN or Inf")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop(DOWN), f"tensor {DOWN} and 0 more are missing"),
+        (_put("model.layers.3.enorm.weight", torch.ones(24)), r"tensor model\.layers\.3\.enorm\.weight .* not part of"),
+        (_put(DOWN, torch.zeros(24, 11).bfloat16()), rf"{DOWN} has shape \[24, 11\], config\.json asks for \[24, 10\]"),
+        (_put(DOWN, torch.zeros(24, 10)), f"{DOWN} has dtype torch.float32, others"),
+        (_put(DOWN, torch.zeros(24, 10, dtype=torch.int8)), "dequantize"),
+        (_poison(DOWN, float("nan")), rf"model\.safetensors: {DOWN} holds 1 NaN or Inf"),
+        (_poison("lm_head.weight", float("-inf")), r"lm_head\.weight holds 1 NaN or Inf"),
+    ],
+)
 def test_bad_tensors_are_named_and_leave_nothing(change, message: str, hf: Path, tmp_path: Path) -> None:
     tensors = load_file(hf / "model.safetensors")
     change(tensors)
@@ -184,8 +224,9 @@ def test_truncated_and_missing_shards(tmp_path: Path) -> None:
     assert left_in(tmp_path) == {"hf"}
 
 
-def test_existing_output_and_small_disk(hf: Path, checkpoint: Path, tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_output_and_small_disk(
+    hf: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="exists; nothing is overwritten"):
         hf_to_mcore.convert(hf, checkpoint)
     with pytest.raises(ValueError, match="exists; nothing is overwritten"):
@@ -247,12 +288,22 @@ def test_checkpoint_of_another_model_than_its_contract(checkpoint: Path, tmp_pat
     assert left_in(tmp_path) == {"hf", "checkpoint"}
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("config.json", []), ("config.json", b"\xff"), ("contract.json", b"\xff"), ("contract.json", []),
-    ("contract.json", {"format": 1}), (MANIFEST, []),
-    ("contract.json", {"format": 1, "model": {"num_layers": "3"}, "contract": {}}), (MANIFEST, {"common.pt": 5}),
-    ("contract.json", {"format": 1, "model": asdict(LING), "contract": {"shift": "no", "block_size": 1}}),
-    ("validation.json", []), ("validation.json", {"elbo": {"32": "2.5"}})])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", []),
+        ("config.json", b"\xff"),
+        ("contract.json", b"\xff"),
+        ("contract.json", []),
+        ("contract.json", {"format": 1}),
+        (MANIFEST, []),
+        ("contract.json", {"format": 1, "model": {"num_layers": "3"}, "contract": {}}),
+        (MANIFEST, {"common.pt": 5}),
+        ("contract.json", {"format": 1, "model": asdict(LING), "contract": {"shift": "no", "block_size": 1}}),
+        ("validation.json", []),
+        ("validation.json", {"elbo": {"32": "2.5"}}),
+    ],
+)
 def test_json_of_another_shape_is_named(name: str, content: object, hf: Path, checkpoint: Path, tmp_path: Path) -> None:
     folder = hf if name == "config.json" else checkpoint
     (folder / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
@@ -269,7 +320,7 @@ def test_nan_in_a_checkpoint(tmp_path: Path, make_checkpoint) -> None:
     reader.read("output_layer.weight", (0, 0), (40, 24), out)
     data = bytearray((folder / chunk.file_name).read_bytes())
     place = data.index(out.view(torch.uint8).numpy().tobytes(), chunk.start)
-    data[place:place + 2] = torch.tensor([float("nan")]).bfloat16().view(torch.uint8).numpy().tobytes()
+    data[place : place + 2] = torch.tensor([float("nan")]).bfloat16().view(torch.uint8).numpy().tobytes()
     (folder / chunk.file_name).write_bytes(data)
     with pytest.raises(ValueError, match=r"poisoned: output_layer\.weight holds 1 NaN"):
         mcore_to_hf.convert(folder, tmp_path / "out")
@@ -299,12 +350,15 @@ def test_mask_token_needs_a_row_and_an_id(tmp_path: Path) -> None:
     assert read_contract(tmp_path / "out").model == replace(LING, mask_token_id=7)
 
 
-def test_the_mask_token_enters_with_the_tokenizer(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_mask_token_enters_with_the_tokenizer(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As for a chat model: its tokenizer gives the mask token's id to another token, another tokenizer does not."""
+
     def convert(output: str, *arguments: str) -> int | str | None:
-        monkeypatch.setattr(sys, "argv", ["hf_to_mcore", "--hf", str(hf), "--output", str(tmp_path / output),
-                                          *arguments])
+        monkeypatch.setattr(
+            sys, "argv", ["hf_to_mcore", "--hf", str(hf), "--output", str(tmp_path / output), *arguments]
+        )
         try:
             hf_to_mcore.main()
         except SystemExit as stopped:

@@ -32,8 +32,10 @@ def test_inspect_counts_parameters_alike_in_both_formats(checkpoint: Path, hf: P
 
 
 def test_inspect_shows_step_contract_and_validation(checkpoint: Path) -> None:
-    folders.write_json(checkpoint / folders.VALIDATION, {"elbo": {"32": 2.5, "4": 2.25}, "bits_per_byte": {"32": 1.5},
-                                                         "target_block_size": 32, "num_tokens": 10})
+    folders.write_json(
+        checkpoint / folders.VALIDATION,
+        {"elbo": {"32": 2.5, "4": 2.25}, "bits_per_byte": {"32": 1.5}, "target_block_size": 32, "num_tokens": 10},
+    )
     text = inspect.show(inspect.describe(checkpoint))
     assert "2.50000" in text and "target" in text and "1.50000" in text
     assert "mask_token_id            2" in text

@@ -25,8 +25,9 @@ def model() -> ModelConfig:
 def write_corpus(tmp_path: Path) -> Callable[..., str]:
     """Write documents as PREFIX.bin, .idx and, with `description`, .json; returns the prefix."""
 
-    def write(documents: list[list[int]], name: str = "corpus", dtype: type = np.uint16,
-              description: dict | None = None) -> str:
+    def write(
+        documents: list[list[int]], name: str = "corpus", dtype: type = np.uint16, description: dict | None = None
+    ) -> str:
         prefix = str(tmp_path / name)
         builder = IndexedDatasetBuilder(prefix + ".bin", dtype=dtype)
         for document in documents:

@@ -18,19 +18,34 @@ MASK, PAD = 99, 98
 
 
 def spec(num_views: int = 1, **changes: object) -> NoiseSpec:
-    settings = {"t_unit": "block", "is_stratified": True, "at_least_one": True, "loss_weight": "elbo",
-                "t_min": 0.1, "t_max": 0.9, "num_views": num_views} | changes
+    settings = {
+        "t_unit": "block",
+        "is_stratified": True,
+        "at_least_one": True,
+        "loss_weight": "elbo",
+        "t_min": 0.1,
+        "t_max": 0.9,
+        "num_views": num_views,
+    } | changes
     return NoiseSpec(**settings)
 
 
-def make_row(lengths: list[int], geometry: RowGeometry, noise: NoiseSpec | None, *, epoch: int = 0,
-             sample_ids: list[int] | None = None, loss_mask: np.ndarray | None = None) -> Row:
+def make_row(
+    lengths: list[int],
+    geometry: RowGeometry,
+    noise: NoiseSpec | None,
+    *,
+    epoch: int = 0,
+    sample_ids: list[int] | None = None,
+    loss_mask: np.ndarray | None = None,
+) -> Row:
     """A row whose tokens are 1, 2, 3, ... of sample 0, then 1, 2, 3, ... + 10 of sample 1, and so on."""
     sample_ids = list(range(0, 100 * len(lengths), 100)) if sample_ids is None else sample_ids
     pieces = np.array([[i, 0, n, i] for i, n in enumerate(lengths)], dtype=np.int64).reshape(-1, 4)
     pieces[:, 3] = np.array(sample_ids) // 100
-    clean_ids = np.concatenate([np.zeros(0, np.int64), *[1 + np.arange(n) + s // 10 for s, n in
-                                                         zip(sample_ids, lengths, strict=True)]])
+    clean_ids = np.concatenate(
+        [np.zeros(0, np.int64), *[1 + np.arange(n) + s // 10 for s, n in zip(sample_ids, lengths, strict=True)]]
+    )
     content = RowContent(clean_ids, np.array(sample_ids, dtype=np.int64), loss_mask)
     return build_row(RowPlan(pieces, epoch), content, geometry, noise, seed=0, mask_token_id=MASK, pad_token_id=PAD)
 
@@ -68,15 +83,25 @@ def test_block_diffusion_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.row_key == mix_key(3, 0)
     assert row.sample_ids.tolist() == [0, 100]
     assert [(c["sample_id"], c["ordinal"], c["epoch"], c["block_ids"].tolist()) for c in calls] == [
-        (0, 0, 3, [0, 0, 1, 1, 2]), (100, 1, 3, [0, 0])]
+        (0, 0, 3, [0, 0, 1, 1, 2]),
+        (100, 1, 3, [0, 0]),
+    ]
 
 
 def test_complementary_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     fix_noise(monkeypatch, {0: [[1, 0, 0], [0, 1, 1]]})
     row = make_row([3], RowGeometry("block_diffusion", 2, 4, 12, 2), spec(2))
     assert row.input_ids.tolist() == [99, 2, 3, 1, 99, 99, 1, 2] + [PAD] * 4
-    assert row.roles[:8].tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 1], [0, 0, 2], [0, 0, 2], [0, 1, 2],
-                                      [0, 0, 0], [0, 0, 0]]
+    assert row.roles[:8].tolist() == [
+        [0, 0, 1],
+        [0, 0, 1],
+        [0, 1, 1],
+        [0, 0, 2],
+        [0, 0, 2],
+        [0, 1, 2],
+        [0, 0, 0],
+        [0, 0, 0],
+    ]
     assert row.target_positions.tolist() == [0, 4, 5]
     assert row.target_ids.tolist() == [1, 2, 3]
     assert row.loss_weights.tolist() == [11.0, 12.0, 12.0]
@@ -94,8 +119,16 @@ def test_mdlm_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ar_row_by_hand() -> None:
     row = make_row([3, 1, 2], RowGeometry("ar", 1, 4, 8, 0), None)
     assert row.input_ids.tolist() == [1, 2, 3, 11, 21, 22, PAD, PAD]
-    assert row.roles.tolist() == [[0, 0, 0], [0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [2, 1, 0],
-                                  [-1, 0, 0], [-1, 0, 0]]
+    assert row.roles.tolist() == [
+        [0, 0, 0],
+        [0, 1, 0],
+        [0, 2, 0],
+        [1, 0, 0],
+        [2, 0, 0],
+        [2, 1, 0],
+        [-1, 0, 0],
+        [-1, 0, 0],
+    ]
     # The last token of a piece predicts nothing.
     assert row.target_positions.tolist() == [0, 1, 4]
     assert row.target_ids.tolist() == [2, 3, 22]
@@ -125,8 +158,10 @@ def test_tokens_outside_the_loss_mask_carry_no_loss() -> None:
 
 
 def test_row_of_no_pieces_is_padding() -> None:
-    for geometry, noise in [(RowGeometry("ar", 1, 4, 8, 0), None),
-                            (RowGeometry("block_diffusion", 2, 4, 8, 1), spec())]:
+    for geometry, noise in [
+        (RowGeometry("ar", 1, 4, 8, 0), None),
+        (RowGeometry("block_diffusion", 2, 4, 8, 1), spec()),
+    ]:
         row = make_row([], geometry, noise)
         assert (row.input_ids == PAD).all() and (row.roles == [-1, 0, 0]).all()
         assert (row.num_maskable, row.num_document_tokens, row.num_forward_tokens, len(row.target_ids)) == (0, 0, 0, 0)
@@ -198,14 +233,18 @@ def test_a_piece_has_the_same_noise_in_another_row(geometry: RowGeometry) -> Non
     noise = spec(geometry.num_views, at_least_one=False)
     expected_pieces = pieces_of(make_row([13, 9, 6], geometry, noise, sample_ids=[0, 100, 200]))
     assert pieces_of(make_row([6, 13], geometry, noise, sample_ids=[200, 0])) == {
-        s: expected_pieces[s] for s in (200, 0)}
+        s: expected_pieces[s] for s in (200, 0)
+    }
     assert pieces_of(make_row([13], geometry, noise, epoch=1, sample_ids=[0]))[0] != expected_pieces[0]
 
 
 def test_collate_counts_targets_over_all_rows() -> None:
     geometry = RowGeometry("block_diffusion", 4, 32, 64, 1)
-    rows = [make_row([13, 6], geometry, spec()), make_row([], geometry, spec()),
-            make_row([20], geometry, spec(), sample_ids=[700])]
+    rows = [
+        make_row([13, 6], geometry, spec()),
+        make_row([], geometry, spec()),
+        make_row([20], geometry, spec(), sample_ids=[700]),
+    ]
     batch = collate(rows)
     assert batch.input_ids.shape == batch.position_ids.shape == batch.is_masked.shape == (3, 64)
     assert batch.roles.shape == (3, 64, 3) and batch.roles.dtype == torch.int32

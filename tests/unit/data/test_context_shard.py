@@ -33,13 +33,23 @@ def test_shards_together_are_the_batch(batch: Batch, cp_size: int) -> None:
     assert torch.equal(roles.gather(1, place.unsqueeze(-1).expand(-1, -1, 3)), batch.roles)
     for name in COUNTS:
         assert all(getattr(shard, name) is getattr(batch, name) for shard in shards)
-    assert {f.name for f in fields(Batch)} == {*COUNTS, "input_ids", "position_ids", "is_masked", "roles",
-                                               "target_positions", "target_ids", "loss_weights", "target_t"}
+    assert {f.name for f in fields(Batch)} == {
+        *COUNTS,
+        "input_ids",
+        "position_ids",
+        "is_masked",
+        "roles",
+        "target_positions",
+        "target_ids",
+        "loss_weights",
+        "target_t",
+    }
 
 
 @pytest.mark.parametrize("cp_size", [2, 4])
 def test_targets_point_at_the_same_tokens(batch: Batch, cp_size: int) -> None:
     """A target is found again by the row, role and position of its token."""
+
     def named(part: Batch) -> list[tuple[float, ...]]:
         row = part.target_positions // part.input_ids.shape[1]
         roles = part.roles.flatten(0, 1)[part.target_positions]

@@ -44,15 +44,19 @@ def test_missing_file(write_corpus: Callable[..., str], model: ModelConfig, suff
         Corpus(prefix, model)
 
 
-@pytest.mark.parametrize(("suffix", "change", "message"), [
-    (".bin", -2, r"corpus.bin \(22 bytes\) must have the 24 bytes"),
-    (".bin", +2, r"corpus.bin \(26 bytes\) must have the 24 bytes"),
-    (".idx", -8, r"corpus.idx \(94 bytes\) must have 102 bytes for its 3 documents"),
-    (".idx", +8, r"corpus.idx \(110 bytes\) must have 102 bytes"),
-    (".idx", -80, r"must be a Megatron index"),
-])
-def test_cut_off_or_grown_file(write_corpus: Callable[..., str], model: ModelConfig, suffix: str, change: int,
-                               message: str) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "change", "message"),
+    [
+        (".bin", -2, r"corpus.bin \(22 bytes\) must have the 24 bytes"),
+        (".bin", +2, r"corpus.bin \(26 bytes\) must have the 24 bytes"),
+        (".idx", -8, r"corpus.idx \(94 bytes\) must have 102 bytes for its 3 documents"),
+        (".idx", +8, r"corpus.idx \(110 bytes\) must have 102 bytes"),
+        (".idx", -80, r"must be a Megatron index"),
+    ],
+)
+def test_cut_off_or_grown_file(
+    write_corpus: Callable[..., str], model: ModelConfig, suffix: str, change: int, message: str
+) -> None:
     path = Path(write_corpus(DOCUMENTS) + suffix)
     data = path.read_bytes()
     path.write_bytes(data[:change] if change < 0 else data + bytes(change))
@@ -97,14 +101,18 @@ def test_mask_token_in_the_text(write_corpus: Callable[..., str], model: ModelCo
         Corpus(write_corpus([[5, MASK, 6]]), model).read(0, 0, 3)
 
 
-@pytest.mark.parametrize(("description", "message"), [
-    ({"max_token_id": 500}, r"largest token 500\) must lie in"),
-    ({"eos_token_id": 7}, r"model.eos_token_id \(0\) differs from the corpus .* \(7\)"),
-    ({"mask_token_id": 7}, r"model.mask_token_id \(2\) differs from the corpus .* \(7\)"),
-    ({"num_tokens": 13}, r"\(12 tokens\) must have the 13 tokens"),
-])
-def test_description_that_contradicts_the_model(write_corpus: Callable[..., str], model: ModelConfig,
-                                                description: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"max_token_id": 500}, r"largest token 500\) must lie in"),
+        ({"eos_token_id": 7}, r"model.eos_token_id \(0\) differs from the corpus .* \(7\)"),
+        ({"mask_token_id": 7}, r"model.mask_token_id \(2\) differs from the corpus .* \(7\)"),
+        ({"num_tokens": 13}, r"\(12 tokens\) must have the 13 tokens"),
+    ],
+)
+def test_description_that_contradicts_the_model(
+    write_corpus: Callable[..., str], model: ModelConfig, description: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         Corpus(write_corpus(DOCUMENTS, description=description), model)
     Corpus(write_corpus(DOCUMENTS, description={"eos_token_id": 0, "mask_token_id": None, "num_tokens": 12}), model)

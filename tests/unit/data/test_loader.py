@@ -26,8 +26,9 @@ DOCUMENTS = random_documents(120)
 
 @pytest.fixture
 def dataset(write_corpus: Callable[..., str], model: ModelConfig) -> RowDataset:
-    return RowDataset(Corpus(write_corpus(DOCUMENTS), model), GEOMETRY, NOISE, seed=5, mask_token_id=MASK,
-                      pad_token_id=PAD)
+    return RowDataset(
+        Corpus(write_corpus(DOCUMENTS), model), GEOMETRY, NOISE, seed=5, mask_token_id=MASK, pad_token_id=PAD
+    )
 
 
 def new_stream(dataset: RowDataset, shuffle: bool = True) -> RowStream:
@@ -41,8 +42,11 @@ def take(dataset: RowDataset, stream: RowStream, num_steps: int, **settings: int
 
 def rows_of(batches: list[Batch]) -> list[tuple]:
     """Every row of the batches as something comparable."""
-    return [(batch.input_ids[i].tolist(), batch.roles[i].tolist(), int(batch.row_keys[i]))
-            for batch in batches for i in range(len(batch.input_ids))]
+    return [
+        (batch.input_ids[i].tolist(), batch.roles[i].tolist(), int(batch.row_keys[i]))
+        for batch in batches
+        for i in range(len(batch.input_ids))
+    ]
 
 
 def assert_same(one: list[GlobalStep], other: list[GlobalStep]) -> None:
@@ -71,8 +75,17 @@ def test_row_holds_the_documents_tokens(dataset: RowDataset) -> None:
 @pytest.mark.parametrize(("size", "micro_batch_size"), [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2), (8, 1)])
 def test_global_batch_is_the_same_rows_in_every_layout(dataset: RowDataset, size: int, micro_batch_size: int) -> None:
     expected_steps = take(dataset, new_stream(dataset), 5)
-    ranks = [take(dataset, new_stream(dataset), 5, micro_batch_size=micro_batch_size, data_parallel_rank=rank,
-                  data_parallel_size=size) for rank in range(size)]
+    ranks = [
+        take(
+            dataset,
+            new_stream(dataset),
+            5,
+            micro_batch_size=micro_batch_size,
+            data_parallel_rank=rank,
+            data_parallel_size=size,
+        )
+        for rank in range(size)
+    ]
     for number, expected_step in enumerate(expected_steps):
         steps = [rank[number] for rank in ranks]
         assert all(step.stream_state == expected_step.stream_state for step in steps)
@@ -116,15 +129,27 @@ def test_next_stage_continues_with_the_same_stream(dataset: RowDataset) -> None:
 
 
 def test_validation_ends_and_pads_the_last_step(dataset: RowDataset) -> None:
-    expected_rows = rows_of([b for s in take(dataset, new_stream(dataset, False), 2, num_rows=13)
-                             for b in s.micro_batches])
+    expected_rows = rows_of(
+        [b for s in take(dataset, new_stream(dataset, False), 2, num_rows=13) for b in s.micro_batches]
+    )
     assert len(expected_rows) == 16
     assert [set(row[0]) == {PAD} for row in expected_rows] == [False] * 13 + [True] * 3
-    ranks = [take(dataset, new_stream(dataset, False), 99, num_rows=13, micro_batch_size=1, data_parallel_rank=r,
-                  data_parallel_size=2) for r in range(2)]
+    ranks = [
+        take(
+            dataset,
+            new_stream(dataset, False),
+            99,
+            num_rows=13,
+            micro_batch_size=1,
+            data_parallel_rank=r,
+            data_parallel_size=2,
+        )
+        for r in range(2)
+    ]
     assert [len(steps) for steps in ranks] == [2, 2]
-    rows = [rows_of([step.micro_batches[j]])[0] for k in range(2) for j in range(4)
-            for step in (ranks[0][k], ranks[1][k])]
+    rows = [
+        rows_of([step.micro_batches[j]])[0] for k in range(2) for j in range(4) for step in (ranks[0][k], ranks[1][k])
+    ]
     assert rows == expected_rows
 
 

@@ -167,12 +167,15 @@ def test_state_is_small_and_does_not_grow() -> None:
     assert max(sizes) < 500
 
 
-@pytest.mark.parametrize(("other", "message"), [
-    ({"seed": 2}, r"seed \(2\) differs from the saved data position's \(1\)"),
-    ({"chunk": 9}, r"chunk \(9\) differs"),
-    ({"shuffle": False}, r"shuffle \(False\) differs"),
-    ({"document_lengths": np.ones(7, np.int32)}, r"num_documents \(7\) differs from .*\(8\)"),
-])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 2}, r"seed \(2\) differs from the saved data position's \(1\)"),
+        ({"chunk": 9}, r"chunk \(9\) differs"),
+        ({"shuffle": False}, r"shuffle \(False\) differs"),
+        ({"document_lengths": np.ones(7, np.int32)}, r"num_documents \(7\) differs from .*\(8\)"),
+    ],
+)
 def test_a_position_of_another_sequence_is_refused(other: dict[str, object], message: str) -> None:
     settings = {"document_lengths": np.ones(8, np.int32), "seed": 1, "chunk": 4}
     state = RowStream(**settings).state_dict()

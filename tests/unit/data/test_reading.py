@@ -48,8 +48,13 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_folder_is_walked_in_order_and_files_are_documents(tmp_path: Path) -> None:
     (tmp_path / "b" / ".git").mkdir(parents=True)
-    for name, content in {"c.py": b"third", "a.txt": b"\xef\xbb\xbffirst", "b/z.md": b"second", "b/.git/x": b"hidden",
-                          "d.jsonl": json_lines(["fourth", "fifth"])}.items():
+    for name, content in {
+        "c.py": b"third",
+        "a.txt": b"\xef\xbb\xbffirst",
+        "b/z.md": b"second",
+        "b/.git/x": b"hidden",
+        "d.jsonl": json_lines(["fourth", "fifth"]),
+    }.items():
         (tmp_path / name).write_bytes(content)
     assert read_texts(tmp_path) == ["first", "second", "third", "fourth", "fifth"]
 
@@ -63,17 +68,20 @@ def test_batches_are_bounded_and_account_for_every_byte(tmp_path: Path) -> None:
     assert sum(batch.num_input_bytes for batch in batches) == sum(f.stat().st_size for f in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"{nonsense", "not JSON"),
-    (b"\xff\xfe{}", r"not UTF-8 \(byte 0\)"),
-    (b'["text"]', "a JSON list, not an object"),
-    (b'{"txt": "a", "b": 1}', r"no key 'text' \(it has b, txt\)"),
-    (b'{"text": 3}', "text is a int, not a string"),
-    (b'{"text": null}', "text is a NoneType, not a string"),
-    (b'{"text": "ab\\ud800"}', r"half a surrogate pair \(character 2\)"),
-    (b"[" * 100_000, "not JSON"),
-    (None, "text is null"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{nonsense", "not JSON"),
+        (b"\xff\xfe{}", r"not UTF-8 \(byte 0\)"),
+        (b'["text"]', "a JSON list, not an object"),
+        (b'{"txt": "a", "b": 1}', r"no key 'text' \(it has b, txt\)"),
+        (b'{"text": 3}', "text is a int, not a string"),
+        (b'{"text": null}', "text is a NoneType, not a string"),
+        (b'{"text": "ab\\ud800"}', r"half a surrogate pair \(character 2\)"),
+        (b"[" * 100_000, "not JSON"),
+        (None, "text is null"),
+    ],
+)
 def test_bad_documents_say_why(content: bytes | None, message: str) -> None:
     with pytest.raises(BadDocumentError, match=message):
         decode_document(RawDocument("f:1", content, is_json=True), "text")

@@ -68,10 +68,14 @@ def test_transformers_loads_the_tokenizer(corpus: Path) -> None:
 def test_second_call_does_nothing_and_another_setting_is_refused(corpus: Path) -> None:
     expected_times = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     build(corpus, **SETTINGS)
-    assert main(["--output", str(corpus), "--vocab_size", "512", "--validation_fraction", "0.2",
-                 "--max_bytes", "400000"]) == 0
-    assert main(["--output", str(corpus), "--vocab_size", "1024", "--validation_fraction", "0.2",
-                 "--max_bytes", "400000"]) == 1
+    assert (
+        main(["--output", str(corpus), "--vocab_size", "512", "--validation_fraction", "0.2", "--max_bytes", "400000"])
+        == 0
+    )
+    assert (
+        main(["--output", str(corpus), "--vocab_size", "1024", "--validation_fraction", "0.2", "--max_bytes", "400000"])
+        == 1
+    )
     with pytest.raises(ValueError, match=r"other settings or another Python \(vocab_size\)"):
         build(corpus, **(SETTINGS | {"vocab_size": 600}))
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == expected_times
@@ -89,8 +93,13 @@ def test_what_is_left_out(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     assert list_documents(tmp_path) == ["a.py", "sub/b.txt"]
-    for content, expected_text in [(b"words", "words"), (b"", None), (b" \n", None), (b"\xff", None),
-                                   (b"0x12, 0x34,\n" * 9, None)]:
+    for content, expected_text in [
+        (b"words", "words"),
+        (b"", None),
+        (b" \n", None),
+        (b"\xff", None),
+        (b"0x12, 0x34,\n" * 9, None),
+    ]:
         (tmp_path / "a.py").write_bytes(content)
         assert read_document(tmp_path / "a.py") == expected_text
 

@@ -33,8 +33,16 @@ def jsonl(tmp_path: Path) -> Path:
 
 def documents_of(prefix: str, folder: str) -> list[list[int]]:
     tokenizer = TextTokenizer.load(folder)
-    corpus = Corpus(prefix, ModelConfig(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_token_id,
-                                        mask_token_id=tokenizer.mask_token_id, pad_token_id=1), folder)
+    corpus = Corpus(
+        prefix,
+        ModelConfig(
+            vocab_size=tokenizer.vocab_size,
+            eos_token_id=tokenizer.eos_token_id,
+            mask_token_id=tokenizer.mask_token_id,
+            pad_token_id=1,
+        ),
+        folder,
+    )
     return [corpus.read(d, 0, int(n)).tolist() for d, n in enumerate(corpus.document_lengths)]
 
 
@@ -49,10 +57,19 @@ def test_documents_come_back_and_are_described(tokenizer_folder: str, jsonl: Pat
     assert all(ids[-1] == 0 for ids in documents)
     description = json.loads(Path(prefix + ".json").read_text())
     expected_bytes = 2 * sum(len(text.encode()) for text in TEXTS)
-    expected = {"num_documents": 8, "num_empty_documents": 1, "num_bad_lines": 0, "num_bytes": expected_bytes,
-                "num_tokens": sum(map(len, documents)), "max_token_id": max(map(max, documents)),
-                "eos_token_id": 0, "mask_token_id": 2, "vocab_size": 512, "sources": [str(jsonl)],
-                "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_folder)}
+    expected = {
+        "num_documents": 8,
+        "num_empty_documents": 1,
+        "num_bad_lines": 0,
+        "num_bytes": expected_bytes,
+        "num_tokens": sum(map(len, documents)),
+        "max_token_id": max(map(max, documents)),
+        "eos_token_id": 0,
+        "mask_token_id": 2,
+        "vocab_size": 512,
+        "sources": [str(jsonl)],
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_folder),
+    }
     assert {name: description[name] for name in expected} == expected
     assert (counts.num_documents, counts.num_tokens) == (8, expected["num_tokens"])
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.bin", "out.idx", "out.json"]
@@ -84,8 +101,9 @@ def test_number_of_workers_changes_no_byte(tokenizer_folder: str, tmp_path: Path
         assert (tmp_path / f"out1{suffix}").read_bytes() == (tmp_path / f"out3{suffix}").read_bytes()
 
 
-def test_bad_lines_are_counted_and_listed(tokenizer_folder: str, tmp_path: Path,
-                                          caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_lines_are_counted_and_listed(
+    tokenizer_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' * 70 + b'{"txt": "no key"}\n' * 28 + b'{"text": 3}\n\xff\n')
     prefix = str(tmp_path / "out")
@@ -127,21 +145,24 @@ def test_existing_output_is_kept(tokenizer_folder: str, jsonl: Path, tmp_path: P
     assert not list(tmp_path.glob("*.tmp-*"))
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"num_workers": 0}, r"num_workers \(0\)"),
-    ({"max_bad_fraction": 1.5}, r"max_bad_fraction \(1.5\)"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"num_workers": 0}, r"num_workers \(0\)"), ({"max_bad_fraction": 1.5}, r"max_bad_fraction \(1.5\)")],
+)
 def test_impossible_settings(tokenizer_folder: str, jsonl: Path, tmp_path: Path, settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokenize_corpus([str(jsonl)], tokenizer_folder, str(tmp_path / "out"), **settings)
 
 
-@pytest.mark.parametrize(("files", "message"), [
-    ({}, "must be a folder with a tokenizer.json"),
-    ({"tokenizer.json": "{"}, r"tokenizer.json \(not JSON\)"),
-    ({"tokenizer.json": "{}"}, "names no eos_token"),
-    ({"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "<e>"}'}, "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "must be a folder with a tokenizer.json"),
+        ({"tokenizer.json": "{"}, r"tokenizer.json \(not JSON\)"),
+        ({"tokenizer.json": "{}"}, "names no eos_token"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "<e>"}'}, "cannot be read"),
+    ],
+)
 def test_unusable_tokenizer(tmp_path: Path, files: dict[str, str], message: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content)

@@ -33,12 +33,25 @@ WSD = {
 def test_stages_lie_end_to_end():
     schedule = schedule_of(**WSD)
     assert [(s.name, s.index, s.start, s.end) for s in schedule.stages] == [
-        ("warmup", 0, 0, 1000), ("stable", 1, 1000, 3000), ("decay", 2, 3000, 4000)]
+        ("warmup", 0, 0, 1000),
+        ("stable", 1, 1000, 3000),
+        ("decay", 2, 3000, 4000),
+    ]
     assert schedule.total_tokens == 4000
 
 
-@pytest.mark.parametrize("consumed, name", [(0, "warmup"), (999, "warmup"), (1000, "stable"), (1001, "stable"),
-                                            (2999, "stable"), (3000, "decay"), (3999, "decay")])
+@pytest.mark.parametrize(
+    "consumed, name",
+    [
+        (0, "warmup"),
+        (999, "warmup"),
+        (1000, "stable"),
+        (1001, "stable"),
+        (2999, "stable"),
+        (3000, "decay"),
+        (3999, "decay"),
+    ],
+)
 def test_a_step_belongs_to_the_stage_in_which_it_starts(consumed, name):
     assert schedule_of(**WSD).stage_at(consumed).name == name
 
@@ -58,9 +71,18 @@ def test_progress_and_remaining():
     assert [schedule.is_finished(c) for c in (0, 3999, 4000, 4050)] == [False, False, True, True]
 
 
-@pytest.mark.parametrize("before, after, name", [
-    (0, 60, None), (940, 999, None), (940, 1000, "warmup"), (950, 1010, "warmup"), (1000, 1060, None),
-    (2990, 3050, "stable"), (3990, 4050, "decay")])
+@pytest.mark.parametrize(
+    "before, after, name",
+    [
+        (0, 60, None),
+        (940, 999, None),
+        (940, 1000, "warmup"),
+        (950, 1010, "warmup"),
+        (1000, 1060, None),
+        (2990, 3050, "stable"),
+        (3990, 4050, "decay"),
+    ],
+)
 def test_the_step_that_reaches_the_end_finishes_the_stage(before, after, name):
     finished = schedule_of(**WSD).finished_stage(before, after)
     assert (finished and finished.name) == name
@@ -79,27 +101,45 @@ def test_walk_with_uneven_steps():
     assert finished == ["warmup", "stable", "decay"]
 
 
-@pytest.mark.parametrize("consumed, expected", [
-    # Warmup: 0 -> 4e-4 over 400 tokens, then constant.
-    (0, 0.0), (100, 1e-4), (200, 2e-4), (400, 4e-4), (999, 4e-4),
-    # Stable: constant.
-    (1000, 4e-4), (2999, 4e-4),
-    # Decay: 4e-4 -> 1e-4 over 1000 tokens.
-    (3000, 4e-4), (3250, 3.25e-4), (3500, 2.5e-4), (3900, 1.3e-4)])
+@pytest.mark.parametrize(
+    "consumed, expected",
+    [
+        # Warmup: 0 -> 4e-4 over 400 tokens, then constant.
+        (0, 0.0),
+        (100, 1e-4),
+        (200, 2e-4),
+        (400, 4e-4),
+        (999, 4e-4),
+        # Stable: constant.
+        (1000, 4e-4),
+        (2999, 4e-4),
+        # Decay: 4e-4 -> 1e-4 over 1000 tokens.
+        (3000, 4e-4),
+        (3250, 3.25e-4),
+        (3500, 2.5e-4),
+        (3900, 1.3e-4),
+    ],
+)
 def test_learning_rate_of_the_stages(consumed, expected):
     assert schedule_of(**WSD).learning_rate(consumed) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("shape, expected", [
-    # Warmup over 200 of 1000 tokens, then 800 tokens from 1.0 to 0.2; shares 0, 1/4, 1/2, 3/4, 1.
-    # Cosine at shares 1/4 and 3/4: (1 - cos(pi/4)) / 2 = 0.1464466, so 1 - 0.8 * 0.1464466 and 0.2 + 0.8 * 0.1464466.
-    ("linear", [0.0, 0.5, 1.0, 0.8, 0.6, 0.4, 0.2]),
-    ("cosine", [0.0, 0.5, 1.0, 0.88284271, 0.6, 0.31715729, 0.2]),
-    ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0])])
+@pytest.mark.parametrize(
+    "shape, expected",
+    [
+        # Warmup over 200 of 1000 tokens, then 800 tokens from 1.0 to 0.2; shares 0, 1/4, 1/2, 3/4, 1.
+        # Cosine at shares 1/4 and 3/4: (1 - cos(pi/4)) / 2 = 0.1464466, so 1 - 0.8 * 0.1464466 and
+        # 0.2 + 0.8 * 0.1464466.
+        ("linear", [0.0, 0.5, 1.0, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [0.0, 0.5, 1.0, 0.88284271, 0.6, 0.31715729, 0.2]),
+        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
 def test_learning_rate_shapes(shape, expected):
     final = None if shape == "constant" else 0.2
-    only = schedule_of(only=stage(1000, learning_rate=1.0, final_learning_rate=final, lr_shape=shape,
-                                  lr_warmup_tokens=200)).stages[0]
+    only = schedule_of(
+        only=stage(1000, learning_rate=1.0, final_learning_rate=final, lr_shape=shape, lr_warmup_tokens=200)
+    ).stages[0]
     rates = [only.learning_rate(c) for c in (0, 100, 200, 400, 600, 800, 1000)]
     assert rates == pytest.approx(expected)
     # An overshooting step does not carry the rate past its final value.
@@ -121,8 +161,9 @@ def test_a_stage_shorter_than_its_own_batch_is_refused():
 
 
 def test_two_views_halve_what_a_batch_can_hold():
-    config = ScheduleConfig(context_length=8, row_length=24, stages={
-        "pair": stage(48, t_min=0.2, t_max=0.8, is_complementary=True)})
+    config = ScheduleConfig(
+        context_length=8, row_length=24, stages={"pair": stage(48, t_min=0.2, t_max=0.8, is_complementary=True)}
+    )
     # 4 rows x 24 / 2 views.
     assert BlockSchedule.from_config(config).total_tokens == 48
 
@@ -168,7 +209,10 @@ def test_table_by_hand():
     rows = stage_table(schedule, estimates)
     # warmup: ceil(1000 / 30) = 34 steps reach 1020; stable: ceil(1980 / 60) = 33 reach 3000; decay: again 34.
     assert [(row.stage.name, row.steps, row.forward_tokens) for row in rows] == [
-        ("warmup", 34, 34 * 4 * 15), ("stable", 33, 33 * 4 * 15), ("decay", 34, 34 * 4 * 14)]
+        ("warmup", 34, 34 * 4 * 15),
+        ("stable", 33, 33 * 4 * 15),
+        ("decay", 34, 34 * 4 * 14),
+    ]
 
 
 def test_table_without_estimates():
@@ -177,15 +221,49 @@ def test_table_without_estimates():
 
 def test_table_as_text():
     ar = stage(1000, objective="ar", learning_rate=1e-5)
-    pair = stage(1000, t_min=0.2, t_max=0.8, is_complementary=True, final_learning_rate=1e-6, lr_shape="cosine",
-                 learning_rate=1e-5)
+    pair = stage(
+        1000,
+        t_min=0.2,
+        t_max=0.8,
+        is_complementary=True,
+        final_learning_rate=1e-6,
+        lr_shape="cosine",
+        learning_rate=1e-5,
+    )
     config = ScheduleConfig(context_length=8, row_length=24, stages={"start": ar, "tune": pair})
     schedule = BlockSchedule.from_config(config)
     lines = format_table(stage_table(schedule)).splitlines()
     assert [line.split() for line in lines] == [
-        ["stage", "objective", "block_size", "tokens", "start", "end", "learning_rate", "batch", "t", "steps",
-         "forward_tokens"],
+        [
+            "stage",
+            "objective",
+            "block_size",
+            "tokens",
+            "start",
+            "end",
+            "learning_rate",
+            "batch",
+            "t",
+            "steps",
+            "forward_tokens",
+        ],
         ["start", "ar", "4", "1,000", "0", "1,000", "1e-05", "4", "-", "?", "?"],
-        ["tune", "block_diffusion", "4", "1,000", "1,000", "2,000", "1e-05", "->", "1e-06", "cosine", "4",
-         "0.2..0.8", "pair", "?", "?"]]
+        [
+            "tune",
+            "block_diffusion",
+            "4",
+            "1,000",
+            "1,000",
+            "2,000",
+            "1e-05",
+            "->",
+            "1e-06",
+            "cosine",
+            "4",
+            "0.2..0.8",
+            "pair",
+            "?",
+            "?",
+        ],
+    ]
     assert len({line.index(cell) for line, cell in zip(lines, ["tokens", "1,000", "1,000"], strict=True)}) == 1

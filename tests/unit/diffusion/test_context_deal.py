@@ -44,8 +44,9 @@ def test_visible_keys_count_the_mask(num_views: int) -> None:
 @pytest.mark.parametrize("block_size", [32, 512, CONTEXT], ids=["block32", "block512", "document"])
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 @pytest.mark.parametrize("num_views", [1, 2])
-def test_no_rank_has_more_than_five_percent_above_the_mean(length: int, block_size: int, num_ranks: int,
-                                                           num_views: int) -> None:
+def test_no_rank_has_more_than_five_percent_above_the_mean(
+    length: int, block_size: int, num_ranks: int, num_views: int
+) -> None:
     rng = np.random.default_rng(length + block_size + num_ranks)
     target_ratios, in_order_ratios = [], []
     for _ in range(6):
@@ -90,7 +91,8 @@ def test_a_length_that_does_not_divide_is_refused() -> None:
         deal_row(np.zeros((10, 3), dtype=np.int32), np.zeros(10, dtype=bool), 4)
 
 
-@pytest.mark.parametrize(("tokens_per_rank", "expected"), [(4096, 128), (1024, 64), (2048, 128), (24, 1), (1, 1),
-                                                           (1500, 75)])
+@pytest.mark.parametrize(
+    ("tokens_per_rank", "expected"), [(4096, 128), (1024, 64), (2048, 128), (24, 1), (1, 1), (1500, 75)]
+)
 def test_chunks_divide_a_ranks_tokens(tokens_per_rank: int, expected: int) -> None:
     assert chunk_length(tokens_per_rank) == expected

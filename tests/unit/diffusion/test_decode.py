@@ -89,8 +89,9 @@ class ScriptedForward:
         return logits
 
 
-def expected_decode(model: ToyModel, prompt: list[int], block_size: int, num_tokens: int, threshold: float
-                    ) -> tuple[list[int], list[int]]:
+def expected_decode(
+    model: ToyModel, prompt: list[int], block_size: int, num_tokens: int, threshold: float
+) -> tuple[list[int], list[int]]:
     """Greedy decoding written from its description: the whole dense model over [clean blocks ; block], every step."""
     text, steps = list(prompt), []
     while len(text) < len(prompt) + num_tokens:
@@ -112,11 +113,12 @@ def expected_decode(model: ToyModel, prompt: list[int], block_size: int, num_tok
                 block[i] = proposals[i][1]
             steps[-1] += 1
         text = text[:begin] + [token for token in block if token is not None]
-    return text[len(prompt):len(prompt) + num_tokens], steps
+    return text[len(prompt) : len(prompt) + num_tokens], steps
 
 
-def run(block_size: int = 4, prompt: list[int] = PROMPT, model_seed: int = 0, sharpness: float = 6.0, **options: float
-        ) -> tuple[Generation, CachedForward]:
+def run(
+    block_size: int = 4, prompt: list[int] = PROMPT, model_seed: int = 0, sharpness: float = 6.0, **options: float
+) -> tuple[Generation, CachedForward]:
     forward = CachedForward(ToyModel(model_seed, sharpness))
     config = replace(DecodingConfig(max_new_tokens=18, threshold=0.6), **options)
     return decode(forward, prompt, config, replace(CONTRACT, block_size=block_size)), forward
@@ -152,7 +154,7 @@ def test_block_size_one_is_greedy_left_to_right() -> None:
         logits = model.logits(torch.tensor([*text, MASK]), torch.arange(len(text) + 1), roles)[-1]
         logits[MASK] = -math.inf
         text.append(int(logits.argmax()))
-    assert result.generated_ids == text[len(PROMPT):]
+    assert result.generated_ids == text[len(PROMPT) :]
     assert result.steps_per_block == [1] * 18
     assert result.tokens_per_forward == 1.0
 
@@ -250,14 +252,19 @@ def test_eos_ends_the_text_at_its_first_place_once_the_block_is_finished(eos: in
 
 
 def test_eos_of_the_prompt_does_not_stop() -> None:
-    result = decode(ScriptedForward({}), [EOS] * 6, DecodingConfig(max_new_tokens=5),
-                    replace(CONTRACT, eos_token_ids=(EOS,)))
+    result = decode(
+        ScriptedForward({}), [EOS] * 6, DecodingConfig(max_new_tokens=5), replace(CONTRACT, eos_token_ids=(EOS,))
+    )
     assert result.generated_ids == [7] * 5 and result.stop_reason == "max_new_tokens"
 
 
 def test_eos_past_max_new_tokens_does_not_count() -> None:
-    result = decode(ScriptedForward({6: (EOS, 0.99)}), [9] * 4, DecodingConfig(max_new_tokens=2),
-                    replace(CONTRACT, eos_token_ids=(EOS,)))
+    result = decode(
+        ScriptedForward({6: (EOS, 0.99)}),
+        [9] * 4,
+        DecodingConfig(max_new_tokens=2),
+        replace(CONTRACT, eos_token_ids=(EOS,)),
+    )
     assert result.generated_ids == [7, 7] and result.stop_reason == "max_new_tokens"
 
 
@@ -301,23 +308,38 @@ def test_sampling_follows_the_filtered_distribution() -> None:
     torch.testing.assert_close(frequencies(temperature=0.5), torch.tensor([1.0, 16.0, 9.0, 4.0]) / 30, **close)
 
 
-@pytest.mark.parametrize(("prompt", "contract", "message"), [
-    ([], {}, r"prompt \(\[\]\) is empty"),
-    ([1] * 64, {}, r"prompt \(64 tokens\) must be shorter than context_length \(64\)"),
-    ([1, 2, MASK], {}, r"mask token \(22\) at position 2"),
-    ([1], {"block_size": 0}, r"block_size \(0\) must be positive"),
-    ([1], {"context_length": -1}, r"context_length \(-1\) must be positive"),
-    ([1], {"eos_token_ids": (MASK,)}, r"mask_token_id \(22\) must not be among eos_token_ids"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "contract", "message"),
+    [
+        ([], {}, r"prompt \(\[\]\) is empty"),
+        ([1] * 64, {}, r"prompt \(64 tokens\) must be shorter than context_length \(64\)"),
+        ([1, 2, MASK], {}, r"mask token \(22\) at position 2"),
+        ([1], {"block_size": 0}, r"block_size \(0\) must be positive"),
+        ([1], {"context_length": -1}, r"context_length \(-1\) must be positive"),
+        ([1], {"eos_token_ids": (MASK,)}, r"mask_token_id \(22\) must not be among eos_token_ids"),
+    ],
+)
 def test_impossible_prompt_or_contract_is_refused(prompt: list[int], contract: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode(ScriptedForward({}), prompt, DecodingConfig(), replace(CONTRACT, **contract))
 
 
-@pytest.mark.parametrize("options", [
-    {"threshold": 0.0}, {"threshold": 1.01}, {"threshold": math.nan}, {"min_tokens_per_step": 0}, {"max_new_tokens": 0},
-    {"temperature": -0.1}, {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"seed": -1},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 0.0},
+        {"threshold": 1.01},
+        {"threshold": math.nan},
+        {"min_tokens_per_step": 0},
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": math.inf},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"seed": -1},
+    ],
+)
 def test_impossible_option_is_refused_by_name(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"^{next(iter(options))} \("):
         run(**options)

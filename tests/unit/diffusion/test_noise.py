@@ -13,8 +13,9 @@ import pytest
 from megatron_dllm.config import NoiseConfig, StageConfig
 from megatron_dllm.diffusion.noise import NoiseSpec, PieceNoise, _first_masked, sample_noise
 
-SINGLE = NoiseSpec(t_unit="block", is_stratified=True, at_least_one=True, loss_weight="elbo", t_min=0.0, t_max=1.0,
-                   num_views=1)
+SINGLE = NoiseSpec(
+    t_unit="block", is_stratified=True, at_least_one=True, loss_weight="elbo", t_min=0.0, t_max=1.0, num_views=1
+)
 PAIR = replace(SINGLE, num_views=2)
 COUNT = NoiseSpec.for_validation()
 
@@ -49,8 +50,10 @@ def expected_block_elbo(table: np.ndarray, t_min: float, t_max: float) -> float:
         if num == 0:
             continue
         # t^(num-1) (1-t)^(size-num), expanded and integrated term by term.
-        integral = sum(comb(size - num, j) * (-1) ** j * (high ** (num + j) - low ** (num + j)) / (num + j)
-                       for j in range(size - num + 1))
+        integral = sum(
+            comb(size - num, j) * (-1) ** j * (high ** (num + j) - low ** (num + j)) / (num + j)
+            for j in range(size - num + 1)
+        )
         total += float(integral / (high - low)) * nll[mask].sum()
     return total
 
@@ -82,8 +85,9 @@ def assert_mean(values: np.ndarray, expected: float) -> None:
 def test_single_view_is_the_elbo(size, t_range, unit, at_least_one):
     # Without at_least_one the variance diverges at t -> 0: the default t_min keeps it finite.
     t_min, t_max = t_range if at_least_one else (max(t_range[0], 0.001), t_range[1])
-    spec = replace(SINGLE, at_least_one=at_least_one, t_min=t_min, t_max=t_max,
-                   is_stratified=unit == "block-stratified")
+    spec = replace(
+        SINGLE, at_least_one=at_least_one, t_min=t_min, t_max=t_max, is_stratified=unit == "block-stratified"
+    )
     table = nll_table(size)
     noise = draw(spec, blocks_of(size, 100_000))
     assert_mean(block_losses(noise, size, table), expected_block_elbo(table, t_min, t_max))
@@ -114,8 +118,10 @@ def test_units_shared_by_a_piece_are_the_elbo_over_many_samples():
     size, table, num_samples = 2, nll_table(2), 4000
     for unit, spread in (("document", "ordinal"), ("row", "row_key")):
         spec = replace(SINGLE, t_unit=unit)
-        losses = [block_losses(draw(spec, blocks_of(size, 8), sample_id=i, **{spread: i}), size, table).mean()
-                  for i in range(num_samples)]
+        losses = [
+            block_losses(draw(spec, blocks_of(size, 8), sample_id=i, **{spread: i}), size, table).mean()
+            for i in range(num_samples)
+        ]
         assert_mean(np.array(losses), expected_block_elbo(table, 0.0, 1.0))
 
 
@@ -148,18 +154,27 @@ def test_first_masked_token_inverts_the_truncated_geometric(t, size):
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])
-@pytest.mark.parametrize("spec", [SINGLE, replace(SINGLE, at_least_one=False, t_min=0.05),
-                                  replace(PAIR, t_min=0.05, t_max=0.95)], ids=["at_least_one", "iid", "pair"])
+@pytest.mark.parametrize(
+    "spec",
+    [SINGLE, replace(SINGLE, at_least_one=False, t_min=0.05), replace(PAIR, t_min=0.05, t_max=0.95)],
+    ids=["at_least_one", "iid", "pair"],
+)
 def test_constant_nll_in_expectation(spec, size):
     noise = draw(spec, blocks_of(size, 200_000 // size))
     per_token = noise.loss_weights.sum(axis=0).reshape(-1, size).mean(axis=1) / spec.num_views
     assert_mean(3.7 * per_token, 3.7)
 
 
-@pytest.mark.parametrize("spec", [COUNT, replace(SINGLE, loss_weight="realised"),
-                                  replace(SINGLE, loss_weight="realised", t_unit="document"),
-                                  replace(PAIR, loss_weight="realised"),
-                                  replace(PAIR, loss_weight="realised", t_unit="row")])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        COUNT,
+        replace(SINGLE, loss_weight="realised"),
+        replace(SINGLE, loss_weight="realised", t_unit="document"),
+        replace(PAIR, loss_weight="realised"),
+        replace(PAIR, loss_weight="realised", t_unit="row"),
+    ],
+)
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_constant_nll_exactly(spec, size):
     loss_mask = np.random.default_rng(0).random(64) < 0.7
@@ -179,8 +194,12 @@ def test_realised_weight_is_counted_over_the_unit_of_t():
     loss_mask = np.arange(64) % 3 != 0
     for unit, span in (("block", 8), ("document", 64), ("row", 64)):
         noise = draw(replace(SINGLE, loss_weight="realised", t_unit=unit), blocks_of(8, 8), loss_mask)
-        spans = zip(noise.is_masked[0].reshape(-1, span), noise.loss_weights[0].reshape(-1, span),
-                    loss_mask.reshape(-1, span), strict=True)
+        spans = zip(
+            noise.is_masked[0].reshape(-1, span),
+            noise.loss_weights[0].reshape(-1, span),
+            loss_mask.reshape(-1, span),
+            strict=True,
+        )
         for masked, weights, maskable in spans:
             np.testing.assert_allclose(weights[masked], maskable.sum() / masked.sum(), rtol=1e-6)
 
@@ -343,8 +362,15 @@ def test_same_key_same_noise_whatever_was_drawn_before(spec):
 @pytest.mark.parametrize("spec", [SINGLE, PAIR, COUNT])
 def test_every_part_of_the_key_matters(spec):
     ids = blocks_of(4, 64)
-    keys = [{}, {"seed": 8}, {"epoch": 1}, {"sample_id": 12}, {"seed": 0, "epoch": 7},
-            {"sample_id": 2**40}, {"seed": 2**62}]
+    keys = [
+        {},
+        {"seed": 8},
+        {"epoch": 1},
+        {"sample_id": 12},
+        {"seed": 0, "epoch": 7},
+        {"sample_id": 2**40},
+        {"seed": 2**62},
+    ]
     masks = [draw(spec, ids, **key).is_masked[0] for key in keys]
     for one, other in itertools.combinations(masks, 2):
         # Unrelated masks differ in a good share of 256 tokens, not in a few.
@@ -403,9 +429,17 @@ def test_nothing_maskable(spec, length):
         assert array.shape == (spec.num_views, length) and array.dtype == dtype and not array.any()
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"t_unit": "token"}, "t_unit"), ({"loss_weight": "mean"}, "loss_weight"), ({"t_min": 0.9, "t_max": 0.1}, "t_min"),
-    ({"t_max": 1.5}, "t_max"), ({"num_views": 0}, "num_views"), ({"is_count": True, "num_views": 2}, "is_count")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"t_unit": "token"}, "t_unit"),
+        ({"loss_weight": "mean"}, "loss_weight"),
+        ({"t_min": 0.9, "t_max": 0.1}, "t_min"),
+        ({"t_max": 1.5}, "t_max"),
+        ({"num_views": 0}, "num_views"),
+        ({"is_count": True, "num_views": 2}, "is_count"),
+    ],
+)
 def test_impossible_specifications_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(SINGLE, **changes)

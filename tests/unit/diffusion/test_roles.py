@@ -60,8 +60,7 @@ def block_diffusion_roles(documents: list[int], blocks: list[int], num_views: in
 def random_roles(seed: int, rows: int, length: int) -> Tensor:
     """[rows, length, 3] roles of no particular layout, padding and empty rows included."""
     generator = torch.Generator().manual_seed(seed)
-    columns = [torch.randint(low, high, (rows, length), generator=generator)
-               for low, high in ((-1, 3), (0, 5), (0, 3))]
+    columns = [torch.randint(low, high, (rows, length), generator=generator) for low, high in ((-1, 3), (0, 5), (0, 3))]
     roles = torch.stack(columns, dim=-1).int()
     roles[0, :, 0] = -1
     return roles
@@ -81,8 +80,12 @@ def test_block_diffusion_equals_equation_3(origin, block_size, seed):
 
 def test_grids_differ_where_a_document_starts_inside_a_block():
     documents = [0, 0, 0, 1, 1, 1]
-    masks = [visible(roles, roles) for roles in (block_diffusion_roles(documents, block_numbers(documents, 2, origin))
-                                                 for origin in ("document", "row"))]
+    masks = [
+        visible(roles, roles)
+        for roles in (
+            block_diffusion_roles(documents, block_numbers(documents, 2, origin)) for origin in ("document", "row")
+        )
+    ]
     # Tokens 3 and 4 share a block if it restarts at token 3, and do not on the row's grid.
     assert masks[0][3, 4] and not masks[1][3, 4]
 

@@ -12,27 +12,69 @@ from tests.tiny_models import LING, MODELS, QWEN3_MOE
 from tests.unit.hf.test_name_table import LING_FLASH, LING_MINI
 
 PUBLISHED_LING_MINI = {
-    "architectures": ["BailingMoeV2ForCausalLM"], "model_type": "bailing_moe", "hidden_size": 2048,
+    "architectures": ["BailingMoeV2ForCausalLM"],
+    "model_type": "bailing_moe",
+    "hidden_size": 2048,
     "num_hidden_layers": 20,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "partial_rotary_factor": 0.5,
-    "rope_theta": 600000, "rope_scaling": None, "intermediate_size": 5120, "moe_intermediate_size": 512,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 600000,
+    "rope_scaling": None,
+    "intermediate_size": 5120,
+    "moe_intermediate_size": 512,
     "num_experts": 256,
-    "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "score_function": "sigmoid",
-    "norm_topk_prob": True, "moe_router_enable_expert_bias": True, "num_shared_experts": 1, "first_k_dense_replace": 1,
-    "vocab_size": 157184, "pad_token_id": 156892, "eos_token_id": 156892, "tie_word_embeddings": False,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "score_function": "sigmoid",
+    "norm_topk_prob": True,
+    "moe_router_enable_expert_bias": True,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "vocab_size": 157184,
+    "pad_token_id": 156892,
+    "eos_token_id": 156892,
+    "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 32768, "use_bias": False, "use_qkv_bias": False, "use_qk_norm": True,
+    "max_position_embeddings": 32768,
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "use_qk_norm": True,
     "router_dtype": "fp32",
-    "num_nextn_predict_layers": 0, "norm_head": False, "norm_softmax": False, "hidden_act": "silu",
+    "num_nextn_predict_layers": 0,
+    "norm_head": False,
+    "norm_softmax": False,
+    "hidden_act": "silu",
 }
 PUBLISHED_QWEN3_30B = {
-    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "rope_theta": 1000000.0, "rope_scaling": None,
-    "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-    "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "vocab_size": 151936,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 151936,
     "eos_token_id": 151645,
-    "bos_token_id": 151643, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960,
-    "attention_bias": False, "hidden_act": "silu", "use_sliding_window": False,
+    "bos_token_id": 151643,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
 }
 
 
@@ -45,11 +87,19 @@ def test_reads_ling_mini() -> None:
 
 def test_reads_ling_flash_as_llada2() -> None:
     config = PUBLISHED_LING_MINI | {
-        "architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "hidden_size": 4096, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "intermediate_size": 9216, "moe_intermediate_size": 1024, "eos_token_id": None}
+        "architectures": ["LLaDA2MoeModelLM"],
+        "model_type": "llada2_moe",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 9216,
+        "moe_intermediate_size": 1024,
+        "eos_token_id": None,
+    }
     source = from_hf_config(config)
-    assert source.model == replace(LING_FLASH, family="llada2_moe", mask_token_id=-1, eos_token_id=-1,
-                                   moe_router_topk_scaling_factor=2.5)
+    assert source.model == replace(
+        LING_FLASH, family="llada2_moe", mask_token_id=-1, eos_token_id=-1, moe_router_topk_scaling_factor=2.5
+    )
     assert source.is_diffusion
 
 
@@ -61,17 +111,33 @@ def test_reads_ling_1t_whose_rotary_factor_is_a_count() -> None:
 def test_reads_qwen3_30b() -> None:
     model = from_hf_config(PUBLISHED_QWEN3_30B).model
     assert model == ModelConfig(
-        family="qwen3_moe", num_layers=48, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=32,
+        family="qwen3_moe",
+        num_layers=48,
+        hidden_size=2048,
+        ffn_hidden_size=6144,
+        num_attention_heads=32,
         num_query_groups=4,
-        kv_channels=128, vocab_size=151936, max_position_embeddings=40960, rotary_base=1e6, rotary_percent=1.0,
-        num_moe_experts=128, moe_ffn_hidden_size=768, moe_router_topk=8, moe_router_score_function="softmax",
-        moe_router_pre_softmax=False, moe_router_enable_expert_bias=False, mask_token_id=-1, eos_token_id=151645,
-        pad_token_id=-1)
+        kv_channels=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        rotary_base=1e6,
+        rotary_percent=1.0,
+        num_moe_experts=128,
+        moe_ffn_hidden_size=768,
+        moe_router_topk=8,
+        moe_router_score_function="softmax",
+        moe_router_pre_softmax=False,
+        moe_router_enable_expert_bias=False,
+        mask_token_id=-1,
+        eos_token_id=151645,
+        pad_token_id=-1,
+    )
 
 
 def test_reads_rope_where_transformers_5_writes_it() -> None:
-    config = {key: value for key, value in PUBLISHED_LING_MINI.items()
-              if key not in ("rope_theta", "partial_rotary_factor")}
+    config = {
+        key: value for key, value in PUBLISHED_LING_MINI.items() if key not in ("rope_theta", "partial_rotary_factor")
+    }
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     model = from_hf_config(config | {"rope_parameters": rope}).model
     assert (model.rotary_base, model.rotary_percent) == (10000.0, 0.25)
@@ -81,23 +147,40 @@ def test_softmax_before_top_k_where_probabilities_are_not_normalised() -> None:
     assert from_hf_config(PUBLISHED_QWEN3_30B | {"norm_topk_prob": False}).model.moe_router_pre_softmax
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"use_qkv_bias": True}, "use_qkv_bias"), ({"use_bias": True}, "use_bias"), ({"norm_head": True}, "norm_head"),
-    ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"), ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling \(yarn\)"), ({"rope_theta": None}, "rope_theta"),
-    ({"rope_scaling": {"factor": 4}}, r"rope_scaling \(\{'factor': 4\}\)"), ({"rope_scaling": "yarn"}, "rope_scaling"),
-    ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, r"rope_scaling \(yarn\)"),
-    ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, r"rope_scaling \(yarn\)"),
-    ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads"),
-    ({"rope_parameters": {"rope_type": "linear"}}, r"rope_parameters \(linear\)"),
-    ({"num_hidden_layers": "20"}, r"num_hidden_layers \('20'\) must be of type int"), ({"eos_token_id": "0"}, "eos"),
-    ({"rms_norm_eps": True}, "rms_norm_eps"), ({"rope_theta": [1]}, "rope_theta"), ({"n_group": 8.0}, "n_group"),
-    ({"model_type": ["bailing_moe"]}, "model_type"), ({"architectures": "BailingMoe"}, "architectures"),
-    ({"topk_group": 2}, "moe_router_group_topk"), ({"score_function": "softmax"}, "score_function"),
-    ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"), ({"hidden_size": None}, "hidden_size"),
-    ({"architectures": ["BailingMoeForCausalLM"]}, "BailingMoeForCausalLM"), ({"model_type": "llama"}, "llama"),
-    ({"moe_shared_expert_intermediate_size": 700}, "moe_shared_expert_intermediate_size"),
-    ({"router_dtype": "bf16"}, "router_dtype"), ({"use_sliding_window": True}, "use_sliding_window")])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"use_qkv_bias": True}, "use_qkv_bias"),
+        ({"use_bias": True}, "use_bias"),
+        ({"norm_head": True}, "norm_head"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling \(yarn\)"),
+        ({"rope_theta": None}, "rope_theta"),
+        ({"rope_scaling": {"factor": 4}}, r"rope_scaling \(\{'factor': 4\}\)"),
+        ({"rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, r"rope_scaling \(yarn\)"),
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, r"rope_scaling \(yarn\)"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads"),
+        ({"rope_parameters": {"rope_type": "linear"}}, r"rope_parameters \(linear\)"),
+        ({"num_hidden_layers": "20"}, r"num_hidden_layers \('20'\) must be of type int"),
+        ({"eos_token_id": "0"}, "eos"),
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
+        ({"rope_theta": [1]}, "rope_theta"),
+        ({"n_group": 8.0}, "n_group"),
+        ({"model_type": ["bailing_moe"]}, "model_type"),
+        ({"architectures": "BailingMoe"}, "architectures"),
+        ({"topk_group": 2}, "moe_router_group_topk"),
+        ({"score_function": "softmax"}, "score_function"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"architectures": ["BailingMoeForCausalLM"]}, "BailingMoeForCausalLM"),
+        ({"model_type": "llama"}, "llama"),
+        ({"moe_shared_expert_intermediate_size": 700}, "moe_shared_expert_intermediate_size"),
+        ({"router_dtype": "bf16"}, "router_dtype"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+    ],
+)
 def test_refuses_by_name_what_it_cannot_express(change: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         from_hf_config(PUBLISHED_LING_MINI | change)
@@ -108,10 +191,16 @@ def test_unscaled_rope_may_be_said_in_any_way(scaling: object) -> None:
     assert from_hf_config(PUBLISHED_LING_MINI | {"rope_scaling": scaling, "rope_parameters": scaling})
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"decoder_sparse_step": 2}, "decoder_sparse_step"), ({"mlp_only_layers": [3]}, "mlp_only_layers"),
-    ({"mlp_only_layers": [[0]]}, "mlp_only_layers"),
-    ({"norm_topk_prob": None}, "norm_topk_prob"), ({"attention_bias": True}, "attention_bias")])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ({"mlp_only_layers": [3]}, "mlp_only_layers"),
+        ({"mlp_only_layers": [[0]]}, "mlp_only_layers"),
+        ({"norm_topk_prob": None}, "norm_topk_prob"),
+        ({"attention_bias": True}, "attention_bias"),
+    ],
+)
 def test_refuses_qwen3_variants_by_name(change: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         from_hf_config(PUBLISHED_QWEN3_30B | change)
@@ -127,14 +216,35 @@ def test_the_way_back_gives_the_same_model(name: str) -> None:
 def test_writes_every_key_that_sglang_reads() -> None:
     config = to_hf_config(LING, "llada2_moe", "bfloat16", block_size=16)
     expected = {
-        "architectures": ["LLaDA2MoeModelLM"], "norm_topk_prob": True, "score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True, "router_dtype": "fp32", "n_group": 2, "topk_group": 1,
-        "routed_scaling_factor": 2.5, "num_shared_experts": 1, "first_k_dense_replace": 1, "use_bias": False,
-        "use_qkv_bias": False, "embedding_dropout": 0.0, "head_dim": 8, "partial_rotary_factor": 0.5, "rotary_dim": 4,
-        "hidden_act": "silu", "tie_word_embeddings": False, "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 10, "intermediate_size": 20, "rms_norm_eps": 1e-6, "vocab_size": 40,
+        "architectures": ["LLaDA2MoeModelLM"],
+        "norm_topk_prob": True,
+        "score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "router_dtype": "fp32",
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "use_bias": False,
+        "use_qkv_bias": False,
+        "embedding_dropout": 0.0,
+        "head_dim": 8,
+        "partial_rotary_factor": 0.5,
+        "rotary_dim": 4,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 10,
+        "intermediate_size": 20,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 40,
         "rope_theta": 600000.0,
-        "norm_head": False, "torch_dtype": "bfloat16", "max_position_embeddings": 64}
+        "norm_head": False,
+        "torch_dtype": "bfloat16",
+        "max_position_embeddings": 64,
+    }
     assert {key: config[key] for key in expected} == expected
     assert not {"expert_capacity", "block_size"} & set(config)
 

@@ -12,8 +12,12 @@ from safetensors.torch import save_file
 
 from megatron_dllm.hf.safetensors_io import INDEX_NAME, SafetensorsFolder, SafetensorsWriter, read_header
 
-TENSORS = {"a.weight": torch.randn(5, 3).bfloat16(), "b.bias": torch.randn(7), "c": torch.arange(6).view(2, 3),
-           "d": torch.randn(4, 4).half()}
+TENSORS = {
+    "a.weight": torch.randn(5, 3).bfloat16(),
+    "b.bias": torch.randn(7),
+    "c": torch.arange(6).view(2, 3),
+    "d": torch.randn(4, 4).half(),
+}
 
 
 def _read(folder: SafetensorsFolder, name: str) -> torch.Tensor:
@@ -34,8 +38,9 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_bytes", [10**9, 60, 1])
 def test_the_library_reads_what_we_wrote(tmp_path: Path, max_bytes: int) -> None:
-    writer = SafetensorsWriter(tmp_path, {name: (value.dtype, tuple(value.shape)) for name, value in TENSORS.items()},
-                               max_bytes)
+    writer = SafetensorsWriter(
+        tmp_path, {name: (value.dtype, tuple(value.shape)) for name, value in TENSORS.items()}, max_bytes
+    )
     for name, value in reversed(TENSORS.items()):
         half = value.numel() // 2
         writer.write(name, half, value.flatten()[half:])
@@ -56,13 +61,15 @@ def test_the_library_reads_what_we_wrote(tmp_path: Path, max_bytes: int) -> None
 
 def test_wide_dtypes_come_first_so_that_all_are_aligned(tmp_path: Path) -> None:
     SafetensorsWriter(tmp_path, {"x": (torch.bfloat16, (3,)), "y": (torch.float32, (2,))}).close()
-    assert all(tensor.start % tensor.dtype.itemsize == 0
-               for tensor in read_header(tmp_path / "model.safetensors").values())
+    assert all(
+        tensor.start % tensor.dtype.itemsize == 0 for tensor in read_header(tmp_path / "model.safetensors").values()
+    )
 
 
 def test_reads_shards_with_and_without_index(tmp_path: Path) -> None:
-    SafetensorsWriter(tmp_path, {name: (value.dtype, tuple(value.shape)) for name, value in TENSORS.items()},
-                      60).close()
+    SafetensorsWriter(
+        tmp_path, {name: (value.dtype, tuple(value.shape)) for name, value in TENSORS.items()}, 60
+    ).close()
     with_index = SafetensorsFolder(tmp_path).tensors
     (tmp_path / INDEX_NAME).unlink()
     assert SafetensorsFolder(tmp_path).tensors == with_index
@@ -72,11 +79,17 @@ def _damage_header(data: bytes) -> bytes:
     return data[:20] + b"\xff" + data[21:]
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (lambda data: data[:-3], "truncated"), (lambda data: data[:5], "no whole safetensors"),
-    (lambda data: b"", "no whole"),
-    (_damage_header, "corrupt"), (lambda data: data + b"xx", "2 bytes after"),
-    (lambda data: data.replace(b'"shape":[7]', b'"shape":[6]'), "b.bias")])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-3], "truncated"),
+        (lambda data: data[:5], "no whole safetensors"),
+        (lambda data: b"", "no whole"),
+        (_damage_header, "corrupt"),
+        (lambda data: data + b"xx", "2 bytes after"),
+        (lambda data: data.replace(b'"shape":[7]', b'"shape":[6]'), "b.bias"),
+    ],
+)
 def test_damaged_files_are_refused(tmp_path: Path, damage, message: str) -> None:
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path)
@@ -88,10 +101,23 @@ def test_damaged_files_are_refused(tmp_path: Path, damage, message: str) -> None
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
-@pytest.mark.parametrize("header", [
-    [], "a", {"a": "F32"}, {"a": []}, {"a": {**ENTRY, "data_offsets": None}}, {"a": {**ENTRY, "data_offsets": [0]}},
-    {"a": {**ENTRY, "data_offsets": ["0", "8"]}}, {"a": {**ENTRY, "shape": None}}, {"a": {**ENTRY, "shape": ["2"]}},
-    {"a": {**ENTRY, "shape": [-1, -2]}}, {"a": {"dtype": "F32", "shape": [2]}}, {"a": {**ENTRY, "dtype": ["F32"]}}])
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        "a",
+        {"a": "F32"},
+        {"a": []},
+        {"a": {**ENTRY, "data_offsets": None}},
+        {"a": {**ENTRY, "data_offsets": [0]}},
+        {"a": {**ENTRY, "data_offsets": ["0", "8"]}},
+        {"a": {**ENTRY, "shape": None}},
+        {"a": {**ENTRY, "shape": ["2"]}},
+        {"a": {**ENTRY, "shape": [-1, -2]}},
+        {"a": {"dtype": "F32", "shape": [2]}},
+        {"a": {**ENTRY, "dtype": ["F32"]}},
+    ],
+)
 def test_headers_of_another_shape_are_refused(tmp_path: Path, header: object) -> None:
     encoded = json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + bytes(8))
@@ -108,8 +134,9 @@ def test_indices_of_another_shape_are_refused(tmp_path: Path, index: object) -> 
 
 def test_index_that_names_a_missing_shard(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "one.safetensors")
-    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a.weight": "one.safetensors",
-                                                                  "z": "two.safetensors"}}))
+    (tmp_path / INDEX_NAME).write_text(
+        json.dumps({"weight_map": {"a.weight": "one.safetensors", "z": "two.safetensors"}})
+    )
     with pytest.raises(ValueError, match=r"two\.safetensors"):
         SafetensorsFolder(tmp_path)
 

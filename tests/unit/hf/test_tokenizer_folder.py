@@ -18,16 +18,36 @@ def make_tokenizer(folder: Path, added: dict[str, int], mask: str | None = None)
     folder.mkdir()
     vocabulary = {"a": 0, "b": 1, "ab": 2}
     tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
-                                            "use_regex": True},
-        "added_tokens": [{"id": n, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False,
-                          "special": True} for text, n in added.items()],
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False, "vocab": {**vocabulary, **added}, "merges": ["a b"]},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "added_tokens": [
+            {
+                "id": n,
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for text, n in added.items()
+        ],
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {**vocabulary, **added},
+            "merges": ["a b"],
+        },
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": next(iter(added), None)}
@@ -65,8 +85,9 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
         settle_mask_id(make_tokenizer(tmp_path / "b", {"<eos>": 3}), 16, -1, None)
 
 
-@pytest.mark.parametrize(("added", "text"), [({"<eos>": 3}, "<|mask|>"),
-                                             ({"<eos>": 3, "<|reserved_9|>": 9}, "<|mask|>")])
+@pytest.mark.parametrize(
+    ("added", "text"), [({"<eos>": 3}, "<|mask|>"), ({"<eos>": 3, "<|reserved_9|>": 9}, "<|mask|>")]
+)
 def test_adds_the_token_at_exactly_its_id(tmp_path: Path, added: dict[str, int], text: str) -> None:
     files = make_tokenizer(tmp_path / "source", added)
     (tmp_path / "target").mkdir()

@@ -65,8 +65,17 @@ def test_runs_lie_where_the_cluster_keeps_them_unless_told_otherwise(recipes: Pa
 
 
 def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
-    chain = compose_chain(["experiment=llada2_mini_full", "cluster=h100x8", "cluster.cpu_partition=cpu", "root=/r",
-                           "inputs.hf=/data/hf", "inputs.train=/data/t", "inputs.validation=/data/v"])
+    chain = compose_chain(
+        [
+            "experiment=llada2_mini_full",
+            "cluster=h100x8",
+            "cluster.cpu_partition=cpu",
+            "root=/r",
+            "inputs.hf=/data/hf",
+            "inputs.train=/data/t",
+            "inputs.validation=/data/v",
+        ]
+    )
     names = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "evaluate", "export"]
     assert [stage.name for stage in chain.stages] == names
     assert [stage.after for stage in chain.stages] == [(), *((name,) for name in names[:-1])]
@@ -74,12 +83,21 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
     for name in names:
         is_on_gpus = name in ("warmup", "stable", "decay", "evaluate")
         assert (f"--partition={'batch' if is_on_gpus else 'cpu'}" in options[name]) and (
-            ("--gpus-per-node=8" in options[name]) == is_on_gpus), name
-    assert [options[name][1] for name in names] == ["--nodes=1", "--nodes=4", "--nodes=8-16", "--nodes=8", "--nodes=1",
-                                                    "--nodes=1", "--nodes=1"]
+            ("--gpus-per-node=8" in options[name]) == is_on_gpus
+        ), name
+    assert [options[name][1] for name in names] == [
+        "--nodes=1",
+        "--nodes=4",
+        "--nodes=8-16",
+        "--nodes=8",
+        "--nodes=1",
+        "--nodes=1",
+        "--nodes=1",
+    ]
     configs = [stage.config for stage in chain.stages if stage.config]
-    assert [config.checkpoint.load for config in configs] == [f"/r/llada2_mini_full/{name}"
-                                                              for name in ("start", "warmup", "stable")]
+    assert [config.checkpoint.load for config in configs] == [
+        f"/r/llada2_mini_full/{name}" for name in ("start", "warmup", "stable")
+    ]
     # Together the three runs see what one run of the whole schedule sees.
     whole = compose_train_config(["experiment=llada2_mini", "data.train=x"]).schedule.stages
     parts = {name: part for config in configs for name, part in config.schedule.stages.items()}
@@ -88,41 +106,50 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
         assert replace(part, lr_warmup_tokens=whole[name].lr_warmup_tokens) == whole[name]
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["experiment=tiny_bse"], "experiment ('tiny_bse') is not a recipe; there are:"),
-    (["experiment=tiny_base", "cluster=moon"], "cluster (moon) is not a recipe"),
-    (["experiment=tiny_base", "cluster.partitoin=x"], "did you mean cluster.partition?"),
-    (["experiment=tiny_base", "run.sed=3"], "did you mean run.seed?"),
-    (["experiment=tiny_base", "oops"], "is not of the form key=value"),
-    (["experiment=tiny_base", "name=x"], "['name=x'] would have no effect"),
-    (["experiment=tiny_base", "root=/x"], "use run.name= and run.root="),
-    (["experiment=tiny_base", "nodes=0"], "must satisfy 0 < min_nodes <= nodes"),
-    (["experiment=three", "name=???"], "name (???) is required"),
-    (["experiment=tiny_base", "nodes=two"], "nodes (two) must be a whole number"),
-    (["experiment=tiny_base", "run.name='a b'"], "it names a folder"),
-    (["experiment=tiny_base", "run.name='$(touch /tmp/x)'"], "it names a folder"),
-    (["experiment=tiny_base", "run.name='x\"y'"], "it names a folder"),
-    (["experiment=three", "nodes=2"], "nodes has no effect on a chain"),
-    (["experiment=three", "run.name=x"], "use name= and root="),
-    (["experiment=three", "name=../x"], "it names a folder"),
-    (["experiment=three", "stages.base.module=x"], "must have either experiment"),
-    (["experiment=three", "stages.base.after=[convert]"], "must name a stage listed before it"),
-    (["experiment=three", "stages.first.nodes=2"], "must be 1 for a tool"),
-    (["experiment=three", "stages.base.ranks_per_node=2"], "belong to a tool"),
-    (["experiment=three", "cluster=h100x8", "stages.first.ranks_per_node=9"], "every rank needs a GPU of its own"),
-    (["experiment=llada2_mini_full", "inputs.train=x"], "inputs.hf, inputs.validation must be given"),
-    (["experiment=llada2_mini_full", "inputs.hff=x"], "inputs.hff is not a key"),
-    (["experiment=three", "stages.first.module='os;ls'"], "dotted name of a Python module"),
-    (["experiment=tiny_base", "cluster.time_limit='1 day'"], "must read HH:MM:SS"),
-    (["experiment=tiny_base", "cluster.environment.A-B=x"], "not the name of an environment variable"),
-    (["experiment=tiny_base", "cluster.modules=['cuda; rm']"], "not a module's name"),
-    (["experiment=tiny_base", "cluster.memory='64 GB'"], "cluster.memory ('64 GB') must be a number"),
-    (["experiment=tiny_base", "cluster.cpus_per_node=1", "cluster.ranks_per_node=2"], "cpus_per_node (1) must give"),
-    (["experiment=tiny_base", "cluster.cpu_cpus=0"], "cluster.cpu_cpus (0) must be positive"),
-    (["experiment=tiny_base", "cluster.container.kind=docker"], "is not known"),
-    (["experiment=tiny_base", "cluster.container.kind=pyxis"], "is needed with kind pyxis"),
-    (["experiment=tiny_base", "cluster.gpus_per_node=2", "cluster.ranks_per_node=4"], "must not exceed gpus_per_node"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["experiment=tiny_bse"], "experiment ('tiny_bse') is not a recipe; there are:"),
+        (["experiment=tiny_base", "cluster=moon"], "cluster (moon) is not a recipe"),
+        (["experiment=tiny_base", "cluster.partitoin=x"], "did you mean cluster.partition?"),
+        (["experiment=tiny_base", "run.sed=3"], "did you mean run.seed?"),
+        (["experiment=tiny_base", "oops"], "is not of the form key=value"),
+        (["experiment=tiny_base", "name=x"], "['name=x'] would have no effect"),
+        (["experiment=tiny_base", "root=/x"], "use run.name= and run.root="),
+        (["experiment=tiny_base", "nodes=0"], "must satisfy 0 < min_nodes <= nodes"),
+        (["experiment=three", "name=???"], "name (???) is required"),
+        (["experiment=tiny_base", "nodes=two"], "nodes (two) must be a whole number"),
+        (["experiment=tiny_base", "run.name='a b'"], "it names a folder"),
+        (["experiment=tiny_base", "run.name='$(touch /tmp/x)'"], "it names a folder"),
+        (["experiment=tiny_base", "run.name='x\"y'"], "it names a folder"),
+        (["experiment=three", "nodes=2"], "nodes has no effect on a chain"),
+        (["experiment=three", "run.name=x"], "use name= and root="),
+        (["experiment=three", "name=../x"], "it names a folder"),
+        (["experiment=three", "stages.base.module=x"], "must have either experiment"),
+        (["experiment=three", "stages.base.after=[convert]"], "must name a stage listed before it"),
+        (["experiment=three", "stages.first.nodes=2"], "must be 1 for a tool"),
+        (["experiment=three", "stages.base.ranks_per_node=2"], "belong to a tool"),
+        (["experiment=three", "cluster=h100x8", "stages.first.ranks_per_node=9"], "every rank needs a GPU of its own"),
+        (["experiment=llada2_mini_full", "inputs.train=x"], "inputs.hf, inputs.validation must be given"),
+        (["experiment=llada2_mini_full", "inputs.hff=x"], "inputs.hff is not a key"),
+        (["experiment=three", "stages.first.module='os;ls'"], "dotted name of a Python module"),
+        (["experiment=tiny_base", "cluster.time_limit='1 day'"], "must read HH:MM:SS"),
+        (["experiment=tiny_base", "cluster.environment.A-B=x"], "not the name of an environment variable"),
+        (["experiment=tiny_base", "cluster.modules=['cuda; rm']"], "not a module's name"),
+        (["experiment=tiny_base", "cluster.memory='64 GB'"], "cluster.memory ('64 GB') must be a number"),
+        (
+            ["experiment=tiny_base", "cluster.cpus_per_node=1", "cluster.ranks_per_node=2"],
+            "cpus_per_node (1) must give",
+        ),
+        (["experiment=tiny_base", "cluster.cpu_cpus=0"], "cluster.cpu_cpus (0) must be positive"),
+        (["experiment=tiny_base", "cluster.container.kind=docker"], "is not known"),
+        (["experiment=tiny_base", "cluster.container.kind=pyxis"], "is needed with kind pyxis"),
+        (
+            ["experiment=tiny_base", "cluster.gpus_per_node=2", "cluster.ranks_per_node=4"],
+            "must not exceed gpus_per_node",
+        ),
+    ],
+)
 def test_mistakes_are_refused_in_one_sentence(recipes: Path, words: list[str], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         compose_chain(words, recipes)
@@ -131,6 +158,12 @@ def test_mistakes_are_refused_in_one_sentence(recipes: Path, words: list[str], m
 
 @pytest.mark.parametrize("cluster", sorted(path.stem for path in (RECIPES / "cluster").glob("*.yaml")))
 def test_every_cluster_describes_a_job(cluster: str) -> None:
-    chain = compose_chain(["experiment=tiny_base", f"cluster={cluster}", "schedule.stages.ar.micro_batch_size=1",
-                           "schedule.stages.ar.global_batch_size=8"])
+    chain = compose_chain(
+        [
+            "experiment=tiny_base",
+            f"cluster={cluster}",
+            "schedule.stages.ar.micro_batch_size=1",
+            "schedule.stages.ar.global_batch_size=8",
+        ]
+    )
     assert sbatch_options(chain, chain.stages[0], Path("/project"))

@@ -13,13 +13,16 @@ from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINI
 HOSTS = ["node1", "node2"]
 
 
-def ranks(start: Path, codes: dict[int, int], logs: dict[int, str] | None = None,
-          order: list[int] | None = None) -> None:
+def ranks(
+    start: Path, codes: dict[int, int], logs: dict[int, str] | None = None, order: list[int] | None = None
+) -> None:
     """Exit records of ranks, two a node, ended in the given order."""
     for rank, code in codes.items():
         ended = float((order or sorted(codes)).index(rank))
-        record.write_json(start / f"exit_{rank:05d}.json",
-                          {"rank": rank, "host": HOSTS[rank // 2], "code": code, "began": 0.0, "ended": ended})
+        record.write_json(
+            start / f"exit_{rank:05d}.json",
+            {"rank": rank, "host": HOSTS[rank // 2], "code": code, "began": 0.0, "ended": ended},
+        )
         (start / f"rank_{rank:05d}.log").write_text((logs or {}).get(rank, "working\n"))
 
 
@@ -33,8 +36,12 @@ def test_orderly_ends_have_one_code(tmp_path: Path) -> None:
 
 def test_the_rank_with_a_reason_of_its_own_is_named_before_those_that_lost_it(tmp_path: Path) -> None:
     lost = "Traceback ...\nRuntimeError: [gloo] Connection closed by peer\n"
-    ranks(tmp_path, {0: 1, 1: 1, 2: 1, 3: -signal.SIGTERM},
-          {0: lost, 1: lost, 2: "line 1\nValueError: the cause\n"}, order=[0, 1, 2, 3])
+    ranks(
+        tmp_path,
+        {0: 1, 1: 1, 2: 1, 3: -signal.SIGTERM},
+        {0: lost, 1: lost, 2: "line 1\nValueError: the cause\n"},
+        order=[0, 1, 2, 3],
+    )
     ending = ending_of(tmp_path, HOSTS, 4, None, False)
     assert ending.how == "crashed" and "rank 2 on node2: exit code 1" in ending.reason
     text = (tmp_path / "failure.txt").read_text()

@@ -14,8 +14,14 @@ NASTY = "a b'c\"d$(touch /tmp/pwned)`x`;\\n"
 
 
 def chain_of(*words: str) -> Chain:
-    return compose_chain(["experiment=tiny_base", "schedule.stages.ar.global_batch_size=8",
-                          "schedule.stages.ar.micro_batch_size=1", *words])
+    return compose_chain(
+        [
+            "experiment=tiny_base",
+            "schedule.stages.ar.global_batch_size=8",
+            "schedule.stages.ar.micro_batch_size=1",
+            *words,
+        ]
+    )
 
 
 def options_of(*words: str) -> list[str]:
@@ -24,13 +30,33 @@ def options_of(*words: str) -> list[str]:
 
 
 def test_options_follow_the_cluster() -> None:
-    options = options_of("cluster.partition=p", "cluster.account=acc", "cluster.gpus_per_node=8",
-                         "cluster.gpu_type=h100", "cluster.ranks_per_node=4", "cluster.cpus_per_node=96",
-                         "cluster.is_exclusive=true", "cluster.sbatch_options=['--switches=1']", "nodes=2",
-                         "cluster.time_limit='1-00:00:00'", "cluster.stop_seconds=600")
-    for expected in ("--partition=p", "--account=acc", "--gpus-per-node=h100:8", "--nodes=2", "--ntasks-per-node=1",
-                     "--cpus-per-task=96", "--exclusive", "--switches=1", "--time=24:00:00", "--signal=B:USR1@600",
-                     "--requeue", "--open-mode=append"):
+    options = options_of(
+        "cluster.partition=p",
+        "cluster.account=acc",
+        "cluster.gpus_per_node=8",
+        "cluster.gpu_type=h100",
+        "cluster.ranks_per_node=4",
+        "cluster.cpus_per_node=96",
+        "cluster.is_exclusive=true",
+        "cluster.sbatch_options=['--switches=1']",
+        "nodes=2",
+        "cluster.time_limit='1-00:00:00'",
+        "cluster.stop_seconds=600",
+    )
+    for expected in (
+        "--partition=p",
+        "--account=acc",
+        "--gpus-per-node=h100:8",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=96",
+        "--exclusive",
+        "--switches=1",
+        "--time=24:00:00",
+        "--signal=B:USR1@600",
+        "--requeue",
+        "--open-mode=append",
+    ):
         assert expected in options
     assert "--ntasks-per-node=4" in options_of("cluster.launcher=srun", "cluster.ranks_per_node=4")
     assert not [option for option in options_of() if option.startswith(("--account", "--partition", "--gpus"))]
@@ -73,15 +99,20 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
         valid_nodes(chain, chain.stages[0])
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None,
-                    reason=f"{NOT_RUN}no shellcheck here; apt-get install -y shellcheck")
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None, reason=f"{NOT_RUN}no shellcheck here; apt-get install -y shellcheck"
+)
 def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
     fixture = Path(__file__).parents[2] / "slurm" / "fixture"
     script = tmp_path / "job.sh"
     chain = chain_of("cluster.modules=[cuda/12.4, gcc]", "cluster.environment.NCCL_DEBUG=WARN")
     script.write_text(job_script(chain, chain.stages[0], tmp_path / "code dir", tmp_path / "it's here"))
-    done = subprocess.run(["shellcheck", "-x", str(script), *map(str, sorted(fixture.glob("*.sh")))],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["shellcheck", "-x", str(script), *map(str, sorted(fixture.glob("*.sh")))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -7,17 +7,33 @@ from typing import Any
 from launch.preflight import examine, judge, summary
 from launch.record import write_json
 
-SETTINGS = {"gpus": 2, "min_free_disk_gib": 1.0, "min_free_memory_gib": 8.0,
-            "node_bandwidth_gb_per_s": 300.0, "network_bandwidth_gb_per_s": 0.0}
+SETTINGS = {
+    "gpus": 2,
+    "min_free_disk_gib": 1.0,
+    "min_free_memory_gib": 8.0,
+    "node_bandwidth_gb_per_s": 300.0,
+    "network_bandwidth_gb_per_s": 0.0,
+}
 HOSTS = [f"node{n}" for n in range(4)]
 
 
 def report(node: int) -> dict[str, Any]:
-    return {"host": HOSTS[node], "node": node, "versions": {"torch": "2.13", "python": "3.11"}, "errors": [],
-            "free_disk_gib": 100.0, "free_memory_gib": 100.0, "local_gb_per_s": 350.0,
-            "gpus": [{"name": "H100", "free_gib": 78.0, "total_gib": 79.0}] * 2,
-            "network": {"sum_is_right": True, "all_reduce_gb_per_s": 40.0, "to_next_gb_per_s": 45.0,
-                        "clock_seconds": 1000.0 + 0.01 * node}}
+    return {
+        "host": HOSTS[node],
+        "node": node,
+        "versions": {"torch": "2.13", "python": "3.11"},
+        "errors": [],
+        "free_disk_gib": 100.0,
+        "free_memory_gib": 100.0,
+        "local_gb_per_s": 350.0,
+        "gpus": [{"name": "H100", "free_gib": 78.0, "total_gib": 79.0}] * 2,
+        "network": {
+            "sum_is_right": True,
+            "all_reduce_gb_per_s": 40.0,
+            "to_next_gb_per_s": 45.0,
+            "clock_seconds": 1000.0 + 0.01 * node,
+        },
+    }
 
 
 def sentences(tmp_path: Path, change: Any, settings: dict[str, Any] = SETTINGS) -> list[str]:
@@ -32,8 +48,13 @@ def sentences(tmp_path: Path, change: Any, settings: dict[str, Any] = SETTINGS) 
 def test_good_nodes_pass(tmp_path: Path) -> None:
     assert sentences(tmp_path, lambda reports: None) == []
     line = summary(tmp_path, 4)
-    for text in ("4 nodes are good", "free memory 100.0 to 100.0 GiB", "node's GPUs 350.0 to 350.0 GB/s",
-                 "node to node 45.0 to 45.0 GB/s", "all-reduce 40.0 to 40.0 GB/s"):
+    for text in (
+        "4 nodes are good",
+        "free memory 100.0 to 100.0 GiB",
+        "node's GPUs 350.0 to 350.0 GB/s",
+        "node to node 45.0 to 45.0 GB/s",
+        "all-reduce 40.0 to 40.0 GB/s",
+    ):
         assert text in line
 
 
@@ -43,11 +64,15 @@ def test_each_fault_names_its_node_alone(tmp_path: Path) -> None:
         assert sentence.startswith("node2: ") and text in sentence, sentence
 
     fault("has 1 of 2 GPUs", lambda r: r[2].update(gpus=r[2]["gpus"][:1]))
-    fault("another process holds it",
-          lambda r: r[2].update(gpus=[r[2]["gpus"][0], {"name": "H100", "free_gib": 30.0, "total_gib": 79.0}]))
+    fault(
+        "another process holds it",
+        lambda r: r[2].update(gpus=[r[2]["gpus"][0], {"name": "H100", "free_gib": 30.0, "total_gib": 79.0}]),
+    )
     fault("GiB free in the run folder", lambda r: r[2].update(free_disk_gib=0.2))
-    fault("has 3.0 GiB of memory free, less than cluster.min_free_memory_gib (8)",
-          lambda r: r[2].update(free_memory_gib=3.0))
+    fault(
+        "has 3.0 GiB of memory free, less than cluster.min_free_memory_gib (8)",
+        lambda r: r[2].update(free_memory_gib=3.0),
+    )
     fault("reach each other at 20.0 GB/s", lambda r: r[2].update(local_gb_per_s=20.0))
     fault("has torch 2.12, the others 2.13", lambda r: r[2]["versions"].update(torch="2.12"))
     fault("clock is off by +30 s", lambda r: r[2]["network"].update(clock_seconds=1030.0))
@@ -69,8 +94,13 @@ def test_a_silent_node_is_named(tmp_path: Path) -> None:
 
 
 def test_this_machine_can_be_examined(tmp_path: Path) -> None:
-    settings = {**SETTINGS, "gpus": 0, "min_free_disk_gib": 0.0, "min_free_memory_gib": 0.0,
-                "run_folder": str(tmp_path)}
+    settings = {
+        **SETTINGS,
+        "gpus": 0,
+        "min_free_disk_gib": 0.0,
+        "min_free_memory_gib": 0.0,
+        "run_folder": str(tmp_path),
+    }
     found = examine(settings, 0, 1)
     assert found["errors"] == [] and found["versions"]["torch"] != "missing"
     assert found["free_disk_gib"] > 0 and found["free_memory_gib"] > 0

@@ -29,8 +29,10 @@ sys.exit(85)
 
 
 def start(folder: Path, code: str, **environment: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, str(ROOT / "launch" / "rank.py"), str(folder), "--",
-                             sys.executable, "-c", code], env={**os.environ, "RANK": "3", **environment})
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "rank.py"), str(folder), "--", sys.executable, "-c", code],
+        env={**os.environ, "RANK": "3", **environment},
+    )
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -72,8 +74,11 @@ def test_a_request_before_the_handler_stands_is_repeated(tmp_path: Path) -> None
 
 def test_a_newer_life_ends_the_rank(tmp_path: Path) -> None:
     lease = Lease.take_next(tmp_path)
-    process = start(tmp_path, "import time; print('on', flush=True); time.sleep(600)",
-                    **{RUN_VARIABLE: str(tmp_path), LEASE_VARIABLE: str(lease.generation)})
+    process = start(
+        tmp_path,
+        "import time; print('on', flush=True); time.sleep(600)",
+        **{RUN_VARIABLE: str(tmp_path), LEASE_VARIABLE: str(lease.generation)},
+    )
     wait_for_log(tmp_path, "on")
     Lease.take_next(tmp_path)
     assert process.wait(60) == EXIT_FENCED
@@ -113,8 +118,9 @@ sys.exit(0 if asked else 3)
 """
 
 
-def test_a_stop_request_that_comes_before_the_ranks_reaches_them(tmp_path: Path,
-                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_request_that_comes_before_the_ranks_reaches_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(node, "REPEAT_SECONDS", 0.2)
     assert node.run([sys.executable, "-c", EARLY], os.environ, tmp_path / "log") == 0
 

@@ -10,10 +10,25 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_missing_programs_are_named_in_red(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "pytest", "-m", "slurm or not slurm", "--color=yes", "-k",
-                           "in_the_queue or shellcheck", "tests/slurm/test_submission.py",
-                           "tests/unit/launch/test_job.py"],
-                          cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "slurm or not slurm",
+            "--color=yes",
+            "-k",
+            "in_the_queue or shellcheck",
+            "tests/slurm/test_submission.py",
+            "tests/unit/launch/test_job.py",
+        ],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
     assert "\x1b[31m\x1b[1m1 test NOT RUN: no SLURM here (" in done.stdout, done.stdout
     assert "sbatch missing); apt-get install -y slurm-wlm" in done.stdout

@@ -33,8 +33,11 @@ echo $((count + 101))
 def pair(recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Words that submit a chain of two tools to the stand-ins."""
     (recipes / "chain" / "pair.yaml").write_text(CHAIN % tmp_path)
-    commands = {"sbatch": SBATCH, "scancel": '#!/bin/sh\necho "$@" >>"$HOME/cancelled"\n',
-                "squeue": '#!/bin/sh\ncat "$HOME/queue"\n'}
+    commands = {
+        "sbatch": SBATCH,
+        "scancel": '#!/bin/sh\necho "$@" >>"$HOME/cancelled"\n',
+        "squeue": '#!/bin/sh\ncat "$HOME/queue"\n',
+    }
     (tmp_path / "bin").mkdir()
     for name, text in commands.items():
         (tmp_path / "bin" / name).write_text(text)
@@ -46,19 +49,23 @@ def pair(recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     return ["experiment=pair", "--recipes", str(recipes)]
 
 
-def test_a_refused_stage_takes_those_before_it_along(pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                     caplog: pytest.LogCaptureFixture) -> None:
+def test_a_refused_stage_takes_those_before_it_along(
+    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("FAIL_AT", "1")
     assert submit.main(pair) == 2
     assert (tmp_path / "cancelled").read_text() == "101\n"
-    assert ("stage second: SLURM refused the job: the queue is full; no job of this chain is left in the queue."
-            in caplog.text)
+    assert (
+        "stage second: SLURM refused the job: the queue is full; no job of this chain is left in the queue."
+        in caplog.text
+    )
     # Had submit.py been killed at the second call, the first job would have been known already.
     assert '"job": "101"' in (tmp_path / "books").read_text()
 
 
-def test_an_interrupted_submission_leaves_no_jobs(pair: list[str], tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_submission_leaves_no_jobs(
+    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     numbers = iter(["101"])
 
     def interrupted(words: list[str]) -> str:
@@ -72,8 +79,9 @@ def test_an_interrupted_submission_leaves_no_jobs(pair: list[str], tmp_path: Pat
     assert (tmp_path / "cancelled").read_text() == "101\n"
 
 
-def test_jobs_of_a_killed_submission_are_found_in_the_queue(pair: list[str], tmp_path: Path,
-                                                            caplog: pytest.LogCaptureFixture) -> None:
+def test_jobs_of_a_killed_submission_are_found_in_the_queue(
+    pair: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "queue").write_text(f"7 {tmp_path}/pair/launch/second/job.sh\n8 /elsewhere/job.sh\n9 \n")
     assert submit.main(pair) == 2
     assert "pair is in the queue already (second: job 7)" in caplog.text
@@ -104,8 +112,10 @@ def test_status_tells_elbo_and_time_left(pair: list[str], tmp_path: Path, capsys
     (stage / "config.yaml").write_text("schedule:\n  stages:\n    ar:\n      num_tokens: 8000\nrun:\n  seed: 1\n")
     record.append_event(stage, "start", digest="x")
     record.append_event(stage, "training", start="start_0002", seconds=9.0, pause=41.3)
-    lines = [{"step": 4, "loss": 2.5, "tokens_per_second": 10.0, "consumed_tokens": 400},
-             {"step": 4, "validation": True, "validation_elbo/32": 3.25}]
+    lines = [
+        {"step": 4, "loss": 2.5, "tokens_per_second": 10.0, "consumed_tokens": 400},
+        {"step": 4, "validation": True, "validation_elbo/32": 3.25},
+    ]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "queue").write_text("7|RUNNING|None\n")
     assert submit.main([*words, "--status"]) == 0

@@ -12,9 +12,21 @@ import pytest
 from launch import record, slurm
 
 ROOT = Path(__file__).resolve().parents[3]
-STAGE = {"run_folder": None, "name": "train", "digest": "x", "rank_python": "python", "parts": [], "ranks_per_node": 1,
-         "valid_nodes": [1], "preflight": {"is_on": True}, "launcher": "srun", "srun_options": [], "command_prefix": [],
-         "max_crashes": 1, "max_crashes_without_progress": 1}
+STAGE = {
+    "run_folder": None,
+    "name": "train",
+    "digest": "x",
+    "rank_python": "python",
+    "parts": [],
+    "ranks_per_node": 1,
+    "valid_nodes": [1],
+    "preflight": {"is_on": True},
+    "launcher": "srun",
+    "srun_options": [],
+    "command_prefix": [],
+    "max_crashes": 1,
+    "max_crashes_without_progress": 1,
+}
 
 
 @pytest.fixture
@@ -38,16 +50,21 @@ def test_a_preflight_that_a_stop_request_ends_is_no_crash(commands: Path, tmp_pa
     stand_in(commands, "srun", "kill -TERM $PPID; exit 1")
     stand_in(commands, "scontrol", "echo node1")
     stand_in(commands, "squeue", "echo COMPLETING")
-    done = subprocess.run([sys.executable, "-S", str(ROOT / "launch" / "supervise.py"), str(tmp_path)], check=False,
-                          env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"},
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", str(ROOT / "launch" / "supervise.py"), str(tmp_path)],
+        check=False,
+        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"},
+        capture_output=True,
+        text=True,
+    )
     (end,) = (event for event in record.events(tmp_path) if event["event"] == "end")
     assert (end["how"], end["reason"]) == ("terminated", "preflight: node1 gave no report"), done.stderr
     assert "SLURM is ending the job itself (completing)" in done.stdout
 
 
-def test_a_requeue_waits_for_a_controller_that_restarts(commands: Path, tmp_path: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requeue_waits_for_a_controller_that_restarts(
+    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
     stand_in(commands, "squeue", '[ -e "$HOME/asked" ] && echo RUNNING || { touch "$HOME/asked"; exit 1; }')
     stand_in(commands, "scontrol", 'echo "$@" >"$HOME/said"')

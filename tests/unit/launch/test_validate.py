@@ -21,9 +21,20 @@ def corpus(prefix: Path, header: bytes = HEADER, description: str = "{}") -> Non
 
 def problems(root: Path, *words: str) -> list[str]:
     # Another train_module: what training itself would refuse is asked in a process of its own, and tried elsewhere.
-    return check_chain(compose_chain([
-        "experiment=tiny_base", f"run.root={root}", "run.name=run", f"data.train={root}/train",
-        f"data.validation={root}/validation", f"data.tokenizer={root}", "train_module=tests.slurm.fake_train", *words]))
+    return check_chain(
+        compose_chain(
+            [
+                "experiment=tiny_base",
+                f"run.root={root}",
+                "run.name=run",
+                f"data.train={root}/train",
+                f"data.validation={root}/validation",
+                f"data.tokenizer={root}",
+                "train_module=tests.slurm.fake_train",
+                *words,
+            ]
+        )
+    )
 
 
 @pytest.fixture
@@ -39,12 +50,22 @@ def test_what_is_fine_passes(root: Path) -> None:
 
 def test_every_problem_is_shown_at_once(root: Path) -> None:
     (root / "train.idx").unlink()
-    found = problems(root, "data.tokenizer=/nowhere", "checkpoint.load=/nowhere",
-                     "cluster.container.kind=apptainer", "cluster.container.image=/nowhere.sif",
-                     f"cluster.container.mounts=['/nowhere:/data','{root}:{root}']")
+    found = problems(
+        root,
+        "data.tokenizer=/nowhere",
+        "checkpoint.load=/nowhere",
+        "cluster.container.kind=apptainer",
+        "cluster.container.image=/nowhere.sif",
+        f"cluster.container.mounts=['/nowhere:/data','{root}:{root}']",
+    )
     assert len(found) == 5
-    for text in ("train.idx; tokenize the text", "data.tokenizer (/nowhere)", "holds no complete checkpoint",
-                 "image (/nowhere.sif) does not exist", "mounts (/nowhere:/data)"):
+    for text in (
+        "train.idx; tokenize the text",
+        "data.tokenizer (/nowhere)",
+        "holds no complete checkpoint",
+        "image (/nowhere.sif) does not exist",
+        "mounts (/nowhere:/data)",
+    ):
         assert any(text in sentence for sentence in found), text
 
 
@@ -107,9 +128,13 @@ stages:
 """
     (recipes / "chain" / "tools.yaml").write_text(text)
     found = check_chain(compose_chain(["experiment=tools", f"root={tmp_path}"], recipes))
-    for expected in ("did you mean checkpoints_tools.hf_to_mcore?", "--hf (/nowhere/hf) does not exist",
-                     "module (nosuch.merge) does not exist; correct its name", "--checkpoints (/nowhere/b) does not",
-                     "stage measure: data.validation (/nowhere/v) does not exist"):
+    for expected in (
+        "did you mean checkpoints_tools.hf_to_mcore?",
+        "--hf (/nowhere/hf) does not exist",
+        "module (nosuch.merge) does not exist; correct its name",
+        "--checkpoints (/nowhere/b) does not",
+        "stage measure: data.validation (/nowhere/v) does not exist",
+    ):
         assert any(expected in sentence for sentence in found), expected
     assert len(found) == 5
 

@@ -45,11 +45,13 @@ def test_noise_belongs_to_the_token_and_not_to_its_place(hidden_size: int) -> No
 def test_every_part_of_the_key_counts() -> None:
     keys, roles, positions = _tokens()
     normals = token_normals(7, keys, roles, positions, HIDDEN)
-    for changed in (token_normals(8, keys, roles, positions, HIDDEN),
-                    token_normals(7, keys + 2**40, roles, positions, HIDDEN),
-                    token_normals(7, keys, roles + torch.tensor([1, 0, 0], dtype=torch.int32), positions, HIDDEN),
-                    token_normals(7, keys, roles + torch.tensor([0, 0, 1], dtype=torch.int32), positions, HIDDEN),
-                    token_normals(7, keys, roles, positions + 1, HIDDEN)):
+    for changed in (
+        token_normals(8, keys, roles, positions, HIDDEN),
+        token_normals(7, keys + 2**40, roles, positions, HIDDEN),
+        token_normals(7, keys, roles + torch.tensor([1, 0, 0], dtype=torch.int32), positions, HIDDEN),
+        token_normals(7, keys, roles + torch.tensor([0, 0, 1], dtype=torch.int32), positions, HIDDEN),
+        token_normals(7, keys, roles, positions + 1, HIDDEN),
+    ):
         assert (changed != normals).float().mean() > 0.99
         assert abs((changed * normals).mean()) < 5 / normals.numel() ** 0.5
     assert len(normals.flatten(0, 1).unique(dim=0)) == 2 * 256

@@ -13,8 +13,12 @@ from tests.reference_model import random_weights, tiny_model, to_megatron
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-SIZES = {"uneven": [3, 9, 1, 4, 2, 7, 5, 6], "some without tokens": [0, 9, 0, 0, 2, 20, 6, 0],
-         "one with all": [0, 0, 0, 37, 0, 0, 0, 0], "no token at all": [0] * 8}
+SIZES = {
+    "uneven": [3, 9, 1, 4, 2, 7, 5, 6],
+    "some without tokens": [0, 9, 0, 0, 2, 20, 6, 0],
+    "one with all": [0, 0, 0, 37, 0, 0, 0, 0],
+    "no token at all": [0] * 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +33,11 @@ def experts() -> Any:
 
 def _inputs(sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sum(sizes))
-    return (torch.randn(sum(sizes), 48, generator=generator).requires_grad_(), torch.tensor(sizes),
-            torch.rand(sum(sizes), generator=generator).requires_grad_())
+    return (
+        torch.randn(sum(sizes), 48, generator=generator).requires_grad_(),
+        torch.tensor(sizes),
+        torch.rand(sum(sizes), generator=generator).requires_grad_(),
+    )
 
 
 def _with_gradients(forward: Any, experts: Any, sizes: list[int]) -> list[Tensor]:
@@ -43,8 +50,9 @@ def _with_gradients(forward: Any, experts: Any, sizes: list[int]) -> list[Tensor
 
 @pytest.mark.parametrize("small_weight", [0, 1 << 14], ids=["an expert at a time", "grouped product"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_equals_sequential_mlp_with_gradients(sizes: list[int], small_weight: int, experts: Any,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_sequential_mlp_with_gradients(
+    sizes: list[int], small_weight: int, experts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from megatron.core.transformer.moe.experts import SequentialMLP
 
     from megatron_dllm.model import experts as module
@@ -91,7 +99,8 @@ def test_hooks_that_complete_parameters_run_before_they_are_read() -> None:
     waited: set[int] = set()
     for module in built.modules():
         module.register_forward_pre_hook(
-            lambda module, _: waited.update(id(p) for p in module.parameters(recurse=False)))
+            lambda module, _: waited.update(id(p) for p in module.parameters(recurse=False))
+        )
     built(tiny_batch(model, [[9]], row_length=20, block_size=4))
     missing = [name for name, parameter in built.named_parameters() if id(parameter) not in waited]
     assert not missing

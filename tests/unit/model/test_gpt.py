@@ -44,8 +44,11 @@ def _expected_loss(model: ModelConfig, weights: dict[str, Tensor], batch: Batch)
 
 
 @pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"rotary_percent": 1.0, "num_moe_experts": 0}],
-                         ids=["ling", "tied", "dense_full_rotation"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_word_embeddings": True}, {"rotary_percent": 1.0, "num_moe_experts": 0}],
+    ids=["ling", "tied", "dense_full_rotation"],
+)
 def test_loss_and_gradients_equal_the_reference(kind: str, changes: dict[str, Any]) -> None:
     model = tiny_model(**changes)
     batch = tiny_batch(model, ROWS, **BATCHES[kind])

@@ -44,8 +44,9 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_of_equal_logits_the_lowest_id_is_predicted() -> None:
-    _, is_correct = target_cross_entropy(torch.zeros(3, HIDDEN), torch.ones(VOCAB, HIDDEN), torch.tensor([0, 1, 0]),
-                                         None)
+    _, is_correct = target_cross_entropy(
+        torch.zeros(3, HIDDEN), torch.ones(VOCAB, HIDDEN), torch.tensor([0, 1, 0]), None
+    )
     assert is_correct.tolist() == [True, False, True]
 
 
@@ -68,8 +69,9 @@ def test_the_logits_of_all_targets_never_exist_together() -> None:
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             output = function(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (output if isinstance(output, tuple) else (output,))
-                         if isinstance(t, Tensor))
+            sizes.extend(
+                t.numel() for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor)
+            )
             return output
 
     with Watch():

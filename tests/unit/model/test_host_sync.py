@@ -19,8 +19,16 @@ from tests.unit.model.attention.eager_kernel import replace_kernel
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 # Operations that return a number to the host, or a tensor whose shape depends on values.
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal", "bincount",
-           "repeat_interleave.Tensor")
+WAITING = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "is_nonzero",
+    "equal",
+    "bincount",
+    "repeat_interleave.Tensor",
+)
 
 
 class WatchWaits(TorchDispatchMode):
@@ -36,7 +44,10 @@ class WatchWaits(TorchDispatchMode):
         name = str(func).removeprefix("aten.")
         reads_mask = name.startswith("index") and any(
             isinstance(index, Tensor) and index.dtype == torch.bool
-            for arg in args if isinstance(arg, list | tuple) for index in arg)
+            for arg in args
+            if isinstance(arg, list | tuple)
+            for index in arg
+        )
         if name.startswith(WAITING) or reads_mask:
             frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename][:-1]
             self.found.add((name, f"{frames[-1].filename}:{frames[-1].name}"))
@@ -51,8 +62,9 @@ def test_only_megatron_core_makes_the_host_wait(recompute: str, backend: str, mo
 
     replace_kernel(monkeypatch, 16)
     model = tiny_model()
-    built = build_model(model, ParallelConfig(recompute=recompute), pre_process=True, post_process=True,
-                        attention_backend=backend).train()
+    built = build_model(
+        model, ParallelConfig(recompute=recompute), pre_process=True, post_process=True, attention_backend=backend
+    ).train()
     batch = tiny_batch(model, [[17, 9], [24]], row_length=56, block_size=4)
     with WatchWaits() as watch:
         loss, _, _ = _loss(batch, built(batch, mask_noise_sigma=0.3, noise_seed=5))
@@ -61,8 +73,10 @@ def test_only_megatron_core_makes_the_host_wait(recompute: str, backend: str, mo
     # On the CPU alone it looks whether the tokens are in order; a GPU asserts it.
     assert ours == ({"flex.py:build_plan"} if backend == "flex" else set())
     # What remains is the sorting of tokens by expert, where TransformerEngine's fused kernels are not in use.
-    assert {place.rsplit("/", 1)[1] for _, place in watch.found} - ours == {"moe_utils.py:permute",
-                                                                            "token_dispatcher.py:dispatch_postprocess"}
+    assert {place.rsplit("/", 1)[1] for _, place in watch.found} - ours == {
+        "moe_utils.py:permute",
+        "token_dispatcher.py:dispatch_postprocess",
+    }
 
 
 def test_the_kernels_mask_is_built_without_waiting() -> None:

@@ -30,8 +30,9 @@ BATCHES: dict[str, dict[str, Any]] = {
 def _build(model: ModelConfig, parallel: ParallelConfig | None = None, backend: str = "auto") -> Any:
     from megatron_dllm.model.gpt import build_model
 
-    built = build_model(model, parallel or ParallelConfig(), pre_process=True, post_process=True,
-                        attention_backend=backend)
+    built = build_model(
+        model, parallel or ParallelConfig(), pre_process=True, post_process=True, attention_backend=backend
+    )
     built.load_state_dict(to_megatron(model, random_weights(model)), strict=False)
     return built.train()
 
@@ -46,8 +47,9 @@ def _with_gradients(built: Any, batch: Batch) -> tuple[list[Tensor], dict[str, T
 @pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix", "flex"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_equals_the_whole_layer_with_gradients(kind: str, recompute: str, backend: str,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_whole_layer_with_gradients(
+    kind: str, recompute: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replace_kernel(monkeypatch, 16)
     model = tiny_model()
     batch = tiny_batch(model, **BATCHES[kind])
@@ -65,8 +67,12 @@ def test_only_kept_tokens_pass_through_the_last_layer() -> None:
     model = tiny_model()
     built, batch = _build(model), tiny_batch(model, **BATCHES["two rows"])
     sizes: dict[str, int] = {}
-    parts = {"mlp": built.decoder.layers[-1].mlp, "norm": built.decoder.final_layernorm,
-             "projection": built.decoder.layers[-1].self_attention.linear_proj, "earlier": built.decoder.layers[1].mlp}
+    parts = {
+        "mlp": built.decoder.layers[-1].mlp,
+        "norm": built.decoder.final_layernorm,
+        "projection": built.decoder.layers[-1].self_attention.linear_proj,
+        "earlier": built.decoder.layers[1].mlp,
+    }
     for name, part in parts.items():
         part.register_forward_hook(lambda _, inputs, __, name=name: sizes.update({name: inputs[0][..., 0].numel()}))
     built(batch)
@@ -74,21 +80,32 @@ def test_only_kept_tokens_pass_through_the_last_layer() -> None:
     assert sizes == dict(mlp=num_targets, norm=num_targets, projection=num_targets, earlier=2 * 56)
 
 
-@pytest.mark.parametrize("changes,parallel,expected", [
-    ({}, {}, True),
-    ({"skip_unused_outputs": False}, {}, False),
-    ({"moe_router_bias_update_rate": 1e-3}, {}, False),
-    ({"moe_aux_loss_coeff": 1e-2}, {}, False),
-    ({"moe_z_loss_coeff": 1e-3}, {}, False),
-    ({}, {"expert_model_parallel_size": 2}, False),
-    ({}, {"expert_model_parallel_size": 2, "moe_token_dispatcher": "alltoall"}, True),
-    ({}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, True),
-    ({}, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2,
-          "expert_tensor_parallel_size": 1}, True),
-    ({}, {"context_parallel_size": 2}, True),
-    ({}, {"context_parallel_size": 2, "context_parallel_method": "ulysses"}, False),
-    ({"num_moe_experts": 0}, {"pipeline_model_parallel_size": 2}, True),
-])
+@pytest.mark.parametrize(
+    "changes,parallel,expected",
+    [
+        ({}, {}, True),
+        ({"skip_unused_outputs": False}, {}, False),
+        ({"moe_router_bias_update_rate": 1e-3}, {}, False),
+        ({"moe_aux_loss_coeff": 1e-2}, {}, False),
+        ({"moe_z_loss_coeff": 1e-3}, {}, False),
+        ({}, {"expert_model_parallel_size": 2}, False),
+        ({}, {"expert_model_parallel_size": 2, "moe_token_dispatcher": "alltoall"}, True),
+        ({}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, True),
+        (
+            {},
+            {
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "expert_model_parallel_size": 2,
+                "expert_tensor_parallel_size": 1,
+            },
+            True,
+        ),
+        ({}, {"context_parallel_size": 2}, True),
+        ({}, {"context_parallel_size": 2, "context_parallel_method": "ulysses"}, False),
+        ({"num_moe_experts": 0}, {"pipeline_model_parallel_size": 2}, True),
+    ],
+)
 def test_layouts_that_need_every_output_keep_it(changes: dict, parallel: dict, expected: bool) -> None:
     from megatron_dllm.model.gpt import transformer_config
     from megatron_dllm.model.last_layer import can_skip_outputs
@@ -132,6 +149,7 @@ def test_masks_and_angles_are_made_once_per_micro_batch(recompute: str, monkeypa
         def counted(*args: Any) -> Any:
             calls[name] += 1
             return function(*args)
+
         return counted
 
     monkeypatch.setattr(dense, "build_plan", count("plan", dense.build_plan))

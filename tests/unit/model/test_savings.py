@@ -28,8 +28,14 @@ from tests.reference_model import random_weights, to_megatron
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 SMALL = dict(num_layers=2, hidden_size=32, kv_channels=8, num_attention_heads=4, ffn_hidden_size=48, vocab_size=64)
-EXPERTS = dict(num_moe_experts=8, moe_ffn_hidden_size=16, moe_shared_expert_intermediate_size=16, moe_router_topk=2,
-               moe_router_num_groups=4, moe_router_group_topk=2)
+EXPERTS = dict(
+    num_moe_experts=8,
+    moe_ffn_hidden_size=16,
+    moe_shared_expert_intermediate_size=16,
+    moe_router_topk=2,
+    moe_router_num_groups=4,
+    moe_router_group_topk=2,
+)
 DOCUMENTS = (21, 3, 12)
 
 

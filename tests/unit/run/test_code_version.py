@@ -12,8 +12,9 @@ from megatron_dllm.run import code_version
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    return subprocess.run(["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True,
-                          check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "-C", str(folder), *identity, *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 @pytest.fixture
@@ -33,8 +34,9 @@ def test_a_checkout_tells_its_commit_and_what_differs(checkout: Path) -> None:
     assert "+value = 2" in code_version.code_state() and code_version.commit() == head + "-dirty"
 
 
-def test_code_inside_somebody_elses_checkout_is_not_that_checkouts(checkout: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_inside_somebody_elses_checkout_is_not_that_checkouts(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inside = checkout / "runs" / "code_1234"
     inside.mkdir(parents=True)
     monkeypatch.setattr(code_version, "ROOT", inside)

@@ -16,8 +16,9 @@ def test_weights_by_hand() -> None:
     assert merge_weights("uniform", 4) == [0.25] * 4
     assert merge_weights("linear", 4) == pytest.approx([0.25] * 4)
     # 1 - sqrt(x) at 0, 1/4, 1/2, 3/4, 1 falls by these steps.
-    assert merge_weights("1-sqrt", 4) == pytest.approx([0.5, math.sqrt(0.5) - 0.5, math.sqrt(0.75) - math.sqrt(0.5),
-                                                        1 - math.sqrt(0.75)])
+    assert merge_weights("1-sqrt", 4) == pytest.approx(
+        [0.5, math.sqrt(0.5) - 0.5, math.sqrt(0.75) - math.sqrt(0.5), 1 - math.sqrt(0.75)]
+    )
     # (1 + cos(pi x)) / 2 at 0, 1/3, 2/3, 1 is 1, 3/4, 1/4, 0.
     assert merge_weights("cosine", 3) == pytest.approx([0.25, 0.5, 0.25])
     with pytest.raises(ValueError, match="weights"):
@@ -28,8 +29,11 @@ def test_weights_by_hand() -> None:
 def test_weights_scale_updates_by_the_decay(kind: str) -> None:
     weights = merge_weights(kind, 5)
     assert sum(weights) == pytest.approx(1.0)
-    decay = {"linear": lambda x: 1 - x, "1-sqrt": lambda x: 1 - math.sqrt(x),
-             "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2}
+    decay = {
+        "linear": lambda x: 1 - x,
+        "1-sqrt": lambda x: 1 - math.sqrt(x),
+        "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    }
     for update in range(1, 5):
         assert sum(weights[update:]) == pytest.approx(decay[kind](update / 5))
 
@@ -58,7 +62,8 @@ def test_mean_of_bf16_is_rounded_once() -> None:
 def test_subnormal_bf16_is_rounded_once() -> None:
     generator = torch.Generator().manual_seed(1)
     values = torch.randn(3000, generator=generator, dtype=torch.float64) * 2.0 ** torch.randint(
-        -137, -122, (3000,), generator=generator)
+        -137, -122, (3000,), generator=generator
+    )
     middle = 3.5 * 2.0**-133  # of two subnormal numbers
     values = torch.cat([values, torch.tensor([0.0, middle, middle * (1 + 2.0**-40), -middle * (1 - 2.0**-40)])])
     out = torch.empty(len(values), dtype=torch.bfloat16)
@@ -69,8 +74,9 @@ def test_subnormal_bf16_is_rounded_once() -> None:
 def test_two_roundings_would_differ() -> None:
     # Just above and just below the middle between 1 and 1 + 2^-7: fp32 cannot tell them from the middle.
     middle = 1 + 2.0**-8
-    values = torch.tensor([middle + 2.0**-40, middle - 2.0**-40, middle, middle + 2.0**-7, -middle - 2.0**-40],
-                          dtype=torch.float64)
+    values = torch.tensor(
+        [middle + 2.0**-40, middle - 2.0**-40, middle, middle + 2.0**-7, -middle - 2.0**-40], dtype=torch.float64
+    )
     out = torch.empty(5, dtype=torch.bfloat16)
     round_once(values.clone(), out)
     assert out.tolist() == [1 + 2.0**-7, 1.0, 1.0, 1 + 2.0**-6, -1 - 2.0**-7]
@@ -81,7 +87,8 @@ def test_fp16_is_rounded_once_too() -> None:
     """Over its normal numbers, its subnormal ones and beyond both ends."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3000, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(
-        -9, 6, (3000,), generator=generator)
+        -9, 6, (3000,), generator=generator
+    )
     middles = torch.tensor([1 + 2.0**-11, 2.0**-15 + 2.0**-25, 2.0**-25, 65520.0], dtype=torch.float64)
     values = torch.cat([values, middles, middles * (1 + 2.0**-45), -middles * (1 - 2.0**-45)])
     out = torch.empty(len(values), dtype=torch.float16)

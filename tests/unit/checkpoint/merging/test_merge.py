@@ -77,8 +77,15 @@ def test_an_hf_merge_takes_the_model_and_not_its_history(make_checkpoint, tmp_pa
         for folder in (a, b):
             (folder / name).write_text("{}")
     merge([a, b], tmp_path / "out")
-    assert left_in(tmp_path / "out") == {"config.json", "tokenizer.json", "modeling_x.py", "LICENSE", "README.md",
-                                         "provenance.json", "model.safetensors"}
+    assert left_in(tmp_path / "out") == {
+        "config.json",
+        "tokenizer.json",
+        "modeling_x.py",
+        "LICENSE",
+        "README.md",
+        "provenance.json",
+        "model.safetensors",
+    }
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("# out\n") and f"| {a} | 0.5000 | None |" in card and "1.5" not in card
 
@@ -99,9 +106,15 @@ def test_the_card_of_a_merge_names_its_run(make_checkpoint, tmp_path: Path) -> N
     assert [entry["elbo"] for entry in provenance["inputs"]] == [3.0, 2.0]
     assert len(provenance["commit"].removesuffix("-dirty")) == 40
     assert {name: provenance["choice"][name] for name in ("metric", "block_size", "last_n")} == {
-        "metric": "elbo", "block_size": 32, "last_n": None}
+        "metric": "elbo",
+        "block_size": 32,
+        "last_n": None,
+    }
     assert [(entry["checkpoint"], entry["elbo"]) for entry in provenance["choice"]["ranking"]] == [
-        ("step_0000001", 2.0), ("step_0000000", 3.0), ("step_0000002", 4.0)]
+        ("step_0000001", 2.0),
+        ("step_0000000", 3.0),
+        ("step_0000002", 4.0),
+    ]
     titles = {}
     for name, folder in (("merge", tmp_path / "best"), ("run", run), ("converted", tmp_path / "c0")):
         mcore_to_hf.convert(folder, tmp_path / f"{name}_out")
@@ -119,9 +132,15 @@ def _run(tmp_path: Path, make_checkpoint, elbos: list[float | None]) -> Path:
         folder = make_checkpoint(f"c{step}", step)
         shutil.copytree(folder, checkpoints / f"step_{step:07d}")
         if elbo is not None:
-            folders.write_json(checkpoints / f"step_{step:07d}" / folders.VALIDATION, {
-                "elbo": {"32": elbo, "4": -elbo}, "bits_per_byte": {"32": elbo / 2}, "target_block_size": 32,
-                "num_tokens": 1})
+            folders.write_json(
+                checkpoints / f"step_{step:07d}" / folders.VALIDATION,
+                {
+                    "elbo": {"32": elbo, "4": -elbo},
+                    "bits_per_byte": {"32": elbo / 2},
+                    "target_block_size": 32,
+                    "num_tokens": 1,
+                },
+            )
     return tmp_path / "run"
 
 
@@ -152,8 +171,9 @@ def test_what_is_not_finite_is_not_the_best(make_checkpoint, tmp_path: Path, cap
 
 
 @pytest.mark.parametrize("arguments", [("--k", "0"), ("--k", "-1"), ("--last_n", "-2"), ("--block_size", "x")])
-def test_numbers_must_be_positive(arguments: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_must_be_positive(
+    arguments: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["merge_topk", "--run", str(tmp_path), "--output", str(tmp_path), *arguments])
     with pytest.raises(SystemExit, match="2"):
         main()
@@ -182,8 +202,10 @@ def test_what_has_no_mean_is_refused_by_name(make_checkpoint, tmp_path: Path) ->
     cases = {
         "blocks": (lambda: make_checkpoint("blocks", 1), r"contract\.block_size is 1 in .*a and 4"),
         "wide": (lambda: make_checkpoint("wide", 1, torch.float32), r"tensor .* is bfloat16 .* and float32"),
-        "larger": (lambda: make_checkpoint("larger", 1, model=replace(LING, ffn_hidden_size=28)),
-                   r"model\.ffn_hidden_size is 20"),
+        "larger": (
+            lambda: make_checkpoint("larger", 1, model=replace(LING, ffn_hidden_size=28)),
+            r"model\.ffn_hidden_size is 20",
+        ),
     }
     for name, (make, message) in cases.items():
         other = make()
@@ -204,8 +226,10 @@ def test_hf_folders_with_other_names_or_tokenizers(make_checkpoint, tmp_path: Pa
     make_checkpoint("a", 0), make_checkpoint("b", 1)
     a, b = tmp_path / "a_hf", tmp_path / "b_hf"
     tensors = load_file(b / "model.safetensors")
-    save_file({("other" if name == "lm_head.weight" else name): value for name, value in tensors.items()},
-              b / "model.safetensors")
+    save_file(
+        {("other" if name == "lm_head.weight" else name): value for name, value in tensors.items()},
+        b / "model.safetensors",
+    )
     with pytest.raises(ValueError, match=r"tensor lm_head\.weight is in .*a_hf but not in .*b_hf"):
         merge([a, b], tmp_path / "out")
     save_file(tensors, b / "model.safetensors")
@@ -241,8 +265,9 @@ def test_interrupted_merge_leaves_nothing(make_checkpoint, tmp_path: Path, monke
 
 @pytest.mark.parametrize("has_local_names", [True, False])
 @pytest.mark.parametrize("is_last", [True, False])
-def test_checkpoints_with_one_set_of_names(make_checkpoint, tmp_path: Path, has_local_names: bool,
-                                           is_last: bool) -> None:
+def test_checkpoints_with_one_set_of_names(
+    make_checkpoint, tmp_path: Path, has_local_names: bool, is_last: bool
+) -> None:
     """A converter names the norms before experts twice; a run once, a model of megatron-core's own specs either way."""
     sources = [make_checkpoint("a", 0), make_checkpoint("b", 1)]
     inputs = [sources[0], _as_a_run_saves_it(sources[1], tmp_path / "run", has_local_names)]

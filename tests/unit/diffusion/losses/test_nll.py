@@ -32,8 +32,9 @@ def test_uneven_micro_batches_add_up():
     is_correct = torch.rand(100, generator=generator) < 0.3
     parts = [slice(0, 3), slice(3, 3), slice(3, 90), slice(90, 100)]
     torch.testing.assert_close(sum(weighted_nll(nll[p], 1 / t[p]) for p in parts), weighted_nll(nll, 1 / t))
-    torch.testing.assert_close(sum(bucket_sums(nll[p], is_correct[p], t[p], 4) for p in parts),
-                               bucket_sums(nll, is_correct, t, 4))
+    torch.testing.assert_close(
+        sum(bucket_sums(nll[p], is_correct[p], t[p], 4) for p in parts), bucket_sums(nll, is_correct, t, 4)
+    )
 
 
 def test_no_targets():

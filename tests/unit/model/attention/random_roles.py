@@ -57,8 +57,12 @@ def _draw_row(case: RoleCase, generator: torch.Generator) -> Tensor:
         parts = [(view, blocks) for view in range(1, case.num_views + 1)]
         if case.has_clean:
             parts.append((0, blocks[blocks < blocks[-1]] if case.is_pruned else blocks))
-        row = torch.cat([torch.stack([torch.full_like(kept, doc), kept, torch.full_like(kept, view)], dim=1)
-                         for view, kept in parts])
+        row = torch.cat(
+            [
+                torch.stack([torch.full_like(kept, doc), kept, torch.full_like(kept, view)], dim=1)
+                for view, kept in parts
+            ]
+        )
         if used + len(row) > case.row_length:
             break
         rows.append(row)
@@ -67,8 +71,15 @@ def _draw_row(case: RoleCase, generator: torch.Generator) -> Tensor:
     return torch.cat([*rows, padding]).int()
 
 
-def draw_inputs(roles_q: Tensor, roles_k: Tensor, heads: int = 4, groups: int = 2, head_dim: int = 8,
-                dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+def draw_inputs(
+    roles_q: Tensor,
+    roles_k: Tensor,
+    heads: int = 4,
+    groups: int = 2,
+    head_dim: int = 8,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[list[Tensor], Tensor]:
     """Leaf tensors query, key, value for these roles and a gradient of the output."""
     generator = torch.Generator().manual_seed(seed)
     (b, q), k = roles_q.shape[:2], roles_k.shape[1]

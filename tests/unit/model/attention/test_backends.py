@@ -40,8 +40,9 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -
     return weights @ value
 
 
-def results(backend: ModuleType, inputs: list[Tensor], grad: Tensor, query_roles: Tensor,
-            key_roles: Tensor) -> tuple[Tensor, ...]:
+def results(
+    backend: ModuleType, inputs: list[Tensor], grad: Tensor, query_roles: Tensor, key_roles: Tensor
+) -> tuple[Tensor, ...]:
     out = backend.attend(*inputs, backend.build_plan(query_roles, key_roles), SCALE)
     return out, *torch.autograd.grad(out, inputs, grad)
 
@@ -61,8 +62,10 @@ def test_equals_softmax_over_visible_keys(backend: ModuleType, name: str) -> Non
     for seed in range(3):
         roles = draw_roles(CASES[name], seed)
         inputs, grad = draw_inputs(roles, roles, seed=seed)
-        assert greatest_error(results(backend, inputs, grad, roles, roles),
-                              expected_results(inputs, grad, roles, roles)) < 1e-12
+        assert (
+            greatest_error(results(backend, inputs, grad, roles, roles), expected_results(inputs, grad, roles, roles))
+            < 1e-12
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
@@ -72,10 +75,12 @@ def test_any_order_and_any_subset_of_queries(backend: ModuleType, name: str) -> 
     roles = draw_roles(CASES[name], 3)
     length = roles.shape[1]
     keys = roles[:, torch.randperm(length, generator=generator)]
-    queries = roles[:, torch.randperm(length, generator=generator)[:length // 3]]
+    queries = roles[:, torch.randperm(length, generator=generator)[: length // 3]]
     inputs, grad = draw_inputs(queries, keys)
-    assert greatest_error(results(backend, inputs, grad, queries, keys),
-                          expected_results(inputs, grad, queries, keys)) < 1e-12
+    assert (
+        greatest_error(results(backend, inputs, grad, queries, keys), expected_results(inputs, grad, queries, keys))
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
@@ -83,20 +88,30 @@ def test_any_roles_that_the_predicate_accepts(backend: ModuleType) -> None:
     """Holes in the blocks, negative blocks, documents in any order, queries whose own keys are absent."""
     generator = torch.Generator().manual_seed(4)
     for _ in range(20):
-        keys, queries = (torch.stack([torch.randint(-1, 3, (2, size), generator=generator),
-                                      torch.randint(-4, 5, (2, size), generator=generator),
-                                      torch.randint(0, 3, (2, size), generator=generator)], dim=-1).int()
-                         for size in (40, 30))
+        keys, queries = (
+            torch.stack(
+                [
+                    torch.randint(-1, 3, (2, size), generator=generator),
+                    torch.randint(-4, 5, (2, size), generator=generator),
+                    torch.randint(0, 3, (2, size), generator=generator),
+                ],
+                dim=-1,
+            ).int()
+            for size in (40, 30)
+        )
         inputs, grad = draw_inputs(queries, keys)
-        assert greatest_error(results(backend, inputs, grad, queries, keys),
-                              expected_results(inputs, grad, queries, keys)) < 1e-12
+        assert (
+            greatest_error(results(backend, inputs, grad, queries, keys), expected_results(inputs, grad, queries, keys))
+            < 1e-12
+        )
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
-def test_precisions_and_query_groups(backend: ModuleType, dtype: torch.dtype, tolerance: float, heads: int,
-                                     groups: int) -> None:
+def test_precisions_and_query_groups(
+    backend: ModuleType, dtype: torch.dtype, tolerance: float, heads: int, groups: int
+) -> None:
     roles = draw_roles(CASES["two views"], 0)
     inputs, grad = draw_inputs(roles, roles, heads=heads, groups=groups, dtype=dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -140,8 +155,10 @@ def test_a_wrong_mask_is_noticed(backend: ModuleType) -> None:
     wrong = roles.clone()
     place = int(torch.nonzero(roles[0, :, 1] > 0)[0])
     wrong[0, place, 1] -= 1
-    assert greatest_error(results(backend, inputs, grad, wrong, wrong),
-                          expected_results(inputs, grad, roles, roles)) > 1e-3
+    assert (
+        greatest_error(results(backend, inputs, grad, wrong, wrong), expected_results(inputs, grad, roles, roles))
+        > 1e-3
+    )
 
 
 def test_masked_kernels_of_a_gpu_get_the_keys_of_every_head() -> None:

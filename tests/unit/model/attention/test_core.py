@@ -19,10 +19,17 @@ from tests.unit.model.attention.random_roles import CASES, draw_inputs, draw_rol
 
 def build_layer(backend: str = "auto", **config: object) -> RoleAttention:
     one = SimpleNamespace(size=lambda: 1)
-    settings = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2,
-                                 kv_channels=8, **({"attention_dropout": 0.0} | config))
-    return RoleAttention(settings, 1, AttnMaskType.arbitrary, "self", pg_collection=SimpleNamespace(tp=one, cp=one),
-                         backend=backend)
+    settings = TransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=8,
+        **({"attention_dropout": 0.0} | config),
+    )
+    return RoleAttention(
+        settings, 1, AttnMaskType.arbitrary, "self", pg_collection=SimpleNamespace(tp=one, cp=one), backend=backend
+    )
 
 
 def draw(roles: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -47,7 +47,7 @@ def test_block_mask_equals_the_predicate(monkeypatch: pytest.MonkeyPatch, name: 
         got = create_mask(mask.mask_mod, len(keys), 1, *mask.seq_lengths, device="cpu")[:, 0]
         expected = sorted_mask(plan, queries, keys)
         sees_key = expected.any(-1)
-        got = got[:, :queries.shape[1], :keys.shape[1]]
+        got = got[:, : queries.shape[1], : keys.shape[1]]
         assert torch.equal(got[sees_key], expected[sees_key])
         assert (got.sum(-1)[~sees_key] == 1).all()
         assert torch.equal(plan.sees_key[:, 0, :, 0], visible(queries, keys).any(-1))
@@ -57,10 +57,16 @@ def test_block_mask_equals_the_predicate(monkeypatch: pytest.MonkeyPatch, name: 
 def check_tiles(mask: BlockMask, num_rows: int) -> None:
     """No tile missed, none listed for nothing, and the full ones are those that torch finds."""
     expected = create_block_mask(mask.mask_mod, num_rows, None, *mask.seq_lengths, device="cpu", BLOCK_SIZE=16)
-    for num, indices in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices"),
-                         ("q_num_blocks", "q_indices"), ("full_q_num_blocks", "full_q_indices")):
-        assert torch.equal(tiles_of(getattr(mask, num), getattr(mask, indices)),
-                           tiles_of(getattr(expected, num), getattr(expected, indices))), num
+    for num, indices in (
+        ("kv_num_blocks", "kv_indices"),
+        ("full_kv_num_blocks", "full_kv_indices"),
+        ("q_num_blocks", "q_indices"),
+        ("full_q_num_blocks", "full_q_indices"),
+    ):
+        assert torch.equal(
+            tiles_of(getattr(mask, num), getattr(mask, indices)),
+            tiles_of(getattr(expected, num), getattr(expected, indices)),
+        ), num
 
 
 def test_compiled_forward_equals_dense() -> None:

@@ -23,7 +23,7 @@ def _build_selecting(backend: str) -> RoleAttention:
 def _draw_rows(roles: Tensor, seed: int = 0) -> Tensor:
     """A third of the tokens, padding among them, in no order."""
     count = roles.shape[0] * roles.shape[1]
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:count // 3]
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[: count // 3]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -37,8 +37,9 @@ def test_chosen_queries_equal_those_among_all(backend: str, case: str, monkeypat
     out = _build_selecting(backend)(*inputs, roles, attention_bias=rows)
     expected = build_layer("dense")(*inputs, roles, attention_bias=rows).flatten(0, 1)[rows].unsqueeze(1)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    for got, want in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad),
-                         strict=True):
+    for got, want in zip(
+        torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -73,4 +74,4 @@ def test_documents_of_different_rows_stay_apart() -> None:
         place, number = divmod(row, num_rows)
         assert torch.equal(mask[index, number], expected[number, place])
         assert mask[index].sum() == expected[number, place].sum()
-    assert not mask[len(rows):].any()
+    assert not mask[len(rows) :].any()

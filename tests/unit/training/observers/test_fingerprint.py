@@ -23,11 +23,18 @@ def _row(batch: Batch, row: int, samples: slice) -> Batch:
     """One row as a micro-batch of its own."""
     length = batch.input_ids.shape[1]
     mine = batch.target_positions // length == row
-    per_row = {name: getattr(batch, name)[row:row + 1]
-               for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys")}
+    per_row = {
+        name: getattr(batch, name)[row : row + 1]
+        for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys")
+    }
     per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
-    return replace(batch, **per_row, **per_target, target_positions=batch.target_positions[mine] - row * length,
-                   sample_ids=batch.sample_ids[samples])
+    return replace(
+        batch,
+        **per_row,
+        **per_target,
+        target_positions=batch.target_positions[mine] - row * length,
+        sample_ids=batch.sample_ids[samples],
+    )
 
 
 def test_rows_have_the_same_digest_in_any_micro_batch(batch: Batch) -> None:
@@ -36,8 +43,9 @@ def test_rows_have_the_same_digest_in_any_micro_batch(batch: Batch) -> None:
     assert len(set(row_digests(batch))) == 3
 
 
-@pytest.mark.parametrize("name", ["input_ids", "is_masked", "row_keys", "sample_ids", "target_ids", "target_t",
-                                  "loss_weights"])
+@pytest.mark.parametrize(
+    "name", ["input_ids", "is_masked", "row_keys", "sample_ids", "target_ids", "target_t", "loss_weights"]
+)
 def test_any_change_shows_in_its_row_alone(batch: Batch, name: str) -> None:
     value = getattr(batch, name).clone()
     if value.dim() == 1 and name not in ("row_keys", "sample_ids"):
