@@ -9,7 +9,6 @@ written beside the checkpoint as validation.json.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from rich.table import Table
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.compose import RECIPES, check_command_line, register_schemas, to_train_config
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.run.place import is_rank_zero, world_size
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: nothing to load, no validation rows, or a checkpoint of another model.
     """
-    config.validate(int(os.environ.get("WORLD_SIZE", "1")))
+    config.validate(world_size())
     if not config.checkpoint.load or not config.evaluation.num_tokens or config.data.validation is None:
         raise ValueError(
             f"checkpoint.load ({config.checkpoint.load}), evaluation.num_tokens "
@@ -42,12 +42,12 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
 
     quiet_libraries()
     prepare_host()
-    import torch
 
     from megatron_dllm.checkpoint.saving import check_identity, load_weights
     from megatron_dllm.data.corpus import Corpus
     from megatron_dllm.evaluation.elbo import AR, evaluate
     from megatron_dllm.parallel import groups
+    from megatron_dllm.parallel.device import local_device
     from megatron_dllm.training.engine import build_chunks
 
     folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
@@ -58,10 +58,10 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     try:
         chunks = build_chunks(config)
         load_weights(folder, chunks, config.checkpoint.verify)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = local_device()
         names = [AR] if contract["shift"] else [str(size) for size in config.evaluation.block_sizes]
         result = evaluate(chunks, config, corpus, names, device).to_json()
-        if groups.is_rank_zero():
+        if is_rank_zero():
             folders.write_json(folder / folders.VALIDATION, result)
     finally:
         groups.destroy()
@@ -75,7 +75,7 @@ def _main(config: Any) -> None:
     except ValueError as error:
         log.error("%s", error)
         sys.exit(2)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_rank_zero():
         table = Table("block size", "nats/token", "bits/byte")
         for name, value in result["elbo"].items():
             bits = result["bits_per_byte"].get(name)

@@ -31,6 +31,7 @@ from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import GenerateConfig
 from megatron_dllm.diffusion.decode import Generation, check_prompt, decode
 from megatron_dllm.inference.source import CheckpointSource, read_source
+from megatron_dllm.run.place import world_size
 
 log = logging.getLogger(__name__)
 _AS_TYPED = ("checkpoint", "prompt", "prompts_file", "output", "tokenizer")
@@ -73,7 +74,7 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
         ValueError: an impossible setting, checkpoint or prompt; before the weights are read wherever possible.
     """
     config.validate()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if world_size() != 1:
         raise ValueError(
             f"WORLD_SIZE ({os.environ['WORLD_SIZE']}) must be 1: decoding runs on one rank; "
             "start it with python -m, not torchrun."

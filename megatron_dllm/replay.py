@@ -63,11 +63,11 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
 
     quiet_libraries()
     prepare_host()
-    import torch
 
     from megatron_dllm.checkpoint.saving import load_weights
     from megatron_dllm.model.pipeline import EmbeddingNoise
     from megatron_dllm.parallel import groups
+    from megatron_dllm.parallel.device import local_device
     from megatron_dllm.training.engine import build_chunks
     from megatron_dllm.training.replay import load_step, replay_step
 
@@ -76,7 +76,7 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
     try:
         chunks = build_chunks(config)
         load_weights(checkpoint, chunks, config.checkpoint.verify)
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        device = local_device()
         return record, checkpoint, replay_step(chunks[0], ranks, EmbeddingNoise(**record["embedding_noise"]), device)
     finally:
         groups.destroy()

@@ -6,7 +6,6 @@ Everything a user can get wrong is refused before a process group starts. Exit c
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from megatron_dllm.compose import RECIPES, check_command_line, register_schemas,
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.run.exit_codes import EXIT_FENCED
 from megatron_dllm.run.lease import LeaseLost
+from megatron_dllm.run.place import is_rank_zero, world_size
 
 if TYPE_CHECKING:
     from megatron_dllm.training.loop import Trainer
@@ -30,8 +30,7 @@ def train(config: TrainConfig) -> int:
     Raises:
         ValueError: for a configuration, a corpus or a checkpoint that cannot work, before training starts.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config.validate(world_size)
+    config.validate(world_size())
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()
@@ -41,7 +40,7 @@ def train(config: TrainConfig) -> int:
     from megatron_dllm.training.start import check_inputs, check_world_size, choose_layout
 
     check_inputs(config)
-    check_world_size(config, world_size)
+    check_world_size(config, world_size())
     layout = choose_layout(config)
     groups.initialize(layout, config.run)
     try:
@@ -66,7 +65,7 @@ def _main(config: Any) -> None:
     try:
         code = train(to_train_config(config))
     except ValueError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_rank_zero():
             log.error("%s", error)
         else:
             time.sleep(5.0)  # torchrun ends all ranks with the first: rank 0 speaks before that

@@ -36,6 +36,7 @@ from torch import nn
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.background import BackgroundWrite, Written, hand_over, use_local_results, write_now
 from megatron_dllm.checkpoint.folder import check_identity as check_identity
+from megatron_dllm.parallel.device import local_device
 from megatron_dllm.run.lease import LeaseLost
 
 log = logging.getLogger(__name__)
@@ -234,10 +235,7 @@ class CheckpointWriter:
         except (RuntimeError, TimeoutError) as caught:
             error = caught
         # 2: failed, 1: busy, 0: done; the worst of all ranks.
-        status = torch.tensor(
-            [2 if error is not None else int(written is None)],
-            device=torch.cuda.current_device() if torch.cuda.is_available() else "cpu",
-        )
+        status = torch.tensor([2 if error is not None else int(written is None)], device=local_device())
         dist.all_reduce(status, op=dist.ReduceOp.MAX)
         if status.item() == 2:
             process.kill()

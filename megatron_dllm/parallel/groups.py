@@ -1,25 +1,68 @@
-"""Process groups and random seeds of a run and this rank's place in them."""
+"""The process groups of a layout, made once and handed on; the random seeds that depend on them.
+
+This package is the only reader of megatron-core's `parallel_state`: everything else gets a `Groups`.
+"""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
 
 from megatron_dllm.config import ParallelConfig, RunConfig
 from megatron_dllm.host import prepare_host
 
 
-def world_size() -> int:
-    """Number of ranks as the launcher says it (torchrun's WORLD_SIZE); 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+@dataclass(frozen=True)
+class Groups:
+    """The process groups this rank belongs to; a group knows its `rank()` and `size()`.
 
+    Attributes:
+        world: every rank of the run.
+        tensor: ranks that split each weight and, with sequence parallelism, the tokens between layers.
+        pipeline: ranks that hold successive layers.
+        context: ranks that hold parts of the same rows.
+        data: ranks that read different rows, one of them for each place in the other groups.
+        data_context: ranks that hold the same weights, so `data` times `context`.
+        expert: ranks that hold different experts.
+        virtual_size: model chunks on each pipeline rank; None without virtual pipeline stages.
+    """
 
-def is_rank_zero() -> bool:
-    """Whether this process is the first of the run: the one that logs and writes shared files."""
-    return int(os.environ.get("RANK", "0")) == 0
+    world: ProcessGroup
+    tensor: ProcessGroup
+    pipeline: ProcessGroup
+    context: ProcessGroup
+    data: ProcessGroup
+    data_context: ProcessGroup
+    expert: ProcessGroup
+    virtual_size: int | None = None
+
+    @classmethod
+    def current(cls) -> Groups:
+        """The groups that megatron-core was initialised with (`initialize`)."""
+        return cls(
+            world=torch.distributed.group.WORLD,
+            tensor=parallel_state.get_tensor_model_parallel_group(),
+            pipeline=parallel_state.get_pipeline_model_parallel_group(),
+            context=parallel_state.get_context_parallel_group(),
+            data=parallel_state.get_data_parallel_group(),
+            data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+            expert=parallel_state.get_expert_model_parallel_group(),
+            virtual_size=parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        )
+
+    def is_first_stage(self, vp_stage: int | None = None) -> bool:
+        """Whether this rank (with virtual stages: its chunk `vp_stage`) holds the embedding."""
+        return self.pipeline.rank() == 0 and not vp_stage
+
+    def is_last_stage(self, vp_stage: int | None = None) -> bool:
+        """Whether this rank (with virtual stages: its chunk `vp_stage`) holds the head."""
+        is_last_rank = self.pipeline.rank() == self.pipeline.size() - 1
+        return is_last_rank and (self.virtual_size is None or vp_stage == self.virtual_size - 1)
 
 
 def start_process_group(run: RunConfig) -> None:
@@ -43,7 +86,7 @@ def start_process_group(run: RunConfig) -> None:
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
-def initialize(parallel: ParallelConfig, run: RunConfig) -> None:
+def initialize(parallel: ParallelConfig, run: RunConfig) -> Groups:
     """Start the process group, megatron-core's groups for this layout, and the random seeds.
 
     Weights initialised afterwards differ between layouts: a comparison starts from a checkpoint.
@@ -51,6 +94,9 @@ def initialize(parallel: ParallelConfig, run: RunConfig) -> None:
     Args:
         parallel: sizes of the layout, already validated.
         run: backend, timeout and seed.
+
+    Returns:
+        The groups.
     """
     start_process_group(run)
     parallel_state.initialize_model_parallel(
@@ -63,6 +109,7 @@ def initialize(parallel: ParallelConfig, run: RunConfig) -> None:
         distributed_timeout_minutes=run.distributed_timeout_minutes,
     )
     seed_everything(run.seed)
+    return Groups.current()
 
 
 def seed_everything(seed: int) -> None:

@@ -30,6 +30,7 @@ from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.evaluation.elbo import AR, EvaluationStopped, Validation, evaluate, validation_names
 from megatron_dllm.model.pipeline import EmbeddingNoise
+from megatron_dllm.parallel.device import local_device
 from megatron_dllm.run.code_version import code_state
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.training.engine import build_engine, set_learning_rate
@@ -78,9 +79,7 @@ class Trainer:
         self.folder = Path(config.run.root) / config.run.name
         self.checkpoints = self.folder / "checkpoints"
         self.is_rank_zero = dist.get_rank() == 0
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else (torch.device("cpu"))
-        )
+        self.device = local_device()
         self.schedule = BlockSchedule.from_config(config.schedule)
         self.corpus = Corpus(config.data.train, config.model, config.data.tokenizer)
         self.validation = (

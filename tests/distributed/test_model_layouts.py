@@ -164,7 +164,9 @@ def _run_layout(
     from megatron_dllm.parallel import groups
 
     model = _model(model_name)
-    layout.validate(groups.world_size(), model)
+    from megatron_dllm.run.place import world_size
+
+    layout.validate(world_size(), model)
     parallel_state.destroy_model_parallel()
     groups.initialize(layout, RunConfig(name="test"))
     with pytest.MonkeyPatch.context() as patch:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.roles import DOC
+from megatron_dllm.parallel.device import local_device
 
 _DIGEST_BYTES = 32
 
@@ -57,7 +58,7 @@ def step_fingerprint(micro_batches: Sequence[Batch]) -> str:
     """
     local = np.frombuffer(b"".join(digest for batch in micro_batches for digest in row_digests(batch)), np.uint8)
     rows = micro_batches[0].input_ids.shape[0]
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    device = local_device()
     mine = torch.from_numpy(local.copy()).to(device)
     group = parallel_state.get_data_parallel_group()
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
@@ -73,7 +74,7 @@ def check_agreement(fingerprint: str) -> None:
     Raises:
         RuntimeError: on every rank, naming the ranks that stand apart from the first.
     """
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    device = local_device()
     number = int(fingerprint[:15], 16)
     extremes = torch.tensor([number, -number], device=device)
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dllm.parallel.groups import is_rank_zero, world_size
+from megatron_dllm.run.place import is_rank_zero, world_size
 
 
 def test_place_in_the_run_comes_from_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
