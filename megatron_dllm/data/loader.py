@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_dllm.data.batch import Batch, Row, RowContent, build_row, collate
+from megatron_dllm.data.batch import Batch, collate
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import LENGTH, RowPlan, RowStream, row_forward_tokens
+from megatron_dllm.data.row import Row, RowContent, build_row
 from megatron_dllm.diffusion.noise import NoiseSpec
 
 

@@ -1,0 +1,45 @@
+"""Rows built from lengths alone, whose tokens can be told apart."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.packing import RowPlan
+from megatron_dllm.data.row import Row, RowContent, build_row
+from megatron_dllm.diffusion.noise import NoiseSpec
+
+MASK, PAD = 99, 98
+
+
+def spec(num_views: int = 1, **changes: object) -> NoiseSpec:
+    settings = {
+        "t_unit": "block",
+        "is_stratified": True,
+        "at_least_one": True,
+        "loss_weight": "elbo",
+        "t_min": 0.1,
+        "t_max": 0.9,
+        "num_views": num_views,
+    } | changes
+    return NoiseSpec(**settings)
+
+
+def make_row(
+    lengths: list[int],
+    geometry: RowGeometry,
+    noise: NoiseSpec | None,
+    *,
+    epoch: int = 0,
+    sample_ids: list[int] | None = None,
+    loss_mask: np.ndarray | None = None,
+) -> Row:
+    """A row whose tokens are 1, 2, 3, ... of sample 0, then 1, 2, 3, ... + 10 of sample 1, and so on."""
+    sample_ids = list(range(0, 100 * len(lengths), 100)) if sample_ids is None else sample_ids
+    pieces = np.array([[i, 0, n, i] for i, n in enumerate(lengths)], dtype=np.int64).reshape(-1, 4)
+    pieces[:, 3] = np.array(sample_ids) // 100
+    clean_ids = np.concatenate(
+        [np.zeros(0, np.int64), *[1 + np.arange(n) + s // 10 for s, n in zip(sample_ids, lengths, strict=True)]]
+    )
+    content = RowContent(clean_ids, np.array(sample_ids, dtype=np.int64), loss_mask)
+    return build_row(RowPlan(pieces, epoch), content, geometry, noise, seed=0, mask_token_id=MASK, pad_token_id=PAD)

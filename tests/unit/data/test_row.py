@@ -1,0 +1,204 @@
+"""Rows by hand, and the rules every row obeys whatever its noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dllm.data import row as row_module
+from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.packing import row_forward_tokens
+from megatron_dllm.data.row import Row
+from megatron_dllm.data.shuffle import mix_key
+from megatron_dllm.diffusion.noise import NoiseSpec, PieceNoise
+from megatron_dllm.diffusion.roles import visible
+from tests.unit.data.made_rows import MASK, PAD, make_row, spec
+
+
+def fix_noise(monkeypatch: pytest.MonkeyPatch, masks: dict[int, list[list[int]]]) -> list[dict]:
+    """Let sample s be masked by masks[s], with weight 10 + view and t = 0.1 * (1 + position)."""
+    calls = []
+
+    def fixed(noise: NoiseSpec, **arguments: object) -> PieceNoise:
+        calls.append(arguments)
+        masked = np.array(masks[arguments["sample_id"]], dtype=bool)
+        views, size = masked.shape
+        weights = np.where(masked, 10.0 + np.arange(1, views + 1)[:, None], 0.0).astype(np.float32)
+        return PieceNoise(masked, weights, np.tile(0.1 * (1 + np.arange(size)), (views, 1)).astype(np.float32))
+
+    monkeypatch.setattr(row_module, "sample_noise", fixed)
+    return calls
+
+
+def test_block_diffusion_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fix_noise(monkeypatch, {0: [[0, 1, 0, 0, 1]], 100: [[1, 0]]})
+    row = make_row([5, 2], RowGeometry("block_diffusion", 2, 8, 16, 1), spec(), epoch=3)
+    # Piece 0: 5 noisy, 4 clean (blocks of 2, 2, 1: the last is not read). Piece 1: one block, no clean copy.
+    assert row.input_ids.tolist() == [1, 99, 3, 4, 99, 1, 2, 3, 4, 99, 12] + [PAD] * 5
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1] + [0] * 5
+    assert row.roles[:, 0].tolist() == [0] * 9 + [1] * 2 + [-1] * 5
+    assert row.roles[:, 1].tolist() == [0, 0, 1, 1, 2, 0, 0, 1, 1, 0, 0] + [0] * 5
+    assert row.roles[:, 2].tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1] + [0] * 5
+    assert np.flatnonzero(row.is_masked).tolist() == [1, 4, 9]
+    assert row.target_positions.tolist() == [1, 4, 9]
+    assert row.target_ids.tolist() == [2, 5, 11]
+    assert row.loss_weights.tolist() == [11.0, 11.0, 11.0]
+    np.testing.assert_allclose(row.target_t, [0.2, 0.5, 0.1], rtol=1e-6)
+    assert (row.num_maskable, row.num_document_tokens, row.num_forward_tokens) == (7, 7, 11)
+    assert row.row_key == mix_key(3, 0)
+    assert row.sample_ids.tolist() == [0, 100]
+    assert [(c["sample_id"], c["ordinal"], c["epoch"], c["block_ids"].tolist()) for c in calls] == [
+        (0, 0, 3, [0, 0, 1, 1, 2]),
+        (100, 1, 3, [0, 0]),
+    ]
+
+
+def test_complementary_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_noise(monkeypatch, {0: [[1, 0, 0], [0, 1, 1]]})
+    row = make_row([3], RowGeometry("block_diffusion", 2, 4, 12, 2), spec(2))
+    assert row.input_ids.tolist() == [99, 2, 3, 1, 99, 99, 1, 2] + [PAD] * 4
+    assert row.roles[:8].tolist() == [
+        [0, 0, 1],
+        [0, 0, 1],
+        [0, 1, 1],
+        [0, 0, 2],
+        [0, 0, 2],
+        [0, 1, 2],
+        [0, 0, 0],
+        [0, 0, 0],
+    ]
+    assert row.target_positions.tolist() == [0, 4, 5]
+    assert row.target_ids.tolist() == [1, 2, 3]
+    assert row.loss_weights.tolist() == [11.0, 12.0, 12.0]
+    assert (row.num_maskable, row.num_document_tokens, row.num_forward_tokens) == (6, 3, 8)
+
+
+def test_mdlm_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_noise(monkeypatch, {0: [[1, 1, 0]], 100: [[0, 0, 0, 1]]})
+    row = make_row([3, 4], RowGeometry("block_diffusion", 4, 4, 8, 1), spec())
+    assert row.input_ids.tolist() == [99, 99, 3, 11, 12, 13, 99, PAD]
+    assert row.roles.tolist() == [[0, 0, 1]] * 3 + [[1, 0, 1]] * 4 + [[-1, 0, 0]]
+    assert row.target_ids.tolist() == [1, 2, 14]
+
+
+def test_ar_row_by_hand() -> None:
+    row = make_row([3, 1, 2], RowGeometry("ar", 1, 4, 8, 0), None)
+    assert row.input_ids.tolist() == [1, 2, 3, 11, 21, 22, PAD, PAD]
+    assert row.roles.tolist() == [
+        [0, 0, 0],
+        [0, 1, 0],
+        [0, 2, 0],
+        [1, 0, 0],
+        [2, 0, 0],
+        [2, 1, 0],
+        [-1, 0, 0],
+        [-1, 0, 0],
+    ]
+    # The last token of a piece predicts nothing.
+    assert row.target_positions.tolist() == [0, 1, 4]
+    assert row.target_ids.tolist() == [2, 3, 22]
+    assert row.loss_weights.tolist() == [1.0] * 3 and row.target_t.tolist() == [0.0] * 3
+    assert (row.num_maskable, row.num_document_tokens, row.num_forward_tokens) == (3, 6, 6)
+    assert not row.is_masked.any()
+
+
+def test_row_grid_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fix_noise(monkeypatch, {0: [[1, 0, 0]], 100: [[0, 1, 0, 0]]})
+    row = make_row([3, 4], RowGeometry("block_diffusion", 2, 4, 16, 1, block_origin="row"), spec())
+    # Tokens 0..6 of the row in blocks of 2: piece 0 has sizes 2, 1; piece 1 starts in mid-block with 1, 2, 1.
+    assert row.roles[:, 1].tolist() == [0, 0, 1, 0, 0, 1, 2, 2, 3, 1, 2, 2] + [0] * 4
+    assert row.roles[:, 2].tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0] + [0] * 4
+    assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 2] + [0] * 4
+    assert calls[1]["block_ids"].tolist() == [0, 1, 1, 2]
+
+
+def test_tokens_outside_the_loss_mask_carry_no_loss() -> None:
+    loss_mask = np.array([0, 0, 1, 1, 1, 0, 1], dtype=bool)
+    row = make_row([5, 2], RowGeometry("ar", 1, 8, 8, 0), None, loss_mask=loss_mask)
+    assert row.target_ids.tolist() == [3, 4, 5, 12] and row.num_maskable == 4
+    row = make_row([5, 2], RowGeometry("block_diffusion", 4, 8, 24, 2), spec(2), loss_mask=loss_mask)
+    assert sorted(row.target_ids.tolist()) == [3, 4, 5, 12]  # a complementary pair masks each of them once
+    assert row.num_maskable == 8
+    assert (row.input_ids[:2] == [1, 2]).all()
+
+
+def test_row_of_no_pieces_is_padding() -> None:
+    for geometry, noise in [
+        (RowGeometry("ar", 1, 4, 8, 0), None),
+        (RowGeometry("block_diffusion", 2, 4, 8, 1), spec()),
+    ]:
+        row = make_row([], geometry, noise)
+        assert (row.input_ids == PAD).all() and (row.roles == [-1, 0, 0]).all()
+        assert (row.num_maskable, row.num_document_tokens, row.num_forward_tokens, len(row.target_ids)) == (0, 0, 0, 0)
+
+
+GEOMETRIES = [
+    RowGeometry("block_diffusion", 4, 32, 96, 1),
+    RowGeometry("block_diffusion", 8, 32, 96, 2),
+    RowGeometry("block_diffusion", 32, 32, 64, 1),
+    RowGeometry("block_diffusion", 1, 32, 96, 1),
+    RowGeometry("block_diffusion", 8, 32, 96, 1, block_origin="row"),
+    RowGeometry("block_diffusion", 4, 32, 96, 1, prune_clean=False),
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_rules_of_every_diffusion_row(geometry: RowGeometry) -> None:
+    lengths = [13, 1, 9, 6]
+    row = make_row(lengths, geometry, spec(geometry.num_views))
+    clean_ids = np.concatenate([1 + np.arange(n) + 10 * i for i, n in enumerate(lengths)])
+    starts = np.cumsum(lengths) - lengths
+    doc, block, view = row.roles.T
+    present = doc >= 0
+    expected_ids = clean_ids[np.where(present, starts[doc] + row.position_ids, 0)]
+    assert row.num_forward_tokens == present.sum() == row_forward_tokens(geometry, lengths)
+    assert (row.input_ids[present & ~row.is_masked] == expected_ids[present & ~row.is_masked]).all()
+    assert (row.input_ids[row.is_masked] == MASK).all() and (view[row.is_masked] > 0).all()
+    assert (row.target_positions == np.flatnonzero(row.is_masked)).all()
+    assert (row.target_ids == expected_ids[row.target_positions]).all()
+    assert (row.loss_weights > 0).all() and ((row.target_t > 0) & (row.target_t < 1)).all()
+    if geometry.block_origin == "document":
+        assert (block[present] == row.position_ids[present] // geometry.block_size).all()
+    for number in range(1, geometry.num_views + 1):
+        keys = [(d, p) for d, p, v in zip(doc, row.position_ids, view, strict=True) if v == number]
+        assert keys == [(d, p) for d, n in enumerate(lengths) for p in range(n)]
+    if geometry.num_views == 2:
+        masked = [row.is_masked[view == number] for number in (1, 2)]
+        assert (masked[0] ^ masked[1]).all()
+
+
+@pytest.mark.parametrize("block_origin", ["document", "row"])
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("block_size", [1, 3, 8, 16])
+def test_pruned_clean_tokens_are_seen_by_no_noisy_query(block_origin: str, num_views: int, block_size: int) -> None:
+    lengths = [11, 1, 5, 7]
+
+    def seen_keys(prune_clean: bool) -> dict:
+        geometry = RowGeometry("block_diffusion", block_size, 16, 128, num_views, block_origin, prune_clean)
+        row = make_row(lengths, geometry, spec(num_views))
+        roles = torch.from_numpy(row.roles)
+        allowed = visible(roles, roles).numpy()
+        names = list(zip(*row.roles.T[[0, 2]].tolist(), row.position_ids.tolist(), row.input_ids.tolist(), strict=True))
+        return {names[q][:3]: {names[k] for k in np.flatnonzero(allowed[q])} for q in range(128) if names[q][1] > 0}
+
+    pruned, expected_keys = seen_keys(True), seen_keys(False)
+    assert len(pruned) == num_views * sum(lengths)
+    assert pruned == expected_keys
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES[:4])
+def test_a_piece_has_the_same_noise_in_another_row(geometry: RowGeometry) -> None:
+    def pieces_of(row: Row) -> dict:
+        """Everything the row says about each sample, by copy."""
+        is_target = np.zeros(geometry.row_length)
+        is_target[row.target_positions] = row.loss_weights
+        content = np.stack([row.input_ids, row.position_ids, row.roles[:, 1], row.roles[:, 2], is_target])
+        return {int(s): content[:, row.roles[:, 0] == i].tolist() for i, s in enumerate(row.sample_ids)}
+
+    noise = spec(geometry.num_views, at_least_one=False)
+    expected_pieces = pieces_of(make_row([13, 9, 6], geometry, noise, sample_ids=[0, 100, 200]))
+    assert pieces_of(make_row([6, 13], geometry, noise, sample_ids=[200, 0])) == {
+        s: expected_pieces[s] for s in (200, 0)
+    }
+    assert pieces_of(make_row([13], geometry, noise, epoch=1, sample_ids=[0]))[0] != expected_pieces[0]
