@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,8 +30,8 @@ def take_context_shard(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
     """This context-parallel rank's tokens of the micro-batch.
 
     Tensors per token become [b, s / cp_size]; targets are those of these tokens, with positions that count in
-    the shard. Row keys, sample ids and the counts (num_maskable, ...) stay those of the whole rows: they must
-    not be summed over context-parallel ranks.
+    the shard. What counts rows and pieces and the totals (num_maskable, ...) stay those of the whole rows: totals
+    must not be summed over context-parallel ranks.
 
     Args:
         batch: whole rows, on the CPU; the same on every rank of the group.
@@ -42,19 +40,4 @@ def take_context_shard(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
     """
     if cp_size == 1:
         return batch
-    tokens = deal_context(batch, cp_size)[:, cp_rank]
-    num_rows, length = batch.input_ids.shape
-    per_token = {name: getattr(batch, name).gather(1, tokens) for name in ("input_ids", "position_ids", "is_masked")}
-    flat = (tokens + torch.arange(num_rows).unsqueeze(-1) * length).reshape(-1)
-    place = torch.full((num_rows * length,), -1, dtype=torch.int64)
-    place[flat] = torch.arange(len(flat))
-    local = place[batch.target_positions]
-    mine = local >= 0
-    per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
-    return replace(
-        batch,
-        roles=batch.roles.flatten(0, 1)[flat].view(num_rows, -1, 3),
-        target_positions=local[mine],
-        **per_token,
-        **per_target,
-    )
+    return batch.take_tokens(deal_context(batch, cp_size)[:, cp_rank])

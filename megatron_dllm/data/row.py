@@ -29,18 +29,22 @@ BoolArray = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Row:
-    """One row in numpy: the fields of `Batch` without the row dimension; `target_positions` count inside the row."""
+    """One row in numpy, under the names of `Batch`: tokens are [s], `target_positions` count inside the row.
 
+    What `Batch` has once a row ([b]) is [1] here, and its totals are numbers.
+    """
+
+    sample_ids: IntArray
+    num_pieces: IntArray
+    row_keys: IntArray
     input_ids: IntArray
     position_ids: IntArray
     roles: NDArray[np.int32]
     is_masked: BoolArray
     target_positions: IntArray
     target_ids: IntArray
-    loss_weights: FloatArray
     target_t: FloatArray
-    row_key: int
-    sample_ids: IntArray
+    loss_weights: FloatArray
     num_maskable: int
     num_document_tokens: int
     num_forward_tokens: int
@@ -130,7 +134,8 @@ def build_row(
         target_ids=target_ids,
         loss_weights=weights,
         target_t=levels,
-        row_key=row_key,
+        row_keys=np.array([row_key], dtype=np.int64),
+        num_pieces=np.array([len(content.sample_ids)], dtype=np.int64),
         sample_ids=content.sample_ids,
         num_maskable=num_maskable,
         num_document_tokens=len(content.clean_ids),

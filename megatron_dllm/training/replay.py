@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.nll import weighted_nll
-from megatron_dllm.diffusion.roles import DOC
 from megatron_dllm.model.pipeline import EmbeddingNoise
 
 
@@ -84,31 +83,6 @@ def load_step(folder: Path) -> list[list[Batch]]:
     return ranks
 
 
-def split_rows(batch: Batch) -> list[Batch]:
-    """One batch for each row. The counts (num_maskable, ...) stay those of the whole."""
-    num_rows, length = batch.input_ids.shape
-    pieces = (batch.roles[..., DOC].max(dim=1).values + 1).tolist()
-    samples = batch.sample_ids.split(pieces)
-    rows = []
-    for row in range(num_rows):
-        mine = batch.target_positions // length == row
-        per_row = {
-            name: getattr(batch, name)[row : row + 1]
-            for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys")
-        }
-        per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
-        rows.append(
-            replace(
-                batch,
-                target_positions=batch.target_positions[mine] - row * length,
-                sample_ids=samples[row],
-                **per_row,
-                **per_target,
-            )
-        )
-    return rows
-
-
 @dataclass(frozen=True)
 class RowReplay:
     """What one row did: its share of the step's loss and gradient (the shares of all rows add up to the step's).
@@ -156,7 +130,7 @@ def replay_step(model: nn.Module, ranks: list[list[Batch]], noise: EmbeddingNois
     rows = []
     for data_rank, batches in enumerate(ranks):
         for index, batch in enumerate(batches):
-            for row, single in enumerate(split_rows(batch)):
+            for row, single in enumerate(batch.split_rows()):
                 model.zero_grad(set_to_none=True)
                 with _first_bad_module(model) as bad:
                     nll, _ = model(single.to(device), mask_noise_sigma=noise.sigma, noise_seed=noise.seed)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.diffusion.roles import DOC
 from megatron_dllm.parallel.device import local_device
 
 _DIGEST_BYTES = 32
@@ -23,25 +22,10 @@ _DIGEST_BYTES = 32
 
 def row_digests(batch: Batch) -> list[bytes]:
     """SHA-256 of every row of a micro-batch of whole rows: sample ids, tokens, masks, targets, weights and t."""
-    num_rows, length = batch.input_ids.shape
-    pieces = (batch.roles[..., DOC].max(dim=1).values + 1).tolist()
-    samples = batch.sample_ids.split(pieces)
-    row_of_target = batch.target_positions // length
     digests = []
-    for row in range(num_rows):
-        mine = row_of_target == row
-        parts = (
-            samples[row],
-            batch.row_keys[row],
-            batch.input_ids[row],
-            batch.is_masked[row],
-            batch.target_positions[mine] - row * length,
-            batch.target_ids[mine],
-            batch.target_t[mine],
-            batch.loss_weights[mine],
-        )
+    for row in batch.split_rows():
         digest = hashlib.sha256()
-        for part in parts:
+        for part in row.digested():
             digest.update(np.ascontiguousarray(part.cpu().numpy()).tobytes())
         digests.append(digest.digest())
     return digests

@@ -12,7 +12,7 @@ from megatron_dllm.data.context_shard import deal_context, take_context_shard
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
 
-COUNTS = ("row_keys", "sample_ids", "num_maskable", "num_document_tokens", "num_forward_tokens")
+COUNTS = ("row_keys", "sample_ids", "num_pieces", "num_maskable", "num_document_tokens", "num_forward_tokens")
 
 
 @pytest.fixture
@@ -59,6 +59,17 @@ def test_targets_point_at_the_same_tokens(batch: Batch, cp_size: int) -> None:
 
     found = [name for rank in range(cp_size) for name in named(take_context_shard(batch, rank, cp_size))]
     assert sorted(found) == sorted(named(batch)) and len(found) > 20
+
+
+@pytest.mark.parametrize("cp_size", [2, 4])
+def test_sums_over_documents_add_up_over_shards(batch: Batch, cp_size: int) -> None:
+    def sums(part: Batch) -> torch.Tensor:
+        zero = torch.zeros(len(part.sample_ids), dtype=torch.float64)
+        return zero.index_add(0, part.target_pieces, part.loss_weights.double())
+
+    shards = [take_context_shard(batch, rank, cp_size) for rank in range(cp_size)]
+    torch.testing.assert_close(sum(sums(shard) for shard in shards), sums(batch), rtol=1e-12, atol=0)
+    assert sums(batch).count_nonzero() == 4  # every document of the batch
 
 
 def test_one_rank_keeps_the_batch(batch: Batch) -> None:

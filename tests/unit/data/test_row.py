@@ -46,7 +46,7 @@ def test_block_diffusion_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.loss_weights.tolist() == [11.0, 11.0, 11.0]
     np.testing.assert_allclose(row.target_t, [0.2, 0.5, 0.1], rtol=1e-6)
     assert (row.num_maskable, row.num_document_tokens, row.num_forward_tokens) == (7, 7, 11)
-    assert row.row_key == mix_key(3, 0)
+    assert row.row_keys.tolist() == [mix_key(3, 0)]
     assert row.sample_ids.tolist() == [0, 100]
     assert [(c["sample_id"], c["ordinal"], c["epoch"], c["block_ids"].tolist()) for c in calls] == [
         (0, 0, 3, [0, 0, 1, 1, 2]),

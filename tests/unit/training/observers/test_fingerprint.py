@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -25,7 +26,7 @@ def _row(batch: Batch, row: int, samples: slice) -> Batch:
     mine = batch.target_positions // length == row
     per_row = {
         name: getattr(batch, name)[row : row + 1]
-        for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys")
+        for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys", "num_pieces")
     }
     per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
     return replace(
@@ -41,6 +42,15 @@ def test_rows_have_the_same_digest_in_any_micro_batch(batch: Batch) -> None:
     alone = [_row(batch, row, samples) for row, samples in enumerate([slice(0, 2), slice(2, 3), slice(3, 6)])]
     assert [digest for part in alone for digest in row_digests(part)] == row_digests(batch)
     assert len(set(row_digests(batch))) == 3
+
+
+def test_the_digest_is_of_these_fields_in_this_order(batch: Batch) -> None:
+    """The order that every recorded fingerprint was made in."""
+    row = _row(batch, 1, slice(2, 3))
+    names = ("sample_ids", "row_keys", "input_ids", "is_masked")
+    names += ("target_positions", "target_ids", "target_t", "loss_weights")
+    content = b"".join(getattr(row, name).numpy().tobytes() for name in names)
+    assert row_digests(batch)[1] == hashlib.sha256(content).digest()
 
 
 @pytest.mark.parametrize(
