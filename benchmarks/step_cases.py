@@ -234,7 +234,7 @@ def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, attentio
 def loss_of(built: Any, batch: Batch, variant: Variant) -> Tensor:
     """[] weighted loss of the masked tokens."""
     if variant.head:
-        return (built(batch)[0] * batch.loss_weights).sum()
+        return (built(batch).nll * batch.loss_weights).sum()
     every = torch.arange(batch.input_ids.numel(), device=batch.input_ids.device)
     hidden = built._decode(built._embed(batch, 0.0, 0), batch.position_ids, batch.roles, every)
     logits = torch.matmul(hidden, built._head_weight().t()).float()

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.attention.core import RoleAttention
 from megatron_dllm.model.embedding import mask_noise_std, mean_row_norm, token_normals
 from megatron_dllm.model.experts import BatchedExperts
@@ -272,7 +273,8 @@ class DiffusionGPTModel(GPTModel):
         batch: Batch,
         mask_noise_sigma: float = 0.0,  # type: ignore[override]
         noise_seed: int = 0,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        with_entropy: bool = False,
+    ) -> Tensor | TargetOutputs:
         """Negative log-likelihood of the batch's targets.
 
         Args:
@@ -280,16 +282,19 @@ class DiffusionGPTModel(GPTModel):
             mask_noise_sigma: noise on the embedding of masked tokens, as a fraction of the mean row norm;
                 only while training.
             noise_seed: seed of that noise; another value per step gives independent noise.
+            with_entropy: also compute the entropy of each prediction.
 
         Returns:
-            On the last pipeline stage nll [T] fp32 (nats) and is_correct [T] bool, else the hidden states
-            [s/(cp x tp), b, h] for the next stage (s/cp without sequence parallelism).
+            On the last pipeline stage the outputs of the T targets, else the hidden states [s/(cp x tp), b, h] for
+            the next stage (s/cp without sequence parallelism).
         """
         hidden = self._embed(batch, mask_noise_sigma, noise_seed) if self.pre_process else None
         hidden = self._decode(hidden, batch.position_ids, batch.roles, batch.target_positions)
         if not self.post_process:
             return hidden
-        return target_cross_entropy(hidden, self._head_weight(), batch.target_ids, self.tp_group)
+        return target_cross_entropy(
+            hidden, self._head_weight(), batch.target_ids, self.tp_group, with_entropy=with_entropy
+        )
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, positions: Tensor) -> Tensor:
         """Logits of chosen tokens, on a model of one pipeline stage.

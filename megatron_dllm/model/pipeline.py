@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.data.context_shard import take_context_shard
 from megatron_dllm.diffusion.losses.nll import bucket_sums, weighted_nll
+from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 
 # Layout of the vector of sums that one forward pass contributes: the weighted loss, the unweighted
 # NLL, the correct predictions, the targets, the denominator; then (nll, count, correct) per t bucket.
@@ -32,13 +33,13 @@ class EmbeddingNoise:
     seed: int = 0
 
 
-def _loss(batch: Batch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(batch: Batch, output: TargetOutputs) -> tuple[Tensor, Tensor, Tensor]:
     """(loss sum, denominator, sums): megatron divides the gradient once, by the global denominator.
 
     Under context parallelism the denominator is counted by the first rank alone, since every rank
     of the group holds a part of the same rows.
     """
-    nll, is_correct = output
+    nll, is_correct = output.nll, output.is_correct
     loss = weighted_nll(nll, batch.loss_weights)
     owner = 1 if parallel_state.get_context_parallel_rank() == 0 else 0
     maskable = batch.num_maskable * owner

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.nll import weighted_nll
+from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.pipeline import EmbeddingNoise
 
 
@@ -133,8 +134,8 @@ def replay_step(model: nn.Module, ranks: list[list[Batch]], noise: EmbeddingNois
             for row, single in enumerate(batch.split_rows()):
                 model.zero_grad(set_to_none=True)
                 with _first_bad_module(model) as bad:
-                    nll, _ = model(single.to(device), mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
-                    loss = weighted_nll(nll, single.loss_weights.to(device)) / denominator
+                    outputs = model(single.to(device), mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
+                    loss = weighted_nll(outputs.nll, single.loss_weights.to(device)) / denominator
                 loss.backward()
                 rows.append(
                     _row_replay(
@@ -180,6 +181,7 @@ def _first_bad_module(model: nn.Module) -> Iterator[list[str]]:
     for name, module in model.named_modules():
 
         def look(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+            output = output.nll if isinstance(output, TargetOutputs) else output
             tensors = output if isinstance(output, tuple | list) else (output,)
             if any(isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors):
                 bad.append(name or "the loss")

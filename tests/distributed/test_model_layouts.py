@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.ranks import run_ranks
 from megatron_dllm.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from tests.reference_model import random_weights, tiny_model, to_megatron
 from tests.tiny_batch import tiny_batch
 
@@ -84,10 +85,10 @@ def _rows(model: ModelConfig) -> list[Batch]:
     return [tiny_batch(model, [row], ROW_LENGTH, block_size=4, seed=index) for index, row in enumerate(ROWS)]
 
 
-def _loss(batch: Batch, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(batch: Batch, output: TargetOutputs) -> tuple[Tensor, Tensor, Tensor]:
     from megatron.core import parallel_state
 
-    nll, is_correct = output
+    nll, is_correct = output.nll, output.is_correct
     loss = (nll * batch.loss_weights).sum()
     count = batch.num_maskable if parallel_state.get_context_parallel_rank() == 0 else torch.tensor(0)
     return loss, count.int(), torch.stack([loss.detach(), nll.detach().sum(), is_correct.sum().float()]).double()

@@ -144,8 +144,7 @@ def _loss_and_gradients(
         plan = stream.next(geometry)
         documents += len({int(d) for d in plan.pieces[:, 0]})
         batch = collate([dataset[plan]])
-        nll, _ = model(batch)
-        loss = (nll * batch.loss_weights).sum()
+        loss = (model(batch).nll * batch.loss_weights).sum()
         loss.backward()
         total, forward_tokens = total + float(loss), forward_tokens + int(batch.num_forward_tokens)
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, forward_tokens

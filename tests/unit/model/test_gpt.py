@@ -54,7 +54,8 @@ def test_loss_and_gradients_equal_the_reference(kind: str, changes: dict[str, An
     batch = tiny_batch(model, ROWS, **BATCHES[kind])
     weights = {name: value.requires_grad_() for name, value in random_weights(model).items()}
     built = _build(model, weights)
-    nll, is_correct = built(batch)
+    outputs = built(batch)
+    nll, is_correct = outputs.nll, outputs.is_correct
     expected_nll, expected_correct = _expected_loss(model, weights, batch)
     torch.testing.assert_close(nll, expected_nll, rtol=1e-5, atol=1e-5)
     assert torch.equal(is_correct, expected_correct)
@@ -88,7 +89,7 @@ def test_recomputing_changes_nothing(recompute: str) -> None:
     gradients = []
     for setting in ("none", recompute):
         built = _build(model, weights, recompute=setting).train()
-        nll, _ = built(batch, mask_noise_sigma=0.3, noise_seed=5)
+        nll = built(batch, mask_noise_sigma=0.3, noise_seed=5).nll
         nll.sum().backward()
         gradients.append((nll, {name: value.grad for name, value in built.named_parameters()}))
     (expected_nll, expected), (nll, got) = gradients
@@ -112,7 +113,7 @@ def test_no_loss_sees_clean_tokens_of_its_block_or_later_or_of_other_documents()
     for document, block in ((0, 0), (0, 2), (1, 1)):
         of_block = (roles == torch.tensor([document, block, 1])).all(-1)[batch.target_positions]
         assert of_block.any()
-        nll, _ = built(batch)
+        nll = built(batch).nll
         (gradient,) = torch.autograd.grad(nll[of_block].sum(), seen["embeddings"])
         reached = gradient[:, 0].abs().amax(-1) > 0
         clean_before = (roles[:, VIEW] == CLEAN_VIEW) & (roles[:, BLOCK] < block)
@@ -125,16 +126,16 @@ def test_padding_does_not_change_the_loss() -> None:
     model = tiny_model()
     built = _build(model, random_weights(model))
     short, long = (tiny_batch(model, [[13]], row_length=length, block_size=4) for length in (26, 40))
-    torch.testing.assert_close(built(short)[0], built(long)[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(built(short).nll, built(long).nll, rtol=1e-6, atol=1e-6)
 
 
 def test_a_batch_without_targets_has_gradients_of_zero() -> None:
     model = tiny_model()
     built = _build(model, random_weights(model))
     batch = tiny_batch(model, [[13]], row_length=26, block_size=4, mask_ratio=0.0)
-    nll, is_correct = built(batch)
-    assert nll.shape == is_correct.shape == (0,)
-    nll.sum().backward()
+    outputs = built(batch)
+    assert outputs.nll.shape == outputs.is_correct.shape == (0,)
+    outputs.nll.sum().backward()
     assert all(value.grad is not None and not value.grad.any() for value in built.parameters())
 
 
@@ -162,7 +163,7 @@ def test_bf16_keeps_expert_bias_in_fp32() -> None:
     weights = random_weights(model)
     wrapped.load_state_dict(to_megatron(model, weights), strict=False)
     batch = tiny_batch(model, ROWS, row_length=56, block_size=4)
-    nll, _ = wrapped(batch)
+    nll = wrapped(batch).nll
     nll.sum().backward()
     assert nll.dtype == torch.float32
     expected_nll, _ = _expected_loss(model, weights, batch)

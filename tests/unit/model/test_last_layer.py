@@ -39,9 +39,9 @@ def _build(model: ModelConfig, parallel: ParallelConfig | None = None, backend: 
 
 def _with_gradients(built: Any, batch: Batch) -> tuple[list[Tensor], dict[str, Tensor]]:
     built.zero_grad()
-    nll, is_correct = built(batch, mask_noise_sigma=0.3, noise_seed=5)
-    (nll * batch.loss_weights).sum().backward()
-    return [nll, is_correct], {name: value.grad.clone() for name, value in built.named_parameters()}
+    outputs = built(batch, mask_noise_sigma=0.3, noise_seed=5)
+    (outputs.nll * batch.loss_weights).sum().backward()
+    return [outputs.nll, outputs.is_correct], {name: value.grad.clone() for name, value in built.named_parameters()}
 
 
 @pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix", "flex"])

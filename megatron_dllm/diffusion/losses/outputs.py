@@ -1,0 +1,22 @@
+"""What the model says about the targets of a micro-batch: all that a loss is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TargetOutputs:
+    """One value for each of the T targets of a micro-batch, in the order of `Batch.target_ids`.
+
+    Attributes:
+        nll: [T] fp32 negative log-likelihood of the target, nats.
+        is_correct: [T] bool, whether the target is the most likely token; of equal logits the lowest id wins.
+        entropy: [T] fp32 entropy of the predicted distribution, nats; None unless the caller asked for it.
+    """
+
+    nll: Tensor
+    is_correct: Tensor
+    entropy: Tensor | None = None
