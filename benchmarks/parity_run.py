@@ -95,7 +95,9 @@ def compare(
 def train(layout: Layout, stage: str, folder: Path) -> Trained:
     """Two optimizer steps of a stage from the start checkpoint, with the program's own loader, engine and step."""
     from megatron_dllm.checkpoint.saving import load_weights
+    from megatron_dllm.model.objective import objective_of
     from megatron_dllm.model.pipeline import EmbeddingNoise
+    from megatron_dllm.parallel.groups import Groups
     from megatron_dllm.training.engine import build_engine, set_learning_rate
     from megatron_dllm.training.observers.fingerprint import step_fingerprint
     from megatron_dllm.training.step import train_step
@@ -103,7 +105,8 @@ def train(layout: Layout, stage: str, folder: Path) -> Trained:
     config = train_config(layout, STAGES[stage], folder / "corpus")
     if layout.defect is None:
         config.validate(dist.get_world_size())
-    engine = build_engine(config)
+    engine = build_engine(config, Groups.current())
+    objective = objective_of(config.schedule.stages["only"], config.noise)
     if layout.model == SKIPPING:
         _check_skipping(engine.chunks, layout not in EXPECTED.values())
     load_weights(folder / _start(layout), engine.chunks, hash_content=False)
@@ -112,7 +115,7 @@ def train(layout: Layout, stage: str, folder: Path) -> Trained:
     losses, norms, fingerprints = [], [], []
     for index, step in enumerate(islice(_loader(config), NUM_STEPS)):
         noise = EmbeddingNoise(EMBEDDING_NOISE.get(stage, 0.0), 1000 + index)
-        result = train_step(engine, step.micro_batches, torch.device("cpu"), noise)
+        result = train_step(engine, step.micro_batches, torch.device("cpu"), objective, noise)
         assert result.is_applied, f"step {index} of {stage}: {result.reason}"
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -241,9 +244,10 @@ def _start(layout: Layout) -> str:
 def write_start(layout: Layout, folder: Path) -> None:
     """Random weights, with router biases that are not zero, as a checkpoint and as plain tensors."""
     from megatron_dllm.checkpoint.saving import CheckpointWriter
+    from megatron_dllm.parallel.groups import Groups
     from megatron_dllm.training.engine import build_engine
 
-    engine = build_engine(train_config(layout, STAGES["ar"], folder / "corpus"))
+    engine = build_engine(train_config(layout, STAGES["ar"], folder / "corpus"), Groups.current())
     generator = torch.Generator().manual_seed(1)
     for name, buffer in engine.chunks[0].named_buffers():
         if name.endswith("expert_bias"):

@@ -54,13 +54,13 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     contract = check_identity(folder, config.model)["contract"]
     folders.check_grid(folder, contract, config.data.block_origin)
     corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
-    groups.initialize(config.parallel, config.run)
+    made = groups.initialize(config.parallel, config.run)
     try:
-        chunks = build_chunks(config)
+        chunks = build_chunks(config, made)
         load_weights(folder, chunks, config.checkpoint.verify)
         device = local_device()
         names = [AR] if contract["shift"] else [str(size) for size in config.evaluation.block_sizes]
-        result = evaluate(chunks, config, corpus, names, device).to_json()
+        result = evaluate(chunks, config, made, corpus, names, device).to_json()
         if is_rank_zero():
             folders.write_json(folder / folders.VALIDATION, result)
     finally:

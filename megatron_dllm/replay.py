@@ -65,6 +65,7 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
     prepare_host()
 
     from megatron_dllm.checkpoint.saving import load_weights
+    from megatron_dllm.model.objective import objective_of
     from megatron_dllm.model.pipeline import EmbeddingNoise
     from megatron_dllm.parallel import groups
     from megatron_dllm.parallel.device import local_device
@@ -72,12 +73,14 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
     from megatron_dllm.training.replay import load_step, replay_step
 
     ranks = load_step(folder)
-    groups.initialize(config.parallel, config.run)
+    made = groups.initialize(config.parallel, config.run)
     try:
-        chunks = build_chunks(config)
+        chunks = build_chunks(config, made)
         load_weights(checkpoint, chunks, config.checkpoint.verify)
         device = local_device()
-        return record, checkpoint, replay_step(chunks[0], ranks, EmbeddingNoise(**record["embedding_noise"]), device)
+        objective = objective_of(config.schedule.stages[record["stage"]], config.noise)
+        noise = EmbeddingNoise(**record["embedding_noise"])
+        return record, checkpoint, replay_step(chunks[0], ranks, objective.loss, noise, device)
     finally:
         groups.destroy()
 

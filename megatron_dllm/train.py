@@ -42,9 +42,9 @@ def train(config: TrainConfig) -> int:
     check_inputs(config)
     check_world_size(config, world_size())
     layout = choose_layout(config)
-    groups.initialize(layout, config.run)
+    made = groups.initialize(layout, config.run)
     try:
-        code = _run(Trainer(config, layout))
+        code = _run(Trainer(config, made, layout))
     except LeaseLost as error:
         log.error("%s", error)
         code = EXIT_FENCED

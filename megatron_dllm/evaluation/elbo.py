@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from numpy.typing import NDArray
 from torch import nn
 
@@ -23,10 +22,10 @@ from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, RowDataset
 from megatron_dllm.data.packing import RowStream
-from megatron_dllm.diffusion.noise import NoiseSpec
-from megatron_dllm.model.pipeline import LOSS, MASKABLE, run_schedule
+from megatron_dllm.model.objective import AR, Objective, validation_objective
+from megatron_dllm.model.pipeline import run_schedule
+from megatron_dllm.parallel.groups import Groups
 
-AR = "ar"
 _SEED = 0
 
 
@@ -83,6 +82,7 @@ def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:
 def evaluate(
     chunks: list[nn.Module],
     config: TrainConfig,
+    groups: Groups,
     corpus: Corpus,
     names: list[str],
     device: torch.device,
@@ -93,6 +93,7 @@ def evaluate(
     Args:
         chunks: the local model.
         config: of the run.
+        groups: of this rank.
         corpus: held-out documents; the same ones are measured under every name.
         names: block sizes as text, or "ar". The first one is reported as the target.
         device: where to compute.
@@ -108,13 +109,14 @@ def evaluate(
     nats: dict[str, float] = {}
     try:
         for name in names:
-            loss, maskable = 0.0, 0.0
-            for step in _loader(config, corpus, lengths, name):
+            loss, count = 0.0, 0.0
+            objective = validation_objective(name)
+            for step in _loader(config, groups, corpus, lengths, name, objective):
                 if must_stop():
                     raise EvaluationStopped
-                sums = run_schedule(chunks, step.micro_batches, device, forward_only=True)
-                loss, maskable = loss + float(sums[LOSS]), maskable + float(sums[MASKABLE])
-            nats[name] = loss / max(maskable, 1.0)
+                sums = run_schedule(chunks, step.micro_batches, device, groups, objective, forward_only=True)
+                loss, count = loss + float(sums.loss), count + float(sums.count)
+            nats[name] = loss / max(count, 1.0)
     finally:
         for chunk, training in zip(chunks, was_training, strict=True):
             chunk.train(training)
@@ -144,20 +146,17 @@ def _count_rows(stream: RowStream, geometry: RowGeometry) -> int:
     return count
 
 
-def _loader(config: TrainConfig, corpus: Corpus, lengths: NDArray[np.int64], name: str) -> BatchLoader:
+def _loader(
+    config: TrainConfig, groups: Groups, corpus: Corpus, lengths: NDArray[np.int64], name: str, objective: Objective
+) -> BatchLoader:
     geometry = validation_geometry(config, name)
-    ranks = parallel_state.get_data_parallel_world_size()
+    ranks = groups.data.size()
     rows = config.evaluation.micro_batch_size
     # As many micro-batches at a time as pipeline stages keep them busy, and virtual stages take no fewer; rows of
     # padding fill them up.
     num_micro_batches = config.parallel.pipeline_model_parallel_size
     dataset = RowDataset(
-        corpus,
-        geometry,
-        None if name == AR else NoiseSpec.for_validation(),
-        _SEED,
-        config.model.mask_token_id,
-        config.model.pad_token_id,
+        corpus, geometry, objective.noise, _SEED, config.model.mask_token_id, config.model.pad_token_id
     )
     stream = RowStream(lengths, _SEED, config.data.packing_chunk, shuffle=False)
     return BatchLoader(
@@ -165,7 +164,7 @@ def _loader(config: TrainConfig, corpus: Corpus, lengths: NDArray[np.int64], nam
         stream,
         global_batch_size=rows * ranks * num_micro_batches,
         micro_batch_size=rows,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_rank=groups.data.rank(),
         data_parallel_size=ranks,
         num_rows=_count_rows(stream, geometry),
     )

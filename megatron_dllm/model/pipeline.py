@@ -1,28 +1,28 @@
-"""One global batch through megatron-core's pipeline schedule: forward, and backward where a step trains."""
+"""One global batch through megatron-core's pipeline schedule: forward, and backward where a step trains.
+
+The same run serves a training step, a validation, and a pass that gives one score to every document: they differ in
+what is computed from the outputs of the last stage.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.data.context_shard import take_context_shard
-from megatron_dllm.diffusion.losses.nll import bucket_sums, weighted_nll
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-
-# Layout of the vector of sums that one forward pass contributes: the weighted loss, the unweighted
-# NLL, the correct predictions, the targets, the denominator; then (nll, count, correct) per t bucket.
-LOSS, NLL, CORRECT, TARGETS, MASKABLE, BUCKETS = 0, 1, 2, 3, 4, 5
-NUM_BUCKETS = 10
-NUM_SUMS = BUCKETS + 3 * NUM_BUCKETS
+from megatron_dllm.diffusion.losses.step_sums import StepSums
+from megatron_dllm.model.objective import LossFunction, Objective
+from megatron_dllm.parallel.groups import Groups
 
 
 @dataclass(frozen=True)
@@ -33,70 +33,59 @@ class EmbeddingNoise:
     seed: int = 0
 
 
-def _loss(batch: Batch, output: TargetOutputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss sum, denominator, sums): megatron divides the gradient once, by the global denominator.
+def _local_loss(
+    loss: LossFunction, is_counting: bool, batch: Batch, outputs: TargetOutputs
+) -> tuple[Tensor, Tensor, StepSums]:
+    """(loss sum, denominator, sums) as megatron-core wants them: it divides the gradient by the global denominator.
 
-    Under context parallelism the denominator is counted by the first rank alone, since every rank
-    of the group holds a part of the same rows.
+    Under context parallelism every rank of the group holds a part of the same rows: the first one alone counts.
     """
-    nll, is_correct = output.nll, output.is_correct
-    loss = weighted_nll(nll, batch.loss_weights)
-    owner = 1 if parallel_state.get_context_parallel_rank() == 0 else 0
-    maskable = batch.num_maskable * owner
-    detached = nll.detach()
-    head = torch.stack(
-        [
-            loss.detach().float(),
-            detached.sum().float(),
-            is_correct.sum().float(),
-            detached.new_full((), nll.numel()).float(),
-            maskable.float(),
-        ]
-    )
-    sums = torch.cat([head.double(), bucket_sums(detached, is_correct, batch.target_t, NUM_BUCKETS).flatten()])
-    return loss, maskable.int(), sums
+    found = loss(batch, outputs)
+    owner = int(is_counting)
+    return found.total, (found.count * owner).int(), replace(found.sums, count=found.sums.count * owner)
 
 
 def _forward_step(
-    noise: EmbeddingNoise, observe: Callable[[Batch], None] | None, batches: Iterator[Batch], model: nn.Module
+    finish: Callable[[Batch, TargetOutputs], Any],
+    noise: EmbeddingNoise,
+    observe: Callable[[Batch], None] | None,
+    batches: Iterator[Batch],
+    model: nn.Module,
 ) -> tuple[Any, Callable[..., Any]]:
     batch = next(batches)
     if observe is not None:
         observe(batch)
     output = model(batch, mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
-    return output, partial(_loss, batch)
+    return output, partial(finish, batch)
 
 
-def _local_batches(micro_batches: Sequence[Batch], device: torch.device) -> list[Batch]:
-    rank = parallel_state.get_context_parallel_rank()
-    size = parallel_state.get_context_parallel_world_size()
-    shards = [take_context_shard(batch, rank, size) for batch in micro_batches]
-    if size > 1 and device.type == "cuda":
+def local_batches(micro_batches: Sequence[Batch], context: ProcessGroup, device: torch.device) -> list[Batch]:
+    """This context rank's part of every micro-batch, on its device."""
+    shards = [take_context_shard(batch, context.rank(), context.size()) for batch in micro_batches]
+    if context.size() > 1 and device.type == "cuda":
         # The loader's batches are page-locked, a shard is not: its copy would wait for the device.
         shards = [shard.pin_memory() for shard in shards]
     return [shard.to(device) for shard in shards]
 
 
-def run_schedule(
+def _run(
     chunks: list[nn.Module],
     micro_batches: Sequence[Batch],
     device: torch.device,
+    groups: Groups,
+    finish: Callable[[Batch, TargetOutputs], Any],
     *,
     forward_only: bool,
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
-) -> Tensor:
-    """Run megatron-core's schedule over the micro-batches of one global batch.
-
-    Returns:
-        [NUM_SUMS] fp64 sums over the global batch, the same on every rank.
-    """
+) -> list[Any]:
+    """What `finish` said last of each micro-batch, in order; nothing except on the last pipeline stage."""
     rows, row_length = micro_batches[0].input_ids.shape
-    local = _local_batches(micro_batches, device)
+    local = local_batches(micro_batches, groups.context, device)
     iterators = [iter(local) for _ in chunks]
     forward_backward = get_forward_backward_func()
-    store = forward_backward(
-        forward_step_func=partial(_forward_step, noise or EmbeddingNoise(), observe),
+    return forward_backward(
+        forward_step_func=partial(_forward_step, finish, noise or EmbeddingNoise(), observe),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
         num_microbatches=len(local),
@@ -104,8 +93,41 @@ def run_schedule(
         micro_batch_size=rows,
         forward_only=forward_only,
     )
-    sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=device)
-    if store and parallel_state.get_tensor_model_parallel_rank() == 0:
-        sums += torch.stack(list(store)).sum(0)
-    dist.all_reduce(sums)
-    return sums.cpu()
+
+
+def run_schedule(
+    chunks: list[nn.Module],
+    micro_batches: Sequence[Batch],
+    device: torch.device,
+    groups: Groups,
+    objective: Objective,
+    *,
+    forward_only: bool,
+    noise: EmbeddingNoise | None = None,
+    observe: Callable[[Batch], None] | None = None,
+) -> StepSums:
+    """The sums of one global batch and, unless `forward_only`, the gradients (a collective).
+
+    Args:
+        chunks: the local model.
+        micro_batches: this data-parallel rank's, of whole rows.
+        device: where to compute.
+        groups: of this rank.
+        objective: whose loss is taken.
+        forward_only: leave out the backward pass.
+        noise: on the embeddings of masked tokens.
+        observe: told each micro-batch before its forward pass.
+
+    Returns:
+        The sums over the global batch on the host, the same on every rank.
+    """
+    finish = partial(_local_loss, objective.loss, groups.context.rank() == 0)
+    parts: list[StepSums] = _run(
+        chunks, micro_batches, device, groups, finish, forward_only=forward_only, noise=noise, observe=observe
+    )
+    like = StepSums.zeros(device, objective.extra_sums)
+    flat = torch.zeros_like(like.flatten())
+    if parts and groups.tensor.rank() == 0:
+        flat += torch.stack([part.flatten() for part in parts]).sum(0)
+    dist.all_reduce(flat, group=groups.world)
+    return like.rebuild(flat.cpu())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -16,14 +15,16 @@ from megatron_dllm.config import OptimizerConfig, TrainConfig
 from megatron_dllm.model.attention.core import choose_backend
 from megatron_dllm.model.attention.flex import check_gradients
 from megatron_dllm.model.gpt import build_model
+from megatron_dllm.parallel.groups import Groups
 
 
 @dataclass(frozen=True)
 class Engine:
-    """The local part of the model and its optimizer."""
+    """The local part of the model, its optimizer, and the groups it is split over."""
 
     chunks: list[nn.Module]
     optimizer: MegatronOptimizer
+    groups: Groups
 
     @property
     def transformer_config(self):
@@ -31,7 +32,7 @@ class Engine:
         return self.chunks[0].config
 
 
-def build_chunks(config: TrainConfig) -> list[nn.Module]:
+def build_chunks(config: TrainConfig, groups: Groups) -> list[nn.Module]:
     """The model chunks of this pipeline rank (several with virtual stages), in the training precision."""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks = []
@@ -41,8 +42,8 @@ def build_chunks(config: TrainConfig) -> list[nn.Module]:
             config.model,
             config.parallel,
             vp_stage=vp_stage,
-            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            pre_process=groups.is_first_stage(vp_stage),
+            post_process=groups.is_last_stage(vp_stage),
         )
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
@@ -52,7 +53,7 @@ def build_chunks(config: TrainConfig) -> list[nn.Module]:
     return chunks
 
 
-def build_engine(config: TrainConfig) -> Engine:
+def build_engine(config: TrainConfig, groups: Groups) -> Engine:
     """Build model, data-parallel wrapper and distributed optimizer, with weights not loaded yet.
 
     Raises:
@@ -61,7 +62,7 @@ def build_engine(config: TrainConfig) -> Engine:
     if torch.cuda.is_available() and choose_backend(config.model.attention_backend, "cuda")[0] == "flex":
         dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
         check_gradients("cuda", dtype, config.model.kv_channels)
-    chunks = build_chunks(config)
+    chunks = build_chunks(config, groups)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -84,7 +85,7 @@ def build_engine(config: TrainConfig) -> Engine:
         transformer_config.no_sync_func = no_sync[0] if len(wrapped) == 1 else no_sync
         if config.parallel.virtual_pipeline_model_parallel_size:
             transformer_config.grad_sync_func = start
-    return Engine(wrapped, optimizer)
+    return Engine(wrapped, optimizer, groups)
 
 
 def _megatron_config(optimizer: OptimizerConfig, precision: str) -> MegatronOptimizerConfig:

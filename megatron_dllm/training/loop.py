@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from omegaconf import OmegaConf
 
 from megatron_dllm.checkpoint import folder as folders
@@ -27,10 +26,11 @@ from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, GlobalStep, RowDataset
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
-from megatron_dllm.diffusion.noise import NoiseSpec
-from megatron_dllm.evaluation.elbo import AR, EvaluationStopped, Validation, evaluate, validation_names
+from megatron_dllm.evaluation.elbo import EvaluationStopped, Validation, evaluate, validation_names
+from megatron_dllm.model.objective import Objective, objective_of
 from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.parallel.device import local_device
+from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.code_version import code_state
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.training.engine import build_engine, set_learning_rate
@@ -66,14 +66,15 @@ class RunState:
 class Trainer:
     """One run on this rank, from its configuration to its last checkpoint."""
 
-    def __init__(self, config: TrainConfig, layout: ParallelConfig | None = None) -> None:
+    def __init__(self, config: TrainConfig, groups: Groups, layout: ParallelConfig | None = None) -> None:
         """Open data and run folder, build the model, load weights or resume. Process groups must exist.
 
         Args:
             config: of the run.
+            groups: of this rank.
             layout: in which the process groups were made; None: the run's own. A stage may have another one.
         """
-        self.given_config = config
+        self.given_config, self.groups = config, groups
         config = replace(config, parallel=layout or config.parallel)
         self.config = config
         self.folder = Path(config.run.root) / config.run.name
@@ -91,7 +92,7 @@ class Trainer:
         self.stop = StopRequest()
         self.lease = acquire_lease(self.folder)
         self._prepare_folder()
-        self.engine = build_engine(config)
+        self.engine = build_engine(config, groups)
         self.writer = CheckpointWriter(
             self.checkpoints,
             config.checkpoint.is_async,
@@ -185,8 +186,9 @@ class Trainer:
                     )
                 return EXIT_LAYOUT
             started = time.perf_counter()
-            for step in self._loader(stage.config):
-                code = self._step(stage, step, started)
+            objective = objective_of(stage.config, self.config.noise)
+            for step in self._loader(stage.config, objective):
+                code = self._step(stage, objective, step, started)
                 if code is not None:
                     return code
                 if self.schedule.is_finished(self.state.consumed_tokens) or (
@@ -197,12 +199,16 @@ class Trainer:
         self.writer.finish()
         return 0
 
-    def _loader(self, stage: StageConfig) -> Iterator[GlobalStep]:
+    def _loader(self, stage: StageConfig, objective: Objective) -> Iterator[GlobalStep]:
         config = self.config
         geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
-        noise = None if stage.objective == "ar" else NoiseSpec.for_stage(config.noise, stage)
         dataset = RowDataset(
-            self.corpus, geometry, noise, config.run.seed, config.model.mask_token_id, config.model.pad_token_id
+            self.corpus,
+            geometry,
+            objective.noise,
+            config.run.seed,
+            config.model.mask_token_id,
+            config.model.pad_token_id,
         )
         return iter(
             BatchLoader(
@@ -210,13 +216,13 @@ class Trainer:
                 self.stream,
                 global_batch_size=stage.global_batch_size,
                 micro_batch_size=stage.micro_batch_size,
-                data_parallel_rank=parallel_state.get_data_parallel_rank(),
-                data_parallel_size=parallel_state.get_data_parallel_world_size(),
+                data_parallel_rank=self.groups.data.rank(),
+                data_parallel_size=self.groups.data.size(),
                 num_workers=config.data.num_workers,
             )
         )
 
-    def _step(self, stage: Stage, step: GlobalStep, started: float) -> int | None:
+    def _step(self, stage: Stage, objective: Objective, step: GlobalStep, started: float) -> int | None:
         """One optimizer step with everything around it; an exit code where the run must end.
 
         `started` is when its rows were asked for.
@@ -227,7 +233,7 @@ class Trainer:
         before, after = state.consumed_tokens, state.consumed_tokens + step.num_document_tokens
         finished = self.schedule.finished_stage(before, after)
         is_logged = finished is not None or (state.step + 1) % config.logging.interval_steps == 0
-        result = self._train_step(step, is_logged)
+        result = self._train_step(objective, step, is_logged)
         if not result.is_applied:
             dump_step(
                 self.folder,
@@ -286,15 +292,17 @@ class Trainer:
             return EXIT_PREEMPTED
         return None
 
-    def _train_step(self, step: GlobalStep, is_logged: bool) -> StepResult:
+    def _train_step(self, objective: Objective, step: GlobalStep, is_logged: bool) -> StepResult:
         state, noise = self.state, self._embedding_noise()
         limit = math.inf
         if self.config.optimizer.spike_factor > 0 and len(state.grad_norms) >= _SPIKE_WINDOW // 2:
             limit = self.config.optimizer.spike_factor * sorted(state.grad_norms)[len(state.grad_norms) // 2]
         if self.router is None or not is_logged:
-            return train_step(self.engine, step.micro_batches, self.device, noise, spike_limit=limit)
+            return train_step(self.engine, step.micro_batches, self.device, objective, noise, spike_limit=limit)
         with self.router.counting():
-            return train_step(self.engine, step.micro_batches, self.device, noise, self.router.observe, limit)
+            return train_step(
+                self.engine, step.micro_batches, self.device, objective, noise, self.router.observe, limit
+            )
 
     def _embedding_noise(self) -> EmbeddingNoise:
         """Of the step that comes next."""
@@ -341,7 +349,7 @@ class Trainer:
                 if self.config.optimizer.overlap_param_gather:  # the step moved this rank's share alone, as yet
                     chunk.param_to_bucket_group[embedding.weight].start_param_sync(force_sync=True)
                 local = self.config.model.mask_token_id - embedding.vocab_start_index
-                is_owner = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+                is_owner = self.groups.data_context.rank() == 0
                 if is_owner and 0 <= local < embedding.weight.shape[0]:
                     square += embedding.weight[local].detach().double().square().sum()
         dist.all_reduce(square)
@@ -409,6 +417,7 @@ class Trainer:
             result = evaluate(
                 self.engine.chunks,
                 self.config,
+                self.groups,
                 self.validation,
                 names,
                 self.device,
@@ -437,7 +446,7 @@ class Trainer:
             "model": asdict(config.model),
             "contract": {
                 **run_contract(config),
-                "shift": stage.config.objective == AR,
+                "shift": objective_of(stage.config, config.noise).shift,
                 "block_size": stage.config.block_size,
             },
             "step": self.state.step,

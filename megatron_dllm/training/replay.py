@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.diffusion.losses.nll import weighted_nll
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
+from megatron_dllm.model.objective import LossFunction
 from megatron_dllm.model.pipeline import EmbeddingNoise
 
 
@@ -117,12 +117,15 @@ class StepReplay:
     grad_norm: float
 
 
-def replay_step(model: nn.Module, ranks: list[list[Batch]], noise: EmbeddingNoise, device: torch.device) -> StepReplay:
+def replay_step(
+    model: nn.Module, ranks: list[list[Batch]], loss_of: LossFunction, noise: EmbeddingNoise, device: torch.device
+) -> StepReplay:
     """Forward and backward of every row by itself.
 
     Args:
         model: whole, on this one rank, with gradients.
         ranks: micro-batches by data-parallel rank.
+        loss_of: the loss of the step's objective.
         noise: on masked embeddings, as in the step.
         device: where the model is.
     """
@@ -134,8 +137,9 @@ def replay_step(model: nn.Module, ranks: list[list[Batch]], noise: EmbeddingNois
             for row, single in enumerate(batch.split_rows()):
                 model.zero_grad(set_to_none=True)
                 with _first_bad_module(model) as bad:
-                    outputs = model(single.to(device), mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
-                    loss = weighted_nll(outputs.nll, single.loss_weights.to(device)) / denominator
+                    local = single.to(device)
+                    outputs = model(local, mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
+                    loss = loss_of(local, outputs).total / denominator
                 loss.backward()
                 rows.append(
                     _row_replay(

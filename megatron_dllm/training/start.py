@@ -17,7 +17,8 @@ from megatron_dllm.config import ParallelConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
-from megatron_dllm.evaluation.elbo import AR, validation_geometry, validation_names
+from megatron_dllm.evaluation.elbo import validation_geometry, validation_names
+from megatron_dllm.model.objective import objective_of
 from megatron_dllm.parallel.groups import start_process_group
 from megatron_dllm.run.lease import Lease, LeaseLost
 
@@ -78,7 +79,7 @@ def _check_same_stage(folder: Path, stored: dict[str, Any], config: TrainConfig)
             "run's own schedule (its config.yaml), or start a new run from the weights."
         )
     stage = config.schedule.stages[name]
-    for field, value in (("shift", stage.objective == AR), ("block_size", stage.block_size)):
+    for field, value in (("shift", objective_of(stage, config.noise).shift), ("block_size", stage.block_size)):
         if contract.get(field, value) != value:
             raise ValueError(
                 f"schedule.stages.{name}: {field} ({value}) differs from the checkpoint {folder} "

@@ -11,15 +11,17 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.model.pipeline import LOSS, MASKABLE, EmbeddingNoise, run_schedule
+from megatron_dllm.diffusion.losses.step_sums import StepSums
+from megatron_dllm.model.objective import Objective
+from megatron_dllm.model.pipeline import EmbeddingNoise, run_schedule
 from megatron_dllm.training.engine import Engine
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `sums` is [NUM_SUMS] fp64 over the global batch, equal on every rank."""
+    """What one step did. `sums` are over the global batch, equal on every rank."""
 
-    sums: Tensor
+    sums: StepSums
     grad_norm: float
     is_applied: bool
     reason: str = ""
@@ -27,13 +29,14 @@ class StepResult:
     @property
     def loss(self) -> float:
         """Weighted loss in nats per maskable token: the NLL bound with the ELBO weight."""
-        return float(self.sums[LOSS] / self.sums[MASKABLE].clamp(min=1))
+        return self.sums.mean_loss
 
 
 def train_step(
     engine: Engine,
     micro_batches: Sequence[Batch],
     device: torch.device,
+    objective: Objective,
     noise: EmbeddingNoise,
     observe: Callable[[Batch], None] | None = None,
     spike_limit: float = math.inf,
@@ -44,6 +47,7 @@ def train_step(
         engine: model and optimizer of this rank.
         micro_batches: this rank's part of the global batch.
         device: where to compute.
+        objective: whose loss is taken.
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
         spike_limit: largest gradient norm that is applied.
@@ -57,7 +61,9 @@ def train_step(
     engine.optimizer.zero_grad()
     biases = _moving_expert_biases(engine)
     biases_before = [bias.clone() for bias in biases]
-    sums = run_schedule(engine.chunks, micro_batches, device, forward_only=False, noise=noise, observe=observe)
+    sums = run_schedule(
+        engine.chunks, micro_batches, device, engine.groups, objective, forward_only=False, noise=noise, observe=observe
+    )
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
     result = StepResult(sums, grad_norm, False)

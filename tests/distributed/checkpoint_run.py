@@ -23,8 +23,7 @@ def build(folder: Path, layout: ParallelConfig, model: ModelConfig = MODEL) -> A
 
     parallel_state.destroy_model_parallel()
     config = run_config(folder, "run", layout, model=model)
-    groups.initialize(config.parallel, config.run)
-    return build_engine(config)
+    return build_engine(config, groups.initialize(config.parallel, config.run))
 
 
 def writer_of(folder: Path, **options: Any) -> Any:

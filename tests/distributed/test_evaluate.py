@@ -38,12 +38,13 @@ def _evaluate(layout: Layout, folder: str) -> dict[str, float]:
     from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_chunks
 
-    groups.initialize(layout.parallel, RunConfig(name="test"))
+    made = groups.initialize(layout.parallel, RunConfig(name="test"))
     config = train_config(layout, STAGES["ar"], Path(folder) / "corpus")
     config = replace(config, evaluation=EvaluationConfig(block_sizes=[4, 32], num_tokens=500))
-    chunks = build_chunks(config)
+    chunks = build_chunks(config, made)
     load_weights(Path(folder) / "start_experts", chunks)
-    return evaluate(chunks, config, Corpus(config.data.train, config.model), NAMES, torch.device("cpu")).nats_per_token
+    corpus = Corpus(config.data.train, config.model)
+    return evaluate(chunks, config, made, corpus, NAMES, torch.device("cpu")).nats_per_token
 
 
 @pytest.fixture(scope="module")

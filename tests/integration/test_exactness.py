@@ -23,6 +23,7 @@ from megatron_dllm.config import (
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.parallel.groups import Groups
 from tests.reference_model import random_weights, tiny_model, to_megatron
 
 CONTEXT, ROW = 16, 48
@@ -101,7 +102,7 @@ def test_elbo_at_block_size_1_is_the_exact_sequential_nll(built: Any, corpus: An
     from megatron_dllm.evaluation.elbo import evaluate
 
     config = _config(model_config, corpus)
-    result = evaluate([built], config, corpus, ["1"], torch.device("cpu"))
+    result = evaluate([built], config, Groups.current(), corpus, ["1"], torch.device("cpu"))
     pieces = _pieces(config, corpus, "1")
     expected_nll = sum(
         _sequential_nll(built, torch.from_numpy(corpus.read(*piece)), model_config.mask_token_id) for piece in pieces
@@ -117,7 +118,9 @@ def test_elbo_bounds_the_block_wise_likelihood(built: Any, corpus: Any, model_co
     from megatron_dllm.evaluation.elbo import evaluate
 
     config = _config(model_config, corpus)
-    first, again = (evaluate([built], config, corpus, ["1", "8"], torch.device("cpu")) for _ in range(2))
+    first, again = (
+        evaluate([built], config, Groups.current(), corpus, ["1", "8"], torch.device("cpu")) for _ in range(2)
+    )
     assert first == again and first.num_tokens >= 60
     assert first.nats_per_token["1"] != first.nats_per_token["8"]
 

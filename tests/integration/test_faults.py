@@ -179,8 +179,7 @@ def _write_poisoned_start(config: TrainConfig) -> None:
     from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_engine
 
-    groups.initialize(config.parallel, config.run)
-    engine = build_engine(config)
+    engine = build_engine(config, groups.initialize(config.parallel, config.run))
     with torch.no_grad():
         engine.chunks[0].module.embedding.word_embeddings.weight[POISONED_TOKEN] = math.nan
     contract = {"format": 1, "model": asdict(config.model), "contract": {}, "step": 0}

@@ -13,7 +13,7 @@ import torch
 
 from megatron_dllm.checkpoint.folder import write_text
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.model.pipeline import BUCKETS, CORRECT, MASKABLE, NLL, NUM_BUCKETS, TARGETS
+from megatron_dllm.diffusion.losses.step_sums import NUM_BUCKETS
 from megatron_dllm.training.step import StepResult
 
 
@@ -90,21 +90,25 @@ def trim_metrics(run_folder: Path, step: int, is_validated: bool = True) -> None
 
 
 def step_record(result: StepResult) -> dict[str, float]:
-    """Loss, accuracy and the per-t-bucket means of one step; buckets without tokens are left out."""
+    """Loss, accuracy and the per-t-bucket means of one step; buckets without tokens are left out.
+
+    An objective's own sums appear under their names, divided as the loss is.
+    """
     sums = result.sums
-    targets = float(sums[TARGETS].clamp(min=1))
+    targets = float(sums.num_targets.clamp(min=1))
     record = {
         "loss": result.loss,
-        "masked_nll": float(sums[NLL]) / targets,
-        "masked_accuracy": float(sums[CORRECT]) / targets,
-        "masked_fraction": targets / float(sums[MASKABLE].clamp(min=1)),
+        "masked_nll": float(sums.nll) / targets,
+        "masked_accuracy": float(sums.num_correct) / targets,
+        "masked_fraction": targets / float(sums.count.clamp(min=1)),
         "grad_norm": result.grad_norm,
     }
-    for index, (nll, count, correct) in enumerate(sums[BUCKETS:].view(NUM_BUCKETS, 3).tolist()):
+    for index, (nll, count, correct) in enumerate(sums.buckets.tolist()):
         if count > 0:
             low, high = index / NUM_BUCKETS, (index + 1) / NUM_BUCKETS
             record[f"nll_t/{low:.1f}-{high:.1f}"] = nll / count
             record[f"accuracy_t/{low:.1f}-{high:.1f}"] = correct / count
+    record |= {name: float(value / sums.count.clamp(min=1)) for name, value in sums.extra.items()}
     return record
 
 

@@ -1,0 +1,87 @@
+"""What a stage trains for: its noise, what its targets are, and the loss of a micro-batch, as one frozen value.
+
+A method is such a value. The loop, the step and the schedule take it and never ask which one it is:
+
+    objective = objective_of(stage, noise)          # or another method's function of the same two
+    rows are built with objective.noise             # None: nothing is masked
+    objective.loss(batch, outputs)                  # the sum to differentiate, its denominator, the sums to log
+
+Losses are sums. The division happens once, by the count of the global batch (see `diffusion.losses.nll`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_dllm.config import NoiseConfig, StageConfig
+from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.losses.nll import weighted_nll
+from megatron_dllm.diffusion.losses.outputs import TargetOutputs
+from megatron_dllm.diffusion.losses.step_sums import StepSums, token_sums
+from megatron_dllm.diffusion.noise import NoiseSpec
+
+AR = "ar"
+
+
+@dataclass(frozen=True)
+class MicroLoss:
+    """What a loss function says of one micro-batch, or of this context rank's part of it.
+
+    Attributes:
+        total: [] fp32 sum, with a gradient.
+        count: [] int64 what the micro-batch adds to the denominator; of whole rows, also where they are split.
+        sums: what is logged.
+    """
+
+    total: Tensor
+    count: Tensor
+    sums: StepSums
+
+
+LossFunction = Callable[[Batch, TargetOutputs], MicroLoss]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A method of training.
+
+    Attributes:
+        noise: how tokens are masked; None: not at all.
+        shift: whether a position predicts the token after it; otherwise its own.
+        loss: of a micro-batch and what the model says about its targets; right and finite for 0 targets.
+        extra_sums: names of what `loss` puts into `StepSums.extra`, in order.
+    """
+
+    noise: NoiseSpec | None
+    shift: bool
+    loss: LossFunction
+    extra_sums: tuple[str, ...] = ()
+
+
+def token_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
+    """The weighted NLL of the targets: the NELBO with weights 1/t, the exact NLL in AR."""
+    total = weighted_nll(outputs.nll, batch.loss_weights)
+    sums = token_sums(total, batch.num_maskable, outputs.nll, outputs.is_correct, batch.target_t)
+    return MicroLoss(total, batch.num_maskable, sums)
+
+
+def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
+    """The objective that a stage of the configuration names.
+
+    Args:
+        stage: its objective, range of t and views.
+        noise: settings that hold for the whole run.
+    """
+    if stage.objective == AR:
+        return Objective(noise=None, shift=True, loss=token_loss)
+    return Objective(noise=NoiseSpec.for_stage(noise, stage), shift=False, loss=token_loss)
+
+
+def validation_objective(name: str) -> Objective:
+    """What a validation measures: the exact NLL for "ar", the ELBO for a block size."""
+    if name == AR:
+        return Objective(noise=None, shift=True, loss=token_loss)
+    return Objective(noise=NoiseSpec.for_validation(), shift=False, loss=token_loss)
