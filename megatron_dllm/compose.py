@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -32,13 +32,12 @@ def schema_keys(schema: type, prefix: str = "") -> list[str]:
     keys: list[str] = []
     hints = get_type_hints(schema)
     for item in fields(schema):
-        key = prefix + item.name
+        key, hint = prefix + item.name, hints[item.name]
         keys.append(key)
-        hint = hints[item.name]
-        if is_dataclass(hint):
-            keys += schema_keys(hint, key + ".")  # type: ignore[arg-type]
-        elif len(get_args(hint)) == 2 and is_dataclass(get_args(hint)[1]):
-            keys += schema_keys(get_args(hint)[1], key + ".*.")
+        is_dict = get_origin(hint) is dict
+        for part in get_args(hint) or (hint,):  # X, X | None, dict[str, X]
+            if is_dataclass(part):
+                keys += schema_keys(part, f"{key}.*." if is_dict else f"{key}.")  # type: ignore[arg-type]
     return keys
 
 

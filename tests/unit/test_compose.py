@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.compose import RECIPES, check_command_line, compose_train_config
+from megatron_dllm.compose import RECIPES, check_command_line, compose_train_config, schema_keys
+from megatron_dllm.config import TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in (RECIPES / "experiment").glob("*.yaml"))
 RANKS = {"llada2_mini": 8, "llada2_flash": 512, "qwen3_30b_a3b": 16}
@@ -50,6 +51,10 @@ def test_real_models_have_the_published_sizes(name: str, parameters: int) -> Non
 def test_a_typo_names_the_nearest_key(override: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"did you mean .*{re.escape(nearest)}"):
         compose_train_config(["run.name=x", override])
+
+
+def test_the_keys_of_a_part_that_may_be_null_are_known() -> None:
+    assert "schedule.stages.*.parallel.precision" in schema_keys(TrainConfig)
 
 
 def test_a_value_of_a_wrong_type_says_which_and_why() -> None:
