@@ -5,7 +5,8 @@
 Every document ends in the tokenizer's end-of-text token. Writes PREFIX.bin and PREFIX.idx, and
 PREFIX.json that says from what and with which tokenizer they were made; all under temporary names until
 they are complete. The output does not depend on the number of workers. Documents that cannot be read are
-counted and listed in PREFIX.bad_lines.txt; more of them than `--max_bad_fraction` is an error.
+counted and listed in PREFIX.bad_lines.txt; more of them than `--max_bad_fraction` is an error. What is left out of a
+folder (unknown extensions, hidden files, second links to a file) is listed in PREFIX.json.
 """
 
 from __future__ import annotations
@@ -30,14 +31,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_dllm.data.reading import (
-    BadDocumentError,
-    RawBatch,
-    RawDocument,
-    decode_document,
-    list_files,
-    read_batches,
-)
+from megatron_dllm.data.formats import KNOWN
+from megatron_dllm.data.listing import list_files
+from megatron_dllm.data.reading import BadDocumentError, RawBatch, RawDocument, decode_document, read_batches
 from megatron_dllm.data.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("megatron_dllm.data.tokenize")  # also where this module runs as __main__
 
-_NUM_BAD_SHOWN = 20
+_NUM_SHOWN = 20
 _BATCHES_PER_WORKER = 4
 _LONGEST_DOCUMENT = 2**31 - 1  # .idx holds lengths as int32
 _OUTPUTS = (".bin", ".idx", ".json")
@@ -161,15 +157,16 @@ def tokenize_corpus(
     existing = [output + suffix for suffix in _OUTPUTS if os.path.exists(output + suffix)]
     if existing and not overwrite:
         raise ValueError(f"output ({', '.join(existing)}) exists; choose another --output or add --overwrite.")
-    files = list_files(inputs)
+    listing = list_files(inputs, text_key)
+    _note_left_out(listing.left_out)
     loaded = TextTokenizer.load(tokenizer)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{output}.tmp-{os.getpid()}"
     try:
-        counts = _write(files, tokenizer, loaded, temporary, num_workers, text_key)
+        counts = _write(listing.files, tokenizer, loaded, temporary, num_workers, text_key)
         _move_bad_lines(temporary, output, counts)
         _check_counts(counts, max_bad_fraction, output)
-        _describe(temporary + ".json", counts, loaded, tokenizer, inputs)
+        _describe(temporary + ".json", counts, loaded, tokenizer, inputs, listing.left_out)
         for suffix in reversed(_OUTPUTS):  # .json stands for a complete corpus: first to go, last to come
             Path(output + suffix).unlink(missing_ok=True)
         for suffix in _OUTPUTS:
@@ -251,8 +248,15 @@ def _append(builder: IndexedDatasetBuilder, batch: EncodedBatch) -> None:
 def _note_bad(file: TextIO, bad: list[str], num_before: int) -> None:
     for number, line in enumerate(bad, start=num_before):
         file.write(line + "\n")
-        if number < _NUM_BAD_SHOWN:
+        if number < _NUM_SHOWN:
             logger.warning("bad document %s", line)
+
+
+def _note_left_out(left_out: list[str]) -> None:
+    for entry in left_out[:_NUM_SHOWN]:
+        logger.warning("left out %s", entry)
+    if len(left_out) > _NUM_SHOWN:
+        logger.warning("left out %d more, listed in the corpus's .json", len(left_out) - _NUM_SHOWN)
 
 
 def _move_bad_lines(temporary: str, output: str, counts: TokenizeCounts) -> None:
@@ -277,7 +281,9 @@ def _check_counts(counts: TokenizeCounts, max_bad_fraction: float, output: str) 
         )
 
 
-def _describe(path: str, counts: TokenizeCounts, tokenizer: TextTokenizer, folder: str, inputs: list[str]) -> None:
+def _describe(
+    path: str, counts: TokenizeCounts, tokenizer: TextTokenizer, folder: str, inputs: list[str], left_out: list[str]
+) -> None:
     description = {
         "format": 1,
         "tokenizer": os.path.abspath(folder),
@@ -287,6 +293,7 @@ def _describe(path: str, counts: TokenizeCounts, tokenizer: TextTokenizer, folde
         "mask_token_id": tokenizer.mask_token_id,
         **vars(counts),
         "sources": [os.path.abspath(name) for name in inputs],
+        "left_out": left_out,
     }
     Path(path).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
@@ -298,7 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, help="text files, .jsonl(.gz|.zst), .parquet, folders")
+    parser.add_argument("--input", nargs="+", required=True, help=f"files or folders: {KNOWN}")
     parser.add_argument("--tokenizer", required=True, help="folder of a HF fast tokenizer")
     parser.add_argument("--output", required=True, help="prefix of the files to write")
     parser.add_argument("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenizing processes")

@@ -68,11 +68,27 @@ def test_documents_come_back_and_are_described(tokenizer_folder: str, jsonl: Pat
         "mask_token_id": 2,
         "vocab_size": 512,
         "sources": [str(jsonl)],
+        "left_out": [],
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_folder),
     }
     assert {name: description[name] for name in expected} == expected
     assert (counts.num_documents, counts.num_tokens) == (8, expected["num_tokens"])
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.bin", "out.idx", "out.json"]
+
+
+def test_what_is_left_out_of_a_folder_is_said_and_recorded(
+    tokenizer_folder: str, jsonl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "linked.JSONL").symlink_to(jsonl)
+    for number in range(25):
+        (folder / f"{number:02d}.csv").write_text("id,text")
+    tokenize_corpus([str(folder)], tokenizer_folder, str(tmp_path / "out"))
+    expected = [f"{folder}/{number:02d}.csv: unknown extension" for number in range(25)]
+    assert json.loads((tmp_path / "out.json").read_text())["left_out"] == expected
+    said = [message for message in caplog.messages if message.startswith("left out")]
+    assert said == [f"left out {entry}" for entry in expected[:20]] + ["left out 5 more, listed in the corpus's .json"]
 
 
 def test_special_tokens_are_never_made_from_text(tokenizer_folder: str) -> None:
