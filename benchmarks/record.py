@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_dllm.run.code_version import ROOT, git
+from megatron_dllm.run.files import write_json, write_text
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -92,5 +92,5 @@ def write_results(
         note: what the columns mean.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps({"about": about, **tables}, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(markdown(title, about, tables, note), encoding="utf-8")
+    write_json(output.with_suffix(".json"), {"about": about, **tables})
+    write_text(output.with_suffix(".md"), markdown(title, about, tables, note))

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.run.files import write_json, write_text
+from megatron_dllm.run.names import CHECKPOINTS
 
 ARMS = {
     "wsd": "WSD from the AR base",
@@ -30,7 +32,7 @@ def collect(study: Path) -> dict[str, dict[str, list[float]]]:
         for run in sorted(study.glob(f"{arm}_[0-9]")):
             elbos = [
                 elbo
-                for folder in folders.list_checkpoints(run / "checkpoints")
+                for folder in folders.list_checkpoints(run / CHECKPOINTS)
                 if (elbo := folders.validation_elbo(folder)) is not None
             ]
             merged = folders.validation_elbo(study / f"{run.name}_merged")
@@ -62,9 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     RESULTS.mkdir(exist_ok=True)
-    folders.write_json(RESULTS / "tiny_study.json", table)
+    write_json(RESULTS / "tiny_study.json", table, sort_keys=True)
     text = "Validation ELBO at block 32, nats per token (mean ± standard deviation over seeds; lower is better)\n\n"
-    folders.write_text(RESULTS / "tiny_study.md", text + to_markdown(table))
+    write_text(RESULTS / "tiny_study.md", text + to_markdown(table))
     print(text + to_markdown(table))
     print(json.dumps(table))
     return 0

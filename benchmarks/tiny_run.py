@@ -26,6 +26,7 @@ from megatron_dllm.config import (
     StageConfig,
     TrainConfig,
 )
+from megatron_dllm.run.names import CHECKPOINTS, METRICS
 
 CONTEXT_LENGTH, ROW_LENGTH = 32, 96
 VOCAB_SIZE, EOS, PAD, MASK = 128, 0, 1, 2
@@ -142,7 +143,7 @@ def train_here(config: TrainConfig, signal_at: int | None = None, number: int = 
 
 def checkpoints_of(config: TrainConfig) -> Path:
     """Folder of the run's checkpoints."""
-    return Path(config.run.root) / config.run.name / "checkpoints"
+    return Path(config.run.root) / config.run.name / CHECKPOINTS
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
@@ -163,7 +164,7 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 def read_metrics(config: TrainConfig) -> list[dict[str, Any]]:
     """The run's records, without what depends on the clock and the machine."""
-    path = Path(config.run.root) / config.run.name / "metrics.jsonl"
+    path = Path(config.run.root) / config.run.name / METRICS
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     varying = ("tokens_per_second", "forward_tokens_per_second", "step_seconds", "peak_memory_gib")
     return [{name: value for name, value in record.items() if name not in varying} for record in records]

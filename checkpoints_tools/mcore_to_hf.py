@@ -8,7 +8,6 @@ transformers has none of its own, and a README that says where the weights come 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from megatron_dllm.hf.config_json import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCH
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer
+from megatron_dllm.run.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -93,15 +93,16 @@ def convert(
         finally:
             writer.abandon()
             reader.close()
-        _write_json(temporary / "config.json", config)
-        _write_json(
+        write_json(temporary / "config.json", config, indent=2)
+        write_json(
             temporary / "generation_config.json",
             {"eos_token_id": contract.model.eos_token_id, "pad_token_id": contract.model.pad_token_id},
+            indent=2,
         )
         copy_tokenizer(files, temporary, contract.model.mask_token_id, contract.model.vocab_size)
         for name in _CODE.get(architecture, ()):
             shutil.copyfile(MODELING_FILES / name, temporary / name)
-        (temporary / "README.md").write_text(model_card(checkpoint, contract, architecture, dtype_name))
+        write_text(temporary / "README.md", model_card(checkpoint, contract, architecture, dtype_name))
 
 
 def default_architecture(contract: Contract) -> str:
@@ -160,10 +161,6 @@ def _tasks(
 
 def _write(writer: SafetensorsWriter, name: str, start: int, dtype: torch.dtype, data: Tensor) -> None:
     writer.write(name, start, data.to(dtype))
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from megatron_dllm.checkpoint.merging.averaging import WEIGHTS, merge_weights
 from megatron_dllm.checkpoint.merging.inputs import MergeInput, check_alike, open_input
 from megatron_dllm.checkpoint.merging.stream import merge_into
 from megatron_dllm.run.code_version import commit
+from megatron_dllm.run.names import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 METRICS = ("elbo", "bits_per_byte")
@@ -47,7 +48,7 @@ def choose(
     Raises:
         ValueError: too few evaluated checkpoints.
     """
-    complete = folders.list_checkpoints(run / "checkpoints") or folders.list_checkpoints(run)
+    complete = folders.list_checkpoints(run / CHECKPOINTS) or folders.list_checkpoints(run)
     if not complete:
         raise ValueError(f"run ({run}) holds no complete checkpoint; name a run folder.")
     contracts = {folder: read_contract(folder).content["contract"] for folder in complete}

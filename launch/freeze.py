@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.chain import Chain, Stage
-from launch.record import write_json
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.run.code_version import FROZEN_STATE, ROOT, code_state, git
+from megatron_dllm.run.files import write_json, write_text
+from megatron_dllm.run.names import CONFIG
 
 # Larger files are data, not source.
 MAX_SOURCE_BYTES = 1 << 20
@@ -97,9 +98,7 @@ def freeze_stage(chain: Chain, stage: Stage, **details: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if stage.is_training:
         text = f"# Frozen by the launcher; the run reads this file whenever it is started again.\n{stage.config_text}"
-        temporary = folder / ".config.yaml.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder / "config.yaml")
+        write_text(folder / CONFIG, text)
     cluster: ClusterConfig = chain.config.cluster
     write_json(
         folder / "stage.json",

@@ -29,6 +29,7 @@ from launch.validate import check_chain
 from launch.world import schedule_parts, wanted_ranks
 from megatron_dllm.compose import RECIPES
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.run.files import write_json
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
 
 log = logging.getLogger("launch")
@@ -122,7 +123,7 @@ def run_chain(chain: Chain, allow_changes: bool) -> int:
         record.append_event(folder, "end", code=code, seconds=round(seconds, 2))
         if code == 0:
             record.mark_done(folder, stage.digest, seconds=entry["seconds"])
-        record.write_json(chain.folder / "chain.json", book)
+        write_json(chain.folder / "chain.json", book)
         if code != 0:
             meaning = _MEANING.get(code, f"failed with exit code {code}; its logs are in {folder}")
             log.error("[%d/%d] %s %s", number, total, stage.name, meaning)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.record import read_json, write_json
+from launch.record import read_json
+from megatron_dllm.run.files import write_json
 
 PACKAGES = ("torch", "megatron-core", "numpy", "transformers", "hydra-core", "omegaconf")
 # Large enough for the links to be busy, small enough to be over in a second: 256 MiB of float32 on GPUs, 4 MiB on CPUs.

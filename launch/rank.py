@@ -24,9 +24,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from launch.record import write_json
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_PREEMPTED
+from megatron_dllm.run.files import write_json
 from megatron_dllm.run.lease import LEASE_VARIABLE, newest_generation
+from megatron_dllm.run.names import LEASE
 
 REPEAT_SECONDS = 5.0
 LEASE_SECONDS = 3.0
@@ -99,7 +100,7 @@ class RankProcess:
                 next_signal = now + REPEAT_SECONDS
             if run_folder and now >= next_look:
                 next_look = now + LEASE_SECONDS
-                if newest_generation(Path(run_folder) / "lease") > generation:
+                if newest_generation(Path(run_folder) / LEASE) > generation:
                     self.is_fenced = True
                     self.process.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -16,16 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file whole: readers see the old content or the new, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+from megatron_dllm.checkpoint.folder import LATEST
+from megatron_dllm.run import files
+from megatron_dllm.run.names import CHECKPOINTS
 
 
 def read_json(path: Path) -> Any:
@@ -35,12 +28,9 @@ def read_json(path: Path) -> Any:
         ValueError: it is no JSON.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return files.read_json(path, "restore it, or remove it and what it describes")
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it, or remove it and what it describes.") from None
 
 
 def append_event(stage_folder: Path, kind: str, **details: Any) -> None:
@@ -75,7 +65,7 @@ def events(stage_folder: Path) -> list[dict[str, Any]]:
 
 def mark_done(stage_folder: Path, digest: str, **details: Any) -> None:
     """Write the marker that lets a later submission skip the stage."""
-    write_json(stage_folder / "done.json", {"digest": digest, "time": time.time(), **details})
+    files.write_json(stage_folder / "done.json", {"digest": digest, "time": time.time(), **details})
 
 
 def done_digest(stage_folder: Path) -> str | None:
@@ -105,7 +95,7 @@ def output_exists(output: str | None) -> bool:
 def latest_checkpoint(run_folder: Path) -> str | None:
     """Name of the run's newest complete checkpoint, or None."""
     try:
-        return (run_folder / "checkpoints" / "latest").read_text(encoding="utf-8").strip() or None
+        return (run_folder / CHECKPOINTS / LATEST).read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         return None
 

@@ -31,6 +31,7 @@ from launch.progress import Progress, progress_of
 from launch.status import show
 from launch.validate import check_chain
 from megatron_dllm.compose import RECIPES
+from megatron_dllm.run.files import write_json
 
 log = logging.getLogger("launch")
 
@@ -159,7 +160,7 @@ def submit(jobs: list[Job], chain: Chain, code: Path, project: Path) -> dict[str
             numbers[job.stage.name] = sbatch(words)
             entry = book["stages"].setdefault(job.stage.name, {})
             entry |= {"job": numbers[job.stage.name], "command": shlex.join(words), "digest": job.stage.digest}
-            record.write_json(chain.folder / "chain.json", book)
+            write_json(chain.folder / "chain.json", book)
     except BaseException as error:
         if numbers:
             subprocess.run(["scancel", *numbers.values()], check=False)

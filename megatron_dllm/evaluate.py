@@ -62,7 +62,7 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
         names = [AR] if contract["shift"] else [str(size) for size in config.evaluation.block_sizes]
         result = evaluate(chunks, config, made, corpus, names, device).to_json()
         if is_rank_zero():
-            folders.write_json(folder / folders.VALIDATION, result)
+            folders.write_validation(folder, result)
     finally:
         groups.destroy()
     return result

@@ -31,6 +31,7 @@ from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import GenerateConfig
 from megatron_dllm.diffusion.decode import Generation, check_prompt, decode
 from megatron_dllm.inference.source import CheckpointSource, read_source
+from megatron_dllm.run.files import write_text
 from megatron_dllm.run.place import world_size
 
 log = logging.getLogger(__name__)
@@ -185,13 +186,9 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], source: Checkpo
 
 
 def write_results(path: Path, results: Sequence[PromptResult]) -> None:
-    """Write one JSON object a line, to a temporary name first."""
+    """Write one JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        for result in results:
-            stream.write(json.dumps(result.to_dict(), ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(result.to_dict(), ensure_ascii=False) + "\n" for result in results))
     log.info("wrote %d texts to %s", len(results), path)
 
 

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import ParallelConfig, TrainConfig
+from megatron_dllm.run.names import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def find_checkpoint(folder: Path, step: int, config: TrainConfig) -> Path:
     Raises:
         ValueError: there is neither.
     """
-    checkpoints = folder.resolve().parents[1] / "checkpoints"
+    checkpoints = folder.resolve().parents[1] / CHECKPOINTS
     earlier = [
         folder
         for folder in folders.list_checkpoints(checkpoints)
@@ -87,7 +88,7 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
 
 def _age(folder: Path, checkpoint: Path, step: int) -> str:
     """Where the weights stand, seen from the step."""
-    if checkpoint.resolve().parent != folder.resolve().parents[1] / "checkpoints":
+    if checkpoint.resolve().parent != folder.resolve().parents[1] / CHECKPOINTS:
         return "not a checkpoint of this run"
     at = folders.read_json(checkpoint / folders.CONTRACT)["step"]
     return f"step {at}" + (f", {abs(step - at)} steps {'before' if at < step else 'after'}" if at != step else "")

@@ -29,6 +29,8 @@ from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.data.packing import LENGTH, RowStream
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.reporting import pictures
+from megatron_dllm.run.files import write_text
+from megatron_dllm.run.names import CHECKPOINTS, CONFIG, METRICS
 
 _ROLES = ("masked", "visible", "clean")
 _ROWS_LOOKED_AT = 64
@@ -52,14 +54,14 @@ class Result:
 
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(training records, validation records) of a run folder, in order."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     return [r for r in records if "validation" not in r], [r for r in records if "validation" in r]
 
 
 def load_config(run: Path) -> TrainConfig:
     """The configuration a run was made with."""
     register_schemas()
-    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(run / "config.yaml"))
+    merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(run / CONFIG))
     config = OmegaConf.to_object(merged)
     assert isinstance(config, TrainConfig), "config.yaml is the schema's own"
     return config
@@ -157,7 +159,7 @@ def write_report(chain: Path) -> Path:
     Raises:
         ValueError: the chain has not been trained yet.
     """
-    if not (chain / "convert" / "metrics.jsonl").is_file():
+    if not (chain / "convert" / METRICS).is_file():
         raise ValueError(f"chain ({chain}) has no convert/metrics.jsonl; run the chain first.")
     train, convert = read_metrics(chain / "convert")
     if not convert:
@@ -166,7 +168,7 @@ def write_report(chain: Path) -> Path:
             "data.validation, and run it again."
         )
     config = load_config(chain / "convert")
-    base = read_metrics(chain / "base")[1] if (chain / "base" / "metrics.jsonl").is_file() else []
+    base = read_metrics(chain / "base")[1] if (chain / "base" / METRICS).is_file() else []
     merged_file = chain / "merged" / folders.VALIDATION
     merged = folders.read_json(merged_file) if merged_file.is_file() else None
     samples_file = chain / "samples.jsonl"
@@ -177,9 +179,9 @@ def write_report(chain: Path) -> Path:
     )
     books = json.loads((chain / "chain.json").read_text(encoding="utf-8")) if (chain / "chain.json").is_file() else {}
     times = {name: entry["seconds"] for name, entry in books.get("stages", {}).items()}
-    lines = results(base, convert, chain / "convert" / "checkpoints", merged)
+    lines = results(base, convert, chain / "convert" / CHECKPOINTS, merged)
     page = chain / "report.html"
-    folders.write_text(page, _page(config, train, convert, lines, merged, samples, times))
+    write_text(page, _page(config, train, convert, lines, merged, samples, times))
     _print_table(lines, samples, times, page)
     return page
 

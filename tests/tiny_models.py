@@ -12,6 +12,7 @@ from benchmarks.synthetic import write_synthetic
 from checkpoints_tools import hf_to_mcore
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import ModelConfig
+from megatron_dllm.run.files import write_json
 
 LING = ModelConfig(
     family="bailing_moe",
@@ -108,7 +109,7 @@ def left_in(folder: Path) -> set[str]:
 
 def seal(checkpoint: Path) -> None:
     """Write the manifest of the files as they are, so that a change made on purpose is no damage."""
-    folders.write_json(
+    write_json(
         checkpoint / folders.MANIFEST,
         {name: folders.checksum(checkpoint / name) for name in folders.payload_files(checkpoint)},
     )

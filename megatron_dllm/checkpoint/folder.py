@@ -16,7 +16,6 @@ Pure standard library: tools read it without torch.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
@@ -25,6 +24,9 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from megatron_dllm.run.files import TEMPORARY_PREFIX, read_json_object, remove, sync, write_json, write_text
+from megatron_dllm.run.names import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,6 @@ CONTRACT, STATE, MANIFEST, VALIDATION, LATEST = (
     "validation.json",
     "latest",
 )
-TEMPORARY_PREFIX = ".tmp-"
 DAMAGED_PREFIX = "damaged-"
 _CHUNK = 1 << 22
 # Fields of the model that decide what its tensors mean; others may change between runs.
@@ -73,29 +74,6 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:07d}"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old content or the new, never a part."""
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder to a place where there is none; it appears when it is whole."""
-    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
-    remove(temporary)
-    shutil.copytree(source, temporary)
-    os.replace(temporary, target)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a checkpoint, which holds an object.
 
@@ -103,16 +81,11 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file is missing, no JSON, or something else than an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path, "choose another checkpoint")
     except FileNotFoundError:
         raise ValueError(
             f"{path} is missing: {path.parent} is not a complete checkpoint; choose another one."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); choose another checkpoint.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (no JSON object); choose another checkpoint.")
-    return content
 
 
 def checksum(path: Path) -> dict[str, Any]:
@@ -122,28 +95,6 @@ def checksum(path: Path) -> dict[str, Any]:
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def sync(path: Path) -> None:
-    """Have what was written to a file, or renamed in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder if it is there. A checkpoint is renamed first: half of one must not look like one."""
-    if path.is_dir():
-        doomed = path
-        if not path.name.startswith(TEMPORARY_PREFIX):
-            doomed = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(path, doomed)
-        shutil.rmtree(doomed)
-    elif path.exists():
-        path.unlink()
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -251,7 +202,7 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     if (path / CONTRACT).is_file():
         return path
-    for checkpoints in (path / "checkpoints", path):
+    for checkpoints in (path / CHECKPOINTS, path):
         for newest in step_folders(checkpoints)[-1:]:
             try:
                 check_complete(newest)
@@ -344,6 +295,11 @@ def read_validation(folder: Path) -> dict[str, Any] | None:
     return {"elbo": {}, "bits_per_byte": {}, "target_block_size": None} | {
         name: value for name, value in content.items() if value is not None
     }
+
+
+def write_validation(folder: Path, content: dict[str, Any]) -> None:
+    """Write validation.json of a checkpoint that is there already."""
+    write_json(folder / VALIDATION, content, sort_keys=True)
 
 
 def validation_elbo(folder: Path) -> float | None:

@@ -12,6 +12,7 @@ from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.name_table import extra_state_keys, key_aliases
+from megatron_dllm.run.files import write_json
 
 # Tensors of the model; everything else in a training checkpoint is the optimizer's.
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -150,9 +151,9 @@ def write_json_files(folder: Path, files: dict[str, Any], checksums: dict[str, A
         ValueError: what lies on the disk is not what was written.
     """
     for name, content in files.items():
-        folders.write_json(folder / name, content)
+        write_json(folder / name, content, sort_keys=True)
     manifest = dict(checksums) | {name: folders.checksum(folder / name) for name in files}
-    folders.write_json(folder / folders.MANIFEST, manifest)
+    write_json(folder / folders.MANIFEST, manifest, sort_keys=True)
     problems = folders.damaged_files(folder, manifest, manifest, hash_content=False)
     if problems:
         raise ValueError(f"{problems[0]}; the disk did not keep what was written.")

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.mcore_folder import Contract
 from megatron_dllm.hf.config_json import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES
+from megatron_dllm.run.names import CHECKPOINTS, CONFIG
 
 PROVENANCE = "provenance.json"
 
@@ -56,8 +57,8 @@ def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_na
     if content.get("source"):
         rows.append(("Converted from", str(content["source"])))
     run = _run_folder(Path(provenance["inputs"][0]["checkpoint"]) if provenance else checkpoint.absolute())
-    if run is not None and (run / "config.yaml").is_file():
-        rows.append(("Recipe", str(run / "config.yaml")))
+    if run is not None and (run / CONFIG).is_file():
+        rows.append(("Recipe", str(run / CONFIG)))
     tags = ["block-diffusion"] * is_diffusion + ["mixture-of-experts"] * contract.model.is_moe
     own_run = _run_folder(checkpoint.absolute())
     lines = [
@@ -92,7 +93,7 @@ def merge_card(name: str, provenance: dict[str, Any]) -> str:
 
 def _run_folder(checkpoint: Path) -> Path | None:
     """The run that saved a checkpoint, or None for one that a tool wrote."""
-    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else None
 
 
 def _provenance(checkpoint: Path) -> dict[str, Any] | None:

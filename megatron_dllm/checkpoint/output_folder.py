@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from megatron_dllm.checkpoint.folder import sync
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
+from megatron_dllm.run.files import sync
 
 logger = logging.getLogger(__name__)
 # What a launcher sends to stop a process: SIGTERM by hand, SIGUSR1 through launch/rank.py.

@@ -37,6 +37,7 @@ from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.background import BackgroundWrite, Written, hand_over, use_local_results, write_now
 from megatron_dllm.checkpoint.folder import check_identity as check_identity
 from megatron_dllm.parallel.device import local_device
+from megatron_dllm.run.files import TEMPORARY_PREFIX, remove, write_json
 from megatron_dllm.run.lease import LeaseLost
 
 log = logging.getLogger(__name__)
@@ -193,7 +194,7 @@ class CheckpointWriter:
         """Save after `step` optimizer steps; returns the folder (complete on return unless asynchronous)."""
         self.finish()
         final = folders.step_folder(self._checkpoints, step)
-        temporary = final.with_name(folders.TEMPORARY_PREFIX + final.name)
+        temporary = final.with_name(TEMPORARY_PREFIX + final.name)
         with _Deadline(self._timeout, f"Saving {final}"):
             self._prepare_folder(temporary)
             model = model_state(chunks)
@@ -262,7 +263,7 @@ class CheckpointWriter:
             try:
                 if self._before_publish is not None:
                     self._before_publish()
-                folders.remove(temporary)
+                remove(temporary)
                 temporary.mkdir(parents=True)
                 _check_space(temporary)
             except Exception as caught:
@@ -291,12 +292,12 @@ class CheckpointWriter:
 
     def _publish(self, save: _Save, manifest: dict[str, Any]) -> None:
         """On rank 0: write the descriptions beside the tensors, look everything over, rename."""
-        folders.write_json(save.temporary / folders.CONTRACT, save.contract)
-        folders.write_json(save.temporary / folders.STATE, save.state)
+        write_json(save.temporary / folders.CONTRACT, save.contract, sort_keys=True)
+        write_json(save.temporary / folders.STATE, save.state, sort_keys=True)
         for name in folders.payload_files(save.temporary):
             if name not in manifest:
                 manifest[name] = folders.checksum(save.temporary / name)
-        folders.write_json(save.temporary / folders.MANIFEST, manifest)
+        write_json(save.temporary / folders.MANIFEST, manifest, sort_keys=True)
         problems = folders.damaged_files(save.temporary, manifest, manifest, hash_content=False)
         if problems:
             raise OSError(f"what was written is not there: {problems[0]}")

@@ -31,6 +31,8 @@ from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from megatron_dllm.run.files import read_json_object, write_json
+
 logger = logging.getLogger(__name__)
 
 EOS_TOKEN, PAD_TOKEN, MASK_TOKEN = "<|endoftext|>", "<|pad|>", "<|mask|>"
@@ -122,7 +124,7 @@ def build(
             _write_lines(temporary / f"{name}.jsonl", part)
         training_texts = [text for path, text in documents.items() if not is_held_out[path]]
         save_tokenizer(train_tokenizer(training_texts, vocab_size), temporary / "tokenizer")
-        (temporary / "corpus.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        write_json(temporary / "corpus.json", description, indent=2)
         os.rename(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -164,7 +166,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     }
     tokenizer.save(str(folder / "tokenizer.json"))
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special_tokens)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, content, indent=2)
 
 
 def _select(root: Path, max_bytes: int | None) -> dict[str, str]:
@@ -202,7 +204,7 @@ def _check_finished(output: Path, description: dict[str, Any]) -> None:
     path = output / "corpus.json"
     if not path.is_file():
         raise ValueError(f"output ({output}) exists and is no standard library corpus; choose another folder.")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = read_json_object(path, "choose another folder or delete it")
     different = sorted(name for name in description if found.get(name) != description[name])
     if different:
         raise ValueError(

@@ -12,7 +12,6 @@ folder (unknown extensions, hidden files, second links to a file) is listed in P
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -35,6 +34,7 @@ from megatron_dllm.data.formats import KNOWN
 from megatron_dllm.data.listing import list_files
 from megatron_dllm.data.reading import BadDocumentError, RawBatch, RawDocument, decode_document, read_batches
 from megatron_dllm.data.tokenizer import TextTokenizer
+from megatron_dllm.run.files import write_json
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -295,7 +295,7 @@ def _describe(
         "sources": [os.path.abspath(name) for name in inputs],
         "left_out": left_out,
     }
-    Path(path).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(path), description, indent=2)
 
 
 def main(arguments: list[str] | None = None) -> int:

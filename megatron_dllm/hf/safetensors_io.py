@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dllm.run.files import write_json
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
@@ -253,7 +255,7 @@ class SafetensorsWriter:
         if len(shards) > 1:
             weight_map = {name: file_name for file_name, shard in zip(names, shards, strict=True) for name in shard}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+            write_json(folder / INDEX_NAME, index, indent=2)
 
     def _begin_shard(self, file_name: str, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
         # Wider dtypes first keeps every tensor aligned, as readers that map the file expect.

@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_dllm.run.files import read_json_object, write_json
+
 # The id that serving uses, by the vocabulary's size, and the text SDAR and LLaDA2 give the token.
 RESERVED_MASK_IDS = {157184: (156895, "<|mask|>"), 151936: (151669, "<|MASK|>")}
 MASK_TEXTS = ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]")
@@ -190,16 +192,8 @@ def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) 
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; download it again.")
-    return value
+    return read_json_object(path, "download it again") if path.is_file() else {}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    write_json(path, value, indent=2, ensure_ascii=False)

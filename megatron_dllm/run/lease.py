@@ -22,6 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dllm.run.names import LEASE
+
 # Set by the job script: the generation its launcher acquired for this start of the run.
 LEASE_VARIABLE = "MEGATRON_DLLM_LEASE"
 _GENERATION = re.compile(r"generation_(\d+)$")
@@ -56,7 +58,7 @@ class Lease:
         """
         inherited = os.environ.get(LEASE_VARIABLE)
         if inherited:
-            lease = cls(Path(run_folder) / "lease", int(inherited))
+            lease = cls(Path(run_folder) / LEASE, int(inherited))
             lease.check()
             return lease
         return cls.take_next(run_folder, owner)
@@ -64,7 +66,7 @@ class Lease:
     @classmethod
     def take_next(cls, run_folder: str | os.PathLike[str], owner: str = "") -> Lease:
         """Take the generation above all others, superseding every earlier life."""
-        folder = Path(run_folder) / "lease"
+        folder = Path(run_folder) / LEASE
         folder.mkdir(parents=True, exist_ok=True)
         record = json.dumps({"owner": owner or f"{socket.gethostname()}:{os.getpid()}", "time": time.time()})
         while True:

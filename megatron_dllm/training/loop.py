@@ -33,6 +33,8 @@ from megatron_dllm.parallel.device import local_device
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.code_version import code_state
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.run.files import copy_folder, write_text
+from megatron_dllm.run.names import CHECKPOINTS, CODE_STATE, CONFIG, REPLAY, TOKENIZER
 from megatron_dllm.training.engine import build_engine, set_learning_rate
 from megatron_dllm.training.observers.context_balance import context_balance
 from megatron_dllm.training.observers.fingerprint import check_agreement, step_fingerprint
@@ -78,7 +80,7 @@ class Trainer:
         config = replace(config, parallel=layout or config.parallel)
         self.config = config
         self.folder = Path(config.run.root) / config.run.name
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints = self.folder / CHECKPOINTS
         self.is_rank_zero = dist.get_rank() == 0
         self.device = local_device()
         self.schedule = BlockSchedule.from_config(config.schedule)
@@ -106,8 +108,8 @@ class Trainer:
         self._source: str | None = None
         self._load()
         if self.is_rank_zero:  # not before: the configuration of a start that is refused is not the run's
-            folders.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.given_config)))
-            folders.write_text(self.folder / "git.txt", code_state())
+            write_text(self.folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(self.given_config)))
+            write_text(self.folder / CODE_STATE, code_state())
         model = config.model
         self.router = (
             RouterLoad(self.engine.chunks, model.num_layers, model.num_moe_experts, config.parallel.recompute == "full")
@@ -124,9 +126,9 @@ class Trainer:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for left in folders.clean_temporary(self.checkpoints):
                 log.warning("removed %s, which an interrupted writer left behind", left)
-            tokenizer = self.folder / "tokenizer"
+            tokenizer = self.folder / TOKENIZER
             if self.config.data.tokenizer and not tokenizer.exists():
-                folders.copy_folder(Path(self.config.data.tokenizer), tokenizer)
+                copy_folder(Path(self.config.data.tokenizer), tokenizer)
             print_stage_table(self.schedule, self.config, self.corpus)
         dist.barrier()
 
@@ -253,7 +255,7 @@ class Trainer:
                 self.writer.finish()
                 in_a_row = f" ({state.num_skipped} steps in a row)" if state.num_skipped > 1 else ""
                 log.error(
-                    "step %d: %s%s; the batch is in %s", state.step, result.reason, in_a_row, self.folder / "replay"
+                    "step %d: %s%s; the batch is in %s", state.step, result.reason, in_a_row, self.folder / REPLAY
                 )
                 return EXIT_NON_FINITE
             log.warning("step %d skipped: %s", state.step, result.reason)
@@ -384,7 +386,7 @@ class Trainer:
         if validation is not None:
             self.writer.finish()
             if self.is_rank_zero:
-                folders.write_json(folder / folders.VALIDATION, validation.to_json())
+                folders.write_validation(folder, validation.to_json())
         if self.is_rank_zero:
             rules = self.config.checkpoint
             folders.retire(self.checkpoints, rules.keep_last, rules.keep_best, rules.keep_every)
@@ -404,7 +406,7 @@ class Trainer:
         stage = next(stage for stage in self.schedule.stages if stage.name == contract["stage"])
         validation = self._validate(stage, contract["is_stage_end"])
         if self.is_rank_zero and validation is not None:
-            folders.write_json(self._resumed_from / folders.VALIDATION, validation.to_json())
+            folders.write_validation(self._resumed_from, validation.to_json())
 
     def _validate(self, stage: Stage, is_stage_end: bool) -> Validation | None:
         """Target block size at every checkpoint, all of them at a stage's end; AR models by their exact NLL.
@@ -454,6 +456,6 @@ class Trainer:
             "stage": stage.name,
             "layout": asdict(config.parallel),
             "world_size": dist.get_world_size(),
-            "tokenizer": "../../tokenizer" if config.data.tokenizer else None,
+            "tokenizer": f"../../{TOKENIZER}" if config.data.tokenizer else None,
             "source": self._source,
         }

@@ -20,6 +20,8 @@ from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.objective import LossFunction
 from megatron_dllm.model.pipeline import EmbeddingNoise
+from megatron_dllm.run.files import remove, write_json
+from megatron_dllm.run.names import REPLAY
 
 
 def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], record: dict[str, Any]) -> Path:
@@ -34,11 +36,11 @@ def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], recor
         micro_batches: of this data-parallel rank, before they are split over context-parallel ranks.
         record: configuration, stage, reason and sums, for step.json.
     """
-    folder = run_folder / "replay" / f"step_{step:07d}"
+    folder = run_folder / REPLAY / f"step_{step:07d}"
     if dist.get_rank() == 0:
-        folders.remove(folder)
+        remove(folder)
         folder.mkdir(parents=True)
-        folders.write_json(
+        write_json(
             folder / "step.json",
             {"step": step, "data_parallel_size": parallel_state.get_data_parallel_world_size(), **record},
         )

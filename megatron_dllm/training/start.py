@@ -20,14 +20,16 @@ from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.evaluation.elbo import validation_geometry, validation_names
 from megatron_dllm.model.objective import objective_of
 from megatron_dllm.parallel.groups import start_process_group
+from megatron_dllm.run.files import write_text
 from megatron_dllm.run.lease import Lease, LeaseLost
+from megatron_dllm.run.names import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
 
 def run_checkpoints(config: TrainConfig) -> Path:
     """The folder of the run's checkpoints."""
-    return Path(config.run.root) / config.run.name / "checkpoints"
+    return Path(config.run.root) / config.run.name / CHECKPOINTS
 
 
 def run_contract(config: TrainConfig) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def _set_aside(damaged: list[Path], good: Path) -> None:
                     folders.set_aside(folder).name,
                     good.name,
                 )
-            folders.write_text(good.parent / folders.LATEST, good.name + "\n")
+            write_text(good.parent / folders.LATEST, good.name + "\n")
         except OSError as caught:
             error = caught
     raise_together(error)

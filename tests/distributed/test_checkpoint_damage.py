@@ -16,6 +16,7 @@ from benchmarks.ranks import run_ranks
 from benchmarks.tiny_run import MODEL, checkpoints_of, run_config
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import ParallelConfig
+from megatron_dllm.run.files import write_json
 from tests.distributed.checkpoint_run import OPTIMIZER_STEP, build, fill_moments, flip_bit, save, writer_of
 
 
@@ -55,7 +56,7 @@ def _poison(folder: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(_Payload()))
     manifest = folders.read_json(folder / folders.MANIFEST)
     manifest[".metadata"] = folders.checksum(folder / ".metadata")  # a careful stranger
-    folders.write_json(folder / folders.MANIFEST, manifest)
+    write_json(folder / folders.MANIFEST, manifest)
 
 
 DAMAGES = {

@@ -14,13 +14,14 @@ import yaml
 
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT
+from megatron_dllm.run.files import write_json
 
 
 def write_checkpoint(folder: Path, state: dict[str, object]) -> None:
     """A whole checkpoint, as far as its descriptions go."""
-    folders.write_json(folder / folders.CONTRACT, {})
-    folders.write_json(folder / folders.STATE, state)
-    folders.write_json(
+    write_json(folder / folders.CONTRACT, {})
+    write_json(folder / folders.STATE, state)
+    write_json(
         folder / folders.MANIFEST, {name: folders.checksum(folder / name) for name in folders.payload_files(folder)}
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from megatron_dllm.checkpoint.streaming import Task, check_finite, run, split_ro
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.hf.safetensors_io import SafetensorsWriter
 from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILES
+from megatron_dllm.run.files import write_json, write_text
 
 # Of a Hugging Face folder: what belongs to the model beside its weights and its history.
 _COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py", "LICENSE*")
@@ -47,7 +47,7 @@ def merge_into(inputs: list[MergeInput], weights: list[float], output: Path, pro
     with output_folder(output, total_bytes) as temporary:
         if isinstance(inputs[0], HFInput):
             _merge_hf(cast(list[HFInput], inputs), weights, temporary, total_bytes, provenance)
-            (temporary / "README.md").write_text(merge_card(output.name, provenance), encoding="utf-8")
+            write_text(temporary / "README.md", merge_card(output.name, provenance))
         else:
             _merge_torch_dist(cast(list[TorchDistInput], inputs), weights, temporary, total_bytes, provenance)
 
@@ -73,7 +73,7 @@ def _merge_hf(
         writer.abandon()
     for path in sorted(path for pattern in _COPIED for path in last.folder.glob(pattern)):
         shutil.copyfile(path, folder / path.name)
-    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / PROVENANCE, provenance)
 
 
 def _merge_torch_dist(

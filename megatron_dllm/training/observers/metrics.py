@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from megatron_dllm.checkpoint.folder import write_text
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.diffusion.losses.step_sums import NUM_BUCKETS
+from megatron_dllm.run.files import write_text
+from megatron_dllm.run.names import METRICS, WANDB_ID
 from megatron_dllm.training.step import StepResult
 
 
@@ -21,7 +22,7 @@ class MetricsWriter:
     """Writes one record at a time to every sink. `step` counts optimizer steps, in all stages together."""
 
     def __init__(self, run_folder: Path, config: TrainConfig) -> None:
-        self._file = open(run_folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(run_folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._tensorboard: Any = None
         self._wandb: Any = None
         if config.logging.tensorboard:
@@ -67,15 +68,15 @@ class MetricsWriter:
 
 def _run_id(run_folder: Path) -> str:
     """An id that stays the same when the run is resumed, kept in the run folder."""
-    path = run_folder / "wandb_id"
+    path = run_folder / WANDB_ID
     if not path.is_file():
-        path.write_text(os.urandom(6).hex(), encoding="utf-8")
+        write_text(path, os.urandom(6).hex())
     return path.read_text(encoding="utf-8").strip()
 
 
 def trim_metrics(run_folder: Path, step: int, is_validated: bool = True) -> None:
     """Drop records behind `step`, and its validation unless the checkpoint has it: a resumed run writes them again."""
-    path = run_folder / "metrics.jsonl"
+    path = run_folder / METRICS
     if not path.is_file():
         return
     kept = []

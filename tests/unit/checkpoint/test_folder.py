@@ -8,6 +8,7 @@ import pytest
 
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import ModelConfig, ScheduleConfig, StageConfig, TrainConfig
+from megatron_dllm.run.files import TEMPORARY_PREFIX, write_json
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -34,7 +35,7 @@ def _make(
 ) -> Path:
     """A checkpoint as the writer leaves it, one small file for the tensors."""
     final = folders.step_folder(checkpoints, step)
-    temporary = final.with_name(folders.TEMPORARY_PREFIX + final.name)
+    temporary = final.with_name(TEMPORARY_PREFIX + final.name)
     temporary.mkdir(parents=True)
     contract = {
         "format": 1,
@@ -44,14 +45,14 @@ def _make(
         "is_stage_end": is_stage_end,
         "save_number": save_number,
     }
-    folders.write_json(temporary / folders.CONTRACT, contract)
-    folders.write_json(temporary / folders.STATE, {"step": step, "consumed_tokens": 100 * step, "text": "x" * 50})
+    write_json(temporary / folders.CONTRACT, contract)
+    write_json(temporary / folders.STATE, {"step": step, "consumed_tokens": 100 * step, "text": "x" * 50})
     (temporary / "__0_0.distcp").write_bytes(bytes(range(100)))
     manifest = {name: folders.checksum(temporary / name) for name in folders.payload_files(temporary)}
-    folders.write_json(temporary / folders.MANIFEST, manifest)
+    write_json(temporary / folders.MANIFEST, manifest)
     folders.publish(temporary, final)
     if elbo is not None:
-        folders.write_json(final / folders.VALIDATION, {"elbo": {"32": elbo}, "target_block_size": 32})
+        write_json(final / folders.VALIDATION, {"elbo": {"32": elbo}, "target_block_size": 32})
     return final
 
 
@@ -163,32 +164,6 @@ def test_leftovers_are_cleaned(tmp_path: Path) -> None:
     (tmp_path / ".tmp-latest.123").touch()
     assert len(folders.clean_temporary(tmp_path)) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000001"]
-
-
-def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    folders.write_text(path, "old")
-    folders.write_text(path, "new")
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_copied_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    (source / "tokenizer.json").write_text("{}")
-
-    def interrupted(source: Path, target: Path) -> None:
-        target.mkdir()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(folders.shutil, "copytree", interrupted)
-        folders.copy_folder(source, target)
-    assert not target.exists()
-    folders.copy_folder(source, target)
-    assert (target / "tokenizer.json").read_text() == "{}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
 # ---- identity ------------------------------------------------------------------------------------

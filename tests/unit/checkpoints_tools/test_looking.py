@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_tools import compare, inspect, mcore_to_hf
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.hf.name_table import weight_map
+from megatron_dllm.run.files import write_json
 from tests.tiny_models import LING, seal
 
 
@@ -32,7 +33,7 @@ def test_inspect_counts_parameters_alike_in_both_formats(checkpoint: Path, hf: P
 
 
 def test_inspect_shows_step_contract_and_validation(checkpoint: Path) -> None:
-    folders.write_json(
+    write_json(
         checkpoint / folders.VALIDATION,
         {"elbo": {"32": 2.5, "4": 2.25}, "bits_per_byte": {"32": 1.5}, "target_block_size": 32, "num_tokens": 10},
     )

@@ -122,7 +122,7 @@ def test_end_of_text(tmp_path: Path) -> None:
 def test_damaged_json_is_named(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "a", {"<eos>": 3})
     (tmp_path / "a" / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
         TokenizerFiles(tmp_path / "a")
     for content in ({"model": ["BPE"]}, {"model": {"vocab": {}}, "added_tokens": [{"id": 3}]}, {"added_tokens": [5]}):
         (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(content))

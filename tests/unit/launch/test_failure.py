@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import record
 from launch.ending import ending_of
 from launch.failure import collect_failure, overall_code
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.run.files import write_json
 
 HOSTS = ["node1", "node2"]
 
@@ -19,7 +19,7 @@ def ranks(
     """Exit records of ranks, two a node, ended in the given order."""
     for rank, code in codes.items():
         ended = float((order or sorted(codes)).index(rank))
-        record.write_json(
+        write_json(
             start / f"exit_{rank:05d}.json",
             {"rank": rank, "host": HOSTS[rank // 2], "code": code, "began": 0.0, "ended": ended},
         )

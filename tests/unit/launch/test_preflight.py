@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.preflight import examine, judge, summary
-from launch.record import write_json
+from megatron_dllm.run.files import write_json
 
 SETTINGS = {
     "gpus": 2,

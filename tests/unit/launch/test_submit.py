@@ -11,6 +11,7 @@ import pytest
 
 from launch import freeze, record, submit
 from megatron_dllm.run import code_version
+from megatron_dllm.run.files import write_json
 
 CHAIN = """# @package _global_
 name: pair
@@ -107,8 +108,8 @@ def test_status_tells_elbo_and_time_left(pair: list[str], tmp_path: Path, capsys
     words = ["experiment=tiny_base", f"run.root={tmp_path}", "run.name=run"]
     stage = tmp_path / "run" / "launch" / "train"
     stage.mkdir(parents=True)
-    record.write_json(tmp_path / "run" / "chain.json", {"stages": {"train": {"job": "7"}}})
-    record.write_json(stage / "stage.json", {"run_folder": str(tmp_path / "run")})
+    write_json(tmp_path / "run" / "chain.json", {"stages": {"train": {"job": "7"}}})
+    write_json(stage / "stage.json", {"run_folder": str(tmp_path / "run")})
     (stage / "config.yaml").write_text("schedule:\n  stages:\n    ar:\n      num_tokens: 8000\nrun:\n  seed: 1\n")
     record.append_event(stage, "start", digest="x")
     record.append_event(stage, "training", start="start_0002", seconds=9.0, pause=41.3)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import record, slurm
+from megatron_dllm.run.files import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGE = {
@@ -46,7 +47,7 @@ def stand_in(folder: Path, name: str, text: str) -> None:
 
 def test_a_preflight_that_a_stop_request_ends_is_no_crash(commands: Path, tmp_path: Path) -> None:
     """Under an interpreter without packages, as on a node."""
-    record.write_json(tmp_path / "stage.json", STAGE)
+    write_json(tmp_path / "stage.json", STAGE)
     stand_in(commands, "srun", "kill -TERM $PPID; exit 1")
     stand_in(commands, "scontrol", "echo node1")
     stand_in(commands, "squeue", "echo COMPLETING")

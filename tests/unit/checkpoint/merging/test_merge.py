@@ -19,6 +19,7 @@ from megatron_dllm.checkpoint.mcore_folder import open_checkpoint, read_contract
 from megatron_dllm.checkpoint.merging import stream as merge_stream
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.hf.name_table import key_aliases
+from megatron_dllm.run.files import write_json
 from tests.tiny_models import LING, left_in, seal
 
 
@@ -132,7 +133,7 @@ def _run(tmp_path: Path, make_checkpoint, elbos: list[float | None]) -> Path:
         folder = make_checkpoint(f"c{step}", step)
         shutil.copytree(folder, checkpoints / f"step_{step:07d}")
         if elbo is not None:
-            folders.write_json(
+            write_json(
                 checkpoints / f"step_{step:07d}" / folders.VALIDATION,
                 {
                     "elbo": {"32": elbo, "4": -elbo},

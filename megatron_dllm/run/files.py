@@ -1,0 +1,104 @@
+"""Small files and folders that appear whole: readers see the old content or the new, never a part.
+
+Standard library only: a job's supervisor uses it under the node's own Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+# What a name begins with while its content is being written, or after its writer was interrupted.
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, under a temporary name first. It keeps the permissions of the file it replaces."""
+    # Process numbers repeat in every container, and two of them may share the folder.
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            with contextlib.suppress(FileNotFoundError):
+                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any, *, indent: int = 1, sort_keys: bool = False, ensure_ascii: bool = True) -> None:
+    """Write a value as JSON, with `write_text`; the options are those of `json.dumps`."""
+    write_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: of the file.
+        remedy: what to do when it is damaged; ends the sentence of the error.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged (no JSON: {error}); {remedy}.") from None
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: of the file.
+        remedy: what to do when it is damaged; ends the sentence of the error.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON, or something else than an object.
+    """
+    value = read_json(path, remedy)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (no JSON object, but {type(value).__name__}); {remedy}.")
+    return value
+
+
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder if it is there. A folder is renamed first, so that half of it never bears its name."""
+    if path.is_dir():
+        doomed = path
+        if not path.name.startswith(TEMPORARY_PREFIX):
+            doomed = path.with_name(f"{TEMPORARY_PREFIX}old-{path.name}")
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.replace(path, doomed)
+        shutil.rmtree(doomed)
+    elif path.exists():
+        path.unlink()
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder to a place where there is none; it appears when it is whole."""
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
+    remove(temporary)
+    shutil.copytree(source, temporary)
+    os.replace(temporary, target)

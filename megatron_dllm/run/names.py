@@ -1,0 +1,22 @@
+"""Names of what lies in a run folder (standard library only).
+
+RUN/config.yaml       the configuration of the newest start
+RUN/git.txt           the code that ran: the commit, and what was changed since
+RUN/metrics.jsonl     a record of every logged step and validation
+RUN/checkpoints/      see checkpoint/folder.py
+RUN/tokenizer/        the tokenizer that made the corpus
+RUN/lease/            see run/lease.py
+RUN/replay/           the batches of steps that were not finite
+RUN/wandb_id          the id under which W&B knows the run
+"""
+
+from __future__ import annotations
+
+CONFIG = "config.yaml"
+CODE_STATE = "git.txt"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+LEASE = "lease"
+REPLAY = "replay"
+WANDB_ID = "wandb_id"

@@ -1,0 +1,78 @@
+"""Files that readers see whole, and damage that is named."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from megatron_dllm.run import files
+
+
+def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_copied_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+
+    def interrupted(source: Path, target: Path) -> None:
+        target.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.shutil, "copytree", interrupted)
+        files.copy_folder(source, target)
+    assert not target.exists()
+    files.copy_folder(source, target)
+    assert (target / "tokenizer.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_a_failed_write_keeps_the_old_content_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "\ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    path.chmod(0o640)
+    files.write_text(path, "new")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    files.write_json(path, {"b": "\u00e9", "a": [1]}, indent=2, sort_keys=True, ensure_ascii=False)
+    assert path.read_text(encoding="utf-8") == '{\n  "a": [\n    1\n  ],\n  "b": "\u00e9"\n}\n'
+    assert files.read_json_object(path, "") == {"a": [1], "b": "\u00e9"}
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b"null"])
+def test_damaged_json_is_named_with_the_remedy(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "value.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"value\.json is damaged \(no JSON.*\); copy it again\.$"):
+        files.read_json_object(path, "copy it again")
+    with pytest.raises(FileNotFoundError):
+        files.read_json_object(tmp_path / "nowhere.json", "copy it again")
+
+
+def test_a_removed_folder_is_gone_and_a_missing_one_no_error(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    files.remove(folder)
+    files.remove(folder)
+    assert list(tmp_path.iterdir()) == []
