@@ -5,14 +5,13 @@ on one TP/PP/CP/EP/DP layout loads on any other, optimizer state included. A che
 a temporary name, described by a manifest with checksums, and renamed when all ranks have finished.
 
 What is read: JSON, tensors (`torch.load` with weights_only), and `.metadata`, a pickle by torch's own format, which
-is looked through by an unpickler that knows the format's classes and no others before torch reads it.
+is looked through by `check_metadata` before torch reads it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import shutil
 import threading
 import time
@@ -36,6 +35,7 @@ from torch import nn
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.background import BackgroundWrite, Written, hand_over, use_local_results, write_now
 from megatron_dllm.checkpoint.folder import check_identity as check_identity
+from megatron_dllm.checkpoint.torch_dist_metadata import check_metadata
 from megatron_dllm.parallel.device import local_device
 from megatron_dllm.run.files import TEMPORARY_PREFIX, remove, write_json
 from megatron_dllm.run.lease import LeaseLost
@@ -327,44 +327,6 @@ def verify(folder: Path, hash_content: bool = True) -> None:
     except (ValueError, OSError) as caught:
         error = ValueError(str(caught))
     raise_together(error)
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes of torch's checkpoint metadata; any other name in the pickle is an error."""
-
-    _MODULES = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.planner",
-        "torch.distributed.checkpoint.filesystem",
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The class of that name, if the format has it."""
-        is_own = module in self._MODULES and "." not in name
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_own or is_dtype or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")):
-            found = super().find_class(module, name)
-            # Not what the module has merely imported, such as `os`.
-            if not is_own or (isinstance(found, type) and found.__module__ == module):
-                return found
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-def check_metadata(folder: Path) -> None:
-    """Refuse a `.metadata` that names anything but the classes of torch's checkpoint format.
-
-    Raises:
-        ValueError: naming what it would have run, or that it cannot be read.
-    """
-    path = folder / ".metadata"
-    try:
-        with open(path, "rb") as stream:
-            _MetadataUnpickler(stream).load()
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not the metadata of a torch_dist checkpoint ({error}); it was not loaded. Take "
-            "checkpoints from people you trust, or convert their safetensors."
-        ) from error
 
 
 def load_weights(folder: Path, chunks: Sequence[nn.Module], hash_content: bool = True) -> None:

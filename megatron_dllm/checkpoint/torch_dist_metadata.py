@@ -1,19 +1,19 @@
 """The `.metadata` of a torch_dist checkpoint, read without running anything that a pickle may carry.
 
-`.metadata` is a pickle by torch's own definition of the format. It is read by an unpickler that knows
-the names of the records torch writes there, and turns each into an inert record of our own; any other
-name is refused, and no class or function of another library is ever called.
+`.metadata` is a pickle by torch's own definition of the format. Each record that torch writes there becomes an inert
+record of our own; see checkpoint/unpickling.py.
 """
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_dllm.checkpoint.unpickling import TableUnpickler
 
 METADATA_NAME = ".metadata"
 CONFIG_NAME = "metadata.json"
@@ -64,21 +64,16 @@ class _TensorRecord(_Record):
     """A TensorStorageMetadata; other entries of the state dict hold objects."""
 
 
-def _size(*arguments: Any) -> tuple[int, ...]:
-    return tuple(arguments[0]) if arguments else ()
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch", "Size"):
-            return _size
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) in _RECORDS:
-            # A class of this call's own: a pickle that writes into it changes nothing outside.
-            base = _TensorRecord if name == "TensorStorageMetadata" else _Record
-            return type(name, (base,), {})
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+def _find_record(module: str, name: str) -> Any:
+    if (module, name) == ("torch", "Size"):
+        return lambda *arguments: tuple(arguments[0]) if arguments else ()
+    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        return getattr(torch, name)
+    if (module, name) in _RECORDS:
+        # A class of this call's own: a pickle that writes into it changes nothing outside.
+        base = _TensorRecord if name == "TensorStorageMetadata" else _Record
+        return type(name, (base,), {})
+    return None
 
 
 @dataclass(frozen=True)
@@ -131,19 +126,35 @@ def read_metadata(folder: Path) -> DistMetadata:
                 f"{folder} is no complete torch_dist checkpoint: {name} is missing (found {found}); "
                 "name the step folder itself, or save again."
             )
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except Exception as error:  # damaged bytes raise whatever they are taken for
-        raise _damaged(path, error) from error
+    metadata = _read_records(path)
     try:
         return _tables(folder, metadata)
     except (AttributeError, LookupError, TypeError) as error:
         raise _damaged(path, error) from error
 
 
+def check_metadata(folder: Path) -> None:
+    """Refuse a `.metadata` that names anything but the records of torch's checkpoint format, before torch loads it.
+
+    Raises:
+        ValueError: naming what it would have run, or that it cannot be read.
+    """
+    _read_records(folder / METADATA_NAME)
+
+
+def _read_records(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            return TableUnpickler(file, "a checkpoint's metadata", _find_record).load()
+    except Exception as error:  # damaged bytes raise whatever they are taken for
+        raise _damaged(path, error) from error
+
+
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is damaged or not a torch_dist table of contents ({error!r}); it is not read further.")
+    return ValueError(
+        f"{path} is not the metadata of a torch_dist checkpoint, or damaged ({error!r}); it was not loaded. Take "
+        "checkpoints from people you trust, or convert their safetensors."
+    )
 
 
 def _tables(folder: Path, metadata: _Record) -> DistMetadata:

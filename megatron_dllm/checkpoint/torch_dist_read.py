@@ -8,7 +8,6 @@ run of its rows can be read by position, without loading the chunk.
 from __future__ import annotations
 
 import os
-import pickle
 import zipfile
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_dllm.checkpoint.torch_dist_metadata import Chunk, DistMetadata, read_metadata
+from megatron_dllm.checkpoint.unpickling import TableUnpickler
 from megatron_dllm.hf.safetensors_io import descriptor_of, read_exactly
 
 
@@ -195,22 +195,15 @@ def _contiguous_run(sizes: tuple[int, ...], start: tuple[int, ...], box: tuple[i
     return first, 1 + sum((n - 1) * stride for n, stride in zip(box, strides, strict=True))
 
 
-class _ArchiveUnpickler(pickle.Unpickler):
-    """Reads the description of one tensor in a `torch.save` archive; builds nothing."""
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: (storage, offset, tuple(size), tuple(stride))
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a tensor's archive")
+def _find_in_archive(module: str, name: str) -> Any:
+    """What the description of one tensor in a `torch.save` archive may name; builds nothing."""
+    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+        return lambda storage, offset, size, stride, *_: (storage, offset, tuple(size), tuple(stride))
+    if (module, name) == ("torch._utils", "_rebuild_parameter"):
+        return lambda tensor, *_: tensor
+    if (module, name) == ("collections", "OrderedDict"):
+        return dict
+    return name if module == "torch" and name.endswith("Storage") else None
 
 
 def _tensor_position(data: _Slice, chunk: Chunk, dtype: torch.dtype) -> int | None:
@@ -219,7 +212,9 @@ def _tensor_position(data: _Slice, chunk: Chunk, dtype: torch.dtype) -> int | No
         names = {name.split("/", 1)[1]: archive.getinfo(name) for name in archive.namelist()}
         if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
             raise ValueError("it was written on a big-endian machine")
-        storage, offset, size, stride = _ArchiveUnpickler(BytesIO(archive.read(names["data.pkl"]))).load()
+        pickled = BytesIO(archive.read(names["data.pkl"]))
+        unpickler = TableUnpickler(pickled, "a tensor's archive", _find_in_archive, has_storages=True)
+        storage, offset, size, stride = unpickler.load()
         if size != chunk.sizes:
             raise ValueError(f"its shape is {list(size)}, the table of contents says {list(chunk.sizes)}")
         record = names[f"data/{storage[2]}"]

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.checkpoint.metadata import TensorProperties
 
+from megatron_dllm.checkpoint.torch_dist_metadata import check_metadata
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 
@@ -117,8 +118,9 @@ def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
     _write(tmp_path / "checkpoint", GRIDS["whole"])
     marker = Path("/tmp/megatron_dllm_unpickled")
     (tmp_path / "checkpoint" / ".metadata").write_bytes(pickle.dumps(_Evil()))
-    with pytest.raises(ValueError, match=r"system has no place"):
-        TorchDistReader(tmp_path / "checkpoint")
+    for read in (TorchDistReader, check_metadata):
+        with pytest.raises(ValueError, match=r"system has no place"):
+            read(tmp_path / "checkpoint")
     assert not marker.exists()
 
 
@@ -127,8 +129,9 @@ def test_metadata_cannot_change_torch_classes(tmp_path: Path) -> None:
     _write(tmp_path / "checkpoint", GRIDS["whole"])
     build_on_class = b"\x80\x04ctorch.distributed.checkpoint.metadata\nTensorProperties\nN}\x8c\x04evilK\x01s\x86b."
     (tmp_path / "checkpoint" / ".metadata").write_bytes(build_on_class)
-    with pytest.raises(ValueError, match="not a torch_dist table of contents"):
-        TorchDistReader(tmp_path / "checkpoint")
+    for read in (TorchDistReader, check_metadata):
+        with pytest.raises(ValueError, match="not the metadata of a torch_dist checkpoint"):
+            read(tmp_path / "checkpoint")
     assert not hasattr(TensorProperties, "evil")
 
 
