@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -27,7 +26,8 @@ from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import DEFAULT_BLOCK_SIZE, SourceConfig, read_hf_config
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
-from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, settle_mask_id
+from megatron_dllm.hf.special_tokens import settle_special_tokens
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,9 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
     """
     source = read_hf_config(hf)
     files = TokenizerFiles(tokenizer or hf)
-    model = _with_token_ids(source.model, files, mask_token_id, hf)
+    if not files.exists:
+        logger.warning("%s has no tokenizer files; the checkpoint will have none either", files.folder)
+    model = settle_special_tokens(source.model, files, mask_token_id)
     folder = SafetensorsFolder(hf)
     has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in folder.tensors)
     names = weight_map(model, has_stacked_experts=has_stacked_experts)
@@ -67,24 +69,6 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
             copy_tokenizer(files, temporary / TOKENIZER, model.mask_token_id, model.vocab_size)
         contract = _contract(model, source, hf, files.exists)
         write_json_files(temporary, {folders.CONTRACT: contract}, checksums)
-
-
-def _with_token_ids(model: ModelConfig, files: TokenizerFiles, wanted: int | None, hf: Path) -> ModelConfig:
-    """Fill in what config.json does not say about special tokens."""
-    eos = model.eos_token_id if model.eos_token_id >= 0 else files.eos_id()
-    pad = model.pad_token_id if model.pad_token_id >= 0 else files.special_id("pad_token")
-    if eos is None:
-        eos = pad  # LLaDA2 states its end-of-text token as pad_token_id alone.
-    if eos is None:
-        raise ValueError(
-            f"{hf / 'config.json'} and the tokenizer of {files.folder} name no eos_token_id; add it to either."
-        )
-    if not files.exists:
-        logger.warning("%s has no tokenizer files; the checkpoint will have none either", files.folder)
-    mask = settle_mask_id(files, model.vocab_size, model.mask_token_id, wanted)
-    model = replace(model, eos_token_id=eos, pad_token_id=eos if pad is None else pad, mask_token_id=mask)
-    model.validate()
-    return model
 
 
 def _check_tensors(folder: SafetensorsFolder, names: WeightMap, model: ModelConfig) -> dict[str, torch.dtype]:

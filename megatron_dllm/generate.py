@@ -29,7 +29,9 @@ from tokenizers import Tokenizer
 
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import GenerateConfig
+from megatron_dllm.data.tokenizer import load_tokenizer
 from megatron_dllm.diffusion.decode import Generation, check_prompt, decode
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.inference.source import CheckpointSource, read_source
 from megatron_dllm.run.files import write_text
 from megatron_dllm.run.place import world_size
@@ -86,7 +88,7 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
     if config.output is not None and Path(config.output).exists():
         raise ValueError(f"output ({config.output}) exists; nothing is overwritten: name a new file.")
     source = read_source(config)
-    tokenizer = load_tokenizer(source.tokenizer)
+    tokenizer = load_tokenizer(TokenizerFiles(source.tokenizer))
     prompt_ids = encode_prompts(tokenizer, prompts, source)
     # megatron-core takes seconds to import, which a wrong key or an empty file should not cost.
     from megatron_dllm.host import prepare_host
@@ -145,21 +147,6 @@ def _json_prompt(line: str, place: str) -> str:
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(f'{place} ({line[:80]}) must be an object with a non-empty text "prompt".')
     return prompt
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Read tokenizer.json.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise ValueError(f"tokenizer ({path}) cannot be read: {error}; copy it again.") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], source: CheckpointSource) -> list[list[int]]:

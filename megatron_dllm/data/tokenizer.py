@@ -1,8 +1,7 @@
-"""A tokenizer folder in HF's format (tokenizer.json, tokenizer_config.json), as far as tokenizing a corpus needs it."""
+"""Text into tokens, with the tokenizer that a folder holds (see hf/tokenizer_folder.py)."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +9,38 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-# Looked for where tokenizer_config.json names no mask token.
-_USUAL_MASK_TOKEN = "<|mask|>"
+from megatron_dllm.hf.tokenizer_folder import MASK_TEXTS, TokenizerFiles, fingerprint
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a tokenizer folder's tokenizer.json: equal for equal tokenizers, wherever they lie."""
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
+    """SHA-256 of a tokenizer folder's tokenizer.json: equal for equal tokenizers, wherever they lie.
+
+    Raises:
+        ValueError: the folder has no tokenizer.json.
+    """
+    found = fingerprint(Path(folder))
+    if found is None:
         raise ValueError(f"tokenizer ({folder}) must be a folder with a tokenizer.json (a HF fast tokenizer).")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def load_tokenizer(files: TokenizerFiles, description: dict[str, Any] | None = None) -> Tokenizer:
+    """The library's tokenizer, which finds special tokens in text; it neither cuts nor pads.
+
+    Args:
+        files: the folder.
+        description: content of tokenizer.json to use instead of the folder's.
+
+    Raises:
+        ValueError: the library cannot read it.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(files.tokenizer if description is None else description))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"tokenizer ({files.folder}) has a tokenizer.json that cannot be read: {error}.") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,58 +72,35 @@ class TextTokenizer:
         Raises:
             ValueError: where a file is missing or unreadable, or no end-of-text token is named.
         """
-        folder = Path(folder)
-        fingerprint = tokenizer_fingerprint(folder)
-        config = _read_object(folder / "tokenizer_config.json") | _read_object(folder / "special_tokens_map.json")
-        description = _read_object(folder / "tokenizer.json")
-        names = {name: _content(config.get(f"{name}_token")) for name in ("eos", "pad", "mask")}
-        if names["eos"] is None:
-            raise ValueError(
-                f"tokenizer ({folder}) names no eos_token in tokenizer_config.json; "
-                "name the token that ends a document."
-            )
-        for token in description.get("added_tokens", []):
-            if token["content"] in names.values() or token["content"] == _USUAL_MASK_TOKEN:
-                token["special"] = True  # or it would be found in text
-        try:
-            tokenizer = Tokenizer.from_str(json.dumps(description))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"tokenizer ({folder}) has a tokenizer.json that cannot be read: {error}.") from error
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        found = tokenizer_fingerprint(folder)
+        files = TokenizerFiles(Path(folder))
+        eos = files.eos_id()
+        if eos is None:
+            raise ValueError(_no_eos(files))
+        ids = {"eos": eos, "pad": files.special_id("pad_token"), "mask": files.mask_id()}
+        tokenizer = load_tokenizer(files, _with_special_tokens(files, set(ids.values())))
         tokenizer.encode_special_tokens = True
-        ids = {name: None if content is None else tokenizer.token_to_id(content) for name, content in names.items()}
-        if ids["eos"] is None:
-            raise ValueError(
-                f"tokenizer ({folder}) has no token for its eos_token ({names['eos']}); correct tokenizer_config.json."
-            )
-        mask_token_id = tokenizer.token_to_id(_USUAL_MASK_TOKEN) if names["mask"] is None else ids["mask"]
-        return cls(
-            fingerprint=fingerprint,
-            vocab_size=max(tokenizer.get_vocab().values()) + 1,
-            eos_token_id=ids["eos"],
-            mask_token_id=mask_token_id,
-            pad_token_id=ids["pad"],
-            _tokenizer=tokenizer,
-        )
+        return cls(found, files.vocab_size, eos, ids["mask"], ids["pad"], tokenizer)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Tokens of every text, without special tokens at either end."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} (not JSON) must be a file of a HF tokenizer: {error}.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} ({type(value).__name__}) must hold a JSON object.")
-    return value
+def _no_eos(files: TokenizerFiles) -> str:
+    text = files.special_text("eos_token")
+    if text is None:
+        return (
+            f"tokenizer ({files.folder}) names no eos_token in tokenizer_config.json; "
+            "name the token that ends a document."
+        )
+    return f"tokenizer ({files.folder}) has no token for its eos_token ({text}); correct tokenizer_config.json."
 
 
-def _content(token: str | dict[str, Any] | None) -> str | None:
-    """HF writes a special token as a string, or as an object with its content."""
-    return token["content"] if isinstance(token, dict) else token
+def _with_special_tokens(files: TokenizerFiles, ids: set[int | None]) -> dict[str, Any]:
+    """tokenizer.json with these tokens marked special, or they would be found in text; and all known mask tokens."""
+    added = [
+        {**token, "special": token.get("special") or token["id"] in ids or token["content"] in MASK_TEXTS}
+        for token in files.tokenizer.get("added_tokens") or []
+    ]
+    return {**files.tokenizer, "added_tokens": added}

@@ -1,13 +1,12 @@
-"""The tokenizer files of a model folder, and the mask token in them.
+"""The one reader of a tokenizer folder: which tokens there are, and which of them end, pad and mask.
 
-The files are read as JSON; no tokenizer code runs. Serving engines take the mask token's id as given
-(SGLang: 156895 for LLaDA2), so the id is settled when a model enters the pipeline, not when it leaves.
+The files are read as JSON; no tokenizer code runs. See data/tokenizer.py for turning text into tokens.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from megatron_dllm.run.files import read_json_object, write_json
 # The id that serving uses, by the vocabulary's size, and the text SDAR and LLaDA2 give the token.
 RESERVED_MASK_IDS = {157184: (156895, "<|mask|>"), 151936: (151669, "<|MASK|>")}
 MASK_TEXTS = ("<|mask|>", "<|MASK|>", "<mask>", "[MASK]")
+TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
+    TOKENIZER_FILE,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -28,8 +28,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# A token nobody has given a meaning yet.
-_PLACEHOLDER = re.compile(r"reserved|unused|placeholder|extra_\d|dummy", re.IGNORECASE)
+
+
+def fingerprint(folder: Path) -> str | None:
+    """SHA-256 of tokenizer.json: equal for equal tokenizers, wherever they lie; None without that file."""
+    path = folder / TOKENIZER_FILE
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 class TokenizerFiles:
@@ -42,7 +46,7 @@ class TokenizerFiles:
             ValueError: a file is no JSON, or not of a tokenizer.
         """
         self.folder = folder
-        self.tokenizer = _read_json(folder / "tokenizer.json")
+        self.tokenizer = _read_json(folder / TOKENIZER_FILE)
         self.config = _read_json(folder / "tokenizer_config.json")
         self.special = _read_json(folder / "special_tokens_map.json")
         self.generation = _read_json(folder / "generation_config.json")
@@ -67,69 +71,43 @@ class TokenizerFiles:
         ids |= {entry["content"]: int(entry["id"]) for entry in self.tokenizer.get("added_tokens") or []}
         return ids
 
-    def special_id(self, name: str) -> int | None:
-        """Id of a special token ("mask_token", "eos_token", "pad_token"), or None."""
+    @property
+    def vocab_size(self) -> int:
+        """Largest token id + 1, special tokens included; 0 without a tokenizer."""
+        return max(self.ids.values(), default=-1) + 1
+
+    def special_text(self, name: str) -> str | None:
+        """Text that the files declare for "mask_token", "eos_token" or "pad_token", whether it is a token or not."""
         for source in (self.config, self.special):
             value = source.get(name)
             text = value.get("content") if isinstance(value, dict) else value
-            if text in self.ids:
-                return self.ids[text]
+            if text is not None:
+                return str(text)
         return None
 
+    def special_id(self, name: str) -> int | None:
+        """Id of a declared special token ("mask_token", "eos_token", "pad_token"), or None."""
+        return self.ids.get(self.special_text(name) or "")
+
     def mask_id(self) -> int | None:
-        """Id of the mask token, or None."""
+        """Id of the mask token: the declared one, else one whose text is known for it, or None."""
         declared = self.special_id("mask_token")
         if declared is not None:
             return declared
         return next((self.ids[text] for text in MASK_TEXTS if text in self.ids), None)
 
-    def eos_id(self) -> int | None:
-        """Id of the end-of-sequence token: generation_config.json's first, else the tokenizer's."""
+    def stop_ids(self) -> list[int]:
+        """Tokens at which generation stops, by generation_config.json; often several, a chat's end of turn first."""
         value = self.generation.get("eos_token_id")
-        value = value[0] if isinstance(value, list) and value else value
-        return value if isinstance(value, int) else self.special_id("eos_token")
+        return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
 
+    def eos_id(self) -> int | None:
+        """Id of the token that ends a document: the tokenizer's eos_token, else the first at which generation stops.
 
-def settle_mask_id(files: TokenizerFiles, vocab_size: int, stated: int, wanted: int | None) -> int:
-    """Decide the mask token's id.
-
-    Args:
-        files: the tokenizer.
-        vocab_size: rows of the embedding.
-        stated: what config.json says, or -1.
-        wanted: what the user says, or None.
-
-    Raises:
-        ValueError: the id is unknown, contradictory, without an embedding row, or means something else.
-    """
-    own = files.mask_id()
-    reserved = RESERVED_MASK_IDS.get(vocab_size, (None, ""))[0]
-    candidates = (wanted, stated if stated >= 0 else None, reserved, own)
-    mask_id = next((candidate for candidate in candidates if candidate is not None), None)
-    if mask_id is None:
-        raise ValueError(
-            "mask_token_id (auto) cannot be found: neither config.json nor the tokenizer of "
-            f"{files.folder} has a mask token; add one to the tokenizer, or give --mask_token_id with "
-            "the id of a reserved token."
-        )
-    if not 0 <= mask_id < vocab_size:
-        raise ValueError(
-            f"mask_token_id ({mask_id}) has no row in the embedding (vocab_size {vocab_size}); "
-            "give the id of a reserved token below it."
-        )
-    if own is not None and own != mask_id:
-        raise ValueError(
-            f"mask_token_id ({mask_id}) differs from the tokenizer's own mask token ({own}, "
-            f"{files.texts[own]}); serving would mask with the wrong token: use one id in both."
-        )
-    text = files.texts.get(mask_id)
-    if text is not None and own != mask_id and not _PLACEHOLDER.search(text):
-        raise ValueError(
-            f"mask_token_id ({mask_id}) is {text} in the tokenizer of {files.folder}, which gives it "
-            "another meaning; convert from the base model, or give --tokenizer with one whose mask token "
-            "has this id (LLaDA2's moved the other token away)."
-        )
-    return mask_id
+        Documents of a corpus end in the tokenizer's own token, whatever stops a chat.
+        """
+        own = self.special_id("eos_token")
+        return own if own is not None else next(iter(self.stop_ids()), None)
 
 
 def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size: int) -> list[str]:
@@ -138,7 +116,7 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
     Args:
         files: the source.
         target: an existing folder.
-        mask_id: from `settle_mask_id`.
+        mask_id: of the model, as `settle_special_tokens` decided it.
         vocab_size: rows of the embedding.
 
     Returns:
@@ -181,7 +159,7 @@ def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) 
             # In the vocabulary itself the id holds even where ids below it are unused.
             vocabulary.pop(old, None)
             vocabulary[text] = mask_id
-        _write_json(target / "tokenizer.json", tokenizer)
+        _write_json(target / TOKENIZER_FILE, tokenizer)
     config = dict(files.config)
     if "added_tokens_decoder" in config:
         config["added_tokens_decoder"] = dict(config["added_tokens_decoder"]) | {str(mask_id): entry}

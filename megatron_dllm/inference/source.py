@@ -5,7 +5,7 @@ Two kinds of folder: one of Hugging Face, and a torch_dist checkpoint of a run o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dllm.checkpoint.folder import resolve_checkpoint
@@ -13,9 +13,10 @@ from megatron_dllm.checkpoint.mcore_folder import read_contract, tokenizer_folde
 from megatron_dllm.config import GenerateConfig, ModelConfig
 from megatron_dllm.diffusion.decode import DecodingContract
 from megatron_dllm.hf.config_json import read_hf_config
-from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, settle_mask_id
+from megatron_dllm.hf.special_tokens import settle_special_tokens
+from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILE, TokenizerFiles
 
-HF_CONFIG, TOKENIZER_FILE = "config.json", "tokenizer.json"
+HF_CONFIG = "config.json"
 # Block sizes at which serving engines decode an architecture whose config.json names none.
 SERVED_BLOCK_SIZES = {"llada2_moe": 32, "sdar_moe": 4}
 
@@ -29,7 +30,7 @@ class CheckpointSource:
         is_hf: whether they are those of a Hugging Face folder.
         model: sizes and special tokens.
         contract: how to decode, the user's block_size and context_length in place.
-        tokenizer: file `tokenizer.json`.
+        tokenizer: folder of the tokenizer.
     """
 
     folder: Path
@@ -85,25 +86,15 @@ def _read_hf(folder: Path) -> tuple[ModelConfig, int, Path | None]:
             f"{folder}: model_type ({model.family}) predicts the next token, autoregressively; convert it "
             f"first, or name a folder of {' or '.join(SERVED_BLOCK_SIZES)}."
         )
-    files = TokenizerFiles(folder)
-    eos = model.eos_token_id if model.eos_token_id >= 0 else files.eos_id()
-    if eos is None:
-        raise ValueError(f"{folder}: eos_token_id is neither in {HF_CONFIG} nor in the tokenizer; add it there.")
-    model = replace(
-        model,
-        mask_token_id=settle_mask_id(files, model.vocab_size, model.mask_token_id, None),
-        eos_token_id=eos,
-        pad_token_id=model.pad_token_id if model.pad_token_id >= 0 else eos,
-    )
-    model.validate()
+    model = settle_special_tokens(model, TokenizerFiles(folder))
     return model, stored.block_size or SERVED_BLOCK_SIZES[model.family], folder
 
 
 def _find_tokenizer(beside: Path | None, asked: str | None) -> Path:
-    """tokenizer.json of the folder that was asked for, or else of the one that belongs to the weights."""
+    """The tokenizer folder that was asked for, or else the one that belongs to the weights."""
     folder = Path(asked) if asked is not None else beside
     if folder is None:
         raise ValueError("tokenizer (null) must name a folder: there is none beside the checkpoint.")
     if not (folder / TOKENIZER_FILE).is_file():
         raise ValueError(f"tokenizer ({folder}) has no {TOKENIZER_FILE}; name a folder that has one.")
-    return folder / TOKENIZER_FILE
+    return folder

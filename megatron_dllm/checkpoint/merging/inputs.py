@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
+from megatron_dllm.hf.tokenizer_folder import fingerprint
 
 TensorTable = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 # Of config.json: what may differ between checkpoints of one run.
@@ -70,7 +70,7 @@ class TorchDistInput(MergeInput):
         return {
             **{f"model.{name}": getattr(self.contract.model, name) for name in folders.IDENTITY},
             **{f"contract.{name}": value for name, value in content["contract"].items()},
-            "tokenizer": _fingerprint(tokenizer),
+            "tokenizer": fingerprint(tokenizer) if tokenizer else None,
         }
 
     def close(self) -> None:
@@ -97,7 +97,7 @@ class HFInput(MergeInput):
         config = folders.read_json(path) if path.is_file() else {}
         return {
             **{f"config.{name}": value for name, value in config.items() if name not in _FREE_KEYS},
-            "tokenizer": _fingerprint(self.folder),
+            "tokenizer": fingerprint(self.folder),
         }
 
     def close(self) -> None:
@@ -151,9 +151,3 @@ def _check_settings(first: MergeInput, other: MergeInput) -> None:
 
 def _show(entry: tuple[torch.dtype, tuple[int, ...]]) -> str:
     return f"{str(entry[0]).removeprefix('torch.')} {list(entry[1])}"
-
-
-def _fingerprint(folder: Path | None) -> str | None:
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return None
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()

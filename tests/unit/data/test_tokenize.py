@@ -108,6 +108,30 @@ def test_mask_token_not_marked_special_is_not_made_from_text_either(tokenizer_fo
     assert not {0, 1, 2} & set(ids)
 
 
+@pytest.mark.parametrize("text", ["<|MASK|>", "<mask>", "[MASK]"])
+def test_every_text_known_for_a_mask_is_found_and_is_not_made_from_text(
+    tokenizer_folder: str, tmp_path: Path, text: str
+) -> None:
+    """A tokenizer that has the token, says nothing about it and does not mark it special."""
+    content = (Path(tokenizer_folder) / "tokenizer.json").read_text().replace(MASK_TOKEN, text)
+    description = json.loads(content)
+    next(token for token in description["added_tokens"] if token["content"] == text)["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS_TOKEN}))
+    tokenizer = TextTokenizer.load(tmp_path)
+    assert tokenizer.mask_token_id == 2
+    assert 2 not in tokenizer.encode([f"a{text}b"])[0]
+
+
+def test_documents_end_in_the_tokenizer_s_own_token(tokenizer_folder: str, tmp_path: Path) -> None:
+    """generation_config.json says what stops a chat; it counts where the tokenizer names no token."""
+    (tmp_path / "tokenizer.json").write_text((Path(tokenizer_folder) / "tokenizer.json").read_text())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+    assert TextTokenizer.load(tmp_path).eos_token_id == 1
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS_TOKEN}))
+    assert TextTokenizer.load(tmp_path).eos_token_id == 0
+
+
 def test_number_of_workers_changes_no_byte(tokenizer_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps({"text": f"{n} " * (n % 97)}) + "\n" for n in range(3000)) + "{bad\n")
@@ -174,9 +198,16 @@ def test_impossible_settings(tokenizer_folder: str, jsonl: Path, tmp_path: Path,
     ("files", "message"),
     [
         ({}, "must be a folder with a tokenizer.json"),
-        ({"tokenizer.json": "{"}, r"tokenizer.json \(not JSON\)"),
+        ({"tokenizer.json": "{"}, r"tokenizer.json is damaged"),
         ({"tokenizer.json": "{}"}, "names no eos_token"),
-        ({"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "<e>"}'}, "cannot be read"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": '{"eos_token": "<e>"}'}, "no token for its eos_token"),
+        (
+            {
+                "tokenizer.json": '{"added_tokens": [{"id": 0, "content": "<e>"}]}',
+                "tokenizer_config.json": '{"eos_token": "<e>"}',
+            },
+            "cannot be read",
+        ),
     ],
 )
 def test_unusable_tokenizer(tmp_path: Path, files: dict[str, str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The mask token: found, added at its id, or refused."""
+"""Which tokens a folder names, and the mask token added at its id."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, settle_mask_id
-
-LING_VOCAB, QWEN_VOCAB = 157184, 151936
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, fingerprint
 
 
 def make_tokenizer(folder: Path, added: dict[str, int], mask: str | None = None) -> TokenizerFiles:
@@ -55,36 +53,6 @@ def make_tokenizer(folder: Path, added: dict[str, int], mask: str | None = None)
     return TokenizerFiles(folder)
 
 
-def test_small_tokenizers_say_it_themselves(tmp_path: Path) -> None:
-    assert settle_mask_id(make_tokenizer(tmp_path / "a", {"<eos>": 3, "[M]": 4}, mask="[M]"), 16, -1, None) == 4
-    assert settle_mask_id(make_tokenizer(tmp_path / "b", {"<eos>": 3, "<|mask|>": 5}), 16, -1, None) == 5
-
-
-def test_known_vocabularies_have_a_reserved_id(tmp_path: Path) -> None:
-    ling = make_tokenizer(tmp_path / "ling", {"<|endoftext|>": 156892, "<|reserved_token_3|>": 156895})
-    assert settle_mask_id(ling, LING_VOCAB, -1, None) == 156895
-    qwen = make_tokenizer(tmp_path / "qwen", {"<|endoftext|>": 151643, "</think>": 151668})
-    assert settle_mask_id(qwen, QWEN_VOCAB, -1, None) == 151669
-    llada2 = make_tokenizer(tmp_path / "llada2", {"<|endoftext|>": 156892, "<|mask|>": 156895, "<|role_end|>": 156900})
-    assert settle_mask_id(llada2, LING_VOCAB, 156895, None) == 156895
-
-
-def test_instruct_tokenizer_whose_id_means_something_else(tmp_path: Path) -> None:
-    ling = make_tokenizer(tmp_path / "ling", {"<|endoftext|>": 156892, "<|role_end|>": 156895})
-    with pytest.raises(ValueError, match=r"mask_token_id \(156895\) is <\|role_end\|>.*--tokenizer"):
-        settle_mask_id(ling, LING_VOCAB, -1, None)
-
-
-def test_contradictions_are_refused(tmp_path: Path) -> None:
-    files = make_tokenizer(tmp_path / "a", {"<eos>": 3, "<|mask|>": 5})
-    with pytest.raises(ValueError, match=r"mask_token_id \(7\) differs from the tokenizer's own mask token \(5"):
-        settle_mask_id(files, 16, -1, 7)
-    with pytest.raises(ValueError, match="no row in the embedding"):
-        settle_mask_id(files, 4, -1, None)
-    with pytest.raises(ValueError, match="cannot be found"):
-        settle_mask_id(make_tokenizer(tmp_path / "b", {"<eos>": 3}), 16, -1, None)
-
-
 @pytest.mark.parametrize(
     ("added", "text"), [({"<eos>": 3}, "<|mask|>"), ({"<eos>": 3, "<|reserved_9|>": 9}, "<|mask|>")]
 )
@@ -112,11 +80,37 @@ def test_a_tokenizer_that_has_it_is_copied_as_it_is(tmp_path: Path) -> None:
         assert (tmp_path / "target" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
 
 
-def test_end_of_text(tmp_path: Path) -> None:
-    files = make_tokenizer(tmp_path / "a", {"<eos>": 3})
-    assert files.eos_id() == 3
+def test_end_of_text_is_the_tokenizer_s_own_token(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "a", {"<eos>": 3})
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    files = TokenizerFiles(tmp_path / "a")
+    assert (files.eos_id(), files.stop_ids()) == (3, [7, 9])
+    (tmp_path / "a" / "tokenizer_config.json").write_text("{}")
     assert TokenizerFiles(tmp_path / "a").eos_id() == 7
+
+
+def test_tokenizer_config_goes_before_the_older_special_tokens_map(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "a", {"<eos>": 3, "[M]": 4, "<pad>": 6}, mask="[M]")
+    (tmp_path / "a" / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "<pad>", "pad_token": {"content": "<pad>"}})
+    )
+    files = TokenizerFiles(tmp_path / "a")
+    assert [files.special_id(name) for name in ("eos_token", "mask_token", "pad_token")] == [3, 4, 6]
+    assert (files.special_text("pad_token"), files.special_id("bos_token")) == ("<pad>", None)
+
+
+def test_vocabulary_ends_behind_the_largest_id(tmp_path: Path) -> None:
+    assert make_tokenizer(tmp_path / "a", {"<eos>": 3, "<far>": 40}).vocab_size == 41
+    (tmp_path / "empty").mkdir()
+    assert (TokenizerFiles(tmp_path / "empty").vocab_size, TokenizerFiles(tmp_path / "empty").exists) == (0, False)
+
+
+def test_equal_tokenizers_have_one_fingerprint(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "a", {"<eos>": 3})
+    make_tokenizer(tmp_path / "b", {"<eos>": 3}, mask="<eos>")
+    make_tokenizer(tmp_path / "c", {"<eos>": 4})
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b") != fingerprint(tmp_path / "c")
+    assert fingerprint(tmp_path) is None
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:
