@@ -37,8 +37,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["megatron_dllm*", "checkpoints_tools*", "launch*"]),
-    package_data={"megatron_dllm": ["hf/modeling/*.py"]},
+    # The recipes lie beside the packages, where people read them, and inside one when installed.
+    packages=[*find_packages(include=["megatron_dllm*", "checkpoints_tools*", "launch*"]), "megatron_dllm.recipes"],
+    package_dir={"megatron_dllm.recipes": "recipes"},
+    package_data={"megatron_dllm": ["hf/modeling/*.py"], "megatron_dllm.recipes": ["*.yaml", "*/*.yaml", "*/*.jsonl"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
 )

@@ -18,12 +18,13 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dllm.config import TrainConfig
-
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+from megatron_dllm.config.command_line import typed_words
+from megatron_dllm.config.recipe_source import RECIPES, recipe_names, register
 
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra; recipes/train.yaml starts from `train_schema`."""
+    register()
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
@@ -53,7 +54,8 @@ def _nearest(word: str, candidates: Iterable[str]) -> str:
 
 
 def _groups(recipes: Path) -> dict[str, list[str]]:
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in recipes.iterdir() if d.is_dir()}
+    groups = {folder.name for root in (recipes, RECIPES) for folder in root.iterdir() if folder.is_dir()}
+    return {group: recipe_names(group, [recipes]) for group in sorted(groups)}
 
 
 def _explain(error: Exception, overrides: Sequence[str], recipes: Path, schema: type) -> str:
@@ -104,7 +106,7 @@ def compose_dict(
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(recipes), version_base="1.3"):
-            return compose(config_name=config_name, overrides=list(overrides))
+            return compose(config_name=config_name, overrides=typed_words(schema, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, overrides, recipes, schema)) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -133,15 +135,41 @@ def compose_train_config(overrides: Sequence[str], config_name: str = "train", r
     return to_train_config(compose_dict(overrides, config_name, recipes))
 
 
-def check_command_line(arguments: Sequence[str]) -> None:
-    """Compose once before Hydra does, so that a typo ends in one sentence that names the nearest key.
+_FOLDER_FLAGS = ("--config-dir", "-cd")
+_SWEEP_FLAGS = ("--multirun", "-m")
 
-    Runs that bring their own configuration (`--config-dir`, `--config-name`) and Hydra's own flags are left to Hydra.
+
+def prepare_command_line(arguments: Sequence[str]) -> list[str]:
+    """The command line as Hydra should read it: every text and number as it was typed (`config.command_line`).
+
+    It is composed once before Hydra does it, so that a typo ends in one sentence that names the nearest key. Sweeps, a
+    configuration of the user's own (`--config-name`) and Hydra's other flags are left to Hydra.
+
+    Raises:
+        SystemExit: with that sentence.
     """
-    overrides = [a for a in arguments if not a.startswith("-")]
-    if any(a.startswith("-") for a in arguments) or any(o.startswith("hydra") for o in overrides):
-        return
+    is_sweep = any(word in _SWEEP_FLAGS for word in arguments)
+    words = typed_words(TrainConfig, arguments, is_sweep)
+    folder, rest = _config_folder(words)
+    if is_sweep or any(word.startswith(("-", "hydra", "+hydra")) for word in rest):
+        return words
     try:
-        compose_dict(overrides)
+        compose_dict(rest, recipes=folder or RECIPES)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
+    return words
+
+
+def _config_folder(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The folder of recipes that a command line names, and its other words."""
+    rest, folder = list(words), None
+    for index, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in _FOLDER_FLAGS:
+            folder = Path(value if equals else next(iter(words[index + 1 :]), "")).absolute()
+            rest = [*words[:index], *words[index + (1 if equals else 2) :]]
+            if not folder.is_dir():
+                raise SystemExit(
+                    f"error: {flag} ({folder}) must be a folder of recipes, which adds to the shipped ones."
+                )
+    return folder, rest

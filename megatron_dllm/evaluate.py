@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.compose import RECIPES, check_command_line, register_schemas, to_train_config
+from megatron_dllm.compose import RECIPES, prepare_command_line, register_schemas, to_train_config
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.run.place import is_rank_zero, world_size
 
@@ -85,5 +85,5 @@ def _main(config: Any) -> None:
 
 if __name__ == "__main__":
     register_schemas()
-    check_command_line(sys.argv[1:])
+    sys.argv[1:] = prepare_command_line(sys.argv[1:])
     _main()

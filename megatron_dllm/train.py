@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 
-from megatron_dllm.compose import RECIPES, check_command_line, register_schemas, to_train_config
+from megatron_dllm.compose import RECIPES, prepare_command_line, register_schemas, to_train_config
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.run.exit_codes import EXIT_FENCED
 from megatron_dllm.run.lease import LeaseLost
@@ -76,5 +76,5 @@ def _main(config: Any) -> None:
 
 if __name__ == "__main__":
     register_schemas()
-    check_command_line(sys.argv[1:])
+    sys.argv[1:] = prepare_command_line(sys.argv[1:])
     _main()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.compose import RECIPES, check_command_line, compose_train_config, schema_keys
+from megatron_dllm.compose import RECIPES, compose_train_config, prepare_command_line, schema_keys
 from megatron_dllm.config import TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in (RECIPES / "experiment").glob("*.yaml"))
@@ -86,5 +86,5 @@ def test_a_missing_value_is_named() -> None:
 
 def test_the_command_line_is_checked_before_hydra_runs() -> None:
     with pytest.raises(SystemExit, match="did you mean"):
-        check_command_line(["experiment=tiny_convert", "model.num_layer=3"])
-    check_command_line(["--config-dir", "somewhere", "anything=1"])
+        prepare_command_line(["experiment=tiny_convert", "model.num_layer=3"])
+    assert prepare_command_line(["--config-name", "own", "anything=1"]) == ["--config-name", "own", "anything=1"]
