@@ -1,9 +1,9 @@
-"""What is to be run: the schema of a chain, its composition, and its stages resolved to commands.
+"""What is to be run: the schema of a chain, its composition, and its jobs resolved to commands.
 
-A chain is a list of stages, each its own job: a training run (`experiment`) or a tool (`module` with
-`arguments`). A plain experiment is a chain of one stage.
+A chain is a list of jobs, run one after the other: a job is a training run (`experiment`) or a tool (`module` with
+`arguments`). A plain experiment is a chain of one job.
 
-    recipes/chain/NAME.yaml        stages in order; `${root}/${name}` is the chain's folder
+    recipes/chain/NAME.yaml        jobs in order; `${root}/${name}` is the chain's folder
     recipes/experiment/NAME.yaml   one training run
 """
 
@@ -31,15 +31,15 @@ LAUNCH_KEYS = (
     "inputs",
     "nodes",
     "min_nodes",
-    "stages",
+    "jobs",
     "requeue",
     "train_module",
 )
 
 
 @dataclass
-class StageSpec:
-    """One stage of a chain as a recipe gives it: `experiment` or `module`, never both."""
+class JobSpec:
+    """One job of a chain as a recipe gives it: `experiment` or `module`, never both."""
 
     # A training run: recipes/experiment/NAME.yaml and what differs from it.
     experiment: str | None = None
@@ -49,7 +49,7 @@ class StageSpec:
     arguments: list[str] = field(default_factory=list)
     # What the tool writes. An output that exists after the tool was started is complete: tools rename at the end.
     output: str | None = None
-    # Stages that must be finished before; null: the one listed before this one.
+    # Jobs that must be finished before; null: the one listed before this one.
     after: list[str] | None = None
     nodes: int = 1
     # A restart may run on fewer nodes, down to this many; null: always on `nodes`.
@@ -61,37 +61,36 @@ class StageSpec:
     time_limit: str | None = None
 
     def validate(self, name: str, earlier: list[str]) -> None:
-        """Raise ValueError for a stage that is neither or both, or that waits for a stage that is not there."""
-        check_name("stages", name)
+        """Raise ValueError for a job that is neither or both, or that waits for one that is not there."""
+        check_name("jobs", name)
         check(
             (self.experiment is None) != (self.module is None),
-            f"stages.{name} must have either experiment ({self.experiment}) or module ({self.module}); "
-            "set exactly one.",
+            f"jobs.{name} must have either experiment ({self.experiment}) or module ({self.module}); set exactly one.",
         )
         check(
             self.experiment is not None or not self.overrides,
-            f"stages.{name}.overrides {self.overrides} have no effect on a tool; use arguments.",
+            f"jobs.{name}.overrides {self.overrides} have no effect on a tool; use arguments.",
         )
         check(
             self.module is not None or not self.arguments,
-            f"stages.{name}.arguments {self.arguments} have no effect on a training run; use overrides.",
+            f"jobs.{name}.arguments {self.arguments} have no effect on a training run; use overrides.",
         )
         check(
             self.module is None or all(part.isidentifier() for part in self.module.split(".")),
-            f"stages.{name}.module ({self.module!r}) must be the dotted name of a Python module.",
+            f"jobs.{name}.module ({self.module!r}) must be the dotted name of a Python module.",
         )
         check(
             self.nodes > 0 and (self.min_nodes is None or 0 < self.min_nodes <= self.nodes),
-            f"stages.{name}.nodes, min_nodes ({self.nodes}, {self.min_nodes}) must satisfy 0 < min_nodes <= nodes.",
+            f"jobs.{name}.nodes, min_nodes ({self.nodes}, {self.min_nodes}) must satisfy 0 < min_nodes <= nodes.",
         )
         check(
             self.module is None or self.nodes == 1 or self.ranks_per_node is not None,
-            f"stages.{name}.nodes ({self.nodes}) must be 1 for a tool that is one process; set ranks_per_node for "
+            f"jobs.{name}.nodes ({self.nodes}) must be 1 for a tool that is one process; set ranks_per_node for "
             "one that runs on several ranks.",
         )
         check(
             self.ranks_per_node is None or (self.module is not None and self.ranks_per_node > 0),
-            f"stages.{name}.ranks_per_node ({self.ranks_per_node}) must be positive and belong to a tool; training "
+            f"jobs.{name}.ranks_per_node ({self.ranks_per_node}) must be positive and belong to a tool; training "
             "takes cluster.ranks_per_node.",
         )
         if self.time_limit is not None:
@@ -99,13 +98,13 @@ class StageSpec:
         for other in self.after or []:
             check(
                 other in earlier,
-                f"stages.{name}.after ({other}) must name a stage listed before it: {', '.join(earlier) or 'none'}.",
+                f"jobs.{name}.after ({other}) must name a job listed before it: {', '.join(earlier) or 'none'}.",
             )
 
 
 @dataclass
 class RequeueConfig:
-    """When a stage that ended without finishing is started again. A stop for time or preemption always is."""
+    """When a job that ended without finishing is started again. A stop for time or preemption always is."""
 
     # Crashes in a row without a new checkpoint after which it stays down.
     max_crashes_without_progress: int = 3
@@ -129,11 +128,11 @@ class LaunchConfig:
     name: str = MISSING
     root: str = "runs"
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    stages: dict[str, StageSpec] = field(default_factory=dict)
+    jobs: dict[str, JobSpec] = field(default_factory=dict)
     requeue: RequeueConfig = field(default_factory=RequeueConfig)
-    # What the user brings, by name: a chain's stages use it as ${inputs.NAME}; ??? where there is no default.
+    # What the user brings, by name: a chain's jobs use it as ${inputs.NAME}; ??? where there is no default.
     inputs: dict[str, str] = field(default_factory=dict)
-    # Started by torchrun for every training stage; another one must keep the same exit codes and run folder.
+    # What every rank of a training job runs; another module must keep the same exit codes and run folder.
     train_module: str = "megatron_dllm.train"
 
     def validate(self) -> None:
@@ -141,34 +140,34 @@ class LaunchConfig:
         check_name("name", self.name)
         self.cluster.validate()
         self.requeue.validate()
-        check(len(self.stages) > 0, "stages ({}) must name at least one stage.")
-        names = list(self.stages)
-        for position, (name, spec) in enumerate(self.stages.items()):
+        check(len(self.jobs) > 0, "jobs ({}) must name at least one job.")
+        names = list(self.jobs)
+        for position, (name, spec) in enumerate(self.jobs.items()):
             spec.validate(name, names[:position])
             check(
                 (spec.ranks_per_node or 0) <= self.cluster.num_ranks_per_node or not self.cluster.gpus_per_node,
-                f"stages.{name}.ranks_per_node ({spec.ranks_per_node}) must not exceed the cluster's "
+                f"jobs.{name}.ranks_per_node ({spec.ranks_per_node}) must not exceed the cluster's "
                 f"({self.cluster.num_ranks_per_node}): every rank needs a GPU of its own; raise nodes instead.",
             )
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage resolved: what runs, where it writes, and a hash over all that its result depends on.
+class Job:
+    """A job resolved: what runs, where it writes, and a hash over all that its result depends on.
 
     Args:
-        name: of the stage.
+        name: of the job.
         spec: as the recipe gave it.
-        after: names of the stages it waits for.
-        arguments: of the interpreter, `-m module ...`; a training stage gets its frozen config's path when started.
-        config: resolved configuration of a training stage, else None.
+        after: names of the jobs it waits for.
+        arguments: of the interpreter, `-m module ...`; a training job gets its frozen config's path when started.
+        config: resolved configuration of a training job, else None.
         config_text: the same as YAML that Hydra reads back.
-        run_folder: where a training stage writes, else None.
-        digest: sha256 over command, configuration and the digests of the stages before.
+        run_folder: where a training job writes, else None.
+        digest: sha256 over command, configuration and the digests of the jobs before.
     """
 
     name: str
-    spec: StageSpec
+    spec: JobSpec
     after: tuple[str, ...]
     arguments: tuple[str, ...]
     config: TrainConfig | None
@@ -193,22 +192,22 @@ class Stage:
 
 @dataclass(frozen=True)
 class Chain:
-    """All stages in order, and the folder that the chain keeps its books in."""
+    """All jobs in order, and the folder that the chain keeps its books in."""
 
     config: LaunchConfig
     folder: Path
-    stages: tuple[Stage, ...]
+    jobs: tuple[Job, ...]
 
-    def stage_folder(self, stage: Stage) -> Path:
-        """Frozen command, job script, attempts and logs of a stage."""
-        return self.folder / "launch" / stage.name
+    def job_folder(self, job: Job) -> Path:
+        """Frozen command, script, attempts and logs of a job."""
+        return self.folder / "launch" / job.name
 
 
 def split_overrides(overrides: list[str]) -> tuple[dict[str, str], list[str], list[str]]:
     """Sort command line words into what selects, what configures the launch, and what goes to training.
 
     Returns:
-        `experiment`, `nodes` and `min_nodes` by name; overrides of the launch; overrides of every training stage.
+        `experiment`, `nodes` and `min_nodes` by name; overrides of the launch; overrides of every training job.
 
     Raises:
         ValueError: a word without `=`.
@@ -261,10 +260,10 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
         )
         check(
             "nodes" not in selected and "min_nodes" not in selected,
-            "nodes has no effect on a chain, whose stages have their own; use stages.NAME.nodes.",
+            "nodes has no effect on a chain, whose jobs have their own; use jobs.NAME.nodes.",
         )
         misplaced = [word for word in train_overrides if word.startswith(("run.name=", "run.root="))]
-        check(not misplaced, f"{misplaced} would put every stage into one folder; use name= and root=.")
+        check(not misplaced, f"{misplaced} would put every job into one folder; use name= and root=.")
         if composed.cluster.run_root and not any(word.startswith("root=") for word in launch_overrides):
             composed.root = composed.cluster.run_root
     else:
@@ -278,18 +277,18 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
     assert isinstance(config, LaunchConfig), "recipes/launch.yaml must start from launch_schema"
     if not is_chain:
         nodes = _integer(selected, "nodes")
-        config.stages = {
-            "train": StageSpec(
+        config.jobs = {
+            "train": JobSpec(
                 experiment=name, nodes=1 if nodes is None else nodes, min_nodes=_integer(selected, "min_nodes")
             )
         }
     config.validate()
     folder = Path(config.root) / config.name
-    stages: list[Stage] = []
-    for stage_name in config.stages:
-        home = [f"run.root={_quoted(str(folder))}", f"run.name={stage_name}"] if is_chain else []
-        stages.append(_resolve(stage_name, config, home, train_overrides, stages, recipes))
-    return Chain(config, folder, tuple(stages))
+    jobs: list[Job] = []
+    for job_name in config.jobs:
+        home = [f"run.root={_quoted(str(folder))}", f"run.name={job_name}"] if is_chain else []
+        jobs.append(_resolve(job_name, config, home, train_overrides, jobs, recipes))
+    return Chain(config, folder, tuple(jobs))
 
 
 def _quoted(text: str) -> str:
@@ -308,10 +307,10 @@ def _compose_train(experiment: str, overrides: list[str], recipes: Path) -> Any:
 
 
 def _resolve(
-    name: str, config: LaunchConfig, home: list[str], train_overrides: list[str], earlier: list[Stage], recipes: Path
-) -> Stage:
-    """Turn one stage of the recipe into a command."""
-    spec = config.stages[name]
+    name: str, config: LaunchConfig, home: list[str], train_overrides: list[str], earlier: list[Job], recipes: Path
+) -> Job:
+    """Turn one job of the recipe into a command."""
+    spec = config.jobs[name]
     after = tuple(spec.after) if spec.after is not None else tuple(s.name for s in earlier[-1:])
     train: TrainConfig | None = None
     text = ""
@@ -322,14 +321,14 @@ def _resolve(
             composed = _compose_train(spec.experiment, [*home, *spec.overrides, *train_overrides], recipes)
             train = to_train_config(composed)
         except ValueError as error:
-            raise ValueError(f"stage {name}: {error}") from error
+            raise ValueError(f"job {name}: {error}") from error
         train.run.validate()
         run_folder = Path(train.run.root) / train.run.name
         text = frozen_yaml(composed)
-    upstream = [stage.digest for stage in earlier if stage.name in after]
+    upstream = [job.digest for job in earlier if job.name in after]
     content = json.dumps([arguments, text, upstream])
     digest = hashlib.sha256(content.encode()).hexdigest()
-    return Stage(name, spec, after, arguments, train, text, run_folder, digest)
+    return Job(name, spec, after, arguments, train, text, run_folder, digest)
 
 
 def frozen_yaml(composed: Any) -> str:

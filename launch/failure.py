@@ -17,9 +17,9 @@ ORDERLY = (0, EXIT_PREEMPTED, EXIT_LAYOUT, EXIT_FENCED)
 _ENDED_BY_LAUNCHER = -signal.SIGTERM
 
 
-def exit_records(start_folder: Path) -> list[dict[str, Any]]:
-    """The exit records of one start, by time of end."""
-    found = [read_json(path) for path in start_folder.glob("exit_*.json")]
+def exit_records(attempt_folder: Path) -> list[dict[str, Any]]:
+    """The exit records of one attempt, by time of end."""
+    found = [read_json(path) for path in attempt_folder.glob("exit_*.json")]
     return sorted((entry for entry in found if entry), key=lambda entry: entry["ended"])
 
 
@@ -38,7 +38,7 @@ _SECOND_HAND = re.compile(
 )
 
 
-def root_cause(start_folder: Path, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+def root_cause(attempt_folder: Path, records: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The record of the rank that failed for a reason of its own, as far as the last words tell; None if none failed.
 
     Ranks that lose their peer end within moments of it, in any order; one that was killed had no last words to say.
@@ -49,14 +49,14 @@ def root_cause(start_folder: Path, records: list[dict[str, Any]]) -> dict[str, A
             continue
         if entry["code"] == -signal.SIGKILL:
             return entry
-        words = last_lines(start_folder / f"rank_{entry['rank']:05d}.log", 2)
+        words = last_lines(attempt_folder / f"rank_{entry['rank']:05d}.log", 2)
         if words and not _SECOND_HAND.search(words[-1]):
             return entry
     return first
 
 
 def overall_code(records: list[dict[str, Any]], ranks: int) -> int | None:
-    """One code for a start: the failure's, else fenced, preempted, another layout, or 0; None where records lack."""
+    """One code for an attempt: the failure's, else fenced, preempted, another layout, or 0; None where records lack."""
     failure = failed_first(records)
     if failure:
         return next((EXIT_NON_FINITE for entry in records if entry["code"] == EXIT_NON_FINITE), int(failure["code"]))
@@ -76,17 +76,17 @@ def describe_code(code: int) -> str:
     return f"exit code {code}"
 
 
-def collect_failure(start_folder: Path, count: int = 40) -> str | None:
-    """Write START/failure.txt: the failing rank, its host, and the last lines of its log.
+def collect_failure(attempt_folder: Path, count: int = 40) -> str | None:
+    """Write ATTEMPT/failure.txt: the failing rank, its host, and the last lines of its log.
 
     Returns:
         Its text, or None if no rank failed.
     """
-    failure = root_cause(start_folder, exit_records(start_folder))
+    failure = root_cause(attempt_folder, exit_records(attempt_folder))
     if failure is None:
         return None
     rank = failure["rank"]
-    path = start_folder / f"rank_{rank:05d}.log"
+    path = attempt_folder / f"rank_{rank:05d}.log"
     text = (
         "\n".join(
             [
@@ -96,5 +96,5 @@ def collect_failure(start_folder: Path, count: int = 40) -> str | None:
         )
         + "\n"
     )
-    (start_folder / "failure.txt").write_text(text, encoding="utf-8")
+    (attempt_folder / "failure.txt").write_text(text, encoding="utf-8")
     return text

@@ -1,4 +1,4 @@
-"""When a start of a run took its first step, told from the run's metrics: what an interruption has cost.
+"""When an attempt at a run took its first step, told from the run's metrics: what an interruption has cost.
 
 Standard library only: the job's supervisor asks.
 """
@@ -22,12 +22,12 @@ def last_written(path: Path) -> float | None:
 
 
 class FirstStep:
-    """Made before the ranks of a start begin; finds the first step that they log, once."""
+    """Made before the ranks of an attempt start; finds the first step that they log, once."""
 
     def __init__(self, run_folder: Path) -> None:
         self._metrics = run_folder / "metrics.jsonl"
         self._began = time.time()
-        # The last step of the life before, whatever ended it.
+        # The last step of the attempt before, whatever ended it.
         self._last_step = last_written(self._metrics)
         name = latest_checkpoint(run_folder)
         self._resumed = int(name.rpartition("_")[2]) if name else 0
@@ -37,10 +37,10 @@ class FirstStep:
         """What to write down when the first step is there; None before and after.
 
         Returns:
-            `seconds` since the ranks were started, and `pause`: seconds without a step since the life before, or None.
+            `seconds` since the ranks were started, and `pause`: seconds without a step since the last attempt, if any.
         """
         written = last_written(self._metrics)
-        # A life that resumes first takes the lines behind its checkpoint away: that is no step.
+        # An attempt that resumes first takes the lines behind its checkpoint away: that is no step.
         if self._is_found or written is None or written < self._began or self._step() <= self._resumed:
             return None
         self._is_found = True

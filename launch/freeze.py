@@ -4,7 +4,7 @@ These lie in the chain's folder:
 
     CHAIN/launch/code_0a1b2c/    the source tree as it was, so a job in the queue does not see later edits
     CHAIN/launch/commit.txt, diff.patch, packages.txt
-    CHAIN/launch/STAGE/stage.json, config.yaml
+    CHAIN/launch/JOB/job.json, config.yaml
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.chain import Chain, Stage
+from launch.chain import Chain, Job
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.run.code_version import FROZEN_STATE, ROOT, code_state, git
 from megatron_dllm.run.files import write_json, write_text
@@ -78,40 +78,40 @@ def freeze_environment(launch_folder: Path) -> None:
     (launch_folder / "packages.txt").write_text("\n".join(installed_packages()) + "\n", encoding="utf-8")
 
 
-def rank_arguments(chain: Chain, stage: Stage) -> list[str]:
-    """The interpreter's arguments of one rank; a training stage reads its frozen configuration."""
-    if not stage.is_training:
-        return list(stage.arguments)
-    folder = chain.stage_folder(stage).absolute()
-    return [*stage.arguments, "--config-dir", str(folder), "--config-name", "config"]
+def rank_arguments(chain: Chain, job: Job) -> list[str]:
+    """The interpreter's arguments of one rank; a training job reads its frozen configuration."""
+    if not job.is_training:
+        return list(job.arguments)
+    folder = chain.job_folder(job).absolute()
+    return [*job.arguments, "--config-dir", str(folder), "--config-name", "config"]
 
 
-def freeze_stage(chain: Chain, stage: Stage, **details: Any) -> Path:
-    """Write a stage's configuration and command; the folder they lie in.
+def freeze_job(chain: Chain, job: Job, **details: Any) -> Path:
+    """Write a job's configuration and command; the folder they lie in.
 
     Args:
         chain: the chain.
-        stage: one of its stages.
+        job: one of its jobs.
         details: what else the job's supervisor has to know (valid_nodes, container, ...).
     """
-    folder = chain.stage_folder(stage)
+    folder = chain.job_folder(job)
     folder.mkdir(parents=True, exist_ok=True)
-    if stage.is_training:
-        text = f"# Frozen by the launcher; the run reads this file whenever it is started again.\n{stage.config_text}"
+    if job.is_training:
+        text = f"# Frozen by the launcher; the run reads this file whenever it is started again.\n{job.config_text}"
         write_text(folder / CONFIG, text)
     cluster: ClusterConfig = chain.config.cluster
     write_json(
-        folder / "stage.json",
+        folder / "job.json",
         {
             "chain": chain.config.name,
-            "name": stage.name,
-            "digest": stage.digest,
-            "is_training": stage.is_training,
-            "arguments": rank_arguments(chain, stage),
-            "run_folder": str(stage.run_folder.absolute()) if stage.run_folder else None,
-            "output": stage.spec.output,
-            "nodes": stage.spec.nodes,
-            "ranks_per_node": stage.ranks_per_node(cluster),
+            "name": job.name,
+            "digest": job.digest,
+            "is_training": job.is_training,
+            "arguments": rank_arguments(chain, job),
+            "run_folder": str(job.run_folder.absolute()) if job.run_folder else None,
+            "output": job.spec.output,
+            "nodes": job.spec.nodes,
+            "ranks_per_node": job.ranks_per_node(cluster),
             **details,
         },
     )

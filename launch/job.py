@@ -1,7 +1,7 @@
-"""A stage as a SLURM job: sbatch's options, the script, and what the job's supervisor needs to know.
+"""A job as SLURM gets it: sbatch's options, the script, and what the job's supervisor needs to know.
 
 Nothing a user writes is ever shell code: sbatch's options are passed as separate words, the script gets its few
-values quoted, and everything else lies in stage.json.
+values quoted, and everything else lies in job.json.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.chain import Chain, Stage
-from launch.world import schedule_parts, spread
+from launch.chain import Chain, Job
+from launch.world import schedule_stages, spread
 from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
 
 # Seconds before SLURM's limit at which an unfinished stop is given up and the job requeued: limits are checked only
@@ -20,38 +20,38 @@ from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
 REQUEUE_MARGIN = 60
 
 
-def valid_nodes(chain: Chain, stage: Stage) -> list[int]:
-    """Numbers of nodes on which the stage can run, from its largest down.
+def valid_nodes(chain: Chain, job: Job) -> list[int]:
+    """Numbers of nodes on which the job can run, from its largest down.
 
     Raises:
         ValueError: it does not fit on its full number of nodes.
     """
-    spec, ranks = stage.spec, chain.config.cluster.num_ranks_per_node
-    if stage.config is None:
+    spec, ranks = job.spec, chain.config.cluster.num_ranks_per_node
+    if job.config is None:
         return [spec.nodes]
-    stage.config.validate(spec.nodes * ranks)
+    job.config.validate(spec.nodes * ranks)
     least = 1
-    for part in schedule_parts(stage.config):
-        needed, _ = spread(part["world_size"] or 1, ranks)
+    for stage in schedule_stages(job.config):
+        needed, _ = spread(stage["world_size"] or 1, ranks)
         if needed > spec.nodes:
             raise ValueError(
-                f"schedule.stages.{part['name']}.world_size ({part['world_size']}) needs {needed} nodes "
+                f"schedule.stages.{stage['name']}.world_size ({stage['world_size']}) needs {needed} nodes "
                 f"of {ranks} ranks; nodes is {spec.nodes}: raise it."
             )
         least = max(least, needed)
     counts = [spec.nodes]
     for count in range(spec.nodes - 1, max(spec.min_nodes or spec.nodes, least) - 1, -1):
         try:
-            stage.config.validate(count * ranks)
+            job.config.validate(count * ranks)
         except ValueError:
             continue
         counts.append(count)
     return counts
 
 
-def tasks_per_node(cluster: ClusterConfig, stage: Stage) -> int:
+def tasks_per_node(cluster: ClusterConfig, job: Job) -> int:
     """Tasks srun starts on a node: one torchrun, or one per rank."""
-    return stage.ranks_per_node(cluster) if stage.is_parallel and cluster.launcher == "srun" else 1
+    return job.ranks_per_node(cluster) if job.is_parallel and cluster.launcher == "srun" else 1
 
 
 def _time(seconds: int) -> str:
@@ -59,15 +59,15 @@ def _time(seconds: int) -> str:
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
 
 
-def sbatch_options(chain: Chain, stage: Stage, project: Path) -> list[str]:
-    """The options of sbatch for a stage, without its dependency."""
-    cluster, spec = chain.config.cluster, stage.spec
-    folder = chain.stage_folder(stage).absolute()
-    counts = valid_nodes(chain, stage)
+def sbatch_options(chain: Chain, job: Job, project: Path) -> list[str]:
+    """The options of sbatch for a job, without its dependency."""
+    cluster, spec = chain.config.cluster, job.spec
+    folder = chain.job_folder(job).absolute()
+    counts = valid_nodes(chain, job)
     seconds = time_limit_seconds(spec.time_limit or cluster.time_limit)
     nodes = f"{counts[-1]}-{counts[0]}" if len(counts) > 1 else str(counts[0])
     options = [
-        f"--job-name={chain.config.name}.{stage.name}",
+        f"--job-name={chain.config.name}.{job.name}",
         f"--nodes={nodes}",
         f"--time={_time(seconds)}",
         f"--signal=B:USR1@{stop_seconds(cluster, seconds)}",
@@ -76,7 +76,7 @@ def sbatch_options(chain: Chain, stage: Stage, project: Path) -> list[str]:
         f"--output={folder / 'slurm.log'}",
         f"--chdir={project}",
     ]
-    is_on_cpu = not stage.is_parallel
+    is_on_cpu = not job.is_parallel
     partition = cluster.cpu_partition or cluster.partition if is_on_cpu else cluster.partition
     named = {
         "partition": partition,
@@ -90,8 +90,8 @@ def sbatch_options(chain: Chain, stage: Stage, project: Path) -> list[str]:
     if not is_on_cpu and cluster.gpus_per_node:
         kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
         # A tool's ranks get a GPU each; training has its nodes to itself, with all they have.
-        options.append(f"--gpus-per-node={kind}{stage.spec.ranks_per_node or cluster.gpus_per_node}")
-    tasks, cpus = tasks_per_node(cluster, stage), cpus_per_task(cluster, stage)
+        options.append(f"--gpus-per-node={kind}{job.spec.ranks_per_node or cluster.gpus_per_node}")
+    tasks, cpus = tasks_per_node(cluster, job), cpus_per_task(cluster, job)
     if len(counts) > 1:
         # With a number of tasks a node, SLURM gives a range's smallest number of nodes, however many are free.
         options.append(f"--mincpus={tasks * (cpus or 1)}")
@@ -107,11 +107,11 @@ def stop_seconds(cluster: ClusterConfig, limit: int) -> int:
     return min(cluster.stop_seconds, max(limit * 3 // 4, 1))
 
 
-def cpus_per_task(cluster: ClusterConfig, stage: Stage) -> int | None:
+def cpus_per_task(cluster: ClusterConfig, job: Job) -> int | None:
     """CPUs of one srun task, or None to leave it to the site."""
-    if not stage.is_parallel:
+    if not job.is_parallel:
         return cluster.cpu_cpus
-    return cluster.cpus_per_node // tasks_per_node(cluster, stage) if cluster.cpus_per_node else None
+    return cluster.cpus_per_node // tasks_per_node(cluster, job) if cluster.cpus_per_node else None
 
 
 def container_words(cluster: ClusterConfig, folders: list[Path]) -> tuple[list[str], list[str]]:
@@ -135,13 +135,13 @@ def container_words(cluster: ClusterConfig, folders: list[Path]) -> tuple[list[s
     return [], []
 
 
-def supervisor_details(chain: Chain, stage: Stage, code: Path, project: Path) -> dict[str, Any]:
+def supervisor_details(chain: Chain, job: Job, code: Path, project: Path) -> dict[str, Any]:
     """What the job's supervisor needs beyond the frozen command."""
     cluster = chain.config.cluster
-    seconds = time_limit_seconds(stage.spec.time_limit or cluster.time_limit)
-    writes = [project, chain.folder.absolute(), *([stage.run_folder.absolute()] if stage.run_folder else [])]
+    seconds = time_limit_seconds(job.spec.time_limit or cluster.time_limit)
+    writes = [project, chain.folder.absolute(), *([job.run_folder.absolute()] if job.run_folder else [])]
     srun, prefix = container_words(cluster, writes)
-    cpus = cpus_per_task(cluster, stage)
+    cpus = cpus_per_task(cluster, job)
     if cpus:
         srun.append(f"--cpus-per-task={cpus}")
     if not (cpus and cluster.launcher == "srun"):
@@ -150,9 +150,9 @@ def supervisor_details(chain: Chain, stage: Stage, code: Path, project: Path) ->
     has_container = cluster.container.kind != "none"
     return {
         "code": str(code),
-        "valid_nodes": valid_nodes(chain, stage),
-        "parts": schedule_parts(stage.config) if stage.config else [],
-        "launcher": cluster.launcher if stage.is_parallel else "srun",
+        "valid_nodes": valid_nodes(chain, job),
+        "stages": schedule_stages(job.config) if job.config else [],
+        "launcher": cluster.launcher if job.is_parallel else "srun",
         "srun_options": srun,
         "command_prefix": prefix,
         "rank_python": cluster.container.python if has_container else job_python(cluster),
@@ -160,7 +160,7 @@ def supervisor_details(chain: Chain, stage: Stage, code: Path, project: Path) ->
         "max_crashes_without_progress": chain.config.requeue.max_crashes_without_progress,
         "max_crashes": chain.config.requeue.max_crashes,
         "preflight": {
-            "is_on": cluster.is_preflight_on and stage.is_training,
+            "is_on": cluster.is_preflight_on and job.is_training,
             "gpus": cluster.gpus_per_node,
             "min_free_disk_gib": cluster.min_free_disk_gib,
             "min_free_memory_gib": cluster.min_free_memory_gib,
@@ -176,7 +176,7 @@ def job_python(cluster: ClusterConfig) -> str:
     return cluster.python or sys.executable
 
 
-def job_script(chain: Chain, stage: Stage, code: Path, project: Path) -> str:
+def job_script(chain: Chain, job: Job, code: Path, project: Path) -> str:
     """The script given to sbatch: modules, environment, then the supervisor in the shell's place.
 
     `exec` matters: SLURM sends the signal before the time limit to the batch shell alone, and that process has then
@@ -188,7 +188,7 @@ def job_script(chain: Chain, stage: Stage, code: Path, project: Path) -> str:
         environment["TMPDIR"] = cluster.scratch
     lines = [
         "#!/bin/bash",
-        f"# {chain.config.name}.{stage.name}, written by launch/submit.py; its settings are in stage.json beside it.",
+        f"# {chain.config.name}.{job.name}, written by launch/submit.py; its settings are in job.json beside it.",
     ]
     if cluster.modules:
         lines += [
@@ -205,7 +205,7 @@ def job_script(chain: Chain, stage: Stage, code: Path, project: Path) -> str:
             for word in [
                 job_python(cluster),
                 str(code / "launch" / "supervise.py"),
-                str(chain.stage_folder(stage).absolute()),
+                str(chain.job_folder(job).absolute()),
             ]
         ),
     ]

@@ -1,8 +1,8 @@
-"""Run a chain on this machine, stage after stage: the same stages that launch/submit.py gives to SLURM.
+"""Run a chain on this machine, job after job: the same jobs that launch/submit.py gives to SLURM.
 
     python launch/local.py experiment=NAME key=value ...
 
-Finished stages are skipped; Ctrl-C finishes the training step, saves and stops (twice: stops at once), and the same
+Finished jobs are skipped; Ctrl-C finishes the training step, saves and stops (twice: stops at once), and the same
 command continues. Times lie in CHAIN/chain.json.
 """
 
@@ -19,14 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import record
-from launch.chain import Chain, Stage, compose_chain
+from launch.chain import Chain, Job, compose_chain
 from launch.failure import collect_failure, exit_records, overall_code
-from launch.freeze import freeze_environment, freeze_stage, rank_arguments
+from launch.freeze import freeze_environment, freeze_job, rank_arguments
 from launch.node import rendezvous_options, run, torchrun_command
 from launch.progress import Progress, progress_of
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE
 from launch.validate import check_chain
-from launch.world import schedule_parts, wanted_ranks
+from launch.world import schedule_stages, wanted_ranks
 from megatron_dllm.compose import RECIPES
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.run.files import write_json
@@ -36,9 +36,9 @@ log = logging.getLogger("launch")
 EXIT_INTERRUPTED = 130
 
 
-def world_size(chain: Chain, stage: Stage) -> int:
-    """Ranks of a stage: as many as on the cluster, so that the layout and the numbers are the same."""
-    return stage.spec.nodes * stage.ranks_per_node(chain.config.cluster)
+def world_size(chain: Chain, job: Job) -> int:
+    """Ranks of a job: as many as on the cluster, so that the layout and the numbers are the same."""
+    return job.spec.nodes * job.ranks_per_node(chain.config.cluster)
 
 
 def _environment(chain: Chain) -> dict[str, str]:
@@ -47,40 +47,40 @@ def _environment(chain: Chain) -> dict[str, str]:
     return {"OMP_NUM_THREADS": "1", **os.environ, **chain.config.cluster.environment, "PYTHONPATH": path}
 
 
-def run_stage(chain: Chain, stage: Stage) -> int:
-    """Run one stage in the foreground; its exit code, EXIT_PREEMPTED where it stopped in order."""
-    folder = freeze_stage(chain, stage)
-    record.append_event(folder, "start", digest=stage.digest, host=os.uname().nodename)
+def run_job(chain: Chain, job: Job) -> int:
+    """Run one job in the foreground; its exit code, EXIT_PREEMPTED where it stopped in order."""
+    folder = freeze_job(chain, job)
+    record.append_event(folder, "start", digest=job.digest, host=os.uname().nodename)
     environment = _environment(chain)
-    arguments = rank_arguments(chain, stage)
-    if not stage.is_parallel:
+    arguments = rank_arguments(chain, job)
+    if not job.is_parallel:
         try:
             return subprocess.run([sys.executable, "-u", *arguments], env=environment, check=False).returncode
         except KeyboardInterrupt:
             return EXIT_PREEMPTED
     while True:
-        before = record.latest_checkpoint(stage.run_folder) if stage.run_folder else None
-        code = start_ranks(chain, stage, environment)
-        has_moved_on = stage.run_folder is not None and record.latest_checkpoint(stage.run_folder) != before
+        before = record.latest_checkpoint(job.run_folder) if job.run_folder else None
+        code = start_ranks(chain, job, environment)
+        has_moved_on = job.run_folder is not None and record.latest_checkpoint(job.run_folder) != before
         if code != EXIT_LAYOUT or not has_moved_on:
             return code
 
 
-def start_ranks(chain: Chain, stage: Stage, environment: dict[str, str]) -> int:
-    """One start of a stage under torchrun; its exit code."""
-    folder = chain.stage_folder(stage)
-    start = record.next_start(folder)
-    parts = schedule_parts(stage.config) if stage.config else []
-    guarded = stage.run_folder or folder
-    ranks = wanted_ranks(parts, guarded) or world_size(chain, stage)
+def start_ranks(chain: Chain, job: Job, environment: dict[str, str]) -> int:
+    """One attempt at a job under torchrun; its exit code."""
+    folder = chain.job_folder(job)
+    attempt = record.next_attempt(folder)
+    stages = schedule_stages(job.config) if job.config else []
+    guarded = job.run_folder or folder
+    ranks = wanted_ranks(stages, guarded) or world_size(chain, job)
     lease = Lease.take_next(guarded)
     environment = {**environment, SHOW_VARIABLE: "1", RUN_VARIABLE: str(guarded), LEASE_VARIABLE: str(lease.generation)}
     command = torchrun_command(
-        sys.executable, ranks, rendezvous_options({}), start, [sys.executable, "-u", *rank_arguments(chain, stage)]
+        sys.executable, ranks, rendezvous_options({}), attempt, [sys.executable, "-u", *rank_arguments(chain, job)]
     )
-    return_code = run(command, environment, start / "torchrun_0.log")
-    code = overall_code(exit_records(start), ranks)
-    failure = collect_failure(start)
+    return_code = run(command, environment, attempt / "torchrun_0.log")
+    code = overall_code(exit_records(attempt), ranks)
+    failure = collect_failure(attempt)
     if failure:
         log.error("%s", failure)
     return code if code is not None else (return_code or 1)
@@ -90,46 +90,46 @@ _MEANING = {
     EXIT_PREEMPTED: "stopped in order; the same command continues it",
     EXIT_NON_FINITE: "stopped at a loss or gradient norm that is not finite; starting it again repeats that",
     EXIT_LAYOUT: "asked for another layout without having moved on",
-    EXIT_FENCED: "was superseded by another start of the same run and stopped without writing",
+    EXIT_FENCED: "was superseded by another attempt at the same run and stopped without writing",
 }
 
 
 def run_chain(chain: Chain, allow_changes: bool) -> int:
-    """Run every unfinished stage in order; 0 if all have finished, else the first failure's exit code."""
+    """Run every unfinished job in order; 0 if all have finished, else the first failure's exit code."""
     chain.folder.mkdir(parents=True, exist_ok=True)
     (chain.folder / "launch").mkdir(exist_ok=True)
     freeze_environment(chain.folder / "launch")
     book: dict[str, Any] = record.read_json(chain.folder / "chain.json") or {}
-    book = {**book, "name": chain.config.name, "stages": book.get("stages", {})}
-    total = len(chain.stages)
-    for number, stage in enumerate(chain.stages, 1):
-        folder = chain.stage_folder(stage)
-        state = progress_of(chain, stage, allow_changes)
+    book = {**book, "name": chain.config.name, "jobs": book.get("jobs", {})}
+    total = len(chain.jobs)
+    for number, job in enumerate(chain.jobs, 1):
+        folder = chain.job_folder(job)
+        state = progress_of(chain, job, allow_changes)
         if state is Progress.FINISHED:
-            log.info("[%d/%d] %s: finished before, skipped", number, total, stage.name)
+            log.info("[%d/%d] %s: finished before, skipped", number, total, job.name)
             continue
-        what = stage.spec.experiment or stage.spec.module
-        log.info("[%d/%d] %s: %s (%s)", number, total, stage.name, what, state.value)
+        what = job.spec.experiment or job.spec.module
+        log.info("[%d/%d] %s: %s (%s)", number, total, job.name, what, state.value)
         began = time.time()
-        code = run_stage(chain, stage)
+        code = run_job(chain, job)
         seconds = time.time() - began
-        entry = book["stages"].setdefault(stage.name, {"seconds": 0.0})
+        entry = book["jobs"].setdefault(job.name, {"seconds": 0.0})
         entry |= {
             "seconds": round(entry["seconds"] + seconds, 2),
             "ended": time.time(),
             "exit_code": code,
-            "digest": stage.digest,
+            "digest": job.digest,
         }
         record.append_event(folder, "end", code=code, seconds=round(seconds, 2))
         if code == 0:
-            record.mark_done(folder, stage.digest, seconds=entry["seconds"])
+            record.mark_done(folder, job.digest, seconds=entry["seconds"])
         write_json(chain.folder / "chain.json", book)
         if code != 0:
             meaning = _MEANING.get(code, f"failed with exit code {code}; its logs are in {folder}")
-            log.error("[%d/%d] %s %s", number, total, stage.name, meaning)
+            log.error("[%d/%d] %s %s", number, total, job.name, meaning)
             return EXIT_INTERRUPTED if code == EXIT_PREEMPTED else (code if 0 < code < 256 else 1)
-        log.info("[%d/%d] %s: done in %.1f s", number, total, stage.name, entry["seconds"])
-    log.info("all %d stages of %s have finished; the books are in %s", total, chain.config.name, chain.folder)
+        log.info("[%d/%d] %s: done in %.1f s", number, total, job.name, entry["seconds"])
+    log.info("all %d jobs of %s have finished; the books are in %s", total, chain.config.name, chain.folder)
     return 0
 
 
@@ -140,7 +140,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow_changes",
         action="store_true",
-        help="continue an unfinished stage although its configuration has changed since it started",
+        help="continue an unfinished job although its configuration has changed since it started",
     )
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of recipes (default: the project's)")
     arguments = parser.parse_intermixed_args(words)

@@ -1,6 +1,6 @@
 """The ranks of one node under torchrun, with stop signals that torchrun leaves to them.
 
-    python launch/node.py STAGE_FOLDER START_FOLDER          (one srun task a node)
+    python launch/node.py JOB_FOLDER ATTEMPT_FOLDER          (one srun task a node)
 
 torchrun kills its workers on SIGTERM and dies of SIGUSR1. Preemption sends SIGTERM to whatever srun started, so this
 process stands in between: torchrun ignores both signals, and the rank wrappers get SIGUSR1 directly.
@@ -41,7 +41,7 @@ def rendezvous_options(environment: Mapping[str, str]) -> list[str]:
 
 
 def torchrun_command(
-    python: str, ranks: int, rendezvous: Sequence[str], start_folder: Path, command: Sequence[str]
+    python: str, ranks: int, rendezvous: Sequence[str], attempt_folder: Path, command: Sequence[str]
 ) -> list[str]:
     """One torchrun that starts `command` under the rank wrapper, `ranks` times.
 
@@ -49,7 +49,7 @@ def torchrun_command(
         python: interpreter with torch.
         ranks: processes on this node.
         rendezvous: from rendezvous_options.
-        start_folder: where logs and exit records go.
+        attempt_folder: where logs and exit records go.
         command: of a rank, the interpreter included.
     """
     return [
@@ -65,7 +65,7 @@ def torchrun_command(
         "--no-python",
         python,
         str(ROOT / "launch" / "rank.py"),
-        str(start_folder),
+        str(attempt_folder),
         "--",
         *command,
     ]
@@ -120,14 +120,12 @@ def run(command: Sequence[str], environment: Mapping[str, str], log: Path) -> in
 
 
 def main() -> int:
-    """Start the node's ranks as the stage's frozen command says."""
-    stage = read_json(Path(sys.argv[1]) / "stage.json")
-    python = stage["rank_python"] or sys.executable
+    """Start the node's ranks as the job's frozen command says."""
+    job = read_json(Path(sys.argv[1]) / "job.json")
+    python = job["rank_python"] or sys.executable
     start = Path(sys.argv[2])
     ranks = int(os.environ["MEGATRON_DLLM_RANKS_PER_NODE"])
-    command = torchrun_command(
-        python, ranks, rendezvous_options(os.environ), start, [python, "-u", *stage["arguments"]]
-    )
+    command = torchrun_command(python, ranks, rendezvous_options(os.environ), start, [python, "-u", *job["arguments"]])
     return run(command, os.environ, start / f"torchrun_{os.environ['SLURM_NODEID']}.log")
 
 

@@ -1,4 +1,4 @@
-"""Whether a stage that has ended is started again: a pure function of its events.
+"""Whether a job that has ended is started again: a pure function of its events.
 
 Orderly stops (time limit, preemption) are always continued. Crashes are continued as long as checkpoints advance:
 a number of crashes in a row without a new one, or too many in all, end it. A new submission starts counting afresh.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any
 
-# Ends of a start that count as crashes. `vanished`: nothing was written at all, as when the node itself is lost.
+# Ends of an attempt that count as crashes. `vanished`: nothing was written at all, as when the node itself is lost.
 CRASHES = ("crashed", "vanished", "overran")
 
 
@@ -24,7 +24,7 @@ class Verdict:
 
 
 def since_submission(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events from the first start after the last submission on: the end of an older one may be written late."""
+    """The events from the first start after the last submission on: the end of an older attempt may be written late."""
     places = [number for number, event in enumerate(events) if event["event"] == "submitted"]
     return list(dropwhile(lambda event: event["event"] != "start", events[places[-1] + 1 :] if places else events))
 
@@ -33,7 +33,7 @@ def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crash
     """Judge the last end.
 
     Args:
-        events: of the stage; an `end` has `how` and `checkpoint` (the newest one then).
+        events: of the job; an `end` has `how` and `checkpoint` (the newest one then).
         max_without_progress: crashes in a row without a new checkpoint at which it stays down.
         max_crashes: crashes in all at which it stays down.
     """

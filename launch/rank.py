@@ -1,8 +1,8 @@
-"""Wrapper of one rank: its log, its signals, its exit record, and its end when the run has moved on.
+"""Wrapper of one rank: its log, its signals, its exit record, and its end when a newer attempt owns the run.
 
-    python launch/rank.py START_FOLDER -- COMMAND ...
+    python launch/rank.py ATTEMPT_FOLDER -- COMMAND ...
 
-Started by torchrun or by srun, it starts COMMAND and writes START_FOLDER/rank_00003.log and exit_00003.json.
+Started by torchrun or by srun, it starts COMMAND and writes ATTEMPT_FOLDER/rank_00003.log and exit_00003.json.
 SIGTERM and SIGUSR1 reach COMMAND as SIGUSR1, again every few seconds, because one that comes before the handler is
 installed is ignored. A rank that was asked to stop and did (EXIT_PREEMPTED) looks like success to torchrun and srun,
 so that neither kills the ranks that are still saving; the exit record has the true code.
@@ -118,12 +118,12 @@ class RankProcess:
 
 def main() -> int:
     """Run the command and report; returns what torchrun or srun is told."""
-    start_folder, separator, *command = sys.argv[1:]
-    assert separator == "--", "usage: rank.py START_FOLDER -- COMMAND ..."
+    attempt_folder, separator, *command = sys.argv[1:]
+    assert separator == "--", "usage: rank.py ATTEMPT_FOLDER -- COMMAND ..."
     die_with_parent()
     adopt_slurm_ranks(os.environ)  # type: ignore[arg-type]
     rank = int(os.environ.get("RANK", "0"))
-    folder = Path(start_folder)
+    folder = Path(attempt_folder)
     if PIDS_VARIABLE in os.environ:
         (Path(os.environ[PIDS_VARIABLE]) / str(os.getpid())).touch()
     is_shown = os.environ.get(SHOW_VARIABLE) == "1" and rank == 0

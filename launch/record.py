@@ -1,11 +1,11 @@
-"""The books of a stage: events, markers and exit records, as small files written atomically.
+"""The books of a job: events, markers and exit records, as small files written atomically.
 
 Standard library only: the job's supervisor runs under the node's own Python.
 
-    STAGE/stage.json        what is frozen: command, hash, nodes, container
-    STAGE/events.jsonl      starts and ends, one JSON object a line
-    STAGE/done.json         written when the stage has finished, with the hash of what ran
-    STAGE/start_0001/       logs, exit records and the collected failure of one start
+    JOB/job.json          what is frozen: command, hash, nodes, container
+    JOB/events.jsonl      starts and ends of its attempts, one JSON object a line
+    JOB/done.json         written when the job has finished, with the hash of what ran
+    JOB/attempt_0001/     logs, exit records and the collected failure of one attempt
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def append_event(stage_folder: Path, kind: str, **details: Any) -> None:
-    """Add one line to the stage's events, in a single write."""
+def append_event(job_folder: Path, kind: str, **details: Any) -> None:
+    """Add one line to the job's events, in a single write."""
     line = json.dumps({"time": round(time.time(), 3), "event": kind, **details}) + "\n"
-    with open(stage_folder / "events.jsonl", "a+b", buffering=0) as file:
+    with open(job_folder / "events.jsonl", "a+b", buffering=0) as file:
         # A line that its writer left half-way must not take this one along.
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         is_torn = file.read(1) not in (b"", b"\n")
@@ -58,33 +58,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict)]
 
 
-def events(stage_folder: Path) -> list[dict[str, Any]]:
-    """The stage's events in order."""
-    return read_lines(stage_folder / "events.jsonl")
+def events(job_folder: Path) -> list[dict[str, Any]]:
+    """The job's events in order."""
+    return read_lines(job_folder / "events.jsonl")
 
 
-def mark_done(stage_folder: Path, digest: str, **details: Any) -> None:
-    """Write the marker that lets a later submission skip the stage."""
-    files.write_json(stage_folder / "done.json", {"digest": digest, "time": time.time(), **details})
+def mark_done(job_folder: Path, digest: str, **details: Any) -> None:
+    """Write the marker that lets a later submission skip the job."""
+    files.write_json(job_folder / "done.json", {"digest": digest, "time": time.time(), **details})
 
 
-def done_digest(stage_folder: Path) -> str | None:
-    """Hash of what a finished stage ran, or None if it has not finished."""
-    marker = read_json(stage_folder / "done.json")
+def done_digest(job_folder: Path) -> str | None:
+    """Hash of what a finished job ran, or None if it has not finished."""
+    marker = read_json(job_folder / "done.json")
     return None if marker is None else marker["digest"]
 
 
-def next_start(stage_folder: Path) -> Path:
-    """A new folder for the logs of one start of a stage."""
-    number = len(list(stage_folder.glob("start_*"))) + 1
+def next_attempt(job_folder: Path) -> Path:
+    """A new folder for the logs of one attempt at a job."""
+    number = len(list(job_folder.glob("attempt_*"))) + 1
     while True:
-        start = stage_folder / f"start_{number:04d}"
+        attempt = job_folder / f"attempt_{number:04d}"
         try:
-            start.mkdir()
+            attempt.mkdir()
         except FileExistsError:
             number += 1
             continue
-        return start
+        return attempt
 
 
 def output_exists(output: str | None) -> bool:

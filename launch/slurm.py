@@ -25,9 +25,9 @@ def hostnames(node_list: str) -> list[str]:
     return query("scontrol", "show", "hostnames", node_list).split()
 
 
-def job_state(job: str) -> str:
+def state_of(job_id: str) -> str:
     """The job's state, or nothing where SLURM does not answer."""
-    return query("squeue", "--noheader", f"--jobs={job}", "--format=%T")
+    return query("squeue", "--noheader", f"--jobs={job_id}", "--format=%T")
 
 
 def lost_nodes(nodes: Sequence[str]) -> list[str]:
@@ -43,18 +43,18 @@ def lost_nodes(nodes: Sequence[str]) -> list[str]:
     ]
 
 
-def kill_steps(job: str) -> None:
+def kill_steps(job_id: str) -> None:
     """End the job's steps on all nodes at once, but not the job.
 
     By the steps' own numbers: a KILL sent to the job's number would cancel the job.
     """
-    listed = query("squeue", "--noheader", "--steps", f"--jobs={job}", "--format=%i").split()
+    listed = query("squeue", "--noheader", "--steps", f"--jobs={job_id}", "--format=%i").split()
     steps = [name for name in listed if name.rpartition(".")[2].isdigit()]
     if steps:
         query("scancel", "--signal=KILL", *steps)
 
 
-def requeue(job: str) -> str | None:
+def requeue(job_id: str) -> str | None:
     """Put a running job back into the queue, which ends it.
 
     Returns:
@@ -65,13 +65,13 @@ def requeue(job: str) -> str | None:
         RuntimeError: SLURM has refused, or has not answered for ANSWER_SECONDS.
     """
     deadline = time.monotonic() + ANSWER_SECONDS
-    while not (state := job_state(job)):
+    while not (state := state_of(job_id)):
         if time.monotonic() > deadline:
-            raise RuntimeError(f"squeue has not told the state of job {job} for {ANSWER_SECONDS:g} s; submit again")
+            raise RuntimeError(f"squeue has not told the state of job {job_id} for {ANSWER_SECONDS:g} s; submit again")
         time.sleep(POLL_SECONDS)
     if state != "RUNNING":
         return f"SLURM is ending the job itself ({state.lower()})"
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
     if "pending" in done.stderr.lower():

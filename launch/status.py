@@ -1,4 +1,4 @@
-"""How far a chain is: state, step, loss, ELBO, speed, time left and last error of every stage.
+"""How far a chain is: state, step, loss, ELBO, speed, time left and last error of every job.
 
     python launch/status.py runs/NAME
 
@@ -19,47 +19,47 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import record
 
-_COLUMNS = ("stage", "state", "job", "step", "loss", "ELBO", "tokens/s", "time left", "starts", "last")
+_COLUMNS = ("job", "state", "id", "step", "loss", "ELBO", "tokens/s", "time left", "attempts", "last")
 
 
 @dataclass
 class Row:
-    """One stage as shown; empty strings where nothing is known."""
+    """One job as shown; empty strings where nothing is known."""
 
-    stage: str
+    job: str
     state: str
-    job: str = ""
+    job_id: str = ""
     step: str = ""
     loss: str = ""
     elbo: str = ""
     speed: str = ""
     left: str = ""
-    starts: str = ""
+    attempts: str = ""
     last: str = ""
 
     def words(self) -> list[str]:
         """The row's cells in the order of the columns."""
         return [
-            self.stage,
-            self.state,
             self.job,
+            self.state,
+            self.job_id,
             self.step,
             self.loss,
             self.elbo,
             self.speed,
             self.left,
-            self.starts,
+            self.attempts,
             self.last,
         ]
 
 
-def queue_states(jobs: list[str]) -> dict[str, str]:
+def queue_states(job_ids: list[str]) -> dict[str, str]:
     """State and reason of the jobs that SLURM still knows."""
-    if not jobs:
+    if not job_ids:
         return {}
     try:
         done = subprocess.run(
-            ["squeue", "--noheader", "--format=%A|%T|%r", f"--jobs={','.join(jobs)}"],
+            ["squeue", "--noheader", "--format=%A|%T|%r", f"--jobs={','.join(job_ids)}"],
             capture_output=True,
             text=True,
             check=False,
@@ -69,14 +69,14 @@ def queue_states(jobs: list[str]) -> dict[str, str]:
         return {}
     states = {}
     for line in done.stdout.splitlines():
-        job, state, reason = line.split("|", 2)
-        states[job] = state.lower() + (f" ({reason})" if reason not in ("None", "") else "")
+        job_id, state, reason = line.split("|", 2)
+        states[job_id] = state.lower() + (f" ({reason})" if reason not in ("None", "") else "")
     return states
 
 
-def total_tokens(stage_folder: Path) -> int:
-    """Document tokens a training stage is to see, from its frozen configuration; 0 for a tool."""
-    path = stage_folder / "config.yaml"
+def total_tokens(job_folder: Path) -> int:
+    """Document tokens a training job is to see, from its frozen configuration; 0 for a tool."""
+    path = job_folder / "config.yaml"
     if not path.is_file():
         return 0
     # The schedule's own lines; a YAML parser would be the only package this command needs.
@@ -109,49 +109,51 @@ def training_cells(row: Row, run_folder: Path, total: int) -> None:
             return
 
 
-def stage_state(entry: dict[str, Any], stage_folder: Path, queued: dict[str, str]) -> tuple[str, str]:
-    """State of a stage and the reason of its last end."""
-    seen = record.events(stage_folder)
+def state_of(entry: dict[str, Any], job_folder: Path, queued: dict[str, str]) -> tuple[str, str]:
+    """State of a job and the reason of its last end."""
+    seen = record.events(job_folder)
     told = [event for event in seen if event["event"] in ("end", "gave_up")]
     last = f"{told[-1].get('how', 'gave up')}: {told[-1].get('reason', '')}" if told and "reason" in told[-1] else ""
-    if record.done_digest(stage_folder):
+    if record.done_digest(job_folder):
         return "finished", ""
-    job = str(entry.get("job") or "")
-    if job in queued:
-        return queued[job], last
+    job_id = str(entry.get("job_id") or "")
+    if job_id in queued:
+        return queued[job_id], last
     if not seen:
         return "not started", ""
     if seen[-1]["event"] == "gave_up":
         return "failed", last
-    if job:
+    if job_id:
         return "not in the queue", last
     return ("running" if seen[-1]["event"] == "start" else "unfinished"), last
 
 
-def starts_cell(events: list[dict[str, Any]]) -> str:
-    """How often a stage was started, and how long the last interruption kept it from training."""
-    starts = sum(event["event"] == "start" for event in events)
+def attempts_cell(events: list[dict[str, Any]]) -> str:
+    """How often a job was started, and how long the last interruption kept it from training."""
+    attempts = sum(event["event"] == "start" for event in events)
     pauses = [event["pause"] for event in events if event["event"] == "training" and event.get("pause")]
-    return (str(starts) if starts else "") + (f" (pause {pauses[-1]:.0f} s)" if pauses else "")
+    return (str(attempts) if attempts else "") + (f" (pause {pauses[-1]:.0f} s)" if pauses else "")
 
 
 def rows(chain_folder: Path) -> list[Row]:
-    """One row a stage, in the chain's order.
+    """One row a job, in the chain's order.
 
     Raises:
         ValueError: the folder is no chain's.
     """
     book = record.read_json(chain_folder / "chain.json")
-    if book is None:
-        raise ValueError(f"{chain_folder} holds no chain.json; give the folder of a chain or run that was submitted.")
-    stages = book["stages"]
-    queued = queue_states([str(e["job"]) for e in stages.values() if e.get("job")])
+    if book is None or "jobs" not in book:
+        raise ValueError(
+            f"{chain_folder} holds no chain.json with jobs; give the folder of a chain or run that was submitted."
+        )
+    jobs = book["jobs"]
+    queued = queue_states([str(e["job_id"]) for e in jobs.values() if e.get("job_id")])
     found = []
-    for name, entry in stages.items():
+    for name, entry in jobs.items():
         folder = chain_folder / "launch" / name
-        frozen = record.read_json(folder / "stage.json") or {}
-        state, last = stage_state(entry, folder, queued)
-        row = Row(name, state, str(entry.get("job") or ""), starts=starts_cell(record.events(folder)), last=last)
+        frozen = record.read_json(folder / "job.json") or {}
+        state, last = state_of(entry, folder, queued)
+        row = Row(name, state, str(entry.get("job_id") or ""), attempts=attempts_cell(record.events(folder)), last=last)
         if frozen.get("run_folder"):
             training_cells(row, Path(frozen["run_folder"]), total_tokens(folder))
         found.append(row)
@@ -168,9 +170,9 @@ def show(chain_folder: Path) -> str:
         for line in table
     ]
     for row in found:
-        failures = sorted((chain_folder / "launch" / row.stage).glob("start_*/failure.txt"))
+        failures = sorted((chain_folder / "launch" / row.job).glob("attempt_*/failure.txt"))
         if failures and row.state in ("failed", "not in the queue"):
-            lines += ["", f"{row.stage}: {failures[-1].read_text(encoding='utf-8', errors='replace').rstrip()}"]
+            lines += ["", f"{row.job}: {failures[-1].read_text(encoding='utf-8', errors='replace').rstrip()}"]
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@
     python launch/submit.py experiment=NAME cluster=NAME ... --status      how far it is
 
 Everything is checked first; then code, configuration and packages are frozen beside the run, and every unfinished
-stage becomes a job that waits for the ones before it. A job requeues itself until its stage has finished.
+job is queued behind the ones it waits for. A job requeues itself until it has finished.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import record
-from launch.chain import Chain, Stage, compose_chain
-from launch.freeze import freeze_code, freeze_environment, freeze_stage
+from launch.chain import Chain, Job, compose_chain
+from launch.freeze import freeze_code, freeze_environment, freeze_job
 from launch.job import job_script, sbatch_options, supervisor_details
 from launch.progress import Progress, progress_of
 from launch.status import show
@@ -37,10 +37,10 @@ log = logging.getLogger("launch")
 
 
 @dataclass(frozen=True)
-class Job:
-    """One stage ready to be submitted: sbatch's words without the dependency, and the script's text."""
+class Submission:
+    """One job ready to be submitted: sbatch's words without the dependency, and the script's text."""
 
-    stage: Stage
+    job: Job
     options: list[str]
     script: str
 
@@ -73,23 +73,23 @@ def sbatch(words: list[str]) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def rehearse(job: Job, path: Path) -> None:
+def rehearse(submission: Submission, path: Path) -> None:
     """Have SLURM judge a job without queueing it.
 
     Raises:
         ValueError: it would never run as asked.
     """
-    words = ["sbatch", "--test-only", *job.options, str(path)]
+    words = ["sbatch", "--test-only", *submission.options, str(path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=slurm_environment())
     if done.returncode != 0:
         raise ValueError(
-            f"stage {job.stage.name}: SLURM would refuse the job: {readable_refusal(done.stderr)}. "
-            f"It was asked for: {shlex.join(job.options)}"
+            f"job {submission.job.name}: SLURM would refuse the job: {readable_refusal(done.stderr)}. "
+            f"It was asked for: {shlex.join(submission.options)}"
         )
 
 
 def queued_jobs(chain: Chain) -> dict[str, str]:
-    """Stages of the chain that are in the queue now, with their job's number.
+    """Jobs of the chain that are in the queue now, with their numbers.
 
     Told by the scripts of the jobs in the queue: these also know of a submission that was killed half-way.
     """
@@ -98,74 +98,82 @@ def queued_jobs(chain: Chain) -> dict[str, str]:
     )
     if done.returncode != 0:
         raise ValueError(f"squeue failed, so it is not known what already runs: {done.stderr.strip()}; try again.")
-    scripts = {script: job for job, _, script in (line.partition(" ") for line in done.stdout.splitlines())}
-    paths = {stage.name: str(script_of(chain, stage)) for stage in chain.stages}
+    scripts = {script: job_id for job_id, _, script in (line.partition(" ") for line in done.stdout.splitlines())}
+    paths = {job.name: str(script_of(chain, job)) for job in chain.jobs}
     return {name: scripts[path] for name, path in paths.items() if path in scripts}
 
 
-def script_of(chain: Chain, stage: Stage) -> Path:
-    """Where a stage's job script lies; the same path again is the same stage."""
-    return chain.stage_folder(stage).absolute() / "job.sh"
+def script_of(chain: Chain, job: Job) -> Path:
+    """Where a job's script lies; the same path again is the same job."""
+    return chain.job_folder(job).absolute() / "job.sh"
 
 
-def build_jobs(chain: Chain, code: Path, project: Path, allow_changes: bool) -> list[Job]:
-    """Jobs of all unfinished stages, in order."""
-    unfinished = [stage for stage in chain.stages if progress_of(chain, stage, allow_changes) is not Progress.FINISHED]
+def build_submissions(chain: Chain, code: Path, project: Path, allow_changes: bool) -> list[Submission]:
+    """The submissions of all unfinished jobs, in order."""
+    unfinished = [job for job in chain.jobs if progress_of(chain, job, allow_changes) is not Progress.FINISHED]
     return [
-        Job(stage, sbatch_options(chain, stage, project), job_script(chain, stage, code, project))
-        for stage in unfinished
+        Submission(job, sbatch_options(chain, job, project), job_script(chain, job, code, project))
+        for job in unfinished
     ]
 
 
-def dependencies_of(chain: Chain, stage: Stage, jobs: dict[str, str]) -> list[str]:
-    """Job numbers a stage waits for: of the unfinished stages it comes after, and through finished ones theirs."""
-    by_name = {other.name: other for other in chain.stages}
+def dependencies_of(chain: Chain, job: Job, job_ids: dict[str, str]) -> list[str]:
+    """Numbers of the jobs a job waits for: the unfinished ones it comes after, and through finished ones theirs."""
+    by_name = {other.name: other for other in chain.jobs}
     found: list[str] = []
-    for name in stage.after:
-        found += [jobs[name]] if name in jobs else dependencies_of(chain, by_name[name], jobs)
+    for name in job.after:
+        found += [job_ids[name]] if name in job_ids else dependencies_of(chain, by_name[name], job_ids)
     return list(dict.fromkeys(found))
 
 
-def print_dry_run(jobs: list[Job], chain: Chain) -> None:
+def print_dry_run(submissions: list[Submission], chain: Chain) -> None:
     """Show what would be done, writing nothing."""
     numbers: dict[str, str] = {}
-    for job in jobs:
-        path = script_of(chain, job.stage)
-        waits = dependencies_of(chain, job.stage, numbers)
-        numbers[job.stage.name] = f"JOB_{job.stage.name}"
-        print(f"# ---- {path}\n{job.script}\n# command:\n{shlex.join(job.command(str(path), waits))}\n")
+    for submission in submissions:
+        path = script_of(chain, submission.job)
+        waits = dependencies_of(chain, submission.job, numbers)
+        numbers[submission.job.name] = f"JOB_{submission.job.name}"
+        print(f"# ---- {path}\n{submission.script}\n# command:\n{shlex.join(submission.command(str(path), waits))}\n")
 
 
-def submit(jobs: list[Job], chain: Chain, code: Path, project: Path) -> dict[str, str]:
-    """Freeze and submit; all stages or none.
+def submit(submissions: list[Submission], chain: Chain, code: Path, project: Path) -> dict[str, str]:
+    """Freeze and submit; all jobs or none.
 
     Returns:
-        The job number of every submitted stage.
+        The number of every submitted job.
 
     Raises:
         ValueError: SLURM refused one; those submitted before it have been cancelled, as after any other error.
     """
-    for job in jobs:
-        freeze_stage(chain, job.stage, **supervisor_details(chain, job.stage, code, project))
-        script_of(chain, job.stage).write_text(job.script, encoding="utf-8")
-    for job in jobs:
-        rehearse(job, script_of(chain, job.stage))
+    for submission in submissions:
+        freeze_job(chain, submission.job, **supervisor_details(chain, submission.job, code, project))
+        script_of(chain, submission.job).write_text(submission.script, encoding="utf-8")
+    for submission in submissions:
+        rehearse(submission, script_of(chain, submission.job))
     numbers: dict[str, str] = {}
-    book: dict[str, Any] = record.read_json(chain.folder / "chain.json") or {"stages": {}}
-    book["name"] = chain.config.name
+    book: dict[str, Any] = record.read_json(chain.folder / "chain.json") or {}
+    book = {**book, "name": chain.config.name, "jobs": book.get("jobs", {})}
     try:
-        for job in jobs:
-            words = job.command(str(script_of(chain, job.stage)), dependencies_of(chain, job.stage, numbers))
-            record.append_event(chain.stage_folder(job.stage), "submitted", digest=job.stage.digest)
-            numbers[job.stage.name] = sbatch(words)
-            entry = book["stages"].setdefault(job.stage.name, {})
-            entry |= {"job": numbers[job.stage.name], "command": shlex.join(words), "digest": job.stage.digest}
+        for submission in submissions:
+            words = submission.command(
+                str(script_of(chain, submission.job)), dependencies_of(chain, submission.job, numbers)
+            )
+            record.append_event(chain.job_folder(submission.job), "submitted", digest=submission.job.digest)
+            numbers[submission.job.name] = sbatch(words)
+            entry = book["jobs"].setdefault(submission.job.name, {})
+            entry |= {
+                "job_id": numbers[submission.job.name],
+                "command": shlex.join(words),
+                "digest": submission.job.digest,
+            }
             write_json(chain.folder / "chain.json", book)
     except BaseException as error:
         if numbers:
             subprocess.run(["scancel", *numbers.values()], check=False)
         if isinstance(error, ValueError):
-            raise ValueError(f"stage {job.stage.name}: {error}; no job of this chain is left in the queue.") from error
+            raise ValueError(
+                f"job {submission.job.name}: {error}; no job of this chain is left in the queue."
+            ) from error
         raise
     return numbers
 
@@ -189,7 +197,9 @@ def run(arguments: argparse.Namespace) -> int:
     project = Path.cwd()
     launch_folder = chain.folder / "launch"
     if arguments.dry_run:
-        print_dry_run(build_jobs(chain, launch_folder.absolute() / "code", project, arguments.allow_changes), chain)
+        print_dry_run(
+            build_submissions(chain, launch_folder.absolute() / "code", project, arguments.allow_changes), chain
+        )
         return 0
     if shutil.which("sbatch") is None:
         raise ValueError(
@@ -202,10 +212,10 @@ def run(arguments: argparse.Namespace) -> int:
     launch_folder.mkdir(parents=True, exist_ok=True)
     freeze_environment(launch_folder)
     code = freeze_code(launch_folder)
-    jobs = build_jobs(chain, code, project, arguments.allow_changes)
-    numbers = submit(jobs, chain, code, project)
-    for stage in chain.stages:
-        log.info("%-20s %s", stage.name, f"job {numbers[stage.name]}" if stage.name in numbers else "finished before")
+    submissions = build_submissions(chain, code, project, arguments.allow_changes)
+    numbers = submit(submissions, chain, code, project)
+    for job in chain.jobs:
+        log.info("%-20s %s", job.name, f"job {numbers[job.name]}" if job.name in numbers else "finished before")
     log.info("follow it with: python launch/status.py %s", shlex.quote(str(chain.folder)))
     return 0
 
@@ -219,7 +229,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow_changes",
         action="store_true",
-        help="continue an unfinished stage although its configuration has changed since it started",
+        help="continue an unfinished job although its configuration has changed since it started",
     )
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of recipes (default: the project's)")
     logging.basicConfig(level=logging.INFO, format="%(message)s")

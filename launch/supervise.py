@@ -1,10 +1,10 @@
-"""The job itself: what the batch script becomes on the first node of a stage.
+"""The job itself: what the batch script becomes on its first node.
 
-    python launch/supervise.py STAGE_FOLDER
+    python launch/supervise.py JOB_FOLDER
 
 Takes the lease, looks the nodes over, starts the ranks, passes stop requests on, watches for the first failing rank,
 and at the end decides: finished, start again (`scontrol requeue`), or stay down. Everything it knows it writes into
-the stage's folder. Standard library only: it runs outside the container, under the node's own Python.
+the job's folder. Standard library only: it runs outside the container, under the node's own Python.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ CODE = Path(__file__).resolve().parents[1]
 FAILURE_GRACE_SECONDS = 15.0
 POLL_SECONDS = 1.0
 PREFLIGHT_SECONDS = 300.0
-# Ports below the ephemeral range; each start of each job gets its own, since an old life may still hold the last one.
+# Ports below the ephemeral range; each attempt gets its own, since an older one may still hold the last.
 _PORTS = range(20000, 32000)
 
 
 class Supervisor:
-    """One start of one stage."""
+    """One start of the batch script: one attempt at its job, or several where the layout changes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.stage: dict[str, Any] = record.read_json(folder / "stage.json")
-        self.run_folder = Path(self.stage["run_folder"]) if self.stage["run_folder"] else None
-        self.job = os.environ["SLURM_JOB_ID"]
+        self.job: dict[str, Any] = record.read_json(folder / "job.json")
+        self.run_folder = Path(self.job["run_folder"]) if self.job["run_folder"] else None
+        self.job_id = os.environ["SLURM_JOB_ID"]
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.stop_signal: signal.Signals | None = None
         self.stop_time = 0.0
@@ -64,7 +64,7 @@ class Supervisor:
     def _ask_to_stop(self, number: int, _: object) -> None:
         if self.stop_signal is None and not self.has_ended:
             self.stop_time = time.monotonic()
-            record.append_event(self.folder, "stop", signal=signal.Signals(number).name, job=self.job)
+            record.append_event(self.folder, "stop", signal=signal.Signals(number).name, job_id=self.job_id)
         self.stop_signal = signal.Signals(number)
 
     def _checkpoint(self) -> str | None:
@@ -79,32 +79,32 @@ class Supervisor:
             how=ending.how,
             reason=ending.reason,
             code=ending.code,
-            job=self.job,
+            job_id=self.job_id,
             restarts=self.restarts,
             checkpoint=self._checkpoint(),
             **details,
         )
 
-    def previous_start(self) -> dict[str, Any] | None:
-        """The newest start of this stage before this one."""
+    def previous_attempt(self) -> dict[str, Any] | None:
+        """The `start` event of the newest attempt before this one."""
         return next((event for event in reversed(record.events(self.folder)) if event["event"] == "start"), None)
 
     def close_previous(self, previous: dict[str, Any]) -> None:
-        """If the start before this one left no end, write what can be told about it."""
+        """If the attempt before this one left no end, write what can be told about it."""
         seen = record.events(self.folder)
         seen = seen[max(number for number, event in enumerate(seen) if event["event"] == "start") :]
         if not any(event["event"] == "end" for event in seen):
-            self._end(ending_of_silent(previous, seen), start=previous["start"])
+            self._end(ending_of_silent(previous, seen), attempt=previous["attempt"])
             self.has_ended = False
 
     def await_old_ranks(self, previous: dict[str, Any]) -> None:
-        """Wait until no rank of an older start can be alive.
+        """Wait until no rank of an older attempt can be alive.
 
         Where only a node's daemon died, its ranks go on; their wrappers see the new lease, kill them and write their
         exit records. Ranks that left a record are gone; for others this is the time their wrappers need.
         """
         deadline = time.monotonic() + 3 * LEASE_SECONDS
-        while len(exit_records(self.folder / previous["start"])) < previous["ranks"] and time.monotonic() < deadline:
+        while len(exit_records(self.folder / previous["attempt"])) < previous["ranks"] and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
     # ---- the ranks ---------------------------------------------------------------------------
@@ -121,21 +121,21 @@ class Supervisor:
             "--wait=0",
             "--mpi=none",
             "--unbuffered",
-            *self.stage["srun_options"],
+            *self.job["srun_options"],
         ]
 
-    def step_command(self, start: Path) -> list[str]:
+    def step_command(self, attempt: Path) -> list[str]:
         """What srun starts: a torchrun a node, or the rank itself."""
-        stage = self.stage
-        python = stage["rank_python"]
-        if stage["launcher"] == "torchrun":
-            words = [python, str(CODE / "launch" / "node.py"), str(self.folder), str(start)]
+        job = self.job
+        python = job["rank_python"]
+        if job["launcher"] == "torchrun":
+            words = [python, str(CODE / "launch" / "node.py"), str(self.folder), str(attempt)]
         else:
-            words = [python, str(CODE / "launch" / "rank.py"), str(start), "--", python, "-u", *stage["arguments"]]
-        return [*stage["command_prefix"], *words]
+            words = [python, str(CODE / "launch" / "rank.py"), str(attempt), "--", python, "-u", *job["arguments"]]
+        return [*job["command_prefix"], *words]
 
     def run_ranks(
-        self, command: Sequence[str], environment: dict[str, str], start: Path, first_step: FirstStep | None
+        self, command: Sequence[str], environment: dict[str, str], attempt: Path, first_step: FirstStep | None
     ) -> str | None:
         """Run the step to its end; why it had to be ended by force, or None.
 
@@ -145,21 +145,21 @@ class Supervisor:
         forced: str | None = None
         next_signal = 0.0
         failed_at: float | None = None
-        with open(start / "srun.log", "ab") as output:
+        with open(attempt / "srun.log", "ab") as output:
             step = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         while step.poll() is None:
             now = time.monotonic()
             if first_step and (found := first_step.look()):
-                record.append_event(self.folder, "training", start=start.name, **found)
-            if failed_at is None and failed_first(exit_records(start)):
+                record.append_event(self.folder, "training", attempt=attempt.name, **found)
+            if failed_at is None and failed_first(exit_records(attempt)):
                 failed_at = now
             if failed_at is not None and now - failed_at > FAILURE_GRACE_SECONDS:
                 self.kill_step(step)
             if self.stop_signal is not None and now >= next_signal:
                 next_signal = now + REPEAT_SECONDS
                 step.send_signal(signal.SIGUSR1)
-            if forced is None and self.stop_signal is not None and now - self.stop_time > self.stage["give_up_seconds"]:
-                forced = f"its ranks had not stopped {self.stage['give_up_seconds']} s after the request"
+            if forced is None and self.stop_signal is not None and now - self.stop_time > self.job["give_up_seconds"]:
+                forced = f"its ranks had not stopped {self.job['give_up_seconds']} s after the request"
                 self.kill_step(step)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 step.wait(POLL_SECONDS)
@@ -167,7 +167,7 @@ class Supervisor:
 
     def kill_step(self, step: subprocess.Popen[bytes]) -> None:
         """End the running step on all nodes at once, not the job."""
-        slurm.kill_steps(self.job)
+        slurm.kill_steps(self.job_id)
         with contextlib.suppress(subprocess.TimeoutExpired):
             step.wait(10)
             return
@@ -176,19 +176,19 @@ class Supervisor:
     # ---- start and end -----------------------------------------------------------------------
 
     def placement(self, hosts: Sequence[str]) -> tuple[int, int]:
-        """Nodes and ranks on each for the next start: what its part of the schedule asks for, or all that fit."""
-        stage = self.stage
-        per_node = stage["ranks_per_node"]
-        wanted = wanted_ranks(stage["parts"], self.run_folder) if self.run_folder else None
+        """Nodes and ranks on each for the next attempt: what its stage of the schedule asks for, or all that fit."""
+        job = self.job
+        per_node = job["ranks_per_node"]
+        wanted = wanted_ranks(job["stages"], self.run_folder) if self.run_folder else None
         if wanted is not None:
             return spread(wanted, per_node)
-        fitting = [count for count in stage["valid_nodes"] if count <= len(hosts)]
+        fitting = [count for count in job["valid_nodes"] if count <= len(hosts)]
         return fitting[0] if fitting else len(hosts), per_node
 
     def environment(self, hosts: Sequence[str], per_node: int, lease: Lease) -> dict[str, str]:
         """Variables of the ranks: rendezvous, lease, and the folder it guards."""
-        # A start that follows in the same job must not meet the last one's sockets either.
-        place = int(self.job) * 37 + self.restarts + lease.generation
+        # An attempt that follows in the same job must not meet the last one's sockets either.
+        place = int(self.job_id) * 37 + self.restarts + lease.generation
         guarded = self.run_folder or self.folder
         # They describe the job, and srun would take them for the step's.
         dropped = ("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NNODES")
@@ -203,79 +203,79 @@ class Supervisor:
         }
 
     def main(self) -> int:
-        """Run the stage until it finishes, stops or fails; the job's exit code."""
-        stage = self.stage
-        if record.done_digest(self.folder) == stage["digest"]:
-            log.info("%s has finished before", stage["name"])
+        """Run the job until it finishes, stops or fails; the job's exit code."""
+        job = self.job
+        if record.done_digest(self.folder) == job["digest"]:
+            log.info("%s has finished before", job["name"])
             return 0
         lease = self.take_lease()
-        previous = self.previous_start()
+        previous = self.previous_attempt()
         if previous is not None:
             self.close_previous(previous)
             verdict = self.verdict()
             if not verdict.again:
                 return self.stay_down(verdict.reason)
             self.await_old_ranks(previous)
-        if stage["rank_python"] == sys.executable and (changed := self.changed_packages()):
+        if job["rank_python"] == sys.executable and (changed := self.changed_packages()):
             log.warning("packages have changed since the submission: %s", ", ".join(changed))
         is_first = True
         while True:
-            ending = self.start(lease, is_first)
+            ending = self.run_attempt(lease, is_first)
             if ending.how != "layout" or self.stop_signal is not None:
                 return self.after_end(ending, lease)
             lease, is_first, self.has_ended = self.take_lease(), False, False
 
     def take_lease(self) -> Lease:
-        """The right to write the run's folder, for the start that comes next."""
-        return Lease.take_next(self.run_folder or self.folder, f"job {self.job}, restart {self.restarts}")
+        """The right to write the run's folder, for the attempt that comes next."""
+        return Lease.take_next(self.run_folder or self.folder, f"job {self.job_id}, restart {self.restarts}")
 
-    def start(self, lease: Lease, has_preflight: bool) -> Ending:
+    def run_attempt(self, lease: Lease, has_preflight: bool) -> Ending:
         """Start the ranks and wait for their end."""
-        stage = self.stage
+        job = self.job
         hosts = slurm.hostnames(os.environ["SLURM_JOB_NODELIST"])
         nodes, per_node = self.placement(hosts)
         hosts = hosts[:nodes]
-        start, before = record.next_start(self.folder), self._checkpoint()
+        attempt, before = record.next_attempt(self.folder), self._checkpoint()
         record.append_event(
             self.folder,
             "start",
-            digest=stage["digest"],
-            job=self.job,
+            digest=job["digest"],
+            job_id=self.job_id,
             restarts=self.restarts,
             nodes=hosts,
             ranks=nodes * per_node,
-            start=start.name,
+            attempt=attempt.name,
             checkpoint=before,
         )
-        log.info("%s starts on %s with %s", stage["name"], " ".join(hosts), before or "no checkpoint yet")
+        log.info("%s starts on %s with %s", job["name"], " ".join(hosts), before or "no checkpoint yet")
         environment = self.environment(hosts, per_node, lease)
         problem = None
-        if stage["preflight"]["is_on"] and has_preflight:
-            problem = self.preflight(hosts, environment, start)
+        if job["preflight"]["is_on"] and has_preflight:
+            problem = self.preflight(hosts, environment, attempt)
         if problem:
             # A step that SLURM has ended leaves no reports either.
             ending = Ending("crashed" if self.stop_signal is None else "terminated", f"preflight: {problem}")
         else:
-            tasks = per_node if stage["launcher"] == "srun" else 1
+            tasks = per_node if job["launcher"] == "srun" else 1
             first_step = FirstStep(self.run_folder) if self.run_folder else None
             forced = self.run_ranks(
-                [*self.srun(tasks, hosts), *self.step_command(start)], environment, start, first_step
+                [*self.srun(tasks, hosts), *self.step_command(attempt)], environment, attempt, first_step
             )
-            ending = ending_of(start, hosts, nodes * per_node, forced, self.stop_signal is not None)
+            ending = ending_of(attempt, hosts, nodes * per_node, forced, self.stop_signal is not None)
         if ending.how == "layout" and self._checkpoint() == before:
             ending = Ending("crashed", "the run asked for another layout without having moved on", ending.code)
-        self._end(ending, start=start.name)
+        self._end(ending, attempt=attempt.name)
         return ending
 
-    def preflight(self, hosts: Sequence[str], environment: dict[str, str], start: Path) -> str | None:
+    def preflight(self, hosts: Sequence[str], environment: dict[str, str], attempt: Path) -> str | None:
         """Look every node over; sentences that name the bad ones, or None. A node that hangs is one without report."""
-        settings = {**self.stage["preflight"], "run_folder": str(self.run_folder)}
-        folder = start / "preflight"
+        settings = {**self.job["preflight"], "run_folder": str(self.run_folder)}
+        folder = attempt / "preflight"
         folder.mkdir()
         command = [
             *self.srun(1, hosts),
-            *self.stage["command_prefix"],
-            self.stage["rank_python"],
+            *self.job["command_prefix"],
+            self.job["rank_python"],
             str(CODE / "launch" / "preflight.py"),
             str(folder),
             json.dumps(settings),
@@ -296,7 +296,7 @@ class Supervisor:
     def changed_packages(self) -> list[str]:
         """Packages of this node's interpreter that differ from those frozen at submission."""
         try:
-            frozen = dict(line.split("==", 1) for line in Path(self.stage["packages"]).read_text().split())
+            frozen = dict(line.split("==", 1) for line in Path(self.job["packages"]).read_text().split())
         except (OSError, ValueError):
             return []
         found = versions()
@@ -308,31 +308,31 @@ class Supervisor:
 
     def verdict(self) -> Verdict:
         """Whether to start again after the last end."""
-        return judge(record.events(self.folder), self.stage["max_crashes_without_progress"], self.stage["max_crashes"])
+        return judge(record.events(self.folder), self.job["max_crashes_without_progress"], self.job["max_crashes"])
 
     def after_end(self, ending: Ending, lease: Lease) -> int:
         """Finish, start again, or stay down."""
         if ending.how == "finished":
-            record.mark_done(self.folder, self.stage["digest"], job=self.job)
+            record.mark_done(self.folder, self.job["digest"], job_id=self.job_id)
             return 0
         if not lease.is_current():
-            # A requeue from here would end the newer life.
-            log.info("a newer start owns the run; this one ends")
+            # A requeue from here would end the newer attempt.
+            log.info("a newer attempt owns the run; this one ends")
             return EXIT_FENCED
         verdict = self.verdict()
         log.info("%s", verdict.reason)
         return self.requeue() if verdict.again else self.stay_down(verdict.reason)
 
     def stay_down(self, reason: str) -> int:
-        """Say why there is no further start, and fail the job so that later stages do not begin."""
-        record.append_event(self.folder, "gave_up", reason=reason, job=self.job)
+        """Say why there is no further attempt, and fail the job so that later jobs do not begin."""
+        record.append_event(self.folder, "gave_up", reason=reason, job_id=self.job_id)
         log.error("%s", reason)
         return 1
 
     def requeue(self) -> int:
         """Put this job back into the queue; returns only if that was not to be."""
         try:
-            why_not = slurm.requeue(self.job)
+            why_not = slurm.requeue(self.job_id)
         except RuntimeError as error:
             return self.stay_down(str(error))
         if why_not:
@@ -344,7 +344,7 @@ class Supervisor:
 
 
 def main() -> int:
-    """Supervise the stage whose folder is the only argument."""
+    """Supervise the job whose folder is the only argument."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     folder = Path(sys.argv[1])
     try:

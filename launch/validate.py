@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launch.chain import Chain, Stage
+from launch.chain import Chain, Job
 from launch.job import job_python, valid_nodes
 from launch.progress import Progress, progress_of
 from launch.record import output_exists, read_json
@@ -39,21 +39,21 @@ def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
     """Problems of everything that is still to run, each a sentence with its remedy; empty if there are none."""
     cluster = chain.config.cluster
     problems = [*container_problems(cluster), *folder_problems(chain.folder)]
-    ready: list[Stage] = []
-    later: list[Stage] = []
-    for number, stage in enumerate(chain.stages):
+    ready: list[Job] = []
+    later: list[Job] = []
+    for number, job in enumerate(chain.jobs):
         try:
-            if progress_of(chain, stage, allow_changes) is Progress.FINISHED:
+            if progress_of(chain, job, allow_changes) is Progress.FINISHED:
                 continue
-            valid_nodes(chain, stage)
+            valid_nodes(chain, job)
         except ValueError as error:
-            problems.append(f"stage {stage.name}: {error}")
+            problems.append(f"job {job.name}: {error}")
             continue
-        produced = [name for earlier in chain.stages[:number] for name in produced_by(earlier)]
-        found = [*stage_problems(stage, produced, cluster), *mount_problems(chain, stage)]
-        problems += [f"stage {stage.name}: {text}" for text in found]
-        if stage.config is not None:
-            (later if _reads(stage.config, produced) else ready).append(stage)
+        produced = [name for earlier in chain.jobs[:number] for name in produced_by(earlier)]
+        found = [*job_problems(job, produced, cluster), *mount_problems(chain, job)]
+        problems += [f"job {job.name}: {text}" for text in found]
+        if job.config is not None:
+            (later if _reads(job.config, produced) else ready).append(job)
     if not problems and chain.config.train_module == "megatron_dllm.train":
         # In a container the nodes' own Python may know nothing of training; then ask the one that submits.
         problems += training_problems(ready, later, list(dict.fromkeys([job_python(cluster), sys.executable])))
@@ -61,26 +61,26 @@ def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
 
 
 def _reads(config: TrainConfig, produced: list[str]) -> bool:
-    """Whether a training stage reads something that an earlier stage is yet to write."""
+    """Whether a training job reads something that an earlier job is yet to write."""
     inputs = [config.data.train, config.data.validation, config.data.tokenizer, config.checkpoint.load]
     return any(_is_produced(path, produced) for path in inputs if path)
 
 
-def training_problems(ready: list[Stage], later: list[Stage], pythons: Sequence[str]) -> list[str]:
+def training_problems(ready: list[Job], later: list[Job], pythons: Sequence[str]) -> list[str]:
     """What training itself would refuse, asked in a process of its own: this one need not have torch.
 
     Args:
-        ready: stages whose inputs are there.
-        later: stages whose inputs an earlier stage makes.
+        ready: jobs whose inputs are there.
+        later: jobs whose inputs an earlier job makes.
         pythons: interpreters to ask, until one can import training; where none can, the nodes will have to tell.
     """
     if not ready and not later:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        for stage in (*ready, *later):
-            (Path(folder) / stage.name).mkdir()
-            (Path(folder) / stage.name / "config.yaml").write_text(stage.config_text, encoding="utf-8")
-        names = [[str(Path(folder) / stage.name) for stage in stages] for stages in (ready, later)]
+        for job in (*ready, *later):
+            (Path(folder) / job.name).mkdir()
+            (Path(folder) / job.name / "config.yaml").write_text(job.config_text, encoding="utf-8")
+        names = [[str(Path(folder) / job.name) for job in jobs] for jobs in (ready, later)]
         reason = "no interpreter"
         for python in pythons:
             words = [python, "-m", "megatron_dllm.check", *names[0], "--without_inputs", *names[1]]
@@ -96,17 +96,17 @@ def training_problems(ready: list[Stage], later: list[Stage], pythons: Sequence[
                 reason = str(error)
                 continue
             if done.returncode in (0, 2):
-                return [f"stage {line}" for line in done.stdout.splitlines()] if done.returncode else []
+                return [f"job {line}" for line in done.stdout.splitlines()] if done.returncode else []
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     log.warning("the inputs were not checked as training does (%s): the nodes will have to", reason)
     return []
 
 
-def produced_by(stage: Stage) -> list[str]:
-    """Paths below which a stage writes: what a later stage finds there cannot be checked yet."""
-    named = [stage.spec.output, str(stage.run_folder) if stage.run_folder else None]
+def produced_by(job: Job) -> list[str]:
+    """Paths below which a job writes: what a later job finds there cannot be checked yet."""
+    named = [job.spec.output, str(job.run_folder) if job.run_folder else None]
     # A tool's --output says the same where the recipe names no output.
-    words = stage.spec.arguments
+    words = job.spec.arguments
     named += [words[number + 1] for number, word in enumerate(words[:-1]) if word == "--output"]
     return [name for name in named if name]
 
@@ -120,13 +120,13 @@ def _is_produced(path: str, produced: list[str]) -> bool:
     return False
 
 
-def stage_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) -> Iterator[str]:
-    """Problems of one stage's inputs and outputs."""
-    config = stage.config
-    if stage.spec.time_limit and time_limit_seconds(stage.spec.time_limit) < 60:
-        yield f"time_limit ({stage.spec.time_limit}) must be at least a minute: SLURM counts whole minutes."
+def job_problems(job: Job, produced: list[str], cluster: ClusterConfig) -> Iterator[str]:
+    """Problems of one job's inputs and outputs."""
+    config = job.config
+    if job.spec.time_limit and time_limit_seconds(job.spec.time_limit) < 60:
+        yield f"time_limit ({job.spec.time_limit}) must be at least a minute: SLURM counts whole minutes."
     if config is None:
-        yield from tool_problems(stage, produced, cluster)
+        yield from tool_problems(job, produced, cluster)
         return
     for key, prefix in (("data.train", config.data.train), ("data.validation", config.data.validation)):
         if prefix and not _is_produced(prefix, produced):
@@ -140,8 +140,8 @@ def stage_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) ->
             checkpoint_folder.check_start(folder, config)
         except ValueError as error:
             yield f"checkpoint.load ({config.checkpoint.load}): {error}"
-    assert stage.run_folder is not None, "a training stage has a run folder"
-    yield from folder_problems(stage.run_folder)
+    assert job.run_folder is not None, "a training job has a run folder"
+    yield from folder_problems(job.run_folder)
 
 
 def tool_inputs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -157,10 +157,10 @@ def tool_inputs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def tool_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) -> Iterator[str]:
-    """A module that is not there, or an input that neither exists nor is made by an earlier stage."""
-    module = stage.spec.module
-    assert module is not None, "a stage without a configuration is a tool"
+def tool_problems(job: Job, produced: list[str], cluster: ClusterConfig) -> Iterator[str]:
+    """A module that is not there, or an input that neither exists nor is made by an earlier job."""
+    module = job.spec.module
+    assert module is not None, "a job without a configuration is a tool"
     package = module.partition(".")[0]
     # Other people's modules may lie in the image alone.
     is_here = cluster.container.kind == "none" or (ROOT / package).exists()
@@ -174,9 +174,9 @@ def tool_problems(stage: Stage, produced: list[str], cluster: ClusterConfig) -> 
         )
         near = difflib.get_close_matches(module, names, n=1)
         yield f"module ({module}) does not exist; {f'did you mean {near[0]}?' if near else 'correct its name.'}"
-    for key, path in tool_inputs(stage.spec.arguments):
+    for key, path in tool_inputs(job.spec.arguments):
         if not _is_produced(path, produced) and not output_exists(path):
-            yield f"{key} ({path}) does not exist; correct the path, or list the stage that makes it before this one."
+            yield f"{key} ({path}) does not exist; correct the path, or list the job that makes it before this one."
 
 
 def _has_module(name: str) -> bool:
@@ -186,13 +186,13 @@ def _has_module(name: str) -> bool:
         return False
 
 
-def mount_problems(chain: Chain, stage: Stage) -> Iterator[str]:
-    """Paths that a stage uses and its container does not show."""
+def mount_problems(chain: Chain, job: Job) -> Iterator[str]:
+    """Paths that a job uses and its container does not show."""
     container = chain.config.cluster.container
     if container.kind == "none":
         return
-    config = stage.config
-    named: list[tuple[str, str | None]] = [("output", stage.spec.output), *tool_inputs(stage.spec.arguments)]
+    config = job.config
+    named: list[tuple[str, str | None]] = [("output", job.spec.output), *tool_inputs(job.spec.arguments)]
     if config is not None:
         named = [
             ("data.train", config.data.train),

@@ -1,4 +1,4 @@
-"""How many ranks the next start of a training stage needs: all, unless the schedule's next part asks for its own."""
+"""How many ranks the next attempt at a training job needs: all, unless the schedule's next stage asks for its own."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
     from megatron_dllm.config import TrainConfig
 
 
-def schedule_parts(config: TrainConfig) -> list[dict[str, Any]]:
-    """The schedule as the launcher needs it: tokens and ranks of every part, as plain data."""
+def schedule_stages(config: TrainConfig) -> list[dict[str, Any]]:
+    """The schedule as the launcher needs it: tokens and ranks of every stage, as plain data."""
     return [
-        {"name": name, "num_tokens": part.num_tokens, "world_size": part.world_size}
-        for name, part in config.schedule.stages.items()
+        {"name": name, "num_tokens": stage.num_tokens, "world_size": stage.world_size}
+        for name, stage in config.schedule.stages.items()
     ]
 
 
-def wanted_ranks(parts: Sequence[dict[str, Any]], run_folder: Path) -> int | None:
-    """Ranks that the part of the schedule which comes next asks for; None: as many as there are."""
+def wanted_ranks(stages: Sequence[dict[str, Any]], run_folder: Path) -> int | None:
+    """Ranks that the next stage of the schedule asks for; None: as many as there are."""
     # As training itself finds it: `latest` may lag behind, or name one that is damaged.
     folder = latest_checkpoint(run_folder / "checkpoints")
     state = read_json(folder / STATE) if folder else None
     consumed = (state or {}).get("consumed_tokens", 0)
     end = 0
-    for part in parts:
-        end += part["num_tokens"]
+    for stage in stages:
+        end += stage["num_tokens"]
         if consumed < end:
-            return part["world_size"]
+            return stage["world_size"]
     return None
 
 
@@ -47,6 +47,6 @@ def spread(ranks: int, ranks_per_node: int) -> tuple[int, int]:
     if ranks % ranks_per_node:
         raise ValueError(
             f"world_size ({ranks}) must be a multiple of cluster.ranks_per_node ({ranks_per_node}), or "
-            "smaller; choose another number of ranks for this part of the schedule."
+            "smaller; choose another number of ranks for this stage of the schedule."
         )
     return ranks // ranks_per_node, ranks_per_node

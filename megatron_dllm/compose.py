@@ -88,7 +88,7 @@ def _explain(error: Exception, overrides: Sequence[str], recipes: Path, schema: 
             f"recipe {recipe[1]} puts its values under {key}, which is not a key of the configuration; begin the "
             "file with the line '# @package _global_'."
         )
-    near = _nearest(re.sub(r"stages\.[^.]+\.", "stages.*.", key), [*schema_keys(schema), *groups])
+    near = _nearest(re.sub(r"(stages|jobs)\.[^.]+\.", r"\1.*.", key), [*schema_keys(schema), *groups])
     if not near:
         return message.strip()
     return f"{key} is not a key of the configuration; did you mean {near.replace('*', 'NAME')}?"

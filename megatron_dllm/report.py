@@ -1,6 +1,6 @@
 """One page about a finished conversion: `python -m megatron_dllm.report --chain runs/demo`.
 
-Reads what the chain's stages wrote (metrics, validations, samples, times), writes CHAIN/report.html, which needs no
+Reads what the chain's jobs wrote (metrics, validations, samples, times), writes CHAIN/report.html, which needs no
 other file, and prints the table of results.
 """
 
@@ -178,7 +178,7 @@ def write_report(chain: Path) -> Path:
         else []
     )
     books = json.loads((chain / "chain.json").read_text(encoding="utf-8")) if (chain / "chain.json").is_file() else {}
-    times = {name: entry["seconds"] for name, entry in books.get("stages", {}).items()}
+    times = {name: entry["seconds"] for name, entry in books.get("jobs", {}).items()}
     lines = results(base, convert, chain / "convert" / CHECKPOINTS, merged)
     page = chain / "report.html"
     write_text(page, _page(config, train, convert, lines, merged, samples, times))
@@ -215,7 +215,7 @@ def _page(
         "<h2>Samples</h2>",
         _samples(samples),
         "<h2>Time</h2>",
-        _html_table(["stage", "seconds"], [[n, f"{s:.0f}"] for n, s in times.items()]),
+        _html_table(["job", "seconds"], [[n, f"{s:.0f}"] for n, s in times.items()]),
     ]
     body = "\n".join(parts)
     return (

@@ -165,7 +165,7 @@ def _end(exit_code: int | None) -> str:
 
 
 def _child(function: Callable[..., None] | None, buckets: list[Any], sender: Any, parent: int) -> None:
-    # A writer that outlived its rank could write into the folder of the run's next life.
+    # A writer that outlived its rank could write into the folder of the run's next attempt.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

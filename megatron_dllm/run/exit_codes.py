@@ -6,7 +6,7 @@ from __future__ import annotations
 EXIT_PREEMPTED = 85
 # The loss or the gradient norm was not finite and the run is configured to stop: starting again repeats it.
 EXIT_NON_FINITE = 86
-# A newer life of the same run holds the run folder: this one stopped without writing.
+# A newer attempt at the same run holds the run folder: this one stopped without writing.
 EXIT_FENCED = 87
 # A stage has ended and the next one has a layout of its own: saved; start again (with that many ranks) to continue.
 EXIT_LAYOUT = 88

@@ -1,9 +1,9 @@
-"""The right to write a run folder, held by one life of the run at a time (standard library only).
+"""The right to write a run folder, held by one attempt at the run at a time (standard library only).
 
-A life is one start of a run's processes. When a node's daemon dies, SLURM starts the job again elsewhere while the
-old processes still run; both would write the same checkpoints. So every life takes a generation number, one above
-all earlier ones, and the highest generation owns the folder. An older life that looks (`check`) stops without
-writing. Checkpoints are renamed into place, so whichever life wins the moment between its look and its rename, what
+An attempt is one start of a run's processes. When a node's daemon dies, SLURM starts the job again elsewhere while the
+old processes still run; both would write the same checkpoints. So every attempt takes a generation number, one above
+all earlier ones, and the highest generation owns the folder. An older attempt that looks (`check`) stops without
+writing. Checkpoints are renamed into place, so whichever attempt wins the moment between its look and its rename, what
 lies there is complete.
 
 Files in RUN/lease/: `generation_000007` is created exclusively and so decides who is the seventh; `current` names
@@ -30,16 +30,16 @@ _GENERATION = re.compile(r"generation_(\d+)$")
 
 
 class LeaseLost(RuntimeError):
-    """A newer life of the run owns the folder; the process must end with EXIT_FENCED and write nothing."""
+    """A newer attempt at the run owns the folder; the process must end with EXIT_FENCED and write nothing."""
 
 
 @dataclass(frozen=True)
 class Lease:
-    """One life's claim on a run folder.
+    """One attempt's claim on a run folder.
 
     Args:
         folder: the run folder's `lease` directory.
-        generation: this life's number; the highest one owns the run folder.
+        generation: this attempt's number; the highest one owns the run folder.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ class Lease:
 
     @classmethod
     def take_next(cls, run_folder: str | os.PathLike[str], owner: str = "") -> Lease:
-        """Take the generation above all others, superseding every earlier life."""
+        """Take the generation above all others, superseding every earlier attempt."""
         folder = Path(run_folder) / LEASE
         folder.mkdir(parents=True, exist_ok=True)
         record = json.dumps({"owner": owner or f"{socket.gethostname()}:{os.getpid()}", "time": time.time()})
@@ -97,23 +97,23 @@ class Lease:
             os.fsync(file.fileno())
 
     def is_current(self) -> bool:
-        """Whether no newer life exists."""
+        """Whether no newer attempt exists."""
         return newest_generation(self.folder) <= self.generation
 
     def check(self) -> None:
-        """Raise LeaseLost when a newer life exists. Cheap: one open, one listing."""
+        """Raise LeaseLost when a newer attempt exists. Cheap: one open, one listing."""
         newest = newest_generation(self.folder)
         if newest > self.generation:
             raise LeaseLost(
-                f"generation ({self.generation}) of {self.folder.parent} was superseded by {newest}: another life of "
-                "this run has started and owns the folder; this one ends without writing."
+                f"generation ({self.generation}) of {self.folder.parent} was superseded by {newest}: another attempt "
+                "at this run has started and owns the folder; this one ends without writing."
             )
 
 
 def newest_generation(folder: str | os.PathLike[str]) -> int:
     """The highest generation in a lease folder; 0 where there is none."""
     numbers = [0]
-    # A life may have ended between taking its number and announcing it.
+    # An attempt may have ended between taking its number and announcing it.
     with contextlib.suppress(FileNotFoundError), open(Path(folder) / "current", encoding="ascii") as file:
         text = file.read().strip()
         numbers += [int(text)] if text.isdigit() else []

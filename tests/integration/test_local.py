@@ -23,14 +23,14 @@ from launch.status import rows, total_tokens
 from launch.world import spread, wanted_ranks
 from megatron_dllm.compose import RECIPES
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT
-from tests.integration.part_train import write_checkpoint
-from tests.slurm.test_lives import expected_state
+from tests.integration.stage_train import write_checkpoint
+from tests.slurm.test_attempts import expected_state
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAIN = """# @package _global_
 name: small
 train_module: tests.slurm.fake_train
-stages:
+jobs:
   corpus:
     module: tests.slurm.fake_tool
     arguments: [--output, "${root}/small/text.bin", --text, words]
@@ -80,12 +80,12 @@ def test_a_chain_runs_once_and_is_skipped_after(recipes: Path) -> None:
     assert "starts at step 0" in done.stdout, "the rank's output is passed through"
     assert final_state(recipes) == expected_state(6)
     book = record.read_json(recipes.parent / "small" / "chain.json")
-    assert list(book["stages"]) == ["corpus", "base"] and book["stages"]["base"]["seconds"] > 0
+    assert list(book["jobs"]) == ["corpus", "base"] and book["jobs"]["base"]["seconds"] > 0
     again = run(recipes, steps=6)
     assert again.returncode == 0 and again.stderr.count("finished before, skipped") == 2
     changed = run(recipes, "run.seed=4")
     assert changed.returncode == 2 and "has finished with another command or configuration" in changed.stderr
-    states = {row.stage: row.state for row in rows(recipes.parent / "small")}
+    states = {row.job: row.state for row in rows(recipes.parent / "small")}
     assert states == {"corpus": "finished", "base": "finished"}
 
 
@@ -159,38 +159,38 @@ def test_a_killed_rank_is_named_before_the_one_that_lost_it(recipes: Path) -> No
     assert process.returncode == 1 and "rank 0 on" not in said
 
 
-def test_a_stage_that_was_killed_after_its_rename_counts_as_finished(recipes: Path) -> None:
+def test_a_job_that_was_killed_after_its_rename_counts_as_finished(recipes: Path) -> None:
     assert run(recipes, steps=2).returncode == 0
     chain = compose_chain(["experiment=small", f"root={recipes.parent}"], recipes)
-    corpus = chain.stages[0]
-    marker = chain.stage_folder(corpus) / "done.json"
+    corpus = chain.jobs[0]
+    marker = chain.job_folder(corpus) / "done.json"
     marker.unlink()
     assert progress_of(chain, corpus) is Progress.FINISHED and marker.exists()
     marker.unlink()
-    (chain.stage_folder(corpus) / "events.jsonl").unlink()
+    (chain.job_folder(corpus) / "events.jsonl").unlink()
     with pytest.raises(ValueError, match="was not written by this command"):
         progress_of(chain, corpus)
 
 
-def test_the_next_part_of_a_schedule_chooses_the_ranks(tmp_path: Path) -> None:
-    parts = [{"name": "a", "num_tokens": 100, "world_size": 4}, {"name": "b", "num_tokens": 100, "world_size": None}]
-    assert wanted_ranks(parts, tmp_path) == 4
+def test_the_next_stage_of_a_schedule_chooses_the_ranks(tmp_path: Path) -> None:
+    stages = [{"name": "a", "num_tokens": 100, "world_size": 4}, {"name": "b", "num_tokens": 100, "world_size": None}]
+    assert wanted_ranks(stages, tmp_path) == 4
     for step, (consumed, expected) in enumerate(((99, 4), (100, None), (200, None))):
         folder = tmp_path / "checkpoints" / f"step_{step}"
         folder.mkdir(parents=True)
         write_checkpoint(folder, {"consumed_tokens": consumed})
-        assert wanted_ranks(parts, tmp_path) == expected
+        assert wanted_ranks(stages, tmp_path) == expected
     # One that training will pass over does not count, whatever `latest` says.
     (tmp_path / "checkpoints" / "latest").write_text("step_2\n")
     for step in (1, 2):
         (tmp_path / "checkpoints" / f"step_{step}" / "manifest.json").unlink()
-    assert wanted_ranks(parts, tmp_path) == 4
+    assert wanted_ranks(stages, tmp_path) == 4
     assert spread(3, 4) == (1, 3) and spread(8, 4) == (2, 4)
     with pytest.raises(ValueError, match="must be a multiple"):
         spread(6, 4)
 
 
-PARTS = """context_length: 32
+STAGES = """context_length: 32
 stages:
   warmup: {num_tokens: 600, global_batch_size: 4, learning_rate: 1.0e-3, world_size: 1}
   stable: {num_tokens: 600, global_batch_size: 4, learning_rate: 1.0e-3, world_size: 2,
@@ -199,21 +199,21 @@ stages:
 """
 
 
-def test_a_chain_goes_on_with_the_ranks_of_each_part(recipes: Path) -> None:
-    (recipes / "schedule" / "parts.yaml").write_text(PARTS)
+def test_a_chain_goes_on_with_the_ranks_of_each_stage(recipes: Path) -> None:
+    (recipes / "schedule" / "stages.yaml").write_text(STAGES)
     (recipes / "chain" / "small.yaml").write_text(
-        CHAIN.replace("slurm.fake_train", "integration.part_train").replace(
-            "overrides: [", "nodes: 2\n    overrides: [schedule=parts, "
+        CHAIN.replace("slurm.fake_train", "integration.stage_train").replace(
+            "overrides: [", "nodes: 2\n    overrides: [schedule=stages, "
         )
     )
     done = run(recipes)
     assert done.returncode == 0, done.stderr
     folder = recipes.parent / "small"
-    starts = [
-        [entry["code"] for entry in exit_records(start)]
-        for start in sorted((folder / "launch" / "base").glob("start_*"))
+    attempts = [
+        [entry["code"] for entry in exit_records(attempt)]
+        for attempt in sorted((folder / "launch" / "base").glob("attempt_*"))
     ]
-    assert starts == [[EXIT_LAYOUT], [EXIT_LAYOUT] * 2, [0]]
+    assert attempts == [[EXIT_LAYOUT], [EXIT_LAYOUT] * 2, [0]]
     assert record.read_json(folder / "base" / "checkpoints" / "step_3" / "state.json") == {
         "done": ["warmup", "stable", "decay"],
         "consumed_tokens": 1800,
@@ -236,13 +236,13 @@ def test_a_run_that_asks_for_another_layout_must_have_moved_on(
         return EXIT_LAYOUT
 
     monkeypatch.setattr(local, "start_ranks", start)
-    assert local.run_stage(chain, chain.stages[0]) == EXIT_LAYOUT
+    assert local.run_job(chain, chain.jobs[0]) == EXIT_LAYOUT
     assert len(starts) == moves + 1
 
 
 def test_the_frozen_schedule_gives_the_tokens_to_come(recipes: Path) -> None:
-    stage = compose_chain(["experiment=tiny_convert"], recipes).stages[0]
-    (recipes / "config.yaml").write_text(stage.config_text)
-    assert stage.config is not None
-    expected = sum(part.num_tokens for part in stage.config.schedule.stages.values())
+    job = compose_chain(["experiment=tiny_convert"], recipes).jobs[0]
+    (recipes / "config.yaml").write_text(job.config_text)
+    assert job.config is not None
+    expected = sum(stage.num_tokens for stage in job.config.schedule.stages.values())
     assert total_tokens(recipes) == expected

@@ -109,10 +109,10 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     raise AssertionError(f"waited {seconds:g} s in vain for {what}")
 
 
-def first_step_after(stage: Path, moment: float) -> str:
-    """How long it took from a moment to the first logged step of a start after it, as told by the stage's events."""
+def first_step_after(job: Path, moment: float) -> str:
+    """How long it took from a moment to the first logged step of an attempt after it, as told by the job's events."""
     begun = wait_for(
-        lambda: [event for event in record.events(stage) if event["event"] == "training" and event["time"] > moment],
+        lambda: [event for event in record.events(job) if event["event"] == "training" and event["time"] > moment],
         180,
         "the first step",
     )
@@ -142,7 +142,7 @@ class FakeRun:
 
     def __init__(self, cluster: Cluster, root: Path, name: str = "run") -> None:
         self.cluster, self.root, self.folder = cluster, root, root / name
-        self.stage = self.folder / "launch" / "train"
+        self.job_folder = self.folder / "launch" / "train"
         for part in ("train", "validation"):
             (root / f"{part}.bin").write_bytes(b"tokens")
             (root / f"{part}.idx").write_bytes(struct.pack("<9sQB", b"MMIDIDX\x00\x00", 1, 4))
@@ -168,15 +168,15 @@ class FakeRun:
         environment = [f"cluster.environment.FAKE_{k.upper()}='{v}'" for k, v in settings.items()]
         done = self.cluster.submit(*self.words, *environment, *words)
         assert done.returncode == 0, done.stderr
-        return record.read_json(self.folder / "chain.json")["stages"]["train"]["job"]
+        return record.read_json(self.folder / "chain.json")["jobs"]["train"]["job_id"]
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Events of one kind."""
-        return [event for event in record.events(self.stage) if event["event"] == kind]
+        return [event for event in record.events(self.job_folder) if event["event"] == kind]
 
     def is_done(self) -> bool:
-        """Whether the stage has finished."""
-        return record.done_digest(self.stage) is not None
+        """Whether the job has finished."""
+        return record.done_digest(self.job_folder) is not None
 
     def step(self) -> int:
         """Newest step in the metrics."""
@@ -191,11 +191,11 @@ class FakeRun:
 
     def log(self) -> str:
         """The job's log."""
-        return (self.stage / "slurm.log").read_text()
+        return (self.job_folder / "slurm.log").read_text()
 
     def seconds_to_step(self, moment: float) -> str:
-        """From a moment to the first logged step of the next start."""
-        return first_step_after(self.stage, moment)
+        """From a moment to the first logged step of the next attempt."""
+        return first_step_after(self.job_folder, moment)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_PREEMPTED
 from megatron_dllm.run.lease import Lease, LeaseLost
-from tests.integration.part_train import given_config
+from tests.integration.stage_train import given_config
 
 
 class Meeting:

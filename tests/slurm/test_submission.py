@@ -11,13 +11,13 @@ import pytest
 from launch import record
 from megatron_dllm.compose import RECIPES
 from tests.slurm.conftest import ROOT, Cluster, FakeRun, wait_for
-from tests.slurm.test_lives import expected_state
+from tests.slurm.test_attempts import expected_state
 
 pytestmark = pytest.mark.slurm
 
 CHAIN = """# @package _global_
 name: chain
-stages:
+jobs:
   corpus:
     module: tests.slurm.fake_tool
     arguments: [--output, "${root}/${name}/corpus.txt", --text, corpus]
@@ -91,7 +91,7 @@ def test_a_user_s_strings_stay_strings_in_a_job(fake_run: FakeRun) -> None:
     nasty = 'a b"c$(touch /tmp/pwned)`id`;&'
     fake_run.submit(f"cluster.environment.NOTE='{nasty}'", steps=2, print="NOTE")
     wait_for(fake_run.is_done, 60, "the run to finish")
-    assert nasty in (fake_run.stage / "start_0001" / "rank_00000.log").read_text()
+    assert nasty in (fake_run.job / "attempt_0001" / "rank_00000.log").read_text()
     assert not Path("/tmp/pwned").exists()
 
 
@@ -122,7 +122,7 @@ def test_modules_and_a_container_surround_the_ranks(fake_run: FakeRun, tmp_path:
     )
     fake_run.cluster.environment = environment
     wait_for(fake_run.is_done, 60, "the run to finish")
-    assert "yes" in (fake_run.stage / "start_0001" / "rank_00003.log").read_text().split()
+    assert "yes" in (fake_run.job / "attempt_0001" / "rank_00003.log").read_text().split()
     calls = (folder / "calls").read_text().splitlines()
     assert calls[0] == "module load tools/1.0" and len(calls) == 5
     for mount in (tmp_path, ROOT, fake_run.folder):
@@ -149,18 +149,18 @@ def chain_words(cluster: Cluster, root: Path, seconds: float) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_chain_with_a_killed_stage_is_finished_by_a_second_submission(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_chain_with_a_killed_job_is_finished_by_a_second_submission(cluster: Cluster, tmp_path: Path) -> None:
     words = chain_words(cluster, tmp_path, 20)
     folder = tmp_path / "chain"
     done = cluster.submit(*words)
     assert done.returncode == 0, done.stderr
-    jobs = {name: entry["job"] for name, entry in record.read_json(folder / "chain.json")["stages"].items()}
-    assert len(jobs) == 5
+    job_ids = {name: entry["job_id"] for name, entry in record.read_json(folder / "chain.json")["jobs"].items()}
+    assert len(job_ids) == 5
     begun = folder / "merged.txt.begun"
     wait_for(begun.exists, 180, "the merge to begin")
-    cluster.run("scancel", jobs["merge"])
-    wait_for(lambda: cluster.state(jobs["tune"]) == "CANCELLED", 60, "the stage after it to be cancelled")
-    assert cluster.state(jobs["side"]) == "COMPLETED"
+    cluster.run("scancel", job_ids["merge"])
+    wait_for(lambda: cluster.state(job_ids["tune"]) == "CANCELLED", 60, "the job after it to be cancelled")
+    assert cluster.state(job_ids["side"]) == "COMPLETED"
     begun.unlink()
 
     again = cluster.submit(*words)

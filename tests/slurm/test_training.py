@@ -57,7 +57,7 @@ class Training:
 
     def __init__(self, root: Path, name: str, scale: float = 3.0) -> None:
         self.folder = root / name
-        self.stage = self.folder / "launch" / "train"
+        self.job_folder = self.folder / "launch" / "train"
         self.words = [
             "experiment=tiny_convert",
             f"run.root={root}",
@@ -75,10 +75,10 @@ class Training:
             "schedule.stages.stable.block_size=128",
             "checkpoint.keep_last=2",
             *(f"model.{word}" for word in MODEL),
-            *(f"schedule.stages.{part}.num_tokens={int(scale * tokens)}" for part, tokens in TOKENS.items()),
-            *(f"schedule.stages.{part}.global_batch_size=4" for part in TOKENS),
-            *(f"schedule.stages.{part}.micro_batch_size=1" for part in TOKENS),
-            *(f"schedule.stages.{part}.lr_warmup_tokens=0" for part in TOKENS),
+            *(f"schedule.stages.{stage}.num_tokens={int(scale * tokens)}" for stage, tokens in TOKENS.items()),
+            *(f"schedule.stages.{stage}.global_batch_size=4" for stage in TOKENS),
+            *(f"schedule.stages.{stage}.micro_batch_size=1" for stage in TOKENS),
+            *(f"schedule.stages.{stage}.lr_warmup_tokens=0" for stage in TOKENS),
         ]
 
     def submit(self, cluster: Cluster, *words: str) -> str:
@@ -92,7 +92,7 @@ class Training:
             *words,
         )
         assert done.returncode == 0, done.stderr
-        return record.read_json(self.folder / "chain.json")["stages"]["train"]["job"]
+        return record.read_json(self.folder / "chain.json")["jobs"]["train"]["job_id"]
 
     def run_by_torchrun(self) -> None:
         """The same run on four ranks without SLURM or launcher."""
@@ -117,17 +117,17 @@ class Training:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Events of one kind."""
-        return [event for event in record.events(self.stage) if event["event"] == kind]
+        return [event for event in record.events(self.job_folder) if event["event"] == kind]
 
     def log(self) -> str:
         """What the supervisor and the failing rank said."""
-        texts = [path.read_text() for path in sorted(self.stage.glob("start_*/failure.txt"))]
-        return "\n".join([(self.stage / "slurm.log").read_text(), *texts])
+        texts = [path.read_text() for path in sorted(self.job_folder.glob("attempt_*/failure.txt"))]
+        return "\n".join([(self.job_folder / "slurm.log").read_text(), *texts])
 
     def is_done(self) -> bool:
-        """Whether the stage has finished; fails as soon as it cannot."""
+        """Whether the job has finished; fails as soon as it cannot."""
         assert not self.events("gave_up"), self.log()
-        return record.done_digest(self.stage) is not None
+        return record.done_digest(self.job_folder) is not None
 
     def step(self) -> int:
         """Newest step in the metrics."""
@@ -170,7 +170,7 @@ def test_a_submitted_run_equals_torchrun(cluster: Cluster, unbroken: Training, r
     run.submit(cluster, "cluster.is_preflight_on=true")
     wait_for(run.is_done, 1500, "the run to finish")
     assert_same(run, unbroken)
-    assert sorted(path.name for path in (run.stage / "start_0001").glob("rank_*.log")) == [
+    assert sorted(path.name for path in (run.job_folder / "attempt_0001").glob("rank_*.log")) == [
         f"rank_0000{rank}.log" for rank in range(4)
     ]
     status = cluster.run("python3", "launch/status.py", str(run.folder)).stdout
@@ -194,7 +194,7 @@ def test_preemption_changes_nothing(
     wait_for(lambda: run.step() >= 5, 600, "the first steps")
     preempted = time.time()
     cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    record_property("preempted by a job of 1 s, training", first_step_after(run.stage, preempted))
+    record_property("preempted by a job of 1 s, training", first_step_after(run.job_folder, preempted))
     wait_for(run.is_done, 1500, "the run to finish")
     assert len(run.events("start")) >= 2, run.log()
     assert_same(run, unbroken)
@@ -214,14 +214,14 @@ def test_lost_nodes_and_daemons_change_nothing(
     crashed = time.time()
     (run.folder / "hold_save").unlink()
     (run.folder / "slow_steps").touch()
-    record_property("node lost in mid-save, training", first_step_after(run.stage, crashed))
+    record_property("node lost in mid-save, training", first_step_after(run.job_folder, crashed))
     assert run.events("start")[1]["checkpoint"] == saved
 
     cluster.host("kill-daemon", run.events("start")[1]["nodes"][0])
     killed = time.time()
-    wait_for(lambda: len(run.events("start")) > 2, 600, "the third life")
+    wait_for(lambda: len(run.events("start")) > 2, 600, "the third attempt")
     (run.folder / "slow_steps").unlink()
-    record_property("daemon lost, training", first_step_after(run.stage, killed))
+    record_property("daemon lost, training", first_step_after(run.job_folder, killed))
     wait_for(run.is_done, 1500, "the run to finish")
     assert_same(run, unbroken)
 
@@ -241,7 +241,7 @@ def test_time_limits_change_nothing(cluster: Cluster, unbroken: Training, root: 
 CHAIN = """# @package _global_
 name: chain
 inputs: {start: "???"}
-stages:
+jobs:
   to_hf:
     module: checkpoints_tools.mcore_to_hf
     arguments: [--checkpoint, "${inputs.start}", --output, "${root}/${name}/start_hf", --dtype, fp32]
@@ -262,7 +262,7 @@ stages:
 """
 
 
-def test_a_chain_of_real_stages_survives_a_cancelled_one(cluster: Cluster, unbroken: Training, root: Path) -> None:
+def test_a_chain_of_real_jobs_survives_a_cancelled_one(cluster: Cluster, unbroken: Training, root: Path) -> None:
     """Weights out, in, conversion, merge, weights out: the end is to the byte what the chain gives on this machine."""
     recipes = root / "recipes"
     shutil.copytree(RECIPES, recipes)
@@ -289,20 +289,20 @@ def test_a_chain_of_real_stages_survives_a_cancelled_one(cluster: Cluster, unbro
     (folder / "convert" / "slow_steps").touch()
     done = cluster.submit(*words, f"root={root}/slurm")
     assert done.returncode == 0, done.stderr
-    jobs = {name: entry["job"] for name, entry in record.read_json(folder / "chain.json")["stages"].items()}
+    job_ids = {name: entry["job_id"] for name, entry in record.read_json(folder / "chain.json")["jobs"].items()}
     wait_for(lambda: record.latest_checkpoint(folder / "convert"), 600, "a checkpoint of the conversion")
-    cluster.run("scancel", jobs["convert"])
-    wait_for(lambda: cluster.state(jobs["export"]) == "CANCELLED", 120, "the stages after it to be cancelled")
+    cluster.run("scancel", job_ids["convert"])
+    wait_for(lambda: cluster.state(job_ids["export"]) == "CANCELLED", 120, "the jobs after it to be cancelled")
     (folder / "convert" / "slow_steps").unlink()
     again = cluster.submit(*words, f"root={root}/slurm")
     assert again.returncode == 0, again.stderr
     for name in ("to_hf", "to_mcore"):
         assert f"{name:<20} finished before" in again.stderr
     wait_for((folder / "launch" / "export" / "done.json").exists, 900, "the chain to finish")
-    starts = {
-        name: [event["event"] for event in record.events(folder / "launch" / name)].count("start") for name in jobs
+    attempts = {
+        name: [event["event"] for event in record.events(folder / "launch" / name)].count("start") for name in job_ids
     }
-    assert starts == {"to_hf": 1, "to_mcore": 1, "convert": 2, "merge": 1, "export": 1}
+    assert attempts == {"to_hf": 1, "to_mcore": 1, "convert": 2, "merge": 1, "export": 1}
     assert here.wait(600) == 0
     expected = {path.name: path.read_bytes() for path in (root / "here" / "chain" / "hf").glob("*.safetensors")}
     found = {path.name: path.read_bytes() for path in (folder / "hf").glob("*.safetensors")}

@@ -11,7 +11,7 @@ from megatron_dllm.compose import RECIPES
 
 CHAIN = """# @package _global_
 name: three
-stages:
+jobs:
   first: {module: platform, arguments: [--terse], output: "${root}/${name}/first.txt"}
   base: {experiment: tiny_base}
   convert: {experiment: tiny_convert, overrides: ["checkpoint.load=${root}/${name}/base"], after: [base]}
@@ -20,7 +20,7 @@ stages:
 
 @pytest.fixture
 def recipes(tmp_path: Path) -> Path:
-    """The project's recipes and a chain of three stages."""
+    """The project's recipes and a chain of three jobs."""
     folder = tmp_path / "recipes"
     shutil.copytree(RECIPES, folder)
     (folder / "chain").mkdir(exist_ok=True)

@@ -11,46 +11,46 @@ from launch.job import sbatch_options
 from megatron_dllm.compose import RECIPES, compose_train_config
 
 
-def test_a_plain_experiment_is_a_chain_of_one_stage() -> None:
+def test_a_plain_experiment_is_a_chain_of_one_job() -> None:
     chain = compose_chain(["experiment=tiny_base", "run.name=mine", "run.root=/tmp/r", "nodes=3"])
-    (stage,) = chain.stages
-    assert chain.folder == Path("/tmp/r/mine") == stage.run_folder
-    assert stage.is_training and stage.spec.nodes == 3
-    assert stage.arguments == ("-m", "megatron_dllm.train")
+    (job,) = chain.jobs
+    assert chain.folder == Path("/tmp/r/mine") == job.run_folder
+    assert job.is_training and job.spec.nodes == 3
+    assert job.arguments == ("-m", "megatron_dllm.train")
 
 
-def test_every_stage_of_a_chain_has_its_own_folder_and_its_paths_filled_in(recipes: Path) -> None:
+def test_every_job_of_a_chain_has_its_own_folder_and_its_paths_filled_in(recipes: Path) -> None:
     chain = compose_chain(["experiment=three", "root=/tmp/r", "run.seed=5"], recipes)
-    first, base, convert = chain.stages
+    first, base, convert = chain.jobs
     assert first.spec.output == "/tmp/r/three/first.txt" and not first.is_training
     assert (base.run_folder, convert.run_folder) == (Path("/tmp/r/three/base"), Path("/tmp/r/three/convert"))
     assert convert.config is not None and convert.config.checkpoint.load == "/tmp/r/three/base"
-    assert {stage.config.run.seed for stage in (base, convert) if stage.config} == {5}
+    assert {job.config.run.seed for job in (base, convert) if job.config} == {5}
     assert base.after == ("first",) and convert.after == ("base",)
 
 
 def test_the_frozen_configuration_composes_to_the_same_values(recipes: Path, tmp_path: Path) -> None:
-    stage = compose_chain(["experiment=three", "root=/tmp/r"], recipes).stages[2]
+    job = compose_chain(["experiment=three", "root=/tmp/r"], recipes).jobs[2]
     frozen = tmp_path / "frozen"
     frozen.mkdir()
-    (frozen / "config.yaml").write_text(stage.config_text)
-    assert compose_train_config([], "config", frozen) == stage.config
-    assert "${" not in stage.config_text
-    assert yaml.safe_load(stage.config_text)["hydra"]["run"]["dir"] == "."
+    (frozen / "config.yaml").write_text(job.config_text)
+    assert compose_train_config([], "config", frozen) == job.config
+    assert "${" not in job.config_text
+    assert yaml.safe_load(job.config_text)["hydra"]["run"]["dir"] == "."
 
 
-def test_a_stage_s_digest_follows_what_it_and_the_stages_before_it_run(recipes: Path) -> None:
+def test_a_job_s_digest_follows_what_it_and_the_jobs_before_it_run(recipes: Path) -> None:
     def digests(*words: str) -> list[str]:
-        return [stage.digest for stage in compose_chain(["experiment=three", *words], recipes).stages]
+        return [job.digest for job in compose_chain(["experiment=three", *words], recipes).jobs]
 
     plain = digests()
     assert digests() == plain
-    changed = digests("stages.first.arguments=[--all]")
+    changed = digests("jobs.first.arguments=[--all]")
     assert all(a != b for a, b in zip(plain, changed, strict=True))
-    changed = digests("stages.convert.overrides=['run.seed=7']")
+    changed = digests("jobs.convert.overrides=['run.seed=7']")
     assert plain[:2] == changed[:2] and plain[2] != changed[2]
     # Where and how fast it runs does not change what comes out.
-    assert digests("cluster.partition=other", "stages.convert.time_limit='01:00:00'") == plain
+    assert digests("cluster.partition=other", "jobs.convert.time_limit='01:00:00'") == plain
 
 
 def test_runs_lie_where_the_cluster_keeps_them_unless_told_otherwise(recipes: Path) -> None:
@@ -77,9 +77,9 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
         ]
     )
     names = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "evaluate", "export"]
-    assert [stage.name for stage in chain.stages] == names
-    assert [stage.after for stage in chain.stages] == [(), *((name,) for name in names[:-1])]
-    options = {stage.name: sbatch_options(chain, stage, Path("/project")) for stage in chain.stages}
+    assert [job.name for job in chain.jobs] == names
+    assert [job.after for job in chain.jobs] == [(), *((name,) for name in names[:-1])]
+    options = {job.name: sbatch_options(chain, job, Path("/project")) for job in chain.jobs}
     for name in names:
         is_on_gpus = name in ("warmup", "stable", "decay", "evaluate")
         assert (f"--partition={'batch' if is_on_gpus else 'cpu'}" in options[name]) and (
@@ -94,16 +94,16 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
         "--nodes=1",
         "--nodes=1",
     ]
-    configs = [stage.config for stage in chain.stages if stage.config]
+    configs = [job.config for job in chain.jobs if job.config]
     assert [config.checkpoint.load for config in configs] == [
         f"/r/llada2_mini_full/{name}" for name in ("start", "warmup", "stable")
     ]
     # Together the three runs see what one run of the whole schedule sees.
     whole = compose_train_config(["experiment=llada2_mini", "data.train=x"]).schedule.stages
-    parts = {name: part for config in configs for name, part in config.schedule.stages.items()}
-    assert list(parts) == list(whole)
-    for name, part in parts.items():
-        assert replace(part, lr_warmup_tokens=whole[name].lr_warmup_tokens) == whole[name]
+    stages = {name: stage for config in configs for name, stage in config.schedule.stages.items()}
+    assert list(stages) == list(whole)
+    for name, stage in stages.items():
+        assert replace(stage, lr_warmup_tokens=whole[name].lr_warmup_tokens) == whole[name]
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
         (["experiment=three", "nodes=2"], "nodes has no effect on a chain"),
         (["experiment=three", "run.name=x"], "use name= and root="),
         (["experiment=three", "name=../x"], "it names a folder"),
-        (["experiment=three", "stages.base.module=x"], "must have either experiment"),
-        (["experiment=three", "stages.base.after=[convert]"], "must name a stage listed before it"),
-        (["experiment=three", "stages.first.nodes=2"], "must be 1 for a tool"),
-        (["experiment=three", "stages.base.ranks_per_node=2"], "belong to a tool"),
-        (["experiment=three", "cluster=h100x8", "stages.first.ranks_per_node=9"], "every rank needs a GPU of its own"),
+        (["experiment=three", "jobs.base.module=x"], "must have either experiment"),
+        (["experiment=three", "jobs.base.after=[convert]"], "must name a job listed before it"),
+        (["experiment=three", "jobs.first.nodes=2"], "must be 1 for a tool"),
+        (["experiment=three", "jobs.base.ranks_per_node=2"], "belong to a tool"),
+        (["experiment=three", "cluster=h100x8", "jobs.first.ranks_per_node=9"], "every rank needs a GPU of its own"),
         (["experiment=llada2_mini_full", "inputs.train=x"], "inputs.hf, inputs.validation must be given"),
         (["experiment=llada2_mini_full", "inputs.hff=x"], "inputs.hff is not a key"),
-        (["experiment=three", "stages.first.module='os;ls'"], "dotted name of a Python module"),
+        (["experiment=three", "jobs.first.module='os;ls'"], "dotted name of a Python module"),
         (["experiment=tiny_base", "cluster.time_limit='1 day'"], "must read HH:MM:SS"),
         (["experiment=tiny_base", "cluster.environment.A-B=x"], "not the name of an environment variable"),
         (["experiment=tiny_base", "cluster.modules=['cuda; rm']"], "not a module's name"),
@@ -166,4 +166,4 @@ def test_every_cluster_describes_a_job(cluster: str) -> None:
             "schedule.stages.ar.global_batch_size=8",
         ]
     )
-    assert sbatch_options(chain, chain.stages[0], Path("/project"))
+    assert sbatch_options(chain, chain.jobs[0], Path("/project"))

@@ -14,16 +14,16 @@ HOSTS = ["node1", "node2"]
 
 
 def ranks(
-    start: Path, codes: dict[int, int], logs: dict[int, str] | None = None, order: list[int] | None = None
+    attempt: Path, codes: dict[int, int], logs: dict[int, str] | None = None, order: list[int] | None = None
 ) -> None:
     """Exit records of ranks, two a node, ended in the given order."""
     for rank, code in codes.items():
         ended = float((order or sorted(codes)).index(rank))
         write_json(
-            start / f"exit_{rank:05d}.json",
+            attempt / f"exit_{rank:05d}.json",
             {"rank": rank, "host": HOSTS[rank // 2], "code": code, "began": 0.0, "ended": ended},
         )
-        (start / f"rank_{rank:05d}.log").write_text((logs or {}).get(rank, "working\n"))
+        (attempt / f"rank_{rank:05d}.log").write_text((logs or {}).get(rank, "working\n"))
 
 
 def test_orderly_ends_have_one_code(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def chain_of(*words: str) -> Chain:
 
 def options_of(*words: str) -> list[str]:
     chain = chain_of(*words)
-    return sbatch_options(chain, chain.stages[0], Path("/project"))
+    return sbatch_options(chain, chain.jobs[0], Path("/project"))
 
 
 def test_options_follow_the_cluster() -> None:
@@ -65,8 +65,8 @@ def test_options_follow_the_cluster() -> None:
 def test_an_elastic_run_lists_the_nodes_it_fits() -> None:
     chain = chain_of("nodes=8", "min_nodes=1", "cluster.ranks_per_node=1")
     # A global batch of 8 rows divides over 8, 4, 2 and 1 replicas.
-    assert valid_nodes(chain, chain.stages[0]) == [8, 4, 2, 1]
-    options = sbatch_options(chain, chain.stages[0], Path("/project"))
+    assert valid_nodes(chain, chain.jobs[0]) == [8, 4, 2, 1]
+    options = sbatch_options(chain, chain.jobs[0], Path("/project"))
     assert "--nodes=1-8" in options
     # SLURM would take tasks a node as a reason to give the fewest nodes.
     assert not [option for option in options if option.startswith("--ntasks")]
@@ -74,21 +74,21 @@ def test_an_elastic_run_lists_the_nodes_it_fits() -> None:
 
 def test_an_elastic_run_keeps_the_nodes_that_a_part_of_its_schedule_needs() -> None:
     chain = chain_of("nodes=4", "min_nodes=1", "cluster.ranks_per_node=1", "schedule.stages.ar.world_size=4")
-    assert valid_nodes(chain, chain.stages[0]) == [4]
+    assert valid_nodes(chain, chain.jobs[0]) == [4]
     chain = chain_of("nodes=4", "min_nodes=1", "cluster.ranks_per_node=1", "schedule.stages.ar.world_size=2")
-    assert valid_nodes(chain, chain.stages[0]) == [4, 3, 2]
+    assert valid_nodes(chain, chain.jobs[0]) == [4, 3, 2]
 
 
 def test_a_tool_is_one_process_without_a_gpu_unless_it_asks_for_ranks(recipes: Path) -> None:
     def options(*words: str) -> list[str]:
         chain = compose_chain(["experiment=three", "cluster=h100x8", "cluster.cpu_partition=cpu", *words], recipes)
-        details = supervisor_details(chain, chain.stages[0], Path("/code"), Path("/project"))
-        return [*sbatch_options(chain, chain.stages[0], Path("/project")), f"launcher={details['launcher']}"]
+        details = supervisor_details(chain, chain.jobs[0], Path("/code"), Path("/project"))
+        return [*sbatch_options(chain, chain.jobs[0], Path("/project")), f"launcher={details['launcher']}"]
 
     plain = options()
     assert "--partition=cpu" in plain and "launcher=srun" in plain
     assert not [option for option in plain if option.startswith(("--gpus", "--exclusive"))]
-    parallel = options("stages.first.ranks_per_node=4", "stages.first.nodes=2")
+    parallel = options("jobs.first.ranks_per_node=4", "jobs.first.nodes=2")
     for expected in ("--partition=batch", "--nodes=2", "--gpus-per-node=4", "launcher=torchrun"):
         assert expected in parallel
 
@@ -96,7 +96,7 @@ def test_a_tool_is_one_process_without_a_gpu_unless_it_asks_for_ranks(recipes: P
 def test_a_layout_that_does_not_fit_is_refused() -> None:
     chain = chain_of("nodes=3", "cluster.ranks_per_node=1")
     with pytest.raises(ValueError, match="global_batch_size"):
-        valid_nodes(chain, chain.stages[0])
+        valid_nodes(chain, chain.jobs[0])
 
 
 @pytest.mark.skipif(
@@ -106,7 +106,7 @@ def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
     fixture = Path(__file__).parents[2] / "slurm" / "fixture"
     script = tmp_path / "job.sh"
     chain = chain_of("cluster.modules=[cuda/12.4, gcc]", "cluster.environment.NCCL_DEBUG=WARN")
-    script.write_text(job_script(chain, chain.stages[0], tmp_path / "code dir", tmp_path / "it's here"))
+    script.write_text(job_script(chain, chain.jobs[0], tmp_path / "code dir", tmp_path / "it's here"))
     done = subprocess.run(
         ["shellcheck", "-x", str(script), *map(str, sorted(fixture.glob("*.sh")))],
         capture_output=True,
@@ -124,7 +124,7 @@ def test_nothing_in_a_script_is_evaluated(tmp_path: Path) -> None:
     chain = chain_of()
     chain.config.cluster.environment["VALUE"] = NASTY
     script = tmp_path / "job.sh"
-    script.write_text(job_script(chain, chain.stages[0], project, project))
+    script.write_text(job_script(chain, chain.jobs[0], project, project))
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, check=True)
     assert done.stdout == f"{NASTY}\n{project}\n"
     assert not Path("/tmp/pwned").exists()
@@ -133,12 +133,12 @@ def test_nothing_in_a_script_is_evaluated(tmp_path: Path) -> None:
 def test_containers_become_options_or_a_prefix(tmp_path: Path) -> None:
     words = ["cluster.container.image=/images/x.sqsh", "cluster.container.mounts=['/data:/data:ro']"]
     chain = chain_of("cluster.container.kind=pyxis", *words)
-    details = supervisor_details(chain, chain.stages[0], tmp_path, Path("/project"))
+    details = supervisor_details(chain, chain.jobs[0], tmp_path, Path("/project"))
     assert "--container-image=/images/x.sqsh" in details["srun_options"]
     mounts = next(option for option in details["srun_options"] if option.startswith("--container-mounts="))
     assert "/data:/data:ro" in mounts and "/project:/project" in mounts
     assert details["command_prefix"] == [] and details["rank_python"] == "python"
     chain = chain_of("cluster.container.kind=apptainer", "cluster.gpus_per_node=1", *words)
-    details = supervisor_details(chain, chain.stages[0], tmp_path, Path("/project"))
+    details = supervisor_details(chain, chain.jobs[0], tmp_path, Path("/project"))
     assert details["command_prefix"][:3] == ["apptainer", "exec", "--nv"]
     assert details["command_prefix"][-1] == "/images/x.sqsh"

@@ -14,7 +14,7 @@ def end(how: str, checkpoint: str | None) -> dict[str, Any]:
 
 
 def crashes(*checkpoints: str | None) -> list[dict[str, Any]]:
-    """Crash after crash; entry i is the newest checkpoint at the end of start i."""
+    """Crash after crash; entry i is the newest checkpoint at the end of attempt i."""
     seen: list[dict[str, Any]] = []
     before = None
     for checkpoint in checkpoints:

@@ -72,7 +72,7 @@ def test_a_request_before_the_handler_stands_is_repeated(tmp_path: Path) -> None
     assert record_of(tmp_path)["code"] == EXIT_PREEMPTED
 
 
-def test_a_newer_life_ends_the_rank(tmp_path: Path) -> None:
+def test_a_newer_attempt_ends_the_rank(tmp_path: Path) -> None:
     lease = Lease.take_next(tmp_path)
     process = start(
         tmp_path,

@@ -16,7 +16,7 @@ from megatron_dllm.run.files import write_json
 CHAIN = """# @package _global_
 name: pair
 root: %s
-stages:
+jobs:
   first: {module: platform}
   second: {module: platform}
 """
@@ -50,18 +50,18 @@ def pair(recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     return ["experiment=pair", "--recipes", str(recipes)]
 
 
-def test_a_refused_stage_takes_those_before_it_along(
+def test_a_refused_job_takes_those_before_it_along(
     pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("FAIL_AT", "1")
     assert submit.main(pair) == 2
     assert (tmp_path / "cancelled").read_text() == "101\n"
     assert (
-        "stage second: SLURM refused the job: the queue is full; no job of this chain is left in the queue."
+        "job second: SLURM refused the job: the queue is full; no job of this chain is left in the queue."
         in caplog.text
     )
     # Had submit.py been killed at the second call, the first job would have been known already.
-    assert '"job": "101"' in (tmp_path / "books").read_text()
+    assert '"job_id": "101"' in (tmp_path / "books").read_text()
 
 
 def test_an_interrupted_submission_leaves_no_jobs(
@@ -106,13 +106,13 @@ def test_a_frozen_copy_knows_the_commit_it_was_made_from(tmp_path: Path) -> None
 
 def test_status_tells_elbo_and_time_left(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["experiment=tiny_base", f"run.root={tmp_path}", "run.name=run"]
-    stage = tmp_path / "run" / "launch" / "train"
-    stage.mkdir(parents=True)
-    write_json(tmp_path / "run" / "chain.json", {"stages": {"train": {"job": "7"}}})
-    write_json(stage / "stage.json", {"run_folder": str(tmp_path / "run")})
-    (stage / "config.yaml").write_text("schedule:\n  stages:\n    ar:\n      num_tokens: 8000\nrun:\n  seed: 1\n")
-    record.append_event(stage, "start", digest="x")
-    record.append_event(stage, "training", start="start_0002", seconds=9.0, pause=41.3)
+    job = tmp_path / "run" / "launch" / "train"
+    job.mkdir(parents=True)
+    write_json(tmp_path / "run" / "chain.json", {"jobs": {"train": {"job_id": "7"}}})
+    write_json(job / "job.json", {"run_folder": str(tmp_path / "run")})
+    (job / "config.yaml").write_text("schedule:\n  stages:\n    ar:\n      num_tokens: 8000\nrun:\n  seed: 1\n")
+    record.append_event(job, "start", digest="x")
+    record.append_event(job, "training", attempt="attempt_0002", seconds=9.0, pause=41.3)
     lines = [
         {"step": 4, "loss": 2.5, "tokens_per_second": 10.0, "consumed_tokens": 400},
         {"step": 4, "validation": True, "validation_elbo/32": 3.25},

@@ -13,12 +13,12 @@ from launch import record, slurm
 from megatron_dllm.run.files import write_json
 
 ROOT = Path(__file__).resolve().parents[3]
-STAGE = {
+JOB = {
     "run_folder": None,
     "name": "train",
     "digest": "x",
     "rank_python": "python",
-    "parts": [],
+    "stages": [],
     "ranks_per_node": 1,
     "valid_nodes": [1],
     "preflight": {"is_on": True},
@@ -47,7 +47,7 @@ def stand_in(folder: Path, name: str, text: str) -> None:
 
 def test_a_preflight_that_a_stop_request_ends_is_no_crash(commands: Path, tmp_path: Path) -> None:
     """Under an interpreter without packages, as on a node."""
-    write_json(tmp_path / "stage.json", STAGE)
+    write_json(tmp_path / "job.json", JOB)
     stand_in(commands, "srun", "kill -TERM $PPID; exit 1")
     stand_in(commands, "scontrol", "echo node1")
     stand_in(commands, "squeue", "echo COMPLETING")

@@ -121,7 +121,7 @@ def test_what_a_container_does_not_show_is_named(root: Path) -> None:
 def test_a_tool_s_module_and_inputs_must_be_there(recipes: Path, tmp_path: Path) -> None:
     text = """# @package _global_
 name: tools
-stages:
+jobs:
   weights: {module: checkpoints_tools.hf_to_mcor, arguments: [--hf, /nowhere/hf, --output, "${root}/start"]}
   merge: {module: nosuch.merge, arguments: [--checkpoints, "${root}/start", /nowhere/b, --output, "${root}/merged"]}
   measure: {module: megatron_dllm.evaluate, arguments: ["checkpoint.load=${root}/merged", data.validation=/nowhere/v]}
@@ -133,7 +133,7 @@ stages:
         "--hf (/nowhere/hf) does not exist",
         "module (nosuch.merge) does not exist; correct its name",
         "--checkpoints (/nowhere/b) does not",
-        "stage measure: data.validation (/nowhere/v) does not exist",
+        "job measure: data.validation (/nowhere/v) does not exist",
     ):
         assert any(expected in sentence for sentence in found), expected
     assert len(found) == 5
@@ -144,17 +144,17 @@ def test_training_is_asked_by_an_interpreter_that_has_it(root: Path, tmp_path: P
     for name, text in (("bare", "echo No torch >&2; exit 1"), ("full", "echo train: no corpus; exit 2")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    (stage,) = compose_chain(["experiment=tiny_base"]).stages
+    (job,) = compose_chain(["experiment=tiny_base"]).jobs
     bare, full = str(tmp_path / "bare"), str(tmp_path / "full")
-    assert training_problems([stage], [], [bare]) == []
-    assert training_problems([stage], [], [bare, full]) == ["stage train: no corpus"]
+    assert training_problems([job], [], [bare]) == []
+    assert training_problems([job], [], [bare, full]) == ["job train: no corpus"]
 
 
-def test_what_an_earlier_stage_makes_is_not_missing(recipes: Path, tmp_path: Path) -> None:
+def test_what_an_earlier_job_makes_is_not_missing(recipes: Path, tmp_path: Path) -> None:
     text = """# @package _global_
 name: made
 train_module: tests.slurm.fake_train
-stages:
+jobs:
   corpus: {module: platform, arguments: [--output, "${root}/made/text", --x], output: "${root}/made/text.json"}
   base:
     experiment: tiny_base
@@ -166,12 +166,12 @@ stages:
 """
     (recipes / "chain" / "made.yaml").write_text(text)
     (sentence,) = check_chain(compose_chain(["experiment=made", f"root={tmp_path}"], recipes))
-    assert sentence.startswith("stage tune: data.train") and "made/other.bin" in sentence
+    assert sentence.startswith("job tune: data.train") and "made/other.bin" in sentence
 
 
-def test_a_stage_waits_for_the_unfinished_stages_before_it(recipes: Path) -> None:
+def test_a_job_waits_for_the_unfinished_jobs_before_it(recipes: Path) -> None:
     chain = compose_chain(["experiment=three"], recipes)
-    convert = chain.stages[2]
+    convert = chain.jobs[2]
     assert dependencies_of(chain, convert, {"first": "1", "base": "2"}) == ["2"]
     # base has finished before, but what it came after runs again.
     assert dependencies_of(chain, convert, {"first": "1"}) == ["1"]

@@ -8,7 +8,7 @@ import pytest
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease, LeaseLost, newest_generation
 
 
-def test_a_newer_life_supersedes_the_older(tmp_path: Path) -> None:
+def test_a_newer_attempt_supersedes_the_older(tmp_path: Path) -> None:
     first = Lease.acquire(tmp_path)
     first.check()
     second = Lease.acquire(tmp_path)
@@ -60,7 +60,7 @@ def test_generations_are_never_given_twice(tmp_path: Path) -> None:
     assert newest_generation(tmp_path / "lease") == 80
 
 
-def test_a_life_that_ended_before_its_number_was_announced_is_passed_over(tmp_path: Path) -> None:
+def test_an_attempt_that_ended_before_its_number_was_announced_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "lease").mkdir()
     (tmp_path / "lease" / "generation_000001").touch()
     assert newest_generation(tmp_path / "lease") == 1

@@ -1,4 +1,4 @@
-"""Stand-in for megatron_dllm.train that does one part of its schedule a start, on the ranks that this part asks for."""
+"""Stand-in for megatron_dllm.train that does one stage of its schedule per attempt, on the ranks that it asks for."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def train() -> int:
     checkpoints = Path(config["run"]["root"]) / config["run"]["name"] / "checkpoints"
     latest = checkpoints / "latest"
     done = json.loads((checkpoints / latest.read_text() / "state.json").read_text())["done"] if latest.exists() else []
-    parts = config["schedule"]["stages"]
-    name = list(parts)[len(done)]
+    stages = config["schedule"]["stages"]
+    name = list(stages)[len(done)]
     ranks = int(os.environ["WORLD_SIZE"])
-    assert ranks == parts[name]["world_size"], f"{name} needs other ranks"
+    assert ranks == stages[name]["world_size"], f"{name} needs other ranks"
     done = [*done, name]
     folder = checkpoints / f"step_{len(done)}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,10 @@ def train() -> int:
     if os.environ["RANK"] == "0":
         while len(list(folder.iterdir())) < ranks:  # all must have read `latest`
             time.sleep(0.05)
-        consumed = sum(parts[part]["num_tokens"] for part in done)
+        consumed = sum(stages[stage]["num_tokens"] for stage in done)
         write_checkpoint(folder, {"done": done, "consumed_tokens": consumed})
         latest.write_text(folder.name)
-    return EXIT_LAYOUT if len(done) < len(parts) else 0
+    return EXIT_LAYOUT if len(done) < len(stages) else 0
 
 
 if __name__ == "__main__":

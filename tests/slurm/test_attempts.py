@@ -27,13 +27,13 @@ def expected_state(steps: int, seed: int = 1234) -> dict[str, object]:
 
 
 def test_a_run_longer_than_the_time_limit_continues_by_itself(fake_run: FakeRun) -> None:
-    job = fake_run.submit(
+    job_id = fake_run.submit(
         "cluster.time_limit='00:01:00'", "cluster.stop_seconds=45", steps=450, step_seconds=0.2, save_every=10000
     )
     wait_for(fake_run.is_done, 480, "the run to finish")
     stops = [event for event in fake_run.events("end") if event["how"] == "stopped"]
     assert len(stops) >= 3, fake_run.log()
-    assert {event["job"] for event in fake_run.events("start")} == {job}
+    assert {event["job_id"] for event in fake_run.events("start")} == {job_id}
     assert fake_run.final_state() == expected_state(450)
 
 
@@ -44,7 +44,7 @@ def test_preemption_saves_and_continues_what_was_submitted(
     shutil.copytree(RECIPES, recipes)
     fake_run.submit("--recipes", str(recipes), steps=60, step_seconds=0.2, save_every=10000)
     wait_for(lambda: fake_run.step() > 5, 60, "the first steps")
-    # What the job runs is frozen: neither the recipe's new seed nor this checkout reaches its next life.
+    # What the job runs is frozen: neither the recipe's new seed nor this checkout reaches its next attempt.
     recipe = recipes / "experiment" / "tiny_base.yaml"
     recipe.write_text(recipe.read_text().replace("run: {", "run: {seed: 99, "))
     preempted = time.time()
@@ -55,25 +55,25 @@ def test_preemption_saves_and_continues_what_was_submitted(
     ends = fake_run.events("end")
     assert [event["how"] for event in ends] == ["stopped", "finished"], fake_run.log()
     record_property("preempted by a job of 2 s, stand-in", fake_run.seconds_to_step(preempted))
-    last = sorted(fake_run.stage.glob("start_*"))[-1]
+    last = sorted(fake_run.job_folder.glob("attempt_*"))[-1]
     assert f"from {fake_run.folder}/launch/code_" in (last / "rank_00000.log").read_text()
     assert ends[0]["checkpoint"] is not None
     assert fake_run.final_state() == expected_state(60)
 
 
 def test_a_crash_is_named_and_ends_the_job_soon(fake_run: FakeRun) -> None:
-    job = fake_run.submit(steps=50, step_seconds=0.1, save_every=5, **{"raise": "3:7"})
+    job_id = fake_run.submit(steps=50, step_seconds=0.1, save_every=5, **{"raise": "3:7"})
     first = wait_for(lambda: fake_run.events("end"), 120, "the crash")[0]
     assert first["how"] == "crashed"
     assert first["time"] - fake_run.events("start")[0]["time"] < 60
     assert "rank 3 on node2" in first["reason"]
-    failure = (fake_run.stage / "start_0001" / "failure.txt").read_text()
+    failure = (fake_run.job_folder / "attempt_0001" / "failure.txt").read_text()
     assert "deliberate failure of rank 3 at step 7" in failure
     given_up = wait_for(lambda: fake_run.events("gave_up"), 180, "the end of restarts")[0]
     assert "3 crashes without a new checkpoint" in given_up["reason"]
     # The first crash had made progress (step 5); three more had not.
     assert len(fake_run.events("start")) == 4
-    wait_for(lambda: fake_run.cluster.state(job) == "FAILED", 30, "the job to fail")
+    wait_for(lambda: fake_run.cluster.state(job_id) == "FAILED", 30, "the job to fail")
     status = fake_run.cluster.run("python3", "launch/status.py", str(fake_run.folder)).stdout
     assert "failed" in status and "deliberate failure of rank 3 at step 7" in status
 
@@ -106,7 +106,7 @@ def test_a_lost_node_costs_only_the_steps_since_the_checkpoint(
         wait_for(lambda: fake_run.step() >= 50, 60, "steps after it")
     fake_run.cluster.host("crash", node)
     crashed = time.time()
-    wait_for(lambda: len(fake_run.events("start")) > 1, 120, "the second life")
+    wait_for(lambda: len(fake_run.events("start")) > 1, 120, "the second attempt")
     began = fake_run.events("start")[1]
     if saving:
         assert list((fake_run.folder / "checkpoints").glob(".step_0000080.*")), "it was not lost in mid-save"
@@ -126,11 +126,11 @@ def test_a_lost_daemon_leaves_no_second_writer(fake_run: FakeRun) -> None:
     node = wait_for(lambda: fake_run.events("start"), 60, "the start")[0]["nodes"][0]
     wait_for(lambda: fake_run.step() > 15, 60, "steps after the first checkpoint")
     fake_run.cluster.host("kill-daemon", node)
-    wait_for(lambda: len(fake_run.events("start")) > 1, 120, "the second life")
+    wait_for(lambda: len(fake_run.events("start")) > 1, 120, "the second attempt")
     second = fake_run.events("start")[1]
     assert second["nodes"] != [node]
     processes = fake_run.cluster.host("exec", node, "ps", "ax", "-o", "args")
-    assert "fake_train" not in processes, "the old life still runs although the new one has started"
+    assert "fake_train" not in processes, "the old ranks still run although the new attempt has started"
     fake_run.cluster.host("boot", node)
     wait_for(fake_run.is_done, 180, "the run to finish")
     assert fake_run.final_state() == expected_state(400)
@@ -138,12 +138,12 @@ def test_a_lost_daemon_leaves_no_second_writer(fake_run: FakeRun) -> None:
 
 
 def test_a_cancelled_job_stays_cancelled(fake_run: FakeRun) -> None:
-    job = fake_run.submit(steps=1000, step_seconds=0.1, save_every=10)
+    job_id = fake_run.submit(steps=1000, step_seconds=0.1, save_every=10)
     wait_for(lambda: fake_run.step() > 5, 60, "the first steps")
-    fake_run.cluster.run("scancel", job)
-    wait_for(lambda: fake_run.cluster.state(job) == "CANCELLED", 60, "the cancellation")
+    fake_run.cluster.run("scancel", job_id)
+    wait_for(lambda: fake_run.cluster.state(job_id) == "CANCELLED", 60, "the cancellation")
     time.sleep(8)
-    assert fake_run.cluster.state(job) == "CANCELLED"
+    assert fake_run.cluster.state(job_id) == "CANCELLED"
     assert len(fake_run.events("start")) == 1
 
 
@@ -171,17 +171,17 @@ def test_the_preflight_refuses_and_names_bad_nodes(fake_run: FakeRun) -> None:
 @pytest.mark.slow
 def test_ranks_that_do_not_stop_in_time_are_requeued_before_the_limit(fake_run: FakeRun) -> None:
     """A step outlasts the time between the request and the limit; saved steps are not lost."""
-    job = fake_run.submit(
+    job_id = fake_run.submit(
         "cluster.time_limit='00:02:00'", "cluster.stop_seconds=80", steps=2, slow="2:200", save_every=1
     )
-    wait_for(lambda: fake_run.events("end"), 240, "the end of the first start")
+    wait_for(lambda: fake_run.events("end"), 240, "the end of the first attempt")
     assert fake_run.events("end")[0]["how"] == "overran", fake_run.log()
-    wait_for(lambda: len(fake_run.events("start")) > 1, 60, "the second start")
-    assert fake_run.cluster.state(job) == "RUNNING"
+    wait_for(lambda: len(fake_run.events("start")) > 1, 60, "the second attempt")
+    assert fake_run.cluster.state(job_id) == "RUNNING"
     assert fake_run.events("start")[1]["checkpoint"] == "step_0000001"
 
 
-PARTS = """context_length: 32
+STAGES = """context_length: 32
 stages:
   ar: {objective: ar, num_tokens: 600, learning_rate: 1.0e-3, world_size: 4}
   stable: {num_tokens: 600, global_batch_size: 8, learning_rate: 1.0e-3, world_size: 1}
@@ -189,14 +189,16 @@ stages:
 """
 
 
-def test_parts_of_a_schedule_follow_each_other_on_their_own_ranks_in_one_job(fake_run: FakeRun, tmp_path: Path) -> None:
+def test_stages_of_a_schedule_follow_each_other_on_their_own_ranks_in_one_job(
+    fake_run: FakeRun, tmp_path: Path
+) -> None:
     recipes = tmp_path / "recipes"
     shutil.copytree(RECIPES, recipes)
-    (recipes / "schedule" / "parts.yaml").write_text(PARTS)
-    job = fake_run.submit("--recipes", str(recipes), "train_module=tests.integration.part_train", "schedule=parts")
-    wait_for(fake_run.is_done, 180, "the three parts to finish")
-    starts = fake_run.events("start")
-    assert [(event["ranks"], len(event["nodes"])) for event in starts] == [(4, 2), (1, 1), (2, 1)], fake_run.log()
-    assert {event["job"] for event in starts} == {job}
+    (recipes / "schedule" / "stages.yaml").write_text(STAGES)
+    job_id = fake_run.submit("--recipes", str(recipes), "train_module=tests.integration.stage_train", "schedule=stages")
+    wait_for(fake_run.is_done, 180, "the three stages to finish")
+    attempts = fake_run.events("start")
+    assert [(event["ranks"], len(event["nodes"])) for event in attempts] == [(4, 2), (1, 1), (2, 1)], fake_run.log()
+    assert {event["job_id"] for event in attempts} == {job_id}
     assert [event["how"] for event in fake_run.events("end")] == ["layout", "layout", "finished"]
     assert fake_run.final_state() == {"done": ["ar", "stable", "decay"], "consumed_tokens": 1800}
