@@ -43,6 +43,7 @@ def build_rows(geometry: RowGeometry, num_rows: int, median: float, sigma: float
         t_min=0.001,
         t_max=0.999,
         num_views=geometry.num_views,
+        view_relation="complementary" if geometry.num_views == 2 else "stratified",
     )
     rows = []
     for index in range(num_rows):

@@ -202,7 +202,7 @@ _BLOCKS = StageConfig(
 )
 STAGES: dict[str, StageConfig] = {
     "ar": replace(_BLOCKS, objective="ar", block_size=1),
-    "complementary": replace(_BLOCKS, is_complementary=True, t_max=0.999),
+    "complementary": replace(_BLOCKS, num_views=2, view_relation="complementary", t_max=0.999),
     "single_view": _BLOCKS,
     "mdlm": replace(_BLOCKS, block_size=CONTEXT_LENGTH),
 }

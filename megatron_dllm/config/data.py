@@ -9,7 +9,6 @@ from omegaconf import MISSING
 from megatron_dllm.config.rules import check, check_choice, check_positive
 
 BLOCK_ORIGINS = ("document", "row")
-LOSS_WEIGHTS = ("elbo", "uniform", "realised")
 T_UNITS = ("block", "document", "row")
 
 
@@ -39,16 +38,12 @@ class DataConfig:
 
 @dataclass
 class NoiseConfig:
-    """How tokens are masked. `t` is the probability that a token is masked (linear schedule)."""
+    """How noise levels are drawn in all stages. `t` is the probability that a token is masked (linear schedule)."""
 
     t_unit: str = "block"
     # Lay t out evenly: over the blocks of a document and, by a low-discrepancy sequence, over documents.
     is_stratified: bool = True
-    # Every block of a single view has a masked token; the weight is corrected so the ELBO stays unbiased.
-    at_least_one: bool = True
-    loss_weight: str = "elbo"
 
     def validate(self) -> None:
         """Raise ValueError for an unknown choice."""
         check_choice("noise.t_unit", self.t_unit, T_UNITS)
-        check_choice("noise.loss_weight", self.loss_weight, LOSS_WEIGHTS)

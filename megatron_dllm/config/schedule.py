@@ -9,8 +9,10 @@ from omegaconf import MISSING
 from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive, nearest_divisors
 
+LOSS_WEIGHTS = ("elbo", "uniform", "realised")
 LR_SHAPES = ("constant", "linear", "cosine")
 OBJECTIVES = ("ar", "block_diffusion")
+VIEW_RELATIONS = ("independent", "stratified", "complementary")
 
 
 @dataclass
@@ -30,8 +32,17 @@ class StageConfig:
     lr_warmup_tokens: int = 0
     t_min: float = 0.001
     t_max: float = 1.0
-    # Two noisy views with opposite masks that share one clean copy (LLaDA2.0 section 5.1).
-    is_complementary: bool = False
+    # Weight of a masked token's NLL: elbo (1/t: a bound), uniform (1), realised (block size / masked tokens).
+    loss_weight: str = "elbo"
+    # Every block of a view has a masked token; the weight is corrected so the ELBO stays unbiased.
+    at_least_one: bool = True
+    # Noisy views of every document, which share one clean copy; each costs as many tokens as the document has.
+    num_views: int = 1
+    # Of several views. stratified: their levels lie one in each part of the range. complementary: pairs with opposite
+    # masks (LLaDA2.0 section 5.1).
+    view_relation: str = "stratified"
+    # Whether position i predicts token i + 1; null: what the objective does (ar: true, block_diffusion: false).
+    shift: bool | None = None
     # Layout of this stage alone; null: the run's `parallel`. A run ends where the layout changes, and its next start
     # takes the next stage's (docs/runs.md).
     parallel: ParallelConfig | None = None
@@ -40,11 +51,19 @@ class StageConfig:
     world_size: int | None = None
 
     @property
-    def num_views(self) -> int:
-        """Noisy copies of every document: 0 for AR, 2 with complementary masking."""
-        if self.objective == "ar":
-            return 0
-        return 2 if self.is_complementary else 1
+    def num_noisy_copies(self) -> int:
+        """Noisy copies of every document: 0 in AR, else one a view."""
+        return 0 if self.objective == "ar" else self.num_views
+
+    @property
+    def is_complementary(self) -> bool:
+        """Whether views come in pairs with opposite masks."""
+        return self.view_relation == "complementary"
+
+    @property
+    def is_shifted(self) -> bool:
+        """`shift` with its default filled in."""
+        return self.objective == "ar" if self.shift is None else self.shift
 
     def validate(self, name: str, context_length: int) -> None:
         """Raise ValueError with the stage's name where a value is impossible."""
@@ -68,12 +87,28 @@ class StageConfig:
             f"({self.global_batch_size}).",
         )
         check(
+            self.lr_shape == "constant" or self.final_learning_rate is not None,
+            f"{prefix}.final_learning_rate (null) is needed with lr_shape {self.lr_shape}; give the last value.",
+        )
+        self._check_noise(prefix)
+
+    def _check_noise(self, prefix: str) -> None:
+        """The fields that say how tokens are masked and which of them are predicted where."""
+        check_choice(f"{prefix}.loss_weight", self.loss_weight, LOSS_WEIGHTS)
+        check_choice(f"{prefix}.view_relation", self.view_relation, VIEW_RELATIONS)
+        check_positive(f"{prefix}.num_views", self.num_views)
+        check(
             0.0 <= self.t_min < self.t_max <= 1.0,
             f"{prefix}.t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min < t_max <= 1.",
         )
         check(
-            self.objective != "ar" or not self.is_complementary,
-            f"{prefix}.is_complementary (true) needs the block_diffusion objective; an AR stage masks nothing.",
+            self.objective != "ar" or self.num_views == 1,
+            f"{prefix}.num_views ({self.num_views}) needs the block_diffusion objective; an AR stage masks nothing.",
+        )
+        check(
+            not self.is_complementary or self.num_views % 2 == 0,
+            f"{prefix}.num_views ({self.num_views}) must be even with view_relation complementary, whose views come in "
+            f"pairs; use {self.num_views + 1}.",
         )
         check(
             not self.is_complementary or abs(self.t_min + self.t_max - 1.0) < 0.01,
@@ -81,8 +116,9 @@ class StageConfig:
             f"masking, since the second view's mask ratio is 1 - t; use t_max = {1.0 - self.t_min:g}.",
         )
         check(
-            self.lr_shape == "constant" or self.final_learning_rate is not None,
-            f"{prefix}.final_learning_rate (null) is needed with lr_shape {self.lr_shape}; give the last value.",
+            self.is_shifted == (self.objective == "ar"),
+            f"{prefix}.shift ({str(self.is_shifted).lower()}) is not built for objective {self.objective}, in which "
+            f"position i predicts token {'i + 1' if self.objective == 'ar' else 'i'}; leave it null.",
         )
 
 
@@ -115,12 +151,12 @@ class ScheduleConfig:
         )
         for name, stage in self.stages.items():
             stage.validate(name, self.context_length)
-            needed = self.context_length * max(stage.num_views, 1)
+            needed = self.context_length * max(stage.num_noisy_copies, 1)
             if stage.objective == "block_diffusion":
                 needed += self.context_length - stage.block_size
             check(
                 self.tokens_per_row >= needed,
                 f"schedule.row_length ({self.tokens_per_row}) must hold the longest piece of stage {name}: "
-                f"{max(stage.num_views, 1)} view(s) and the clean blocks of context_length "
+                f"{max(stage.num_noisy_copies, 1)} view(s) and the clean blocks of context_length "
                 f"{self.context_length} take {needed} tokens; raise row_length or lower context_length.",
             )

@@ -28,10 +28,11 @@ class RowGeometry:
         block_size: tokens denoised together; without meaning in AR.
         context_length: longest piece of a document.
         row_length: tokens the model sees in a row: noisy, clean and padding.
-        num_views: noisy copies of every piece; 0 in AR, 2 with complementary masks.
+        num_views: noisy copies of every piece; 0 in AR.
         block_origin: "document" restarts the block grid at every piece; "row" runs it through the
             document tokens of the row, so that a piece may begin in mid-block.
         prune_clean: whether the clean copy leaves out the last block, which nobody reads.
+        shift: whether position i predicts token i + 1; None: what the objective does.
     """
 
     objective: str
@@ -41,6 +42,7 @@ class RowGeometry:
     num_views: int
     block_origin: str = "document"
     prune_clean: bool = True
+    shift: bool | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -50,8 +52,9 @@ class RowGeometry:
         for name in ("block_size", "context_length", "row_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be positive; give a value above 0.")
-        if (self.num_views > 0) != (self.objective == "block_diffusion") or self.num_views not in (0, 1, 2):
-            raise ValueError(f"num_views ({self.num_views}) must be 0 for ar and 1 or 2 for block_diffusion.")
+        if self.num_views < 0 or (self.num_views > 0) != (self.objective == "block_diffusion"):
+            raise ValueError(f"num_views ({self.num_views}) must be 0 for ar and positive for block_diffusion.")
+        assert self.shift in (None, self.objective == "ar"), f"shift ({self.shift}) with objective {self.objective}"
         longest = np.array([self.context_length])
         needed = int((self.num_views * longest + clean_lengths(self, longest, np.zeros(1, dtype=np.int64)))[0])
         if self.row_length < needed:
@@ -69,9 +72,10 @@ class RowGeometry:
             block_size=stage.block_size,
             context_length=schedule.context_length,
             row_length=schedule.tokens_per_row,
-            num_views=stage.num_views,
+            num_views=stage.num_noisy_copies,
             block_origin=data.block_origin,
             prune_clean=data.prune_clean,
+            shift=stage.shift,
         )
 
 

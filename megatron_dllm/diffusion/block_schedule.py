@@ -177,7 +177,7 @@ def max_batch_tokens(stage: StageConfig, tokens_per_row: int) -> int:
 
     That is when every row is full and no document stores a clean copy, as documents of one block do not.
     """
-    return stage.global_batch_size * (tokens_per_row // max(stage.num_views, 1))
+    return stage.global_batch_size * (tokens_per_row // max(stage.num_noisy_copies, 1))
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,8 @@ def _cells(row: StageRow) -> list[str]:
     if config.lr_shape != "constant" and config.final_learning_rate is not None:
         rate += f" -> {config.final_learning_rate:g} {config.lr_shape}"
     noise = "-" if config.objective == "ar" else f"{config.t_min:g}..{config.t_max:g}"
-    if config.is_complementary:
-        noise += " pair"
+    if config.num_noisy_copies > 1:
+        noise += f" x{config.num_views} {config.view_relation}"
     numbers = [f"{value:,}" for value in (config.num_tokens, stage.start, stage.end)]
     estimates = ["?" if value is None else f"{value:,}" for value in (row.steps, row.forward_tokens)]
     return [

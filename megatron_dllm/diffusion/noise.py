@@ -3,28 +3,33 @@
 `t` is the probability that a token is masked (linear schedule, alpha_t = 1 - t), and the loss weight
 1/t makes the weighted sum of masked NLLs an unbiased estimate of the negative ELBO (LLaDA2.0 Eq. 1, 2).
 
-The noise is a pure function of its arguments: Philox keyed by (seed, epoch) and counted by the sample,
-with no state. Every rank of any parallel layout draws the same, before and after a resume. Only raw
-64-bit outputs are used, which numpy guarantees to keep from version to version.
+The noise is a pure function of its arguments (see `diffusion.draws`). The K views of a piece share one clean copy;
+`view_relation` says how their levels and masks hang together:
+
+    independent     every view draws its own levels and masks
+    stratified      of the K parts of a block's range each view has one, in a drawn order; the masks are its own
+    complementary   views 1 and 2, 3 and 4, ... mask opposite tokens; the pairs are independent
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dllm.config import NoiseConfig, StageConfig
-from megatron_dllm.config.data import LOSS_WEIGHTS, T_UNITS
+from megatron_dllm.config.data import T_UNITS
+from megatron_dllm.config.schedule import LOSS_WEIGHTS, VIEW_RELATIONS
+from megatron_dllm.diffusion.draws import Draws, Purpose
 
-# Second word of the Philox counter: what a draw is for, so that no two uses share random numbers.
-_LEVEL_OFFSET, _LEVEL, _STRATUM, _FIRST_MASKED, _TOKEN = range(5)
-# 2^64 / golden ratio: multiples of it modulo 2^64 fill [0, 1) evenly, whichever run of them is taken.
-_GOLDEN_STEP = 0x9E3779B97F4A7C15
-_WORD = 2**64 - 1
-_RESOLUTION: float = 2.0**-53
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
 _BELOW_ONE = float(np.nextafter(1.0, 0.0))
+# A level is rounded to so many bits where it decides counts in integers: exact up to blocks of 2^20 in 2^10 views.
+_LEVEL_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,14 @@ class NoiseSpec:
         is_stratified: lay t out evenly over the blocks of a piece and over consecutive ordinals, instead of
             independently. Every single t stays uniform on [t_min, t_max). No effect with t_unit "row", whose
             key says nothing about a row's neighbours.
-        at_least_one: every block with a maskable token has a masked one (single view only; a complementary
-            pair masks every token once anyway).
+        at_least_one: every block with a maskable token has a masked one in every view (no effect on complementary
+            pairs, which mask every token once anyway).
         loss_weight: "elbo": 1/t, corrected for at_least_one. "uniform": 1, no bound on the likelihood.
             "realised": see `_realised_weights`.
         t_min: smallest noise level.
         t_max: largest noise level; the ELBO is the mean over [t_min, t_max).
-        num_views: 1, or 2 for a complementary pair: the second view masks what the first does not.
+        num_views: noisy views of every piece, K.
+        view_relation: of K > 1 views, see the module; an even K is needed for "complementary".
         is_count: draw the number of masked tokens of a block uniformly, not t. See `_count_mask`.
     """
 
@@ -53,6 +59,7 @@ class NoiseSpec:
     t_min: float
     t_max: float
     num_views: int
+    view_relation: str = "stratified"
     is_count: bool = False
 
     def __post_init__(self) -> None:
@@ -63,15 +70,21 @@ class NoiseSpec:
             raise ValueError(f"loss_weight ({self.loss_weight}) is not known; use one of {', '.join(LOSS_WEIGHTS)}.")
         if not 0.0 <= self.t_min <= self.t_max <= 1.0:
             raise ValueError(f"t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min <= t_max <= 1.")
-        if self.num_views not in (1, 2):
+        if self.view_relation not in VIEW_RELATIONS:
             raise ValueError(
-                f"num_views ({self.num_views}) must be 1, or 2 for a complementary pair; an AR stage has no noise."
+                f"view_relation ({self.view_relation}) is not known; use one of {', '.join(VIEW_RELATIONS)}."
             )
-        if self.is_count and (self.num_views != 1 or self.loss_weight != "elbo"):
-            raise ValueError(
-                f"is_count (true) measures the ELBO with one view; it was given num_views "
-                f"({self.num_views}) and loss_weight ({self.loss_weight}); use 1 and elbo."
-            )
+        if self.num_views < 1:
+            raise ValueError(f"num_views ({self.num_views}) must be positive; an AR stage has no noise at all.")
+        if self.is_complementary and self.num_views % 2:
+            raise ValueError(f"num_views ({self.num_views}) must be even for complementary views; use 2.")
+        if self.is_count and self.loss_weight != "elbo":
+            raise ValueError(f"loss_weight ({self.loss_weight}) must be elbo with is_count, which measures the ELBO.")
+
+    @property
+    def is_complementary(self) -> bool:
+        """Whether the views come in pairs with opposite masks."""
+        return self.view_relation == "complementary"
 
     @classmethod
     def for_stage(cls, noise: NoiseConfig, stage: StageConfig) -> NoiseSpec:
@@ -79,7 +92,7 @@ class NoiseSpec:
 
         Args:
             noise: settings that hold for the whole run.
-            stage: a block-diffusion stage: its range of t and its number of views.
+            stage: a block-diffusion stage: its weights, range of t and views.
 
         Returns:
             The specification for `sample_noise`.
@@ -87,11 +100,12 @@ class NoiseSpec:
         return cls(
             t_unit=noise.t_unit,
             is_stratified=noise.is_stratified,
-            at_least_one=noise.at_least_one,
-            loss_weight=noise.loss_weight,
+            at_least_one=stage.at_least_one,
+            loss_weight=stage.loss_weight,
             t_min=stage.t_min,
             t_max=stage.t_max,
             num_views=stage.num_views,
+            view_relation=stage.view_relation,
         )
 
     @classmethod
@@ -152,26 +166,12 @@ class _Blocks:
 
 
 @dataclass(frozen=True)
-class _Draws:
-    """The random numbers of one sample: each method is a pure function of the key and its arguments."""
+class _Key:
+    """What identifies a piece to the generator, see `sample_noise`."""
 
-    seed: int
-    epoch: int
-
-    def raw(self, purpose: int, identity: int, count: int) -> NDArray[np.uint64]:
-        """[count] uint64, the Philox stream of `purpose` for the sample or row `identity`."""
-        key = np.array([self.seed & _WORD, self.epoch & _WORD], dtype=np.uint64)
-        counter = np.array([0, purpose, 0, identity & _WORD], dtype=np.uint64)
-        return np.random.Philox(key=key, counter=counter).random_raw(count)
-
-    def uniform(self, purpose: int, identity: int, count: int) -> NDArray[np.float64]:
-        """[count] float64 in [0, 1)."""
-        return (self.raw(purpose, identity, count) >> np.uint64(11)).astype(np.float64) * _RESOLUTION
-
-    def even_level(self, ordinal: int) -> float:
-        """Uniform in [0, 1) over seeds, evenly spread over consecutive ordinals (a Weyl sequence)."""
-        offset = int(self.raw(_LEVEL_OFFSET, 0, 1)[0])
-        return float(((offset + ordinal * _GOLDEN_STEP) & _WORD) >> 11) * _RESOLUTION
+    sample_id: int
+    ordinal: int
+    row_key: int
 
 
 def sample_noise(
@@ -208,68 +208,128 @@ def sample_noise(
     if not len(maskable):
         return noise
     blocks = _Blocks.group(block_ids[maskable])
-    draws = _Draws(int(seed), int(epoch))
-    u = _unit_levels(spec, draws, int(sample_id), int(ordinal), int(row_key), len(blocks.size))
-    views, levels = _masks(spec, draws, int(sample_id), u, blocks)
+    key = _Key(int(sample_id), int(ordinal), int(row_key))
+    views, levels = _all_views(spec, Draws(int(seed), int(epoch)), key, blocks)
     noise.is_masked[:, maskable] = views
     noise.loss_weights[:, maskable] = np.where(views, _weights(spec, views, levels, blocks), 0.0)
     noise.t[:, maskable] = levels[:, blocks.of_token]
     return noise
 
 
-def _unit_levels(
-    spec: NoiseSpec, draws: _Draws, sample_id: int, ordinal: int, row_key: int, num_blocks: int
-) -> NDArray[np.float64]:
+def _all_views(spec: NoiseSpec, draws: Draws, key: _Key, blocks: _Blocks) -> tuple[BoolArray, FloatArray]:
+    """Masked tokens [k, m] and noise levels [k, c] of every view."""
+    num_drawn = spec.num_views // 2 if spec.is_complementary else spec.num_views
+    of_view = [replace(draws, view=view) for view in range(num_drawn)]
+    if spec.view_relation == "stratified" and spec.num_views > 1:
+        levels = _stratified_levels(spec, draws, key, blocks)
+    else:
+        levels = [_levels(spec, _unit_levels(spec, view, key, len(blocks.size)), blocks) for view in of_view]
+    masks = [_mask(spec, view, key, t, blocks) for view, t in zip(of_view, levels, strict=True)]
+    if spec.is_complementary:
+        masks = [mask for drawn in masks for mask in (drawn, ~drawn)]
+        levels = [t for drawn in levels for t in (drawn, 1.0 - drawn)]
+    return np.stack(masks), np.stack(levels)
+
+
+def _unit_levels(spec: NoiseSpec, draws: Draws, key: _Key, num_blocks: int) -> FloatArray:
     """[c] float64, each uniform on [0, 1): where every block's t lies in its range."""
     if spec.t_unit == "row":
-        return np.repeat(draws.uniform(_LEVEL, row_key, 1), num_blocks)
+        return np.repeat(draws.uniform(Purpose.LEVEL, key.row_key, 1), num_blocks)
     if not spec.is_stratified:
         count = num_blocks if spec.t_unit == "block" else 1
-        return np.broadcast_to(draws.uniform(_LEVEL, sample_id, count), num_blocks)
-    base = draws.even_level(ordinal)
+        return np.broadcast_to(draws.uniform(Purpose.LEVEL, key.sample_id, count), num_blocks)
+    # A second independent view that were even over ordinals, too, would keep a constant distance from the first.
+    base = float(draws.uniform(Purpose.LEVEL, key.sample_id, 1)[0]) if draws.view else draws.even_level(key.ordinal)
     if spec.t_unit == "document":
         return np.full(num_blocks, base)
     # Stable: the order of equal keys must not depend on the machine.
-    stratum = np.argsort(draws.raw(_STRATUM, sample_id, num_blocks), kind="stable")
+    stratum = np.argsort(draws.raw(Purpose.STRATUM, key.sample_id, num_blocks), kind="stable")
     return np.minimum((stratum + base) / num_blocks, _BELOW_ONE)
 
 
-def _masks(
-    spec: NoiseSpec, draws: _Draws, sample_id: int, u: NDArray[np.float64], blocks: _Blocks
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Masked tokens [k, m] and noise levels [k, c] of every view."""
-    uniforms = draws.uniform(_TOKEN, sample_id, len(blocks.of_token))
+def _levels(spec: NoiseSpec, u: FloatArray, blocks: _Blocks) -> FloatArray:
+    """Noise levels of the blocks of a view.
+
+    Args:
+        spec: how to draw them.
+        u: [c] float64 in [0, 1), where each level lies in its range.
+        blocks: of the piece.
+
+    Returns:
+        [c] float64: t, or with is_count the share of a block's tokens that will be masked.
+    """
+    if not spec.is_count:
+        return spec.t_min + (spec.t_max - spec.t_min) * u
+    if spec.is_complementary:  # 0..B: the complement of B tokens is none, and has its share in the ELBO
+        return np.minimum((u * (blocks.size + 1)).astype(np.int64), blocks.size) / blocks.size
+    return np.minimum(1 + (u * blocks.size).astype(np.int64), blocks.size) / blocks.size
+
+
+def _stratified_levels(spec: NoiseSpec, draws: Draws, key: _Key, blocks: _Blocks) -> list[FloatArray]:
+    """[c] noise levels of each of K views: u_k = (pi(k) + u) / K, with u and the permutation pi drawn by unit of t.
+
+    Each u_k is uniform on [0, 1), and the K of them lie one in each K-th part. Counts are computed in integers, so
+    that K views of a block of K tokens mask 1, 2, ... K of them, whatever is rounded.
+    """
+    num_views, num_blocks = spec.num_views, len(blocks.size)
+    u = _unit_levels(spec, draws, key, num_blocks)
+    num_units = num_blocks if spec.t_unit == "block" else 1
+    identity = key.row_key if spec.t_unit == "row" else key.sample_id
+    raw = draws.raw(Purpose.VIEW_ORDER, identity, num_units * num_views).reshape(num_units, num_views)
+    orders = np.broadcast_to(np.argsort(raw, axis=1, kind="stable"), (num_blocks, num_views)).T
+    if not spec.is_count:
+        return [_levels(spec, np.minimum((order + u) / num_views, _BELOW_ONE), blocks) for order in orders]
+    bits = (u * 2**_LEVEL_BITS).astype(np.int64)
+    counts = [1 + ((order << _LEVEL_BITS) + bits) * blocks.size // (num_views << _LEVEL_BITS) for order in orders]
+    return [count / blocks.size for count in counts]
+
+
+def _mask(spec: NoiseSpec, draws: Draws, key: _Key, levels: FloatArray, blocks: _Blocks) -> BoolArray:
+    """Masked tokens of one view.
+
+    Args:
+        spec: how to draw them.
+        draws: of the view.
+        key: of the piece.
+        levels: [c] float64 noise levels.
+        blocks: of the piece.
+
+    Returns:
+        [m] bool.
+    """
+    uniforms = draws.uniform(Purpose.TOKEN, key.sample_id, len(blocks.of_token))
     if spec.is_count:
-        masked, t = _count_mask(u, uniforms, blocks)
-        return masked[None], t[None]
-    t = spec.t_min + (spec.t_max - spec.t_min) * u
-    masked = uniforms < t[blocks.of_token]
-    if spec.num_views == 2:
-        return np.stack([masked, ~masked]), np.stack([t, 1.0 - t])
-    if spec.at_least_one:
-        first = _first_masked(t, draws.uniform(_FIRST_MASKED, sample_id, len(u)), blocks.size)[blocks.of_token]
-        masked = (blocks.rank == first) | ((blocks.rank > first) & masked)
-    return masked[None], t[None]
+        return _count_mask(np.rint(levels * blocks.size).astype(np.int64), uniforms, blocks)
+    masked: BoolArray = uniforms < levels[blocks.of_token]
+    if not spec.at_least_one or spec.is_complementary:
+        return masked
+    u = draws.uniform(Purpose.FIRST_MASKED, key.sample_id, len(levels))
+    first = _first_masked(levels, u, blocks.size)[blocks.of_token]
+    masked = (blocks.rank == first) | ((blocks.rank > first) & masked)
+    return masked
 
 
-def _count_mask(
-    u: NDArray[np.float64], uniforms: NDArray[np.float64], blocks: _Blocks
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """Mask m tokens of every block, m uniform on 1..B and the subset uniform among those of size m.
+def _count_mask(count: IntArray, uniforms: FloatArray, blocks: _Blocks) -> BoolArray:
+    """Mask `count` tokens of every block, the subset uniform among those of that size.
 
     For t uniform on [0, 1] the ELBO gives a mask of m tokens the weight of the integral of
     (1/t) t^m (1-t)^(B-m), which is 1 / (m C(B, m)): m uniform on 1..B, any subset, weight B/m. So t := m/B
-    with weight 1/t is that ELBO exactly, without the noise of a binomial count.
+    with weight 1/t is that ELBO exactly, without the noise of a binomial count. A complementary pair draws m
+    uniformly on 0..B and weighs its masks (B+1)/m and (B+1)/(B-m).
+
+    Args:
+        count: [c] int64 tokens to mask in each block.
+        uniforms: [m] float64, a random number a token.
+        blocks: of the piece.
 
     Returns:
-        [m] bool masked tokens, and [c] float64 levels t = m/B.
+        [m] bool.
     """
-    count = np.minimum(1 + (u * blocks.size).astype(np.int64), blocks.size)
     # Blocks stay in order and tokens are shuffled inside theirs, so a sorted position has its block's ranks.
     shuffled = np.lexsort((uniforms, blocks.of_token))
     masked = np.empty(len(uniforms), np.bool_)
     masked[shuffled] = blocks.rank < count[blocks.of_token]
-    return masked, count / blocks.size
+    return masked
 
 
 def _first_masked(t: NDArray[np.float64], u: NDArray[np.float64], size: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -300,15 +360,17 @@ def _weights(
         return np.ones(1)
     if spec.loss_weight == "realised":
         return _realised_weights(spec, views, blocks)
-    if spec.at_least_one and spec.num_views == 1 and not spec.is_count:
-        return _conditioned_weights(levels[0], blocks.size)[blocks.of_token]
+    if spec.at_least_one and not spec.is_complementary and not spec.is_count:
+        return _conditioned_weights(levels, blocks.size)[:, blocks.of_token]
     # Where t is 0 nothing is masked and the weight is not used.
     weights = np.divide(1.0, levels, out=np.zeros_like(levels), where=levels > 0.0)
+    if spec.is_count and spec.is_complementary:
+        weights = weights * (blocks.size + 1) / blocks.size
     return weights[:, blocks.of_token]
 
 
 def _conditioned_weights(t: NDArray[np.float64], size: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[c] weights (1 - (1-t)^B) / t of blocks that were drawn with at least one masked token.
+    """[k, c] weights (1 - (1-t)^B) / t of blocks that were drawn with at least one masked token.
 
     The numerator is the probability of the condition: the empty mask adds nothing to the ELBO, so leaving it
     out and weighing the others by their share keeps it exact. B = 1 gives 1, hence the exact sequential NLL.

@@ -72,12 +72,12 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     """The objective that a stage of the configuration names.
 
     Args:
-        stage: its objective, range of t and views.
+        stage: its objective, shift, loss weight, range of t and views.
         noise: settings that hold for the whole run.
     """
     if stage.objective == AR:
-        return Objective(noise=None, shift=True, loss=token_loss)
-    return Objective(noise=NoiseSpec.for_stage(noise, stage), shift=False, loss=token_loss)
+        return Objective(noise=None, shift=stage.is_shifted, loss=token_loss)
+    return Objective(noise=NoiseSpec.for_stage(noise, stage), shift=stage.is_shifted, loss=token_loss)
 
 
 def validation_objective(name: str) -> Objective:

@@ -65,7 +65,7 @@ STAGES = {
     "ar": replace(_STAGE, objective="ar", block_size=1, lr_warmup_tokens=300),
     "one_view": replace(_STAGE, lr_shape="linear", final_learning_rate=1e-3),
     "mdlm": replace(_STAGE, block_size=CONTEXT_LENGTH, num_tokens=1200),
-    "two_views": replace(_STAGE, block_size=8, is_complementary=True, t_min=0.001, t_max=0.999),
+    "two_views": replace(_STAGE, block_size=8, num_views=2, view_relation="complementary", t_min=0.001, t_max=0.999),
 }
 
 

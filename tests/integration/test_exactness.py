@@ -154,19 +154,14 @@ def _loss_and_gradients(
 
 
 @pytest.mark.parametrize("origin", ["document", "row"])
-@pytest.mark.parametrize("is_complementary", [False, True])
+@pytest.mark.parametrize("num_views", [1, 2, 3])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
 def test_pruning_clean_blocks_changes_no_number(
-    built: Any, corpus: Any, model_config: ModelConfig, origin: str, is_complementary: bool, block_size: int
+    built: Any, corpus: Any, model_config: ModelConfig, origin: str, num_views: int, block_size: int
 ) -> None:
     """A clean block that no later block reads may be left out: same loss, same gradients, fewer tokens."""
     stage = StageConfig(
-        block_size=block_size,
-        num_tokens=1000,
-        global_batch_size=1,
-        learning_rate=1e-3,
-        is_complementary=is_complementary,
-        t_min=0.0,
+        block_size=block_size, num_tokens=1000, global_batch_size=1, learning_rate=1e-3, num_views=num_views, t_min=0.0
     )
     config = _config(model_config, corpus, block_origin=origin)
     config.schedule.row_length = corpus.num_tokens * stage.num_views  # so that a chunk's pieces share one row, always

@@ -299,8 +299,17 @@ def test_models_that_contradict_themselves_are_refused(changes: dict[str, object
         (dict(block_size=48), ("stages.one.block_size (48)", "context_length (256)", "use 32 or 64")),
         (dict(micro_batch_size=3), ("stages.one.micro_batch_size (3)", "global_batch_size (16)")),
         (dict(t_min=0.5, t_max=0.4), ("t_min, t_max (0.5, 0.4)", "0 <= t_min < t_max <= 1")),
-        (dict(objective="ar", is_complementary=True), ("is_complementary (true)", "masks nothing")),
-        (dict(is_complementary=True, t_min=0.2, t_max=0.7), ("t_min, t_max (0.2, 0.7)", "use t_max = 0.8")),
+        (dict(objective="ar", num_views=2), ("one.num_views (2)", "masks nothing")),
+        (dict(num_views=0), ("one.num_views (0)", "positive")),
+        (dict(num_views=3, view_relation="complementary"), ("one.num_views (3)", "must be even", "use 4")),
+        (dict(view_relation="paired"), ("one.view_relation (paired)", "independent, stratified, complementary")),
+        (dict(loss_weight="none"), ("one.loss_weight (none)", "elbo")),
+        (dict(shift=True), ("one.shift (true)", "block_diffusion", "leave it null")),
+        (dict(objective="ar", shift=False), ("one.shift (false)", "predicts token i + 1")),
+        (
+            dict(num_views=2, view_relation="complementary", t_min=0.2, t_max=0.7),
+            ("t_min, t_max (0.2, 0.7)", "use t_max = 0.8"),
+        ),
         (dict(lr_shape="linear"), ("final_learning_rate (null)", "give the last value")),
         (dict(lr_shape="linear", final_learning_rate=-1e-4), ("final_learning_rate (-0.0001)", "not be negative")),
     ],
@@ -334,6 +343,10 @@ def test_all_stages_or_none_give_their_ranks() -> None:
             ScheduleConfig(context_length=256, row_length=400, stages={"one": _stage()}),
             ("row_length (400)", "take 480 tokens", "raise row_length"),
         ),
+        (
+            ScheduleConfig(context_length=256, row_length=1200, stages={"one": _stage(num_views=4)}),
+            ("row_length (1200)", "4 view(s)", f"take {4 * 256 + 256 - 32} tokens"),
+        ),
     ],
 )
 def test_schedules_that_cannot_run_are_refused(schedule: ScheduleConfig, parts: tuple[str, ...]) -> None:
@@ -359,7 +372,6 @@ def test_schedules_that_cannot_run_are_refused(schedule: ScheduleConfig, parts: 
         (dict(data=DataConfig(train="x", packing_chunk=0)), ("data.packing_chunk (0)", "positive")),
         (dict(data=DataConfig(train="x", num_workers=-1)), ("data.num_workers (-1)", "0 builds rows")),
         (dict(noise=NoiseConfig(t_unit="token")), ("noise.t_unit (token)", "block, document, row")),
-        (dict(noise=NoiseConfig(loss_weight="none")), ("noise.loss_weight (none)", "elbo")),
         (dict(optimizer=OptimizerConfig(adam_beta2=1.0)), ("optimizer.adam_beta2 (1.0)", "[0, 1)")),
         (dict(optimizer=OptimizerConfig(adam_eps=0.0)), ("optimizer.adam_eps (0.0)", "positive")),
         (dict(optimizer=OptimizerConfig(on_non_finite="pray")), ("on_non_finite (pray)", "stop, skip")),

@@ -21,6 +21,7 @@ def spec(num_views: int = 1, **changes: object) -> NoiseSpec:
         "t_min": 0.1,
         "t_max": 0.9,
         "num_views": num_views,
+        "view_relation": "complementary" if num_views == 2 else "stratified",
     } | changes
     return NoiseSpec(**settings)
 

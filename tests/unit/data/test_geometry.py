@@ -68,7 +68,9 @@ def test_impossible_geometries_are_refused(changes: dict[str, object], message: 
 
 
 def test_of_a_configured_stage() -> None:
-    stage = StageConfig(block_size=8, num_tokens=1, global_batch_size=1, learning_rate=1.0, is_complementary=True)
+    stage = StageConfig(
+        block_size=8, num_tokens=1, global_batch_size=1, learning_rate=1.0, num_views=2, view_relation="complementary"
+    )
     schedule = ScheduleConfig(context_length=16, row_length=48)
     expected_geometry = RowGeometry("block_diffusion", 8, 16, 48, 2, "row", False)
     assert RowGeometry.of_stage(stage, schedule, DataConfig(block_origin="row", prune_clean=False)) == expected_geometry

@@ -162,7 +162,9 @@ def test_a_stage_shorter_than_its_own_batch_is_refused():
 
 def test_two_views_halve_what_a_batch_can_hold():
     config = ScheduleConfig(
-        context_length=8, row_length=24, stages={"pair": stage(48, t_min=0.2, t_max=0.8, is_complementary=True)}
+        context_length=8,
+        row_length=24,
+        stages={"pair": stage(48, t_min=0.2, t_max=0.8, num_views=2, view_relation="complementary")},
     )
     # 4 rows x 24 / 2 views.
     assert BlockSchedule.from_config(config).total_tokens == 48
@@ -225,7 +227,8 @@ def test_table_as_text():
         1000,
         t_min=0.2,
         t_max=0.8,
-        is_complementary=True,
+        num_views=2,
+        view_relation="complementary",
         final_learning_rate=1e-6,
         lr_shape="cosine",
         learning_rate=1e-5,
@@ -261,7 +264,8 @@ def test_table_as_text():
             "cosine",
             "4",
             "0.2..0.8",
-            "pair",
+            "x2",
+            "complementary",
             "?",
             "?",
         ],

@@ -16,7 +16,7 @@ from megatron_dllm.diffusion.noise import NoiseSpec, PieceNoise, _first_masked, 
 SINGLE = NoiseSpec(
     t_unit="block", is_stratified=True, at_least_one=True, loss_weight="elbo", t_min=0.0, t_max=1.0, num_views=1
 )
-PAIR = replace(SINGLE, num_views=2)
+PAIR = replace(SINGLE, num_views=2, view_relation="complementary")
 COUNT = NoiseSpec.for_validation()
 
 
@@ -402,7 +402,8 @@ def test_known_values_do_not_drift():
 @pytest.mark.parametrize("at_least_one", [True, False])
 @pytest.mark.parametrize("t", [0.0, 1e-300, 1e-17, 1.0 - 2**-53, 1.0])
 def test_extreme_levels_are_finite(t, at_least_one, num_views, loss_weight):
-    spec = replace(SINGLE, at_least_one=at_least_one, num_views=num_views, t_min=t, t_max=t, loss_weight=loss_weight)
+    spec = replace(PAIR if num_views == 2 else SINGLE, at_least_one=at_least_one, t_min=t, t_max=t)
+    spec = replace(spec, loss_weight=loss_weight)
     with np.errstate(all="raise", under="ignore"):
         noise = draw(spec, [0, 0, 0, 1, 1, 2], [1, 1, 1, 1, 0, 0])
     assert np.isfinite(noise.loss_weights).all() and np.isfinite(noise.t).all()
@@ -437,7 +438,9 @@ def test_nothing_maskable(spec, length):
         ({"t_min": 0.9, "t_max": 0.1}, "t_min"),
         ({"t_max": 1.5}, "t_max"),
         ({"num_views": 0}, "num_views"),
-        ({"is_count": True, "num_views": 2}, "is_count"),
+        ({"num_views": 3, "view_relation": "complementary"}, r"num_views \(3\) must be even"),
+        ({"view_relation": "paired"}, r"view_relation \(paired\)"),
+        ({"is_count": True, "loss_weight": "uniform"}, "is_count"),
     ],
 )
 def test_impossible_specifications_are_refused(changes, message):
@@ -451,6 +454,8 @@ def test_decreasing_block_ids_are_a_programming_error():
 
 
 def test_specification_of_a_stage():
-    stage = StageConfig(t_min=0.2, t_max=0.8, is_complementary=True)
-    spec = NoiseSpec.for_stage(NoiseConfig(t_unit="row", loss_weight="uniform", is_stratified=False), stage)
-    assert spec == NoiseSpec("row", False, True, "uniform", 0.2, 0.8, 2)
+    stage = StageConfig(
+        t_min=0.2, t_max=0.8, num_views=3, view_relation="independent", loss_weight="uniform", at_least_one=False
+    )
+    spec = NoiseSpec.for_stage(NoiseConfig(t_unit="row", is_stratified=False), stage)
+    assert spec == NoiseSpec("row", False, False, "uniform", 0.2, 0.8, 3, "independent")
