@@ -94,7 +94,7 @@ def compare(
 
 def train(layout: Layout, stage: str, folder: Path) -> Trained:
     """Two optimizer steps of a stage from the start checkpoint, with the program's own loader, engine and step."""
-    from megatron_dllm.checkpoint.saving import load_weights
+    from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.model.objective import objective_of
     from megatron_dllm.model.pipeline import EmbeddingNoise
     from megatron_dllm.parallel.groups import Groups
@@ -173,7 +173,7 @@ def gather_weights(chunks: list[nn.Module]) -> tuple[Weights, float]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from megatron_dllm.checkpoint.saving import model_state
+    from megatron_dllm.checkpoint.sharded_state import model_state
 
     state = model_state(chunks)
     apply_factories(state)

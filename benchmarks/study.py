@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.validation import validation_elbo
 from megatron_dllm.run.files import write_json, write_text
 from megatron_dllm.run.names import CHECKPOINTS
 
@@ -33,9 +34,9 @@ def collect(study: Path) -> dict[str, dict[str, list[float]]]:
             elbos = [
                 elbo
                 for folder in folders.list_checkpoints(run / CHECKPOINTS)
-                if (elbo := folders.validation_elbo(folder)) is not None
+                if (elbo := validation_elbo(folder)) is not None
             ]
-            merged = folders.validation_elbo(study / f"{run.name}_merged")
+            merged = validation_elbo(study / f"{run.name}_merged")
             if not elbos or merged is None:
                 raise ValueError(f"{run} has no evaluated checkpoints or no merge; finish the study first.")
             entry["last"].append(elbos[-1])

@@ -23,6 +23,7 @@ from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TensorT
 from megatron_dllm.checkpoint.streaming import split_rows
 from megatron_dllm.hf.config_json import read_hf_config
 from megatron_dllm.hf.name_table import weight_map
+from megatron_dllm.run.names import CONTRACT
 
 _PIECE_BYTES = 32 * 1024**2
 Read = Callable[[Tensor], None]
@@ -116,7 +117,7 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 def _open(path: Path) -> MergeInput:
-    is_hf = (path / "config.json").is_file() and not (path / folders.CONTRACT).is_file()
+    is_hf = (path / "config.json").is_file() and not (path / CONTRACT).is_file()
     return open_input(path if is_hf else folders.resolve_checkpoint(path), "auto")
 
 

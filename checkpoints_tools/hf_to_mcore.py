@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.command import main_guard
-from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.mcore_folder import TOKENIZER, finish_tensors, new_contract, write_json_files
 from megatron_dllm.checkpoint.output_folder import output_folder
 from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
@@ -28,6 +27,7 @@ from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer
+from megatron_dllm.run.names import CONTRACT
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
             (temporary / TOKENIZER).mkdir()
             copy_tokenizer(files, temporary / TOKENIZER, model.mask_token_id, model.vocab_size)
         contract = _contract(model, source, hf, files.exists)
-        write_json_files(temporary, {folders.CONTRACT: contract}, checksums)
+        write_json_files(temporary, {CONTRACT: contract}, checksums)
 
 
 def _check_tensors(folder: SafetensorsFolder, names: WeightMap, model: ModelConfig) -> dict[str, torch.dtype]:

@@ -18,10 +18,12 @@ import torch
 from checkpoints_tools.command import main_guard
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.mcore_folder import model_keys, open_checkpoint
+from megatron_dllm.checkpoint.validation import read_validation
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import read_hf_config
 from megatron_dllm.hf.name_table import key_aliases
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
+from megatron_dllm.run.names import CONTRACT
 
 # Part of the model -> what the names of its tensors contain, in either format; the first match counts.
 _GROUPS = (
@@ -48,7 +50,7 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is neither, or is damaged.
     """
-    if (path / "config.json").is_file() and not (path / folders.CONTRACT).is_file():
+    if (path / "config.json").is_file() and not (path / CONTRACT).is_file():
         return _describe_hf(path)
     return _describe_torch_dist(folders.resolve_checkpoint(path))
 
@@ -98,7 +100,7 @@ def _describe_torch_dist(folder: Path) -> dict[str, Any]:
         "tokenizer": content.get("tokenizer"),
         "bytes_on_disk": _bytes_on_disk(folder),
     }
-    validation = folders.read_validation(folder)
+    validation = read_validation(folder)
     return description | ({"validation": validation} if validation else {})
 
 

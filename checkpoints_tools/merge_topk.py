@@ -19,6 +19,7 @@ from megatron_dllm.checkpoint.mcore_folder import read_contract
 from megatron_dllm.checkpoint.merging.averaging import WEIGHTS, merge_weights
 from megatron_dllm.checkpoint.merging.inputs import MergeInput, check_alike, open_input
 from megatron_dllm.checkpoint.merging.stream import merge_into
+from megatron_dllm.checkpoint.validation import read_validation, validation_elbo
 from megatron_dllm.run.code_version import commit
 from megatron_dllm.run.names import CHECKPOINTS
 
@@ -60,7 +61,7 @@ def choose(
             len(complete),
         )
     candidates = alike[-last_n:] if last_n else alike
-    validations = {folder: found for folder in candidates if (found := folders.read_validation(folder)) is not None}
+    validations = {folder: found for folder in candidates if (found := read_validation(folder)) is not None}
     if block_size is None and validations:
         block_size = validations[max(validations)]["target_block_size"]
     ranking = _rank(validations, metric, block_size)
@@ -132,7 +133,7 @@ def merge(
                     "checkpoint": str(item.folder.absolute()),
                     "weight": value,
                     "step": item.step,
-                    "elbo": folders.validation_elbo(item.folder),
+                    "elbo": validation_elbo(item.folder),
                 }
                 for item, value in zip(inputs, values, strict=True)
             ],

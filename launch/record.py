@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_dllm.checkpoint.folder import LATEST
 from megatron_dllm.run import files
-from megatron_dllm.run.names import CHECKPOINTS
+from megatron_dllm.run.names import CHECKPOINTS, LATEST
 
 
 def read_json(path: Path) -> Any:

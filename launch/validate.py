@@ -22,6 +22,7 @@ from launch.job import job_python, valid_nodes
 from launch.progress import Progress, progress_of
 from launch.record import output_exists, read_json
 from megatron_dllm.checkpoint import folder as checkpoint_folder
+from megatron_dllm.checkpoint.identity import check_start
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
 
@@ -137,7 +138,7 @@ def job_problems(job: Job, produced: list[str], cluster: ClusterConfig) -> Itera
     if config.checkpoint.load and not _is_produced(config.checkpoint.load, produced):
         try:
             folder = checkpoint_folder.resolve_checkpoint(Path(config.checkpoint.load))
-            checkpoint_folder.check_start(folder, config)
+            check_start(folder, config)
         except ValueError as error:
             yield f"checkpoint.load ({config.checkpoint.load}): {error}"
     assert job.run_folder is not None, "a training job has a run folder"

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.record import read_json
-from megatron_dllm.checkpoint.folder import STATE, latest_checkpoint
+from megatron_dllm.checkpoint.folder import latest_checkpoint
+from megatron_dllm.run.names import STATE
 
 if TYPE_CHECKING:
     # The job's supervisor runs without packages.

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.identity import check_grid
+from megatron_dllm.checkpoint.validation import write_validation
 from megatron_dllm.compose import RECIPES, prepare_command_line, register_schemas, to_train_config
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.run.place import is_rank_zero, world_size
@@ -43,7 +45,8 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     quiet_libraries()
     prepare_host()
 
-    from megatron_dllm.checkpoint.saving import check_identity, load_weights
+    from megatron_dllm.checkpoint.identity import check_identity
+    from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.data.corpus import Corpus
     from megatron_dllm.evaluation.elbo import AR, evaluate
     from megatron_dllm.parallel import groups
@@ -52,7 +55,7 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
 
     folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
     contract = check_identity(folder, config.model)["contract"]
-    folders.check_grid(folder, contract, config.data.block_origin)
+    check_grid(folder, contract, config.data.block_origin)
     corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
     made = groups.initialize(config.parallel, config.run)
     try:
@@ -62,7 +65,7 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
         names = [AR] if contract["shift"] else [str(size) for size in config.evaluation.block_sizes]
         result = evaluate(chunks, config, made, corpus, names, device).to_json()
         if is_rank_zero():
-            folders.write_validation(folder, result)
+            write_validation(folder, result)
     finally:
         groups.destroy()
     return result

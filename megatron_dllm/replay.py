@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.identity import check_identity
+from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.config import ParallelConfig, TrainConfig
-from megatron_dllm.run.names import CHECKPOINTS
+from megatron_dllm.run.names import CHECKPOINTS, CONTRACT
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +37,7 @@ def find_checkpoint(folder: Path, step: int, config: TrainConfig) -> Path:
     """
     checkpoints = folder.resolve().parents[1] / CHECKPOINTS
     earlier = [
-        folder
-        for folder in folders.list_checkpoints(checkpoints)
-        if folders.read_json(folder / folders.CONTRACT)["step"] <= step
+        folder for folder in folders.list_checkpoints(checkpoints) if read_json(folder / CONTRACT)["step"] <= step
     ]
     if earlier:
         return earlier[-1]
@@ -55,17 +55,17 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
     Raises:
         ValueError: no batch, or no checkpoint of its model.
     """
-    record = folders.read_json(folder / "step.json")
+    record = read_json(folder / "step.json")
     config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), record["config"]))
     config.parallel = ParallelConfig(precision=config.parallel.precision)
     checkpoint = checkpoint or find_checkpoint(folder, record["step"], config)
-    folders.check_identity(checkpoint, config.model)
+    check_identity(checkpoint, config.model)
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()
     prepare_host()
 
-    from megatron_dllm.checkpoint.saving import load_weights
+    from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.model.objective import objective_of
     from megatron_dllm.model.pipeline import EmbeddingNoise
     from megatron_dllm.parallel import groups
@@ -90,7 +90,7 @@ def _age(folder: Path, checkpoint: Path, step: int) -> str:
     """Where the weights stand, seen from the step."""
     if checkpoint.resolve().parent != folder.resolve().parents[1] / CHECKPOINTS:
         return "not a checkpoint of this run"
-    at = folders.read_json(checkpoint / folders.CONTRACT)["step"]
+    at = read_json(checkpoint / CONTRACT)["step"]
     return f"step {at}" + (f", {abs(step - at)} steps {'before' if at < step else 'after'}" if at != step else "")
 
 

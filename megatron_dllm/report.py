@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import read_json
+from megatron_dllm.checkpoint.validation import validation_elbo
 from megatron_dllm.compose import register_schemas
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.batch import Batch, collate
@@ -30,7 +32,7 @@ from megatron_dllm.data.packing import LENGTH, RowStream
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.reporting import pictures
 from megatron_dllm.run.files import write_text
-from megatron_dllm.run.names import CHECKPOINTS, CONFIG, METRICS
+from megatron_dllm.run.names import CHECKPOINTS, CONFIG, METRICS, VALIDATION
 
 _ROLES = ("masked", "visible", "clean")
 _ROWS_LOOKED_AT = 64
@@ -105,10 +107,10 @@ def results(
             name = "before conversion" if record["step"] == 0 else f"after {record['stage']}"
             lines.append(Result(name, f"ELBO, block {target}", record[key], record.get(bits)))
     ranked = sorted(
-        (elbo, f) for f in folders.list_checkpoints(checkpoints) if (elbo := folders.validation_elbo(f)) is not None
+        (elbo, f) for f in folders.list_checkpoints(checkpoints) if (elbo := validation_elbo(f)) is not None
     )
     if ranked:
-        stored = folders.read_json(ranked[0][1] / folders.VALIDATION)
+        stored = read_json(ranked[0][1] / VALIDATION)
         lines.append(
             Result(
                 f"best checkpoint ({ranked[0][1].name})",
@@ -169,8 +171,8 @@ def write_report(chain: Path) -> Path:
         )
     config = load_config(chain / "convert")
     base = read_metrics(chain / "base")[1] if (chain / "base" / METRICS).is_file() else []
-    merged_file = chain / "merged" / folders.VALIDATION
-    merged = folders.read_json(merged_file) if merged_file.is_file() else None
+    merged_file = chain / "merged" / VALIDATION
+    merged = read_json(merged_file) if merged_file.is_file() else None
     samples_file = chain / "samples.jsonl"
     samples = (
         [json.loads(line) for line in samples_file.read_text(encoding="utf-8").splitlines()]

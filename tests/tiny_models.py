@@ -10,9 +10,10 @@ import torch
 
 from benchmarks.synthetic import write_synthetic
 from checkpoints_tools import hf_to_mcore
-from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import checksum, payload_files
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.run.files import write_json
+from megatron_dllm.run.names import MANIFEST
 
 LING = ModelConfig(
     family="bailing_moe",
@@ -109,7 +110,4 @@ def left_in(folder: Path) -> set[str]:
 
 def seal(checkpoint: Path) -> None:
     """Write the manifest of the files as they are, so that a change made on purpose is no damage."""
-    write_json(
-        checkpoint / folders.MANIFEST,
-        {name: folders.checksum(checkpoint / name) for name in folders.payload_files(checkpoint)},
-    )
+    write_json(checkpoint / MANIFEST, {name: checksum(checkpoint / name) for name in payload_files(checkpoint)})

@@ -24,7 +24,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from megatron_dllm.checkpoint.folder import checksum
+from megatron_dllm.checkpoint.manifest import checksum
 
 _PR_SET_PDEATHSIG = 1
 

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.identity import FORMAT
+from megatron_dllm.checkpoint.manifest import check_complete, checksum, damaged_files, read_json
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.name_table import extra_state_keys, key_aliases
 from megatron_dllm.run.files import write_json
+from megatron_dllm.run.names import CONTRACT, MANIFEST
 
 # Tensors of the model; everything else in a training checkpoint is the optimizer's.
 _MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
@@ -44,11 +46,11 @@ def read_contract(folder: Path) -> Contract:
     Raises:
         ValueError: it is missing, damaged, of another format, or names a field we do not know.
     """
-    path = folder / folders.CONTRACT
-    content = folders.read_json(path)
-    if content.get("format") != folders.FORMAT:
+    path = folder / CONTRACT
+    content = read_json(path)
+    if content.get("format") != FORMAT:
         raise ValueError(
-            f"{path}: format ({content.get('format')}) is not {folders.FORMAT}; convert the checkpoint "
+            f"{path}: format ({content.get('format')}) is not {FORMAT}; convert the checkpoint "
             "with the version that wrote it."
         )
     for part in ("model", "contract"):
@@ -80,7 +82,7 @@ def open_checkpoint(folder: Path) -> tuple[Contract, TorchDistReader]:
         ValueError: naming the file that is missing, truncated or altered.
     """
     contract = read_contract(folder)
-    folders.check_complete(folder)
+    check_complete(folder)
     return contract, TorchDistReader(folder)
 
 
@@ -116,7 +118,7 @@ def new_contract(
 ) -> dict[str, Any]:
     """contract.json of a checkpoint that no run of ours has trained yet."""
     return {
-        "format": folders.FORMAT,
+        "format": FORMAT,
         "model": asdict(model),
         "contract": {
             "shift": shift,
@@ -152,8 +154,8 @@ def write_json_files(folder: Path, files: dict[str, Any], checksums: dict[str, A
     """
     for name, content in files.items():
         write_json(folder / name, content, sort_keys=True)
-    manifest = dict(checksums) | {name: folders.checksum(folder / name) for name in files}
-    write_json(folder / folders.MANIFEST, manifest, sort_keys=True)
-    problems = folders.damaged_files(folder, manifest, manifest, hash_content=False)
+    manifest = dict(checksums) | {name: checksum(folder / name) for name in files}
+    write_json(folder / MANIFEST, manifest, sort_keys=True)
+    problems = damaged_files(folder, manifest, manifest, hash_content=False)
     if problems:
         raise ValueError(f"{problems[0]}; the disk did not keep what was written.")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.checkpoint.mcore_folder import Contract
+from megatron_dllm.checkpoint.validation import read_validation
 from megatron_dllm.hf.config_json import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES
 from megatron_dllm.run.names import CHECKPOINTS, CONFIG
 
@@ -76,7 +77,7 @@ def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_na
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in rows),
     ]
-    lines += _validation_lines(folders.read_validation(checkpoint)) + (_merge_lines(provenance) if provenance else [])
+    lines += _validation_lines(read_validation(checkpoint)) + (_merge_lines(provenance) if provenance else [])
     use = _USE.format(block_size=contract.block_size) if architecture == "llada2_moe" else ""
     return "\n".join(lines) + "\n" + use
 
@@ -100,7 +101,7 @@ def _provenance(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / PROVENANCE
     if not path.is_file():
         return None
-    provenance = folders.read_json(path)
+    provenance = read_json(path)
     if not provenance.get("inputs") or not all(
         isinstance(entry, dict) and {"checkpoint", "weight"} <= entry.keys() for entry in provenance["inputs"]
     ):

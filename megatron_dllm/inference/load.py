@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from megatron_dllm.checkpoint.saving import load_weights
+from megatron_dllm.checkpoint.loading import load_weights
 from megatron_dllm.config import ParallelConfig, RunConfig
 from megatron_dllm.hf.name_table import Piece, weight_map
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder

@@ -1,4 +1,4 @@
-"""Names of what lies in a run folder (standard library only).
+"""Names of what lies in a run folder, and in a checkpoint's (standard library only).
 
 RUN/config.yaml       the configuration of the newest start
 RUN/git.txt           the code that ran: the commit, and what was changed since
@@ -20,3 +20,9 @@ TOKENIZER = "tokenizer"
 LEASE = "lease"
 REPLAY = "replay"
 WANDB_ID = "wandb_id"
+
+LATEST = "latest"
+CONTRACT = "contract.json"
+STATE = "state.json"
+MANIFEST = "manifest.json"
+VALIDATION = "validation.json"

@@ -19,7 +19,12 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.checkpoint.saving import CheckpointWriter, load_weights
+from megatron_dllm.checkpoint.identity import FORMAT, check_start
+from megatron_dllm.checkpoint.loading import load_weights
+from megatron_dllm.checkpoint.manifest import read_json
+from megatron_dllm.checkpoint.retention import retire
+from megatron_dllm.checkpoint.saving import CheckpointWriter
+from megatron_dllm.checkpoint.validation import write_validation
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
@@ -34,7 +39,7 @@ from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.code_version import code_state
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.run.files import copy_folder, write_text
-from megatron_dllm.run.names import CHECKPOINTS, CODE_STATE, CONFIG, REPLAY, TOKENIZER
+from megatron_dllm.run.names import CHECKPOINTS, CODE_STATE, CONFIG, CONTRACT, REPLAY, TOKENIZER, VALIDATION
 from megatron_dllm.training.engine import build_engine, set_learning_rate
 from megatron_dllm.training.observers.context_balance import context_balance
 from megatron_dllm.training.observers.fingerprint import check_agreement, step_fingerprint
@@ -138,11 +143,11 @@ class Trainer:
         if found is not None:
             folder, state = found
             self._resumed_from = folder
-            self._source = folders.read_json(folder / folders.CONTRACT).get("source")
+            self._source = read_json(folder / CONTRACT).get("source")
             self.state = RunState(**{k: state[k] for k in RunState.__dataclass_fields__ if k in state})
             self.stream.load_state_dict(self.state.stream)
             if self.is_rank_zero:
-                trim_metrics(self.folder, self.state.step, (folder / folders.VALIDATION).is_file())
+                trim_metrics(self.folder, self.state.step, (folder / VALIDATION).is_file())
                 log.warning(
                     "resumed %s: step %d, %d tokens consumed", folder, self.state.step, self.state.consumed_tokens
                 )
@@ -151,7 +156,7 @@ class Trainer:
             trim_metrics(self.folder, -1)  # of a start that ended before its first checkpoint
         if config.checkpoint.load:
             start = folders.resolve_checkpoint(Path(config.checkpoint.load))
-            self._source = folders.check_start(start, config).get("source")
+            self._source = check_start(start, config).get("source")
             load_weights(start, self.engine.chunks, config.checkpoint.verify)
             self.engine.optimizer.reload_model_params()
             if self.is_rank_zero:
@@ -386,10 +391,10 @@ class Trainer:
         if validation is not None:
             self.writer.finish()
             if self.is_rank_zero:
-                folders.write_validation(folder, validation.to_json())
+                write_validation(folder, validation.to_json())
         if self.is_rank_zero:
             rules = self.config.checkpoint
-            folders.retire(self.checkpoints, rules.keep_last, rules.keep_best, rules.keep_every)
+            retire(self.checkpoints, rules.keep_last, rules.keep_best, rules.keep_every)
         dist.barrier()
         return validation is not None or not is_validated
 
@@ -397,16 +402,16 @@ class Trainer:
         """Evaluate the checkpoint a run continues from, if the run ended between saving and evaluating it."""
         is_due = [False]
         if self.is_rank_zero and self._resumed_from is not None and self.validation is not None:
-            contract = folders.read_json(self._resumed_from / folders.CONTRACT)
-            is_due = [contract["is_validated"] and not (self._resumed_from / folders.VALIDATION).is_file()]
+            contract = read_json(self._resumed_from / CONTRACT)
+            is_due = [contract["is_validated"] and not (self._resumed_from / VALIDATION).is_file()]
         dist.broadcast_object_list(is_due)
         if not is_due[0] or self._resumed_from is None:
             return
-        contract = folders.read_json(self._resumed_from / folders.CONTRACT)
+        contract = read_json(self._resumed_from / CONTRACT)
         stage = next(stage for stage in self.schedule.stages if stage.name == contract["stage"])
         validation = self._validate(stage, contract["is_stage_end"])
         if self.is_rank_zero and validation is not None:
-            folders.write_validation(self._resumed_from, validation.to_json())
+            write_validation(self._resumed_from, validation.to_json())
 
     def _validate(self, stage: Stage, is_stage_end: bool) -> Validation | None:
         """Target block size at every checkpoint, all of them at a stage's end; AR models by their exact NLL.
@@ -444,7 +449,7 @@ class Trainer:
     def _contract(self, stage: Stage) -> dict[str, Any]:
         config = self.config
         return {
-            "format": folders.FORMAT,
+            "format": FORMAT,
             "model": asdict(config.model),
             "contract": {
                 **run_contract(config),

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.objective import LossFunction
@@ -70,7 +70,7 @@ def load_step(folder: Path) -> list[list[Batch]]:
     files = sorted(folder.glob("data_*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no batch (data_*.safetensors); name a folder RUN/replay/step_N.")
-    size = folders.read_json(folder / "step.json")["data_parallel_size"]
+    size = read_json(folder / "step.json")["data_parallel_size"]
     if len(files) != size:
         raise ValueError(
             f"{folder} holds the rows of {len(files)} data-parallel ranks instead of {size}: the run was "

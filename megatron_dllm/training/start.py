@@ -12,17 +12,20 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.checkpoint.saving import check_identity, load_run, raise_together, verify
+from megatron_dllm.checkpoint.identity import check_identity, check_start
+from megatron_dllm.checkpoint.loading import load_run, verify
+from megatron_dllm.checkpoint.manifest import check_complete, read_json
 from megatron_dllm.config import ParallelConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.evaluation.elbo import validation_geometry, validation_names
 from megatron_dllm.model.objective import objective_of
+from megatron_dllm.parallel.agreement import raise_together
 from megatron_dllm.parallel.groups import start_process_group
 from megatron_dllm.run.files import write_text
 from megatron_dllm.run.lease import Lease, LeaseLost
-from megatron_dllm.run.names import CHECKPOINTS
+from megatron_dllm.run.names import CHECKPOINTS, LATEST, STATE
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +69,8 @@ def check_inputs(config: TrainConfig) -> None:
         )
     if config.checkpoint.load and not has_checkpoints:
         start = folders.resolve_checkpoint(Path(config.checkpoint.load))
-        folders.check_complete(start)
-        folders.check_start(start, config)
+        check_complete(start)
+        check_start(start, config)
 
 
 def _check_same_stage(folder: Path, stored: dict[str, Any], config: TrainConfig) -> None:
@@ -111,7 +114,7 @@ def next_stage(config: TrainConfig) -> Stage | None:
     """The stage that this start of the run begins with; None when the run has finished."""
     schedule = BlockSchedule.from_config(config.schedule)
     latest = folders.latest_checkpoint(run_checkpoints(config)) if config.checkpoint.resume else None
-    consumed = folders.read_json(latest / folders.STATE)["consumed_tokens"] if latest else 0
+    consumed = read_json(latest / STATE)["consumed_tokens"] if latest else 0
     return None if schedule.is_finished(consumed) else schedule.stage_at(consumed)
 
 
@@ -202,7 +205,7 @@ def _set_aside(damaged: list[Path], good: Path) -> None:
                     folders.set_aside(folder).name,
                     good.name,
                 )
-            write_text(good.parent / folders.LATEST, good.name + "\n")
+            write_text(good.parent / LATEST, good.name + "\n")
         except OSError as caught:
             error = caught
     raise_together(error)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_run import DENSE, MODEL, checkpoints_of, read_tensors, run_config
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import payload_files
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from tests.distributed.checkpoint_run import (
     OPTIMIZER_STEP,
@@ -74,7 +75,7 @@ def _write_reference(folder: Path, model: ModelConfig, precision: str) -> None:
 
 def _load_and_save(folder: Path, layouts: dict[str, ParallelConfig], model: ModelConfig) -> dict[str, list[str]]:
     """For each layout: load, save, and name the tensors that came out otherwise (on rank 0)."""
-    from megatron_dllm.checkpoint.saving import load_run
+    from megatron_dllm.checkpoint.loading import load_run
 
     reference = checkpoints_of(run_config(folder, "run")) / "step_0000000"
     expected = read_tensors(reference)
@@ -244,9 +245,9 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path: Path) -> None:
     assert [f.name for f in folders.list_checkpoints(checkpoints)] == [f"step_000000{n}" for n in (1, 3, 4)]
     expected = read_tensors(checkpoints / "step_0000001")
     for name in ("step_0000003", "step_0000004"):
-        assert sorted(folders.payload_files(checkpoints / name)) == sorted(
-            folders.payload_files(checkpoints / "step_0000001")
-        ), "asynchronous and synchronous saves leave the same files"
+        assert sorted(payload_files(checkpoints / name)) == sorted(payload_files(checkpoints / "step_0000001")), (
+            "asynchronous and synchronous saves leave the same files"
+        )
         assert all(torch.equal(tensor, expected[key]) for key, tensor in read_tensors(checkpoints / name).items())
 
 
@@ -275,8 +276,8 @@ def test_a_full_disk_is_named_before_or_while_writing(tmp_path: Path) -> None:
 
 def test_a_save_that_does_not_end_ends_the_process() -> None:
     code = (
-        "import time; from megatron_dllm.checkpoint.saving import _Deadline\n"
-        "with _Deadline(0.001, 'Saving step_7'): time.sleep(300)"
+        "import time; from megatron_dllm.checkpoint.deadline import Deadline\n"
+        "with Deadline(0.001, 'Saving step_7'): time.sleep(300)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 1

@@ -15,8 +15,10 @@ import torch.distributed as dist
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_run import MODEL, checkpoints_of, run_config
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import checksum, read_json
 from megatron_dllm.config import ParallelConfig
 from megatron_dllm.run.files import write_json
+from megatron_dllm.run.names import MANIFEST, STATE
 from tests.distributed.checkpoint_run import OPTIMIZER_STEP, build, fill_moments, flip_bit, save, writer_of
 
 
@@ -29,7 +31,7 @@ def _alter(folder: Path) -> None:
 
 
 def _alter_state(folder: Path) -> None:
-    path = folder / folders.STATE
+    path = folder / STATE
     path.write_text(path.read_text().replace(f": {OPTIMIZER_STEP}", ": 8"))
 
 
@@ -38,7 +40,7 @@ def _lose(folder: Path) -> None:
 
 
 def _half(folder: Path) -> None:
-    for name in (folders.MANIFEST, folders.STATE, ".metadata"):
+    for name in (MANIFEST, STATE, ".metadata"):
         (folder / name).unlink()
 
 
@@ -54,9 +56,9 @@ class _Payload:
 def _poison(folder: Path) -> None:
     _Payload.where = folder.parent / "pickle_ran"
     (folder / ".metadata").write_bytes(pickle.dumps(_Payload()))
-    manifest = folders.read_json(folder / folders.MANIFEST)
-    manifest[".metadata"] = folders.checksum(folder / ".metadata")  # a careful stranger
-    write_json(folder / folders.MANIFEST, manifest)
+    manifest = read_json(folder / MANIFEST)
+    manifest[".metadata"] = checksum(folder / ".metadata")  # a careful stranger
+    write_json(folder / MANIFEST, manifest)
 
 
 DAMAGES = {
@@ -71,7 +73,7 @@ DAMAGES = {
 
 def _load_damaged(folder: Path) -> dict[str, tuple[str, str, list[str]]]:
     """For each damage of the newest: what an explicit load says, where a resume starts, and its warnings."""
-    from megatron_dllm.checkpoint.saving import load_weights
+    from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.training.start import load_newest
 
     warnings: list[str] = []

@@ -32,7 +32,7 @@ def _prepare(folder: str) -> dict[str, float]:
 def _evaluate(layout: Layout, folder: str) -> dict[str, float]:
     import torch
 
-    from megatron_dllm.checkpoint.saving import load_weights
+    from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.data.corpus import Corpus
     from megatron_dllm.evaluation.elbo import evaluate
     from megatron_dllm.parallel import groups

@@ -12,18 +12,17 @@ from typing import Any
 
 import yaml
 
-from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import checksum, payload_files
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT
 from megatron_dllm.run.files import write_json
+from megatron_dllm.run.names import CONTRACT, MANIFEST, STATE
 
 
 def write_checkpoint(folder: Path, state: dict[str, object]) -> None:
     """A whole checkpoint, as far as its descriptions go."""
-    write_json(folder / folders.CONTRACT, {})
-    write_json(folder / folders.STATE, state)
-    write_json(
-        folder / folders.MANIFEST, {name: folders.checksum(folder / name) for name in folders.payload_files(folder)}
-    )
+    write_json(folder / CONTRACT, {})
+    write_json(folder / STATE, state)
+    write_json(folder / MANIFEST, {name: checksum(folder / name) for name in payload_files(folder)})
 
 
 def given_config() -> dict[str, Any]:

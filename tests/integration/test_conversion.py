@@ -44,7 +44,7 @@ def _ids(model: ModelConfig, rows: int = 2) -> Tensor:
 
 
 def _load(folder: Path) -> Any:
-    from megatron_dllm.checkpoint.saving import load_weights
+    from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.model.gpt import build_model
 
     model = build_model(read_contract(folder).model, ParallelConfig(), pre_process=True, post_process=True)
@@ -299,7 +299,8 @@ LAYOUTS = {
 def _load_and_save(source: str, target: str, layout: ParallelConfig, model: ModelConfig) -> None:
     from megatron.core import parallel_state
 
-    from megatron_dllm.checkpoint.saving import CheckpointWriter, load_weights
+    from megatron_dllm.checkpoint.loading import load_weights
+    from megatron_dllm.checkpoint.saving import CheckpointWriter
     from megatron_dllm.config import RunConfig
     from megatron_dllm.model.gpt import build_model
     from megatron_dllm.parallel import groups

@@ -33,9 +33,11 @@ from benchmarks.tiny_run import (
     write_corpus,
 )
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
+from megatron_dllm.run.names import STATE
 from megatron_dllm.training.replay import load_step
 
 POISONED_STEP = 2
@@ -127,7 +129,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(folder: Pat
         assert code == 0
         assert applied == [index != POISONED_STEP for index in range(len(records))]
         assert not is_moved, "a skipped step changes no weight, buffer or moment"
-    state = json.loads((max(checkpoints_of(config).glob("step_*")) / folders.STATE).read_text())
+    state = json.loads((max(checkpoints_of(config).glob("step_*")) / STATE).read_text())
     assert state["step"] == len(records)
     assert state["optimizer_step"] == len(records) - 1
     dumped = _poisoned(config)
@@ -326,13 +328,13 @@ def test_a_process_says_by_its_exit_code_how_it_ended(folder: Path) -> None:
         assert process.wait(60) == EXIT_PREEMPTED
         saved = folders.latest_checkpoint(run / "checkpoints")
         assert saved is not None
-        process = start(folders.read_json(saved / folders.STATE)["consumed_tokens"] + 1000)
+        process = start(read_json(saved / STATE)["consumed_tokens"] + 1000)
         assert process.wait(300) == 0
     finally:
         process.kill()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == [*range(1, len(steps) + 1)]
-    assert steps[-1] > folders.read_json(saved / folders.STATE)["step"]
+    assert steps[-1] > read_json(saved / STATE)["step"]
 
 
 def _train_as_generation_one(config: TrainConfig) -> int:

@@ -26,6 +26,7 @@ from benchmarks.tiny_run import (
     write_corpus,
 )
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -37,6 +38,7 @@ from megatron_dllm.config import (
 )
 from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
+from megatron_dllm.run.names import CONTRACT, STATE, VALIDATION
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2)
 TP2_EP2 = ParallelConfig(
@@ -145,9 +147,7 @@ def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig
 def _begin_with(config: TrainConfig, other: TrainConfig, after: int) -> None:
     """Give a run the first checkpoint that another one wrote after so many steps."""
     start = next(
-        path
-        for path in folders.step_folders(checkpoints_of(other))
-        if folders.read_json(path / folders.CONTRACT)["step"] > after
+        path for path in folders.step_folders(checkpoints_of(other)) if read_json(path / CONTRACT)["step"] > after
     )
     shutil.copytree(start, checkpoints_of(config) / start.name)
     shutil.copy(checkpoints_of(other).parent / "metrics.jsonl", checkpoints_of(config).parent)
@@ -175,7 +175,7 @@ def test_a_bf16_run_continues_with_its_fp32_weights_past_an_altered_description(
     first, second, _ = _steps_of_stages(unbroken)
     for after in (first, first + second):
         _begin_with(config, unbroken, after)
-    state = max(checkpoints_of(config).glob("step_*")) / folders.STATE
+    state = max(checkpoints_of(config).glob("step_*")) / STATE
     state.write_text(state.read_text().replace(":", ";", 1))
     assert train_ranks(2, config) == [0, 0]
     assert (state.parent.with_name(f"damaged-{state.parent.name}")).is_dir()
@@ -213,7 +213,7 @@ def test_a_run_that_is_asked_to_stop_leaves_the_validation_to_its_next_start(fol
     expected = read_metrics(unbroken)
     (step,) = [record["step"] for record in expected if "validation" in record and record["is_stage_end"]]
     assert train_ranks(1, config, step) == [EXIT_PREEMPTED]
-    validation = folders.step_folder(checkpoints_of(config), step) / folders.VALIDATION
+    validation = folders.step_folder(checkpoints_of(config), step) / VALIDATION
     assert read_metrics(config)[-1] == next(record for record in expected if record["step"] == step)
     assert run_ranks(_train_stopped_in_validation, 1, config, timeout_s=500.0) == [EXIT_PREEMPTED]
     assert not validation.exists()
@@ -222,9 +222,7 @@ def test_a_run_that_is_asked_to_stop_leaves_the_validation_to_its_next_start(fol
         metrics.write(json.dumps(record) + "\n")
     assert train_ranks(1, config, 6 - step) == [EXIT_PREEMPTED]
     assert read_metrics(config) == expected
-    assert (
-        validation.read_text() == (folders.step_folder(checkpoints_of(unbroken), step) / folders.VALIDATION).read_text()
-    )
+    assert validation.read_text() == (folders.step_folder(checkpoints_of(unbroken), step) / VALIDATION).read_text()
 
 
 def test_a_stage_has_its_own_layout(folder: Path, unbroken_one: TrainConfig) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.identity import IDENTITY
+from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.checkpoint.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.hf.tokenizer_folder import fingerprint
+from megatron_dllm.run.names import CONTRACT
 
 TensorTable = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 # Of config.json: what may differ between checkpoints of one run.
@@ -68,7 +70,7 @@ class TorchDistInput(MergeInput):
         content = self.contract.content
         tokenizer = tokenizer_folder(self.folder, self.contract)
         return {
-            **{f"model.{name}": getattr(self.contract.model, name) for name in folders.IDENTITY},
+            **{f"model.{name}": getattr(self.contract.model, name) for name in IDENTITY},
             **{f"contract.{name}": value for name, value in content["contract"].items()},
             "tokenizer": fingerprint(tokenizer) if tokenizer else None,
         }
@@ -94,7 +96,7 @@ class HFInput(MergeInput):
     def description(self) -> dict[str, Any]:
         """config.json and tokenizer."""
         path = self.folder / "config.json"
-        config = folders.read_json(path) if path.is_file() else {}
+        config = read_json(path) if path.is_file() else {}
         return {
             **{f"config.{name}": value for name, value in config.items() if name not in _FREE_KEYS},
             "tokenizer": fingerprint(self.folder),
@@ -110,7 +112,7 @@ def open_input(folder: Path, input_format: str) -> MergeInput:
     if not folder.is_dir():
         raise ValueError(f"checkpoints ({folder}) is no folder; name folders that exist.")
     is_hf = input_format == "hf" or (
-        input_format == "auto" and not (folder / folders.CONTRACT).is_file() and (folder / "config.json").is_file()
+        input_format == "auto" and not (folder / CONTRACT).is_file() and (folder / "config.json").is_file()
     )
     return HFInput(folder) if is_hf else TorchDistInput(folder)
 

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.mcore_folder import TOKENIZER, finish_tensors, tokenizer_folder, write_json_files
 from megatron_dllm.checkpoint.merging.averaging import weighted_mean
 from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TorchDistInput
@@ -25,6 +24,7 @@ from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.hf.safetensors_io import SafetensorsWriter
 from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILES
 from megatron_dllm.run.files import write_json, write_text
+from megatron_dllm.run.names import CONTRACT
 
 # Of a Hugging Face folder: what belongs to the model beside its weights and its history.
 _COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py", "LICENSE*")
@@ -104,7 +104,7 @@ def _merge_torch_dist(
         shutil.copytree(tokenizer, folder / TOKENIZER)
     contract = {key: value for key, value in last.contract.content.items() if key not in ("layout", "world_size")}
     contract |= {"tokenizer": TOKENIZER if tokenizer else None, "is_stage_end": False}
-    write_json_files(folder, {folders.CONTRACT: contract, PROVENANCE: provenance}, checksums)
+    write_json_files(folder, {CONTRACT: contract, PROVENANCE: provenance}, checksums)
 
 
 def _write_box(

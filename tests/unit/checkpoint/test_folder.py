@@ -7,8 +7,19 @@ from pathlib import Path
 import pytest
 
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.identity import check_identity, check_start
+from megatron_dllm.checkpoint.manifest import (
+    check_complete,
+    checksum,
+    damaged_files,
+    is_complete,
+    payload_files,
+    read_json,
+)
+from megatron_dllm.checkpoint.retention import retire
 from megatron_dllm.config import ModelConfig, ScheduleConfig, StageConfig, TrainConfig
 from megatron_dllm.run.files import TEMPORARY_PREFIX, write_json
+from megatron_dllm.run.names import CONTRACT, LATEST, MANIFEST, STATE, VALIDATION
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -45,14 +56,14 @@ def _make(
         "is_stage_end": is_stage_end,
         "save_number": save_number,
     }
-    write_json(temporary / folders.CONTRACT, contract)
-    write_json(temporary / folders.STATE, {"step": step, "consumed_tokens": 100 * step, "text": "x" * 50})
+    write_json(temporary / CONTRACT, contract)
+    write_json(temporary / STATE, {"step": step, "consumed_tokens": 100 * step, "text": "x" * 50})
     (temporary / "__0_0.distcp").write_bytes(bytes(range(100)))
-    manifest = {name: folders.checksum(temporary / name) for name in folders.payload_files(temporary)}
-    write_json(temporary / folders.MANIFEST, manifest)
+    manifest = {name: checksum(temporary / name) for name in payload_files(temporary)}
+    write_json(temporary / MANIFEST, manifest)
     folders.publish(temporary, final)
     if elbo is not None:
-        write_json(final / folders.VALIDATION, {"elbo": {"32": elbo}, "target_block_size": 32})
+        write_json(final / VALIDATION, {"elbo": {"32": elbo}, "target_block_size": 32})
     return final
 
 
@@ -75,8 +86,8 @@ def _alter(path: Path) -> None:
 
 def test_published_checkpoint_is_complete_and_latest(tmp_path: Path) -> None:
     folder = _make(tmp_path, 7)
-    assert folders.is_complete(folder)
-    assert (tmp_path / folders.LATEST).read_text() == "step_0000007\n"
+    assert is_complete(folder)
+    assert (tmp_path / LATEST).read_text() == "step_0000007\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_0000007"]
 
 
@@ -91,38 +102,38 @@ def test_published_checkpoint_is_complete_and_latest(tmp_path: Path) -> None:
 def test_damage_is_named(tmp_path: Path, damage, words: str) -> None:
     folder = _make(tmp_path, 1)
     damage(folder / "__0_0.distcp")
-    manifest = folders.read_json(folder / folders.MANIFEST)
-    problems = folders.damaged_files(folder, manifest, manifest)
+    manifest = read_json(folder / MANIFEST)
+    problems = damaged_files(folder, manifest, manifest)
     assert len(problems) == 1
     assert words in problems[0]
     assert str(folder) in problems[0]
     if damage is not _alter:  # sizes are looked at everywhere, contents when loading
-        assert not folders.is_complete(folder)
+        assert not is_complete(folder)
         with pytest.raises(ValueError, match="is damaged"):
-            folders.check_complete(folder)
+            check_complete(folder)
 
 
-@pytest.mark.parametrize("name", [folders.CONTRACT, folders.STATE])
+@pytest.mark.parametrize("name", [CONTRACT, STATE])
 def test_altered_descriptions_are_seen_without_reading_the_tensors(tmp_path: Path, name: str) -> None:
     good, folder = _make(tmp_path, 1), _make(tmp_path, 2)
     _alter(folder / name)
     with pytest.raises(ValueError, match=f"{name} does not have the checksum it was written with"):
-        folders.check_complete(folder)
+        check_complete(folder)
     assert folders.latest_checkpoint(tmp_path) == good
-    assert folders.retire(tmp_path, keep_last=1, keep_best=0, keep_every=0) == []
+    assert retire(tmp_path, keep_last=1, keep_best=0, keep_every=0) == []
 
 
 @pytest.mark.parametrize("content", ["[]", '{"contract.json": 5}', '{"__0_0.distcp": {"size": 100, "sha256": "0"}}'])
 def test_manifest_of_another_shape_is_damage(tmp_path: Path, content: str) -> None:
-    (_make(tmp_path, 1) / folders.MANIFEST).write_text(content)
+    (_make(tmp_path, 1) / MANIFEST).write_text(content)
     with pytest.raises(ValueError, match=r"manifest.json is damaged"):
-        folders.check_complete(tmp_path / "step_0000001")
+        check_complete(tmp_path / "step_0000001")
 
 
 def test_folder_without_manifest_is_not_complete(tmp_path: Path) -> None:
     folder = _make(tmp_path, 1)
-    (folder / folders.MANIFEST).unlink()
-    assert not folders.is_complete(folder)
+    (folder / MANIFEST).unlink()
+    assert not is_complete(folder)
     with pytest.raises(ValueError, match=r"manifest.json is missing.*there is no older one"):
         folders.resolve_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="no complete checkpoint"):
@@ -171,28 +182,28 @@ def test_leftovers_are_cleaned(tmp_path: Path) -> None:
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     folder = _make(tmp_path, 1)
-    folders.check_identity(folder, MODEL, {"block_origin": "document"})
+    check_identity(folder, MODEL, {"block_origin": "document"})
     with pytest.raises(ValueError, match=r"model.hidden_size \(16\) differs from the checkpoint .* \(8\)"):
-        folders.check_identity(folder, replace(MODEL, hidden_size=16))
+        check_identity(folder, replace(MODEL, hidden_size=16))
     with pytest.raises(ValueError, match=r"block_origin \(row\) differs from the checkpoint .* \(document\)"):
-        folders.check_identity(folder, MODEL, {"block_origin": "row"})
+        check_identity(folder, MODEL, {"block_origin": "row"})
     with pytest.raises(ValueError, match=r"mask_token_id \(3\) differs"):
-        folders.check_identity(folder, MODEL, {"mask_token_id": 3})
+        check_identity(folder, MODEL, {"mask_token_id": 3})
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = _make(tmp_path, 1)
-    stored = folders.read_json(folder / folders.CONTRACT)
-    (folder / folders.CONTRACT).write_text(json.dumps({**stored, "format": 99}))
+    stored = read_json(folder / CONTRACT)
+    (folder / CONTRACT).write_text(json.dumps({**stored, "format": 99}))
     with pytest.raises(ValueError, match=r"format \(99\) is not 1"):
-        folders.check_identity(folder, MODEL)
+        check_identity(folder, MODEL)
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:
     folder = _make(tmp_path, 1)
-    (folder / folders.CONTRACT).write_text('{"format": 1,')
+    (folder / CONTRACT).write_text('{"format": 1,')
     with pytest.raises(ValueError, match=r"contract.json is damaged .* choose another checkpoint"):
-        folders.check_identity(folder, MODEL)
+        check_identity(folder, MODEL)
 
 
 def _run(**stage: object) -> TrainConfig:
@@ -204,13 +215,13 @@ def test_diffusion_weights_start_what_they_were_trained_for(tmp_path: Path) -> N
     autoregressive, diffusion = _make(tmp_path / "ar", 1, shift=True), _make(tmp_path / "diffusion", 1)
     to_diffusion, to_ar = _run(objective="block_diffusion", block_size=4), _run(objective="ar", block_size=1)
     for folder, config in ((autoregressive, to_diffusion), (autoregressive, to_ar), (diffusion, to_diffusion)):
-        folders.check_start(folder, config)
+        check_start(folder, config)
     with pytest.raises(ValueError, match=r"stages.first.objective \(ar\) cannot start from the diffusion weights"):
-        folders.check_start(diffusion, to_ar)
+        check_start(diffusion, to_ar)
     to_diffusion.data.block_origin = "row"
-    folders.check_start(autoregressive, to_diffusion)
+    check_start(autoregressive, to_diffusion)
     with pytest.raises(ValueError, match=r"data.block_origin \(row\) differs .* \(document\)"):
-        folders.check_start(diffusion, to_diffusion)
+        check_start(diffusion, to_diffusion)
 
 
 # ---- retention -----------------------------------------------------------------------------------
@@ -219,7 +230,7 @@ def test_diffusion_weights_start_what_they_were_trained_for(tmp_path: Path) -> N
 def test_the_last_ones_stay(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         _make(tmp_path, step)
-    deleted = folders.retire(tmp_path, keep_last=2, keep_best=0, keep_every=0)
+    deleted = retire(tmp_path, keep_last=2, keep_best=0, keep_every=0)
     assert [folder.name for folder in deleted] == ["step_0000010", "step_0000020"]
     assert _steps(tmp_path) == [30, 40]
     assert not list(tmp_path.glob(".tmp*"))
@@ -228,14 +239,14 @@ def test_the_last_ones_stay(tmp_path: Path) -> None:
 def test_the_best_ones_stay(tmp_path: Path) -> None:
     for step, elbo in ((10, 3.0), (20, 1.0), (30, 2.0), (40, float("nan")), (50, None), (60, 5.0)):
         _make(tmp_path, step, elbo)
-    folders.retire(tmp_path, keep_last=1, keep_best=2, keep_every=0)
+    retire(tmp_path, keep_last=1, keep_best=2, keep_every=0)
     assert _steps(tmp_path) == [20, 30, 60]
 
 
 def test_the_best_are_chosen_among_those_that_can_be_merged(tmp_path: Path) -> None:
     for step, elbo, block_size in ((10, 1.0, 512), (20, 1.1, 512), (30, 3.0, 32), (40, 2.0, 32), (50, 4.0, 32)):
         _make(tmp_path, step, elbo, block_size=block_size)
-    folders.retire(tmp_path, keep_last=1, keep_best=2, keep_every=0)
+    retire(tmp_path, keep_last=1, keep_best=2, keep_every=0)
     assert _steps(tmp_path) == [30, 40, 50]
 
 
@@ -243,15 +254,15 @@ def test_multiples_and_stage_ends_stay(tmp_path: Path) -> None:
     # Steps are as long as rows are full: the third save at the interval is some step or other.
     for step, number in ((11, 1), (15, None), (19, 2), (31, 3), (38, 4), (52, 5), (64, 6), (70, None), (75, 7)):
         _make(tmp_path, step, is_stage_end=step == 15, save_number=number)
-    folders.retire(tmp_path, keep_last=1, keep_best=0, keep_every=3)
+    retire(tmp_path, keep_last=1, keep_best=0, keep_every=3)
     assert _steps(tmp_path) == [15, 31, 64, 75]
 
 
 def test_a_damaged_validation_deletes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step, elbo in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 5.0)):
         _make(tmp_path, step, elbo)
-    (tmp_path / "step_0000010" / folders.VALIDATION).write_text('{"elbo": [')
-    folders.retire(tmp_path, keep_last=1, keep_best=1, keep_every=0)
+    (tmp_path / "step_0000010" / VALIDATION).write_text('{"elbo": [')
+    retire(tmp_path, keep_last=1, keep_best=1, keep_every=0)
     assert _steps(tmp_path) == [10, 20, 40]
     assert "step_0000010 stays" in caplog.text
 
@@ -259,6 +270,6 @@ def test_a_damaged_validation_deletes_nothing(tmp_path: Path, caplog: pytest.Log
 def test_the_only_good_one_is_never_deleted(tmp_path: Path) -> None:
     _make(tmp_path, 10)
     (_make(tmp_path, 20) / "__0_0.distcp").unlink()
-    (_make(tmp_path, 30) / folders.MANIFEST).unlink()
-    assert folders.retire(tmp_path, keep_last=1, keep_best=0, keep_every=0) == []
+    (_make(tmp_path, 30) / MANIFEST).unlink()
+    assert retire(tmp_path, keep_last=1, keep_best=0, keep_every=0) == []
     assert _steps(tmp_path) == [10]

@@ -17,11 +17,12 @@ from tokenizers import Tokenizer
 from benchmarks.synthetic import write_synthetic
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from megatron_dllm.checkpoint import output_folder
-from megatron_dllm.checkpoint.folder import MANIFEST, damaged_files, read_json
+from megatron_dllm.checkpoint.manifest import damaged_files, read_json
 from megatron_dllm.checkpoint.mcore_folder import read_contract
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.hf.safetensors_io import INDEX_NAME, SafetensorsFolder
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
+from megatron_dllm.run.names import MANIFEST
 from tests.tiny_models import LING, MODELS, left_in, seal
 from tests.unit.hf.test_tokenizer_folder import make_tokenizer
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import compare, inspect, mcore_to_hf
-from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.hf.name_table import weight_map
 from megatron_dllm.run.files import write_json
+from megatron_dllm.run.names import CONTRACT, VALIDATION
 from tests.tiny_models import LING, seal
 
 
@@ -34,7 +34,7 @@ def test_inspect_counts_parameters_alike_in_both_formats(checkpoint: Path, hf: P
 
 def test_inspect_shows_step_contract_and_validation(checkpoint: Path) -> None:
     write_json(
-        checkpoint / folders.VALIDATION,
+        checkpoint / VALIDATION,
         {"elbo": {"32": 2.5, "4": 2.25}, "bits_per_byte": {"32": 1.5}, "target_block_size": 32, "num_tokens": 10},
     )
     text = inspect.show(inspect.describe(checkpoint))
@@ -97,7 +97,7 @@ def test_compare_finds_missing_extra_shape_and_dtype(checkpoint: Path, hf: Path,
 
 
 def test_compare_across_formats_finds_what_has_no_place_in_the_other(checkpoint: Path, hf: Path) -> None:
-    path = checkpoint / folders.CONTRACT
+    path = checkpoint / CONTRACT
     path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
     seal(checkpoint)
     tensors = load_file(hf / "model.safetensors")

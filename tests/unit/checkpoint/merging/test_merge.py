@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import mcore_to_hf
 from checkpoints_tools.merge_topk import choose, main, merge
-from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.manifest import is_complete, read_json
 from megatron_dllm.checkpoint.mcore_folder import open_checkpoint, read_contract, write_json_files
 from megatron_dllm.checkpoint.merging import stream as merge_stream
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.hf.name_table import key_aliases
 from megatron_dllm.run.files import write_json
+from megatron_dllm.run.names import VALIDATION
 from tests.tiny_models import LING, left_in, seal
 
 
@@ -42,9 +43,9 @@ def test_mean_of_three(make_checkpoint, tmp_path: Path, dtype: torch.dtype) -> N
         expected = (sum(part[key].double() for part in parts) / 3).to(value.dtype)
         assert value.dtype == parts[0][key].dtype
         assert torch.equal(value, expected), key
-    provenance = folders.read_json(tmp_path / "merged" / "provenance.json")
+    provenance = read_json(tmp_path / "merged" / "provenance.json")
     assert [entry["checkpoint"] for entry in provenance["inputs"]] == [str(folder) for folder in inputs]
-    assert folders.is_complete(tmp_path / "merged")
+    assert is_complete(tmp_path / "merged")
     assert read_contract(tmp_path / "merged").content["contract"] == read_contract(inputs[0]).content["contract"]
 
 
@@ -103,7 +104,7 @@ def test_the_card_of_a_merge_names_its_run(make_checkpoint, tmp_path: Path) -> N
     (run / "config.yaml").write_text("")
     checkpoints, choice = choose(run, 2)
     merge(checkpoints, tmp_path / "best", choice=choice)
-    provenance = folders.read_json(tmp_path / "best" / "provenance.json")
+    provenance = read_json(tmp_path / "best" / "provenance.json")
     assert [entry["elbo"] for entry in provenance["inputs"]] == [3.0, 2.0]
     assert len(provenance["commit"].removesuffix("-dirty")) == 40
     assert {name: provenance["choice"][name] for name in ("metric", "block_size", "last_n")} == {
@@ -134,7 +135,7 @@ def _run(tmp_path: Path, make_checkpoint, elbos: list[float | None]) -> Path:
         shutil.copytree(folder, checkpoints / f"step_{step:07d}")
         if elbo is not None:
             write_json(
-                checkpoints / f"step_{step:07d}" / folders.VALIDATION,
+                checkpoints / f"step_{step:07d}" / VALIDATION,
                 {
                     "elbo": {"32": elbo, "4": -elbo},
                     "bits_per_byte": {"32": elbo / 2},

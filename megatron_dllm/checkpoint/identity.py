@@ -1,0 +1,106 @@
+"""What a checkpoint must have in common with the model and the run that take it up.
+
+Pure standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_dllm.checkpoint.manifest import read_json
+from megatron_dllm.run.names import CONTRACT
+
+FORMAT = 1
+# Fields of the model that decide what its tensors mean; others may change between runs.
+IDENTITY = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "qk_layernorm",
+    "layernorm_epsilon",
+    "rotary_base",
+    "rotary_percent",
+    "tie_word_embeddings",
+    "num_dense_layers",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_topk",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_enable_expert_bias",
+    "mask_token_id",
+)
+
+
+def check_identity(folder: Path, model: Any, contract: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Refuse a checkpoint of another model or, with `contract`, of another contract; returns its contract.json.
+
+    Raises:
+        ValueError: naming the first field that differs, both values, and the remedy.
+    """
+    stored = read_json(folder / CONTRACT)
+    if stored.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / CONTRACT}: format ({stored.get('format')}) is not {FORMAT}; "
+            "convert the checkpoint with the version that wrote it."
+        )
+    ours = asdict(model)
+    for name in IDENTITY:
+        if stored["model"].get(name) != ours[name]:
+            raise ValueError(
+                f"model.{name} ({ours[name]}) differs from the checkpoint {folder} "
+                f"({stored['model'].get(name)}); choose the model recipe it was made with."
+            )
+    for name, value in (contract or {}).items():
+        if stored["contract"].get(name) != value:
+            raise ValueError(
+                f"contract: {name} ({value}) differs from the checkpoint {folder} "
+                f"({stored['contract'].get(name)}); continue with the value it was trained with."
+            )
+    return stored
+
+
+def check_start(folder: Path, config: Any) -> dict[str, Any]:
+    """Refuse weights that the run's first stage would misread; returns the checkpoint's contract.json.
+
+    Autoregressive weights may start any stage. Diffusion weights predict a token at its own place, in blocks counted
+    from `block_origin`: another diffusion stage on the same grid continues them.
+
+    Raises:
+        ValueError: naming the field, both values and the remedy.
+    """
+    stored = check_identity(folder, config.model)
+    contract = stored["contract"]
+    if contract.get("shift", True):
+        return stored
+    name, first = next(iter(config.schedule.stages.items()))
+    if first.objective == "ar":
+        raise ValueError(
+            f"schedule.stages.{name}.objective (ar) cannot start from the diffusion weights {folder}; "
+            "start from an autoregressive checkpoint, or with a diffusion stage."
+        )
+    check_grid(folder, contract, config.data.block_origin)
+    return stored
+
+
+def check_grid(folder: Path, contract: dict[str, Any], block_origin: str) -> None:
+    """Refuse diffusion weights of another block grid.
+
+    Raises:
+        ValueError: naming both grids.
+    """
+    if not contract.get("shift", True) and contract.get("block_origin", block_origin) != block_origin:
+        raise ValueError(
+            f"data.block_origin ({block_origin}) differs from that of the diffusion weights {folder} "
+            f"({contract['block_origin']}); continue with the grid they were trained on."
+        )

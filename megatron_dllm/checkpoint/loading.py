@@ -1,0 +1,92 @@
+"""Loading through megatron-core's dist_checkpointing: weights, optimizer state, position, on any layout.
+
+What is read: JSON, tensors (`torch.load` with weights_only), and `.metadata`, a pickle by torch's own format, which
+is looked through by `check_metadata` before torch reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import unwrap_model
+from torch import nn
+
+from megatron_dllm.checkpoint.manifest import damaged_files, read_json, read_manifest
+from megatron_dllm.checkpoint.sharded_state import model_state, optimizer_state, optimizers
+from megatron_dllm.checkpoint.torch_dist_metadata import check_metadata
+from megatron_dllm.parallel.agreement import raise_together
+from megatron_dllm.run.names import STATE
+
+
+def verify(folder: Path, hash_content: bool = True) -> None:
+    """Compare every file with the manifest, the ranks sharing the work, and look through the pickled metadata.
+
+    Raises:
+        ValueError: on all ranks, naming the file that is missing, truncated or altered.
+    """
+    error: Exception | None = None
+    try:
+        manifest = read_manifest(folder)
+        names = sorted(manifest)[dist.get_rank() :: dist.get_world_size()]
+        problems = damaged_files(folder, manifest, names, hash_content)
+        if problems:
+            error = ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
+        elif dist.get_rank() == 0:
+            check_metadata(folder)
+    except (ValueError, OSError) as caught:
+        error = ValueError(str(caught))
+    raise_together(error)
+
+
+def load_weights(folder: Path, chunks: Sequence[nn.Module], hash_content: bool = True) -> None:
+    """Load model weights of any layout into this one; every tensor of the model must be there."""
+    verify(folder, hash_content)
+    loaded = dist_checkpointing.load(model_state(chunks), str(folder), strict="raise_unexpected")
+    for i, chunk in enumerate(chunks):
+        _load_chunk(chunk, loaded[f"chunk{i}"])
+
+
+def _load_chunk(chunk: nn.Module, state: dict[str, Any]) -> None:
+    missing, unexpected = unwrap_model(chunk).load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing and not unexpected, f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+
+
+def load_run(folder: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """Load weights and optimizer state of any layout from a verified folder; returns the run's state.json."""
+    state = read_json(folder / STATE)
+    for part in optimizers(optimizer):
+        part._init_optimizer_states_with_dummy_values()
+    model = model_state(chunks)
+    sharded = {**model, "optimizer": optimizer_state(optimizer, model, is_loading=True)}
+    loaded = dist_checkpointing.load(sharded, str(folder))
+    for i, chunk in enumerate(chunks):
+        _load_chunk(chunk, loaded[f"chunk{i}"])
+    for i, part in enumerate(optimizers(optimizer)):
+        _load_optimizer_part(part, loaded["optimizer"][i], state["optimizer_step"])
+    return state
+
+
+def _load_optimizer_part(part: Any, param_state: dict[int, Any], optimizer_step: int) -> None:
+    """Put moments and main weights into one distributed optimizer.
+
+    torch's AdamW keeps `step` per parameter, which megatron-core neither stores nor expects in this format
+    (it would fail on the key), so it is taken out for the load and put back; fused optimizers keep it in
+    their param groups.
+    """
+    inner = part.optimizer
+    steps = [entry for entry in inner.state.values() if "step" in entry]
+    for entry in steps:
+        del entry["step"]
+    part.load_parameter_state_from_fully_reshardable(param_state)
+    for entry in steps:
+        entry["step"] = torch.tensor(float(optimizer_step))
+    if not steps:
+        for group in inner.param_groups:
+            group["step"] = optimizer_step

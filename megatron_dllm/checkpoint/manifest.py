@@ -1,0 +1,101 @@
+"""manifest.json: size and sha256 of a checkpoint's files, written last, by which it is complete or damaged.
+
+Pure standard library: tools read it without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_dllm.run.files import read_json_object
+from megatron_dllm.run.names import CONTRACT, MANIFEST, STATE, VALIDATION
+
+_CHUNK = 1 << 22
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint, which holds an object.
+
+    Raises:
+        ValueError: the file is missing, no JSON, or something else than an object.
+    """
+    try:
+        return read_json_object(path, "choose another checkpoint")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing: {path.parent} is not a complete checkpoint; choose another one."
+        ) from None
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def payload_files(folder: Path) -> list[str]:
+    """Names of the files that the manifest covers, sorted."""
+    return sorted(f.name for f in folder.iterdir() if f.is_file() and f.name not in (MANIFEST, VALIDATION))
+
+
+def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str], hash_content: bool = True) -> list[str]:
+    """One sentence for each of `names` that is missing, truncated or altered."""
+    problems = []
+    for name in names:
+        path = folder / name
+        expected = manifest[name]
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != expected["size"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes instead of {expected['size']}")
+        elif hash_content and checksum(path)["sha256"] != expected["sha256"]:
+            problems.append(f"{path} does not have the checksum it was written with")
+    return problems
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Size and sha256 of every file of a checkpoint, as they were written.
+
+    Raises:
+        ValueError: it is missing or no such table.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if (
+        not all(
+            isinstance(entry, dict) and isinstance(entry.get("size"), int) and isinstance(entry.get("sha256"), str)
+            for entry in manifest.values()
+        )
+        or CONTRACT not in manifest
+    ):
+        raise ValueError(
+            f"{folder / MANIFEST} is damaged: it does not give sizes and checksums; choose another checkpoint."
+        )
+    return manifest
+
+
+def check_complete(folder: Path) -> None:
+    """Refuse a folder with a file missing or cut short, or an altered description; tensors are compared when loading.
+
+    Raises:
+        ValueError: naming the files.
+    """
+    manifest = read_manifest(folder)
+    problems = damaged_files(folder, manifest, manifest, hash_content=False)
+    problems = problems or damaged_files(folder, manifest, [name for name in (CONTRACT, STATE) if name in manifest])
+    if problems:
+        raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `check_complete` has nothing to say."""
+    try:
+        check_complete(folder)
+    except ValueError:
+        return False
+    return True
