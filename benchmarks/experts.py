@@ -67,6 +67,7 @@ def padded_experts(
 def build_experts(num_experts: int, hidden: int, inner: int, precision: str) -> Any:
     """The experts of a layer; process groups must exist."""
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel.groups import Groups
 
     model = ModelConfig(
         num_layers=1,
@@ -85,7 +86,7 @@ def build_experts(num_experts: int, hidden: int, inner: int, precision: str) -> 
         eos_token_id=0,
         pad_token_id=1,
     )
-    built = build_model(model, ParallelConfig(precision=precision), pre_process=True, post_process=True)
+    built = build_model(model, ParallelConfig(precision=precision), Groups.current())
     return built.decoder.layers[0].mlp.experts
 
 
@@ -164,7 +165,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     prepare_host()
-    from megatron_dllm.inference.load import single_rank
+    from megatron_dllm.parallel.groups import single_rank
 
     table: list[dict[str, Any]] = []
     with single_rank(0):

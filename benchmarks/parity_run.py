@@ -60,11 +60,11 @@ def prepare(folder: str, variants: set[str]) -> dict[str, Trained]:
     results = {}
     for variant in variants:
         layout = EXPECTED[variant]
-        groups.initialize(layout.parallel, RunConfig(name="parity"))
+        made = groups.initialize(layout.parallel, RunConfig(name="parity"))
         if not (path / _start(layout)).exists():
-            write_start(replace(layout, parallel=replace(layout.parallel, precision="fp32")), path)
+            write_start(replace(layout, parallel=replace(layout.parallel, precision="fp32")), path, made)
         for stage in STAGES:
-            trained = train(layout, stage, path)
+            trained = train(layout, stage, path, made)
             save_file(trained.weights, str(path / f"{stage}_{variant}.safetensors"))
             results[f"{stage}_{variant}"] = replace(trained, weights={})
         parallel_state.destroy_model_parallel()
@@ -80,10 +80,10 @@ def compare(
     path = Path(folder)
     results: dict[str, tuple[Difference | None, list[str]]] = {}
     start = load_file(str(path / f"{_start(layout)}.safetensors"))
-    groups.initialize(layout.parallel, RunConfig(name="parity"))
+    made = groups.initialize(layout.parallel, RunConfig(name="parity"))
     for stage in stages:
         with _defect(layout.defect):
-            trained = train(layout, stage, path)
+            trained = train(layout, stage, path, made)
         key = f"{stage}_{layout.variant}"
         difference = None
         if dist.get_rank() == 0:
@@ -92,12 +92,11 @@ def compare(
     return results
 
 
-def train(layout: Layout, stage: str, folder: Path) -> Trained:
+def train(layout: Layout, stage: str, folder: Path, groups: Any) -> Trained:
     """Two optimizer steps of a stage from the start checkpoint, with the program's own loader, engine and step."""
     from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.model.objective import objective_of
     from megatron_dllm.model.pipeline import EmbeddingNoise
-    from megatron_dllm.parallel.groups import Groups
     from megatron_dllm.training.engine import build_engine, set_learning_rate
     from megatron_dllm.training.observers.fingerprint import step_fingerprint
     from megatron_dllm.training.step import train_step
@@ -105,7 +104,7 @@ def train(layout: Layout, stage: str, folder: Path) -> Trained:
     config = train_config(layout, STAGES[stage], folder / "corpus")
     if layout.defect is None:
         config.validate(dist.get_world_size())
-    engine = build_engine(config, Groups.current())
+    engine = build_engine(config, groups)
     objective = objective_of(config.schedule.stages["only"], config.noise)
     if layout.model == SKIPPING:
         _check_skipping(engine.chunks, layout not in EXPECTED.values())
@@ -113,13 +112,13 @@ def train(layout: Layout, stage: str, folder: Path) -> Trained:
     engine.optimizer.reload_model_params()
     set_learning_rate(engine.optimizer, LEARNING_RATE)
     losses, norms, fingerprints = [], [], []
-    for index, step in enumerate(islice(_loader(config), NUM_STEPS)):
+    for index, step in enumerate(islice(_loader(config, groups), NUM_STEPS)):
         noise = EmbeddingNoise(EMBEDDING_NOISE.get(stage, 0.0), 1000 + index)
         result = train_step(engine, step.micro_batches, torch.device("cpu"), objective, noise)
         assert result.is_applied, f"step {index} of {stage}: {result.reason}"
         losses.append(result.loss)
         norms.append(result.grad_norm)
-        fingerprints.append(step_fingerprint(step.micro_batches))
+        fingerprints.append(step_fingerprint(step.micro_batches, groups.data))
     if layout.has_overlap:
         for chunk in engine.chunks:
             chunk.disable_forward_pre_hook(param_sync=True)
@@ -135,9 +134,7 @@ def _check_skipping(chunks: list[nn.Module], expected: bool) -> None:
             assert module.skips_outputs == expected, "the comparison is about outputs that one side leaves out"
 
 
-def _loader(config: TrainConfig) -> Iterator[Any]:
-    from megatron.core import parallel_state
-
+def _loader(config: TrainConfig, groups: Any) -> Iterator[Any]:
     from megatron_dllm.data.corpus import Corpus
     from megatron_dllm.data.geometry import RowGeometry
     from megatron_dllm.data.loader import BatchLoader, RowDataset
@@ -162,8 +159,8 @@ def _loader(config: TrainConfig) -> Iterator[Any]:
             stream,
             global_batch_size=stage.global_batch_size,
             micro_batch_size=stage.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            data_parallel_rank=groups.data.rank(),
+            data_parallel_size=groups.data.size(),
         )
     )
 
@@ -241,19 +238,18 @@ def _start(layout: Layout) -> str:
     return f"start_{layout.model.replace(' ', '_')}"
 
 
-def write_start(layout: Layout, folder: Path) -> None:
+def write_start(layout: Layout, folder: Path, groups: Any) -> None:
     """Random weights, with router biases that are not zero, as a checkpoint and as plain tensors."""
     from megatron_dllm.checkpoint.saving import CheckpointWriter
-    from megatron_dllm.parallel.groups import Groups
     from megatron_dllm.training.engine import build_engine
 
-    engine = build_engine(train_config(layout, STAGES["ar"], folder / "corpus"), Groups.current())
+    engine = build_engine(train_config(layout, STAGES["ar"], folder / "corpus"), groups)
     generator = torch.Generator().manual_seed(1)
     for name, buffer in engine.chunks[0].named_buffers():
         if name.endswith("expert_bias"):
             buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
     name = _start(layout)
-    written = CheckpointWriter(folder / f"written_{name}").save(0, engine.chunks, None, {}, {})
+    written = CheckpointWriter(folder / f"written_{name}", groups.data_context).save(0, engine.chunks, None, {}, {})
     (folder / name).symlink_to(written)
     save_file(gather_weights(engine.chunks)[0], str(folder / f"{name}.safetensors"))
 

@@ -209,6 +209,7 @@ def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, attentio
 
     from megatron_dllm.model import gpt
     from megatron_dllm.model.attention.core import BACKENDS
+    from megatron_dllm.parallel.groups import Groups
 
     if variant.recompute:
         layout = replace(layout, recompute="full")
@@ -219,8 +220,7 @@ def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, attentio
         built = gpt.build_model(
             replace(model, skip_unused_outputs=variant.last),
             layout,
-            pre_process=True,
-            post_process=True,
+            Groups.current(),
             attention_backend=attention or ("auto" if variant.attention else "dense"),
         )
     finally:

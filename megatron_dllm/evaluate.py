@@ -49,25 +49,25 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.data.corpus import Corpus
     from megatron_dllm.evaluation.elbo import AR, evaluate
-    from megatron_dllm.parallel import groups
     from megatron_dllm.parallel.device import local_device
+    from megatron_dllm.parallel.groups import destroy, initialize
     from megatron_dllm.training.engine import build_chunks
 
     folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
     contract = check_identity(folder, config.model)["contract"]
     check_grid(folder, contract, config.data.block_origin)
     corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
-    made = groups.initialize(config.parallel, config.run)
+    groups = initialize(config.parallel, config.run)
     try:
-        chunks = build_chunks(config, made)
+        chunks = build_chunks(config, groups)
         load_weights(folder, chunks, config.checkpoint.verify)
         device = local_device()
         names = [AR] if contract["shift"] else [str(size) for size in config.evaluation.block_sizes]
-        result = evaluate(chunks, config, made, corpus, names, device).to_json()
+        result = evaluate(chunks, config, groups, corpus, names, device).to_json()
         if is_rank_zero():
             write_validation(folder, result)
     finally:
-        groups.destroy()
+        destroy()
     return result
 
 

@@ -94,11 +94,12 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
     from megatron_dllm.host import prepare_host
 
     prepare_host()
-    from megatron_dllm.inference.load import CachedForward, load_model, single_rank
+    from megatron_dllm.inference.load import CachedForward, load_model
+    from megatron_dllm.parallel.groups import single_rank
 
     results = []
-    with single_rank(config.seed):
-        model = load_model(source, config.precision, config.attention_backend)
+    with single_rank(config.seed) as groups:
+        model = load_model(source, groups, config.precision, config.attention_backend)
         device = next(model.parameters()).device
         for index in track(range(len(prompts)), "decoding", console=Console(stderr=True), transient=True):
             start = time.perf_counter()

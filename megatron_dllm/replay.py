@@ -68,22 +68,22 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
     from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.model.objective import objective_of
     from megatron_dllm.model.pipeline import EmbeddingNoise
-    from megatron_dllm.parallel import groups
     from megatron_dllm.parallel.device import local_device
+    from megatron_dllm.parallel.groups import destroy, initialize
     from megatron_dllm.training.engine import build_chunks
     from megatron_dllm.training.replay import load_step, replay_step
 
     ranks = load_step(folder)
-    made = groups.initialize(config.parallel, config.run)
+    groups = initialize(config.parallel, config.run)
     try:
-        chunks = build_chunks(config, made)
+        chunks = build_chunks(config, groups)
         load_weights(checkpoint, chunks, config.checkpoint.verify)
         device = local_device()
         objective = objective_of(config.schedule.stages[record["stage"]], config.noise)
         noise = EmbeddingNoise(**record["embedding_noise"])
         return record, checkpoint, replay_step(chunks[0], ranks, objective.loss, noise, device)
     finally:
-        groups.destroy()
+        destroy()
 
 
 def _age(folder: Path, checkpoint: Path, step: int) -> str:

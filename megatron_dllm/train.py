@@ -35,21 +35,21 @@ def train(config: TrainConfig) -> int:
 
     quiet_libraries()
     prepare_host()
-    from megatron_dllm.parallel import groups
+    from megatron_dllm.parallel.groups import destroy, initialize
     from megatron_dllm.training.loop import Trainer
     from megatron_dllm.training.start import check_inputs, check_world_size, choose_layout
 
     check_inputs(config)
     check_world_size(config, world_size())
     layout = choose_layout(config)
-    made = groups.initialize(layout, config.run)
+    groups = initialize(layout, config.run)
     try:
-        code = _run(Trainer(config, made, layout))
+        code = _run(Trainer(config, groups, layout))
     except LeaseLost as error:
         log.error("%s", error)
         code = EXIT_FENCED
     # After an error the groups are left as they are: taking them down may wait for a rank that has gone.
-    groups.destroy()
+    destroy()
     return code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -24,12 +25,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> Iterator[None]:
-    """megatron-core on this process alone."""
+def one_rank() -> Iterator[Any]:
+    """megatron-core on this process alone, as `Groups`."""
     from megatron_dllm.host import prepare_host
 
     prepare_host()
-    from megatron_dllm.inference.load import single_rank
+    from megatron_dllm.parallel.groups import single_rank
 
-    with single_rank(0):
-        yield
+    with single_rank(0) as groups:
+        yield groups

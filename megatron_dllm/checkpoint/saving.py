@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
@@ -82,12 +82,15 @@ class CheckpointWriter:
     def __init__(
         self,
         checkpoints: Path,
+        group: dist.ProcessGroup,
         is_async: bool = False,
         timeout_minutes: float = 30.0,
         before_publish: Callable[[], None] | None = None,
         reads_back: bool = True,
     ) -> None:
-        """Args: folder of the run's checkpoints; `before_publish` may refuse (raise) before the final rename.
+        """Args: folder of the run's checkpoints; `group`: the ranks that hold the same weights and share the writing.
+
+        `before_publish` may refuse (raise) before the final rename.
 
         `reads_back`: before that, every rank compares another rank's files with their checksums (not in asynchronous
         saves, where training would stand still meanwhile).
@@ -98,7 +101,6 @@ class CheckpointWriter:
         self._before_publish = before_publish
         self._reads_back = reads_back and not is_async
         self._background: tuple[_Save, BackgroundWrite] | None = None
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         if group.size() > 1:
             self._strategy = FullyParallelSaveStrategyWrapper(self._strategy, group, True)

@@ -7,24 +7,21 @@ that the conversion tools use.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
 from megatron_dllm.checkpoint.loading import load_weights
-from megatron_dllm.config import ParallelConfig, RunConfig
+from megatron_dllm.config import ParallelConfig
 from megatron_dllm.hf.name_table import Piece, weight_map
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.inference.source import CheckpointSource
 from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.gpt import DiffusionGPTModel, build_model
-from megatron_dllm.parallel import groups
+from megatron_dllm.parallel.groups import Groups
 
 
 class CachedForward:
@@ -44,24 +41,14 @@ class CachedForward:
         return None if commit else logits.view(*input_ids.shape, -1)
 
 
-@contextmanager
-def single_rank(seed: int) -> Iterator[None]:
-    """Process groups of one rank, unless the caller has started groups already."""
-    if parallel_state.model_parallel_is_initialized():
-        yield
-        return
-    groups.initialize(ParallelConfig(), RunConfig(name="generate", seed=seed))
-    try:
-        yield
-    finally:
-        groups.destroy()
-
-
-def load_model(source: CheckpointSource, precision: str | None, attention_backend: str) -> DiffusionGPTModel:
-    """Build the model on this process's device, load its weights, set it to evaluation; process groups must exist.
+def load_model(
+    source: CheckpointSource, groups: Groups, precision: str | None, attention_backend: str
+) -> DiffusionGPTModel:
+    """Build the model on this process's device, load its weights, set it to evaluation.
 
     Args:
         source: from `read_source`.
+        groups: of this rank; the model is whole on every rank.
         precision: of parameters and activations; None: bf16 on a GPU, fp32 without one.
         attention_backend: see `config.model.ATTENTION_BACKENDS`.
 
@@ -69,7 +56,7 @@ def load_model(source: CheckpointSource, precision: str | None, attention_backen
         ValueError: weights are missing, or do not fit the model.
     """
     layout = ParallelConfig(precision=precision or ("bf16" if torch.cuda.is_available() else "fp32"))
-    model = build_model(source.model, layout, pre_process=True, post_process=True, attention_backend=attention_backend)
+    model = build_model(source.model, layout, groups, attention_backend=attention_backend)
     if source.is_hf:
         load_hf_weights(source.folder, model)
     else:

@@ -38,6 +38,8 @@ from megatron_dllm.model.last_layer import LastLayer, can_skip_outputs, flat_row
 from megatron_dllm.model.norm import RMSNorm
 from megatron_dllm.model.rotary import rotary_angles
 from megatron_dllm.model.weights import weight_of
+from megatron_dllm.parallel.device import local_device
+from megatron_dllm.parallel.groups import Groups
 
 # The local spec writes the norm before every MLP under the name of TransformerEngine's fused layer, also where the
 # MLP is a mixture of experts. Said for both specs, it makes their checkpoints interchangeable.
@@ -215,19 +217,17 @@ def block_spec(
 def build_model(
     model: ModelConfig,
     parallel: ParallelConfig,
+    groups: Groups,
     *,
-    pre_process: bool,
-    post_process: bool,
     vp_stage: int | None = None,
     attention_backend: str | None = None,
 ) -> DiffusionGPTModel:
-    """This rank's part of the model, with random weights. Process groups must exist.
+    """This rank's part of the model, with random weights.
 
     Args:
         model: sizes and ids.
         parallel: layout and precision.
-        pre_process: whether this part holds the embedding (first pipeline stage).
-        post_process: whether this part holds the head (last pipeline stage).
+        groups: of this layout; they say whether this part holds the embedding and the head.
         vp_stage: virtual pipeline stage, with interleaved pipelines.
         attention_backend: overrides model.attention_backend.
 
@@ -237,8 +237,13 @@ def build_model(
     config = transformer_config(model, parallel)
     spec = block_spec(config, attention_backend or model.attention_backend, vp_stage, can_skip_outputs(model, config))
     return DiffusionGPTModel(
-        model, config, spec, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage
-    ).to(torch.cuda.current_device())
+        model,
+        config,
+        spec,
+        pre_process=groups.is_first_stage(vp_stage),
+        post_process=groups.is_last_stage(vp_stage),
+        vp_stage=vp_stage,
+    ).to(local_device())
 
 
 class DiffusionGPTModel(GPTModel):

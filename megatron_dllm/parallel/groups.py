@@ -6,6 +6,8 @@ This package is the only reader of megatron-core's `parallel_state`: everything 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -110,6 +112,19 @@ def initialize(parallel: ParallelConfig, run: RunConfig) -> Groups:
     )
     seed_everything(run.seed)
     return Groups.current()
+
+
+@contextmanager
+def single_rank(seed: int) -> Iterator[Groups]:
+    """Process groups of one rank, unless the caller has started groups already; those stay."""
+    if parallel_state.model_parallel_is_initialized():
+        yield Groups.current()
+        return
+    groups = initialize(ParallelConfig(), RunConfig(name="single", seed=seed))
+    try:
+        yield groups
+    finally:
+        destroy()
 
 
 def seed_everything(seed: int) -> None:

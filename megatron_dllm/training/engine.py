@@ -38,16 +38,7 @@ def build_chunks(config: TrainConfig, groups: Groups) -> list[nn.Module]:
     chunks = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
-        chunk = build_model(
-            config.model,
-            config.parallel,
-            vp_stage=vp_stage,
-            pre_process=groups.is_first_stage(vp_stage),
-            post_process=groups.is_last_stage(vp_stage),
-        )
-        if torch.cuda.is_available():
-            chunk.cuda(torch.cuda.current_device())
-        chunks.append(chunk)
+        chunks.append(build_model(config.model, config.parallel, groups, vp_stage=vp_stage))
     if config.parallel.precision == "bf16":
         return [Float16Module(chunk.config, chunk) for chunk in chunks]
     return chunks

@@ -74,7 +74,7 @@ class Trainer:
     """One run on this rank, from its configuration to its last checkpoint."""
 
     def __init__(self, config: TrainConfig, groups: Groups, layout: ParallelConfig | None = None) -> None:
-        """Open data and run folder, build the model, load weights or resume. Process groups must exist.
+        """Open data and run folder, build the model, load weights or resume.
 
         Args:
             config: of the run.
@@ -102,6 +102,7 @@ class Trainer:
         self.engine = build_engine(config, groups)
         self.writer = CheckpointWriter(
             self.checkpoints,
+            groups.data_context,
             config.checkpoint.is_async,
             config.checkpoint.timeout_minutes,
             self.lease.check if self.lease else None,
@@ -117,7 +118,13 @@ class Trainer:
             write_text(self.folder / CODE_STATE, code_state())
         model = config.model
         self.router = (
-            RouterLoad(self.engine.chunks, model.num_layers, model.num_moe_experts, config.parallel.recompute == "full")
+            RouterLoad(
+                self.engine.chunks,
+                model.num_layers,
+                model.num_moe_experts,
+                config.parallel.recompute == "full",
+                groups.tensor,
+            )
             if model.is_moe
             else None
         )
@@ -254,6 +261,7 @@ class Trainer:
                     "embedding_noise": asdict(self._embedding_noise()),
                     "config": asdict(self.given_config),
                 },
+                self.groups,
             )
             state.num_skipped += 1
             if config.optimizer.on_non_finite == "stop" or state.num_skipped >= _MAX_SKIPPED:
@@ -320,9 +328,9 @@ class Trainer:
     def _log(self, stage: Stage, result: StepResult, learning_rate: float, step: GlobalStep, seconds: float) -> None:
         load = self.router.totals(self.device) if self.router is not None else None
         norm = self._mask_embedding_norm()
-        fingerprint = step_fingerprint(step.micro_batches)
+        fingerprint = step_fingerprint(step.micro_batches, self.groups.data)
         check_agreement(fingerprint)
-        balance = context_balance(step.micro_batches, self.config.parallel, self.device)
+        balance = context_balance(step.micro_batches, self.config.parallel, self.groups.data, self.device)
         if self.metrics is None:
             return
         record: dict[str, Any] = {

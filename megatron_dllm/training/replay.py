@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,11 +19,14 @@ from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.objective import LossFunction
 from megatron_dllm.model.pipeline import EmbeddingNoise
+from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.files import remove, write_json
 from megatron_dllm.run.names import REPLAY
 
 
-def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], record: dict[str, Any]) -> Path:
+def dump_step(
+    run_folder: Path, step: int, micro_batches: Sequence[Batch], record: dict[str, Any], groups: Groups
+) -> Path:
     """Write every micro-batch of a step (ids, masks, noise levels, sample ids) and what is known about it.
 
     A collective: what an earlier start left of the step is gone before, and all is written when it returns. Ranks
@@ -35,28 +37,21 @@ def dump_step(run_folder: Path, step: int, micro_batches: Sequence[Batch], recor
         step: optimizer steps done before this one.
         micro_batches: of this data-parallel rank, before they are split over context-parallel ranks.
         record: configuration, stage, reason and sums, for step.json.
+        groups: of this rank.
     """
     folder = run_folder / REPLAY / f"step_{step:07d}"
     if dist.get_rank() == 0:
         remove(folder)
         folder.mkdir(parents=True)
-        write_json(
-            folder / "step.json",
-            {"step": step, "data_parallel_size": parallel_state.get_data_parallel_world_size(), **record},
-        )
+        write_json(folder / "step.json", {"step": step, "data_parallel_size": groups.data.size(), **record})
     dist.barrier()
-    place = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_context_parallel_rank(),
-    )
-    if not any(place):
+    if not any(group.rank() for group in (groups.tensor, groups.pipeline, groups.context)):
         tensors = {
             f"{index}.{item.name}": getattr(batch, item.name).cpu().contiguous()
             for index, batch in enumerate(micro_batches)
             for item in fields(Batch)
         }
-        save_file(tensors, str(folder / f"data_{parallel_state.get_data_parallel_rank():05d}.safetensors"))
+        save_file(tensors, str(folder / f"data_{groups.data.rank():05d}.safetensors"))
     dist.barrier()
     return folder
 

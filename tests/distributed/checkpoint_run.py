@@ -29,8 +29,9 @@ def build(folder: Path, layout: ParallelConfig, model: ModelConfig = MODEL) -> A
 def writer_of(folder: Path, **options: Any) -> Any:
     """A writer of the run's checkpoints."""
     from megatron_dllm.checkpoint.saving import CheckpointWriter
+    from megatron_dllm.parallel.groups import Groups
 
-    return CheckpointWriter(folder / "runs" / "run" / "checkpoints", **options)
+    return CheckpointWriter(folder / "runs" / "run" / "checkpoints", Groups.current().data_context, **options)
 
 
 def save(writer: Any, step: int, engine: Any) -> Path:

@@ -23,8 +23,7 @@ def _prepare(folder: str) -> dict[str, float]:
 
     layout = LAYOUTS["accumulation 4"]
     write_corpus(Path(folder) / "corpus", num_documents=300)
-    groups.initialize(layout.parallel, RunConfig(name="test"))
-    write_start(layout, Path(folder))
+    write_start(layout, Path(folder), groups.initialize(layout.parallel, RunConfig(name="test")))
     parallel_state.destroy_model_parallel()
     return _evaluate(layout, folder)
 

@@ -15,9 +15,9 @@ def _fingerprints(seeds: list[int]) -> tuple[str, str]:
     from megatron_dllm.parallel import groups
     from megatron_dllm.training.observers.fingerprint import check_agreement, step_fingerprint
 
-    groups.initialize(ParallelConfig(context_parallel_size=2), RunConfig(name="test"))
+    made = groups.initialize(ParallelConfig(context_parallel_size=2), RunConfig(name="test"))
     batch = tiny_batch(tiny_model(), [[12, 9]], 48, block_size=4, seed=seeds[torch.distributed.get_rank()])
-    fingerprint = step_fingerprint([batch])
+    fingerprint = step_fingerprint([batch], made.data)
     try:
         check_agreement(fingerprint)
     except RuntimeError as error:
@@ -30,12 +30,12 @@ def _global_fingerprint() -> str:
     from megatron_dllm.parallel import groups
     from megatron_dllm.training.observers.fingerprint import step_fingerprint
 
-    groups.initialize(ParallelConfig(), RunConfig(name="test"))
+    made = groups.initialize(ParallelConfig(), RunConfig(name="test"))
     rows = [
         tiny_batch(tiny_model(), [lengths], 48, block_size=4, seed=index)
         for index, lengths in enumerate([[12, 9], [20], [3, 4, 5], [8]])
     ]
-    return step_fingerprint(rows[torch.distributed.get_rank() :: torch.distributed.get_world_size()])
+    return step_fingerprint(rows[torch.distributed.get_rank() :: torch.distributed.get_world_size()], made.data)
 
 
 def _balance(method: str) -> dict[str, float]:
@@ -43,9 +43,9 @@ def _balance(method: str) -> dict[str, float]:
     from megatron_dllm.training.observers.context_balance import context_balance
 
     layout = ParallelConfig(context_parallel_size=2, context_parallel_method=method)
-    groups.initialize(layout, RunConfig(name="test"))
+    made = groups.initialize(layout, RunConfig(name="test"))
     batch = tiny_batch(tiny_model(), [[40, 20], [57]], row_length=128, block_size=4)
-    return context_balance([batch], layout, torch.device("cpu"))
+    return context_balance([batch], layout, made.data, torch.device("cpu"))
 
 
 def test_equal_data_agrees_and_other_data_is_named() -> None:

@@ -85,37 +85,25 @@ def _rows(model: ModelConfig) -> list[Batch]:
     return [tiny_batch(model, [row], ROW_LENGTH, block_size=4, seed=index) for index, row in enumerate(ROWS)]
 
 
-def _loss(batch: Batch, output: TargetOutputs) -> tuple[Tensor, Tensor, Tensor]:
-    from megatron.core import parallel_state
-
+def _loss(batch: Batch, groups: Any, output: TargetOutputs) -> tuple[Tensor, Tensor, Tensor]:
     nll, is_correct = output.nll, output.is_correct
     loss = (nll * batch.loss_weights).sum()
-    count = batch.num_maskable if parallel_state.get_context_parallel_rank() == 0 else torch.tensor(0)
+    count = batch.num_maskable if groups.context.rank() == 0 else torch.tensor(0)
     return loss, count.int(), torch.stack([loss.detach(), nll.detach().sum(), is_correct.sum().float()]).double()
 
 
-def _forward(batches: Any, model: Any) -> tuple[Any, Any]:
+def _forward(groups: Any, batches: Any, model: Any) -> tuple[Any, Any]:
     batch = next(batches)
-    return model(batch, **NOISE), partial(_loss, batch)
+    return model(batch, **NOISE), partial(_loss, batch, groups)
 
 
-def _chunks(model: ModelConfig, layout: ParallelConfig) -> list[Any]:
-    from megatron.core import parallel_state
-
+def _chunks(model: ModelConfig, layout: ParallelConfig, groups: Any) -> list[Any]:
     from megatron_dllm.model.gpt import build_model
 
     chunks = []
     for stage in range(layout.virtual_pipeline_model_parallel_size or 1):
         vp_stage = stage if layout.virtual_pipeline_model_parallel_size else None
-        chunks.append(
-            build_model(
-                model,
-                layout,
-                vp_stage=vp_stage,
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            )
-        )
+        chunks.append(build_model(model, layout, groups, vp_stage=vp_stage))
     return chunks
 
 
@@ -133,8 +121,7 @@ def _run_one_rank(folder: str) -> dict[str, Result]:
     for name in MODELS:
         model, layout = _model(name), ParallelConfig()
         parallel_state.destroy_model_parallel()
-        groups.initialize(layout, RunConfig(name="test"))
-        (built,) = _chunks(model, layout)
+        (built,) = _chunks(model, layout, groups.initialize(layout, RunConfig(name="test")))
         built.load_state_dict(to_megatron(model, _weights(model)), strict=False)
         dist_checkpointing.save(_sharded([built]), _fresh(folder, f"weights_{name}"))
         results[name] = _run_layout(name, layout, "allgather", folder, f"one_rank_{name}", skips_outputs=False)
@@ -169,17 +156,17 @@ def _run_layout(
 
     layout.validate(world_size(), model)
     parallel_state.destroy_model_parallel()
-    groups.initialize(layout, RunConfig(name="test"))
+    made = groups.initialize(layout, RunConfig(name="test"))
     with pytest.MonkeyPatch.context() as patch:
         choose = gpt._moe_arguments
         patch.setattr(gpt, "_moe_arguments", lambda *args: {**choose(*args), "moe_token_dispatcher_type": dispatcher})
-        chunks = _chunks(replace(model, skip_unused_outputs=layout != ParallelConfig()), layout)
+        chunks = _chunks(replace(model, skip_unused_outputs=layout != ParallelConfig()), layout, made)
     assert not chunks[-1].post_process or chunks[-1].skips_outputs == skips_outputs, name
     loaded = dist_checkpointing.load(_sharded(chunks), f"{folder}/weights_{model_name}")
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"chunk{index}"])
         chunk.train()
-    sums = _forward_backward(model, chunks)
+    sums = _forward_backward(model, chunks, made)
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
@@ -190,9 +177,8 @@ def _run_layout(
     return sums.tolist(), {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
 
 
-def _forward_backward(model: ModelConfig, chunks: list[Any]) -> Tensor:
+def _forward_backward(model: ModelConfig, chunks: list[Any], groups: Any) -> Tensor:
     """Run megatron-core's schedule over this rank's share of the rows; [3] sums of the global batch."""
-    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -201,12 +187,12 @@ def _forward_backward(model: ModelConfig, chunks: list[Any]) -> Tensor:
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=False)
     wrapped = [DistributedDataParallel(chunk.config, config, chunk) for chunk in chunks]
     wrapped[0].config.finalize_model_grads_func = finalize_model_grads
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    cp_rank, cp_size = (parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size())
-    batches = [take_context_shard(batch, cp_rank, cp_size) for batch in _rows(model)[rank::size]]
+    context = groups.context
+    rows = _rows(model)[groups.data.rank() :: groups.data.size()]
+    batches = [take_context_shard(batch, context.rank(), context.size()) for batch in rows]
     iterators = [iter(batches) for _ in wrapped]
     sums = get_forward_backward_func()(
-        forward_step_func=_forward,
+        forward_step_func=partial(_forward, groups),
         data_iterator=iterators if len(wrapped) > 1 else iterators[0],
         model=wrapped,
         num_microbatches=len(batches),
@@ -215,7 +201,7 @@ def _forward_backward(model: ModelConfig, chunks: list[Any]) -> Tensor:
         forward_only=False,
     )
     total = torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64)
-    if parallel_state.get_tensor_model_parallel_rank() > 0:
+    if groups.tensor.rank() > 0:
         total.zero_()
     torch.distributed.all_reduce(total)
     return total

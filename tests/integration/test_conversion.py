@@ -46,8 +46,9 @@ def _ids(model: ModelConfig, rows: int = 2) -> Tensor:
 def _load(folder: Path) -> Any:
     from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel.groups import Groups
 
-    model = build_model(read_contract(folder).model, ParallelConfig(), pre_process=True, post_process=True)
+    model = build_model(read_contract(folder).model, ParallelConfig(), Groups.current())
     load_weights(folder, [model])
     return model.eval()
 
@@ -297,24 +298,17 @@ LAYOUTS = {
 
 
 def _load_and_save(source: str, target: str, layout: ParallelConfig, model: ModelConfig) -> None:
-    from megatron.core import parallel_state
-
     from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.checkpoint.saving import CheckpointWriter
     from megatron_dllm.config import RunConfig
     from megatron_dllm.model.gpt import build_model
-    from megatron_dllm.parallel import groups
+    from megatron_dllm.parallel.groups import initialize
 
-    groups.initialize(layout, RunConfig(name="layouts"))
-    module = build_model(
-        model,
-        layout,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
+    groups = initialize(layout, RunConfig(name="layouts"))
+    module = build_model(model, layout, groups)
     load_weights(Path(source), [module])
     contract = json.loads((Path(source) / "contract.json").read_text())
-    CheckpointWriter(Path(target)).save(1, [module], None, contract, {})
+    CheckpointWriter(Path(target), groups.data_context).save(1, [module], None, contract, {})
 
 
 @pytest.mark.parametrize(

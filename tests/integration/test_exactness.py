@@ -38,7 +38,7 @@ def model_config() -> ModelConfig:
 def built(one_rank: None, model_config: ModelConfig) -> Any:
     from megatron_dllm.model.gpt import build_model
 
-    model = build_model(model_config, ParallelConfig(), pre_process=True, post_process=True)
+    model = build_model(model_config, ParallelConfig(), Groups.current())
     model.load_state_dict(to_megatron(model_config, random_weights(model_config)), strict=False)
     return model
 

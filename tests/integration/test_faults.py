@@ -181,11 +181,12 @@ def _write_poisoned_start(config: TrainConfig) -> None:
     from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_engine
 
-    engine = build_engine(config, groups.initialize(config.parallel, config.run))
+    made = groups.initialize(config.parallel, config.run)
+    engine = build_engine(config, made)
     with torch.no_grad():
         engine.chunks[0].module.embedding.word_embeddings.weight[POISONED_TOKEN] = math.nan
     contract = {"format": 1, "model": asdict(config.model), "contract": {}, "step": 0}
-    CheckpointWriter(checkpoints_of(config)).save(0, engine.chunks, None, contract, {})
+    CheckpointWriter(checkpoints_of(config), made.data_context).save(0, engine.chunks, None, contract, {})
 
 
 def _replay(folder: Path) -> tuple[dict[str, Any], Path, Any]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,8 +95,9 @@ def save_run(run: Path, model: ModelConfig, shift: bool = False, seed: int = 0) 
     """A run folder with one checkpoint of a random model whose predictions are sharp and depend on the context."""
     from megatron_dllm.checkpoint.saving import CheckpointWriter
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel.groups import Groups
 
-    module = build_model(model, ParallelConfig(), pre_process=True, post_process=True)
+    module = build_model(model, ParallelConfig(), Groups.current())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -106,7 +108,7 @@ def save_run(run: Path, model: ModelConfig, shift: bool = False, seed: int = 0) 
             if name.endswith("expert_bias"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
     contract = {"shift": shift, "block_origin": "document", "mask_token_id": 2, "block_size": 8, "context_length": 64}
-    CheckpointWriter(run / "checkpoints").save(
+    CheckpointWriter(run / "checkpoints", Groups.current().data_context).save(
         5,
         [module],
         None,
@@ -162,12 +164,12 @@ class UncachedForward:
 
 
 @pytest.mark.parametrize(("block_size", "threshold"), [(1, 0.5), (4, 0.5), (8, 0.5), (64, 1.0)])
-def test_cached_decoding_equals_uncached(run: Path, block_size: int, threshold: float) -> None:
+def test_cached_decoding_equals_uncached(one_rank: Any, run: Path, block_size: int, threshold: float) -> None:
     from megatron_dllm.inference.load import CachedForward, load_model
     from megatron_dllm.inference.source import read_source
 
     source = read_source(replace(SETTINGS, checkpoint=str(run), prompt="x"))
-    cached, dense = (load_model(source, "fp32", backend) for backend in ("auto", "dense"))
+    cached, dense = (load_model(source, one_rank, "fp32", backend) for backend in ("auto", "dense"))
     contract = DecodingContract(block_size, 64, MODEL.mask_token_id, (-1,))
     config = DecodingConfig(threshold=threshold, max_new_tokens=24)
     texts = set()

@@ -105,7 +105,7 @@ class RoleAttention(MegatronModule):
             attention_dropout: overrides the config's.
             softmax_scale: factor on the logits; None: 1 / sqrt(d).
             cp_comm_type: "a2a" exchanges tokens for heads; else keys and values are gathered.
-            pg_collection: process groups; None: megatron's own.
+            pg_collection: the model's process groups.
             backend: see `choose_backend`.
             selects_rows: compute only the queries that `attention_bias` names.
 
@@ -125,8 +125,6 @@ class RoleAttention(MegatronModule):
         self.backend = backend
         self.selects_rows = selects_rows
         self.kv_cache: KVCache | None = None
-        if pg_collection is None:
-            pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.cp_group = getattr(pg_collection, "cp", None)
         self.exchanges_heads = cp_comm_type == "a2a" and self.context_parallel_size > 1
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_dllm.config import ParallelConfig
 from megatron_dllm.data.batch import Batch
@@ -24,7 +23,9 @@ def row_ratios(micro_batches: Sequence[Batch], cp_size: int) -> list[float]:
     ]
 
 
-def context_balance(micro_batches: Sequence[Batch], parallel: ParallelConfig, device: torch.device) -> dict[str, float]:
+def context_balance(
+    micro_batches: Sequence[Batch], parallel: ParallelConfig, group: dist.ProcessGroup, device: torch.device
+) -> dict[str, float]:
     """The ratio's mean and maximum over the rows of the global batch (a collective).
 
     Counts on the host what the rows are dealt by: call it where something is logged, not in every step.
@@ -33,13 +34,13 @@ def context_balance(micro_batches: Sequence[Batch], parallel: ParallelConfig, de
         micro_batches: this rank's, of whole rows.
         parallel: the layout; nothing is counted without context parallelism, nor with ulysses, where every rank has
             some heads of the whole row and the work is even whatever the deal.
+        group: the data-parallel ranks.
         device: of the collective.
     """
     cp_size = parallel.context_parallel_size
     if cp_size == 1 or parallel.context_parallel_method == "ulysses":
         return {}
     ratios = torch.tensor(row_ratios(micro_batches, cp_size), dtype=torch.float64)
-    group = parallel_state.get_data_parallel_group()
     total = torch.stack([ratios.sum(), torch.tensor(float(len(ratios)), dtype=torch.float64)]).to(device)
     largest = ratios.max().to(device)
     dist.all_reduce(total, group=group)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.parallel.device import local_device
@@ -31,11 +30,12 @@ def row_digests(batch: Batch) -> list[bytes]:
     return digests
 
 
-def step_fingerprint(micro_batches: Sequence[Batch]) -> str:
-    """SHA-256 (hex) of a global batch, its rows in their global order (a collective of the data-parallel group).
+def step_fingerprint(micro_batches: Sequence[Batch], group: dist.ProcessGroup) -> str:
+    """SHA-256 (hex) of a global batch, its rows in their global order (a collective).
 
     Args:
         micro_batches: this data-parallel rank's, before they are split over context-parallel ranks.
+        group: the data-parallel ranks.
 
     Returns:
         The same text on every rank, whatever data-parallel size and micro-batch size are.
@@ -44,7 +44,6 @@ def step_fingerprint(micro_batches: Sequence[Batch]) -> str:
     rows = micro_batches[0].input_ids.shape[0]
     device = local_device()
     mine = torch.from_numpy(local.copy()).to(device)
-    group = parallel_state.get_data_parallel_group()
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(gathered, mine, group=group)
     # Row k of micro-batch j of rank r is row (j * ranks + r) * rows + k of the global batch.

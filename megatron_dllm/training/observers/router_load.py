@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
@@ -36,8 +35,19 @@ def token_roles(batch: Batch) -> Tensor:
 class RouterLoad:
     """Counts of tokens per layer, role and expert over the micro-batches of one step."""
 
-    def __init__(self, chunks: Sequence[nn.Module], num_layers: int, num_experts: int, is_recomputed: bool) -> None:
-        """Args: `is_recomputed` says that layers run first without gradient and once more in the backward pass."""
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        num_layers: int,
+        num_experts: int,
+        is_recomputed: bool,
+        tensor: dist.ProcessGroup,
+    ) -> None:
+        """Args: `is_recomputed` says that layers run first without gradient and once more in the backward pass.
+
+        `tensor`: the tensor-parallel ranks, which share the tokens of a row.
+        """
+        self._tensor = tensor
         self._is_recomputed = is_recomputed
         modules = [m for chunk in chunks for m in chunk.modules()]
         self._routers = [m for m in modules if isinstance(m, TopKRouter)]
@@ -50,8 +60,7 @@ class RouterLoad:
     def observe(self, batch: Batch) -> None:
         """Tell which micro-batch the next forward pass is of."""
         roles = token_roles(batch)
-        size = parallel_state.get_tensor_model_parallel_world_size()
-        rank = parallel_state.get_tensor_model_parallel_rank()
+        size, rank = self._tensor.size(), self._tensor.rank()
         num_rows, length = batch.input_ids.shape
         kept = roles[rows_to_keep(batch.target_positions, length, num_rows, size)]
         kept[len(batch.target_positions) :] = _PADDING

@@ -24,9 +24,10 @@ SIZES = {
 @pytest.fixture(scope="module")
 def experts() -> Any:
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel.groups import Groups
 
     model = tiny_model()
-    built = build_model(model, ParallelConfig(), pre_process=True, post_process=True)
+    built = build_model(model, ParallelConfig(), Groups.current())
     built.load_state_dict(to_megatron(model, random_weights(model)), strict=False)
     return built.decoder.layers[1].mlp.experts
 
@@ -92,10 +93,11 @@ def test_checkpoint_names_are_those_of_sequential_mlp(experts: Any) -> None:
 def test_hooks_that_complete_parameters_run_before_they_are_read() -> None:
     """megatron-core's overlapped parameter gather waits in a hook before the forward pass of the owning module."""
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel.groups import Groups
     from tests.tiny_batch import tiny_batch
 
     model = tiny_model()
-    built = build_model(model, ParallelConfig(), pre_process=True, post_process=True)
+    built = build_model(model, ParallelConfig(), Groups.current())
     waited: set[int] = set()
     for module in built.modules():
         module.register_forward_pre_hook(

@@ -29,8 +29,9 @@ BATCHES = {
 
 def _build(model: ModelConfig, weights: dict[str, Tensor], recompute: str = "none", **overrides: Any) -> Any:
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel.groups import Groups
 
-    built = build_model(model, ParallelConfig(recompute=recompute), pre_process=True, post_process=True, **overrides)
+    built = build_model(model, ParallelConfig(recompute=recompute), Groups.current(), **overrides)
     missing, unexpected = built.load_state_dict(to_megatron(model, weights), strict=False)
     assert not unexpected and all(name.endswith("_extra_state") for name in missing)
     return built
@@ -156,9 +157,10 @@ def test_bf16_keeps_expert_bias_in_fp32() -> None:
     from megatron.core.transformer.module import Float16Module
 
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel.groups import Groups
 
     model = tiny_model()
-    built = build_model(model, ParallelConfig(precision="bf16"), pre_process=True, post_process=True)
+    built = build_model(model, ParallelConfig(precision="bf16"), Groups.current())
     wrapped = Float16Module(built.config, built)
     weights = random_weights(model)
     wrapped.load_state_dict(to_megatron(model, weights), strict=False)

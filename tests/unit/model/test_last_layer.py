@@ -29,10 +29,9 @@ BATCHES: dict[str, dict[str, Any]] = {
 
 def _build(model: ModelConfig, parallel: ParallelConfig | None = None, backend: str = "auto") -> Any:
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel.groups import Groups
 
-    built = build_model(
-        model, parallel or ParallelConfig(), pre_process=True, post_process=True, attention_backend=backend
-    )
+    built = build_model(model, parallel or ParallelConfig(), Groups.current(), attention_backend=backend)
     built.load_state_dict(to_megatron(model, random_weights(model)), strict=False)
     return built.train()
 
@@ -125,11 +124,12 @@ def test_rows_to_keep_are_filled_up_to_a_multiple() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_router_load_of_the_last_layer_counts_kept_tokens(recompute: str) -> None:
+    from megatron_dllm.parallel.groups import Groups
     from megatron_dllm.training.observers.router_load import RouterLoad
 
     model = tiny_model()
     built, batch = _build(model, ParallelConfig(recompute=recompute)), tiny_batch(model, **BATCHES["two rows"])
-    load = RouterLoad([built], model.num_layers, model.num_moe_experts, recompute == "full")
+    load = RouterLoad([built], model.num_layers, model.num_moe_experts, recompute == "full", Groups.current().tensor)
     with load.counting():
         load.observe(batch)
         built(batch)
