@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slurm test-transformers4 check install parity kill study clean
+.PHONY: demo docs test test-slurm test-transformers4 check install parity kill study clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,11 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit
+
+# These pages and the reference as a site in site/; a link that leads nowhere fails.
+docs: install
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	$(BIN)/mkdocs build --strict --quiet
 
 # Every parallel layout against one rank; writes benchmarks/results/parity.md. Minutes on two free cores.
 parity: install

@@ -26,7 +26,8 @@ INSTALL = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.2"],  # TE linear layers, grouped experts, FusedAdam
     "slurm": ["hydra-submitit-launcher==1.2.0", "submitit>=1.5"],  # sweeps on SLURM
-    "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "import-linter>=2.1"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],  # the pages and a reference as a site
+    "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "import-linter>=2.1", "pre-commit>=3.8"],
 }
 
 setup(
