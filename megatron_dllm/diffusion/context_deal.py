@@ -25,7 +25,7 @@ MIN_CHUNKS_PER_RANK = 16
 # Chunks per rank at which noisy blocks are rather divided than chunks made smaller still.
 MAX_CHUNKS_PER_RANK = 64
 MAX_SWAPS = 64
-# Pairs of pieces looked at for one swap; above, only those of the least busy rank are.
+# Pairs of stretches looked at for one swap; above, only those of the least busy rank are.
 MAX_SWAP_PAIRS = 1 << 16
 # A deal is accepted once no rank has more than this times the mean of visible pairs; else with chunks half as long.
 ACCEPTED_RATIO = 1.02
@@ -113,7 +113,7 @@ def _units(roles: NDArray[np.integer], chunk: int, keeps_blocks: bool) -> tuple[
 
 
 @dataclass
-class _Piece:
+class _Stretch:
     """Neighbouring tokens [start, stop) that one rank holds."""
 
     start: int
@@ -137,7 +137,7 @@ def _deal_units(
     summed = np.concatenate([np.zeros((2, 1)), token_costs.cumsum(1)], axis=1)
     costs = (summed[:, stops] - summed[:, starts]).sum(0)
     loads, room = np.zeros(num_ranks), np.full(num_ranks, length // num_ranks)
-    pieces: list[_Piece] = []
+    stretches: list[_Stretch] = []
     for index in np.lexsort((-costs, ~is_whole)):
         start, stop = int(starts[index]), int(stops[index])
         while start < stop:
@@ -146,20 +146,20 @@ def _deal_units(
                 return None
             rank = int(np.argmin(np.where(fits, loads, np.inf)))
             end = min(stop, start + int(room[rank]))
-            pieces.append(_Piece(start, end, rank))
+            stretches.append(_Stretch(start, end, rank))
             loads[rank] += (summed[:, end] - summed[:, start]).sum()
             room[rank] -= end - start
             start = end
-    _exchange_pieces(pieces, summed, num_ranks)
+    _exchange_stretches(stretches, summed, num_ranks)
     owner = np.empty(length, dtype=np.int64)
-    for piece in pieces:
-        owner[piece.start : piece.stop] = piece.rank
+    for stretch in stretches:
+        owner[stretch.start : stretch.stop] = stretch.rank
     return owner
 
 
-def _exchange_pieces(pieces: list[_Piece], summed: NDArray[np.float64], num_ranks: int) -> None:
-    """Swap pieces of one length between the busiest rank and another, while that evens out the work."""
-    starts, stops, owner = np.array([(piece.start, piece.stop, piece.rank) for piece in pieces]).T
+def _exchange_stretches(stretches: list[_Stretch], summed: NDArray[np.float64], num_ranks: int) -> None:
+    """Swap stretches of one length between the busiest rank and another, while that evens out the work."""
+    starts, stops, owner = np.array([(stretch.start, stretch.stop, stretch.rank) for stretch in stretches]).T
     costs = summed[:, stops] - summed[:, starts]
     loads: NDArray[np.float64] = np.stack(
         [np.bincount(owner, weights=row, minlength=num_ranks) for row in costs]
@@ -167,8 +167,8 @@ def _exchange_pieces(pieces: list[_Piece], summed: NDArray[np.float64], num_rank
     for _ in range(MAX_SWAPS):
         if not _swap_once(costs, stops - starts, owner, loads):
             break
-    for piece, rank in zip(pieces, owner, strict=True):
-        piece.rank = int(rank)
+    for stretch, rank in zip(stretches, owner, strict=True):
+        stretch.rank = int(rank)
 
 
 def _swap_once(costs: NDArray[np.float64], lengths: IntArray, owner: IntArray, loads: NDArray[np.float64]) -> bool:
