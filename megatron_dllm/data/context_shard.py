@@ -1,4 +1,13 @@
-"""A context-parallel rank's share of a micro-batch: which tokens of every row it holds, and the targets among them."""
+"""A context-parallel rank's share of a micro-batch: which tokens of every row it holds, and the targets among them.
+
+    1 deal    every rank deals every row to all ranks by itself (`diffusion.context_deal`); no communication is needed
+    2 take    each keeps its own tokens, with their roles, positions and noise
+    3 number  targets count their position within the shard
+
+A row of 6 tokens with targets 1 and 4, dealt [0 1 5] and [2 3 4]: the first rank has target 1 at its position 1, the
+second target 4 at its position 2. What belongs to whole rows (sample ids, the loss's denominator) stays the same on
+every rank.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +29,7 @@ def deal_context(batch: Batch, cp_size: int) -> Tensor:
     Returns:
         [b, cp_size, s / cp_size] int64 indexes into the row.
     """
+    # The number of targets matters too: a rank with many of them has more of the LM head to compute.
     is_target = np.zeros(batch.input_ids.shape, dtype=np.bool_)
     is_target.reshape(-1)[batch.target_positions.numpy()] = True
     rows = zip(batch.roles.numpy(), is_target, strict=True)

@@ -6,6 +6,14 @@ has to be even is the number of tokens (memory, experts, linear layers: exactly 
 
 Tokens move in chunks of neighbours, because neighbours read the same keys. Where it can be done, a noisy block
 stays whole: nobody else reads its keys, so only clean keys have to travel between the ranks.
+
+In four steps, with chunks of 2 tokens of an AR document of 8 on two ranks (token i sees i + 1 keys):
+
+    1 cut     [0 1] [2 3] [4 5] [6 7] with 3, 7, 11, 15 visible pairs
+    2 deal    the costliest first, to the rank with less work: 15 | 11, then 15 | 18, then 18 | 18
+    3 swap    chunks of equal length with the busiest rank while that evens out the work; here there is nothing to gain
+    4 refine  if a rank still has more than ACCEPTED_RATIO: again from 1 with chunks half as long, and at last with
+              noisy blocks divided
 """
 
 from __future__ import annotations
@@ -66,13 +74,15 @@ def deal_row(roles: NDArray[np.integer], is_target: NDArray[np.bool_], num_ranks
     if length % num_ranks:
         raise ValueError(f"row_length ({length}) must be a multiple of context_parallel_size ({num_ranks}).")
     pairs = visible_keys(roles)
+    # Two costs a token, pairs and targets, as shares of the row, so that they can be added.
     token_costs = np.stack([pairs / max(pairs.sum(), 1), TARGET_WEIGHT * is_target / max(is_target.sum(), 1)])
     tokens_per_rank = length // num_ranks
+    # Step 4: the coarsest deal that is even enough wins. Whole noisy blocks are tried at every chunk length first.
     for keeps_blocks in (True, False):
         shortest = max(1, tokens_per_rank // MAX_CHUNKS_PER_RANK) if keeps_blocks else 1
         for chunk in _chunk_lengths(tokens_per_rank, shortest):
             owner = _deal_units(*_units(roles, chunk, keeps_blocks), token_costs * num_ranks, num_ranks)
-            if owner is None:
+            if owner is None:  # whole blocks do not fit, and smaller chunks would not make the blocks smaller
                 break
             tokens = np.argsort(owner, kind="stable").reshape(num_ranks, -1)
             if load_ratio(pairs, tokens) <= ACCEPTED_RATIO or (chunk == 1 and not keeps_blocks):
@@ -94,10 +104,12 @@ def _units(roles: NDArray[np.integer], chunk: int, keeps_blocks: bool) -> tuple[
     """
     place = np.arange(len(roles))
     if not keeps_blocks:
+        # Every `chunk` tokens, wherever blocks lie; neighbouring chunks of padding become one unit.
         starts = place[::chunk]
         is_padding = np.asarray((roles[:, DOC] < 0).reshape(-1, chunk).all(axis=1))
         starts = starts[~is_padding | ~np.append(False, is_padding[:-1])]
         return starts, np.zeros(len(starts), dtype=np.bool_)
+    # A copy (one view of one document) always begins a unit: its neighbours read other keys.
     is_noisy = (roles[:, VIEW] != CLEAN_VIEW) & (roles[:, DOC] >= 0)
     is_first = np.ones(len(roles), dtype=np.bool_)
     is_first[1:] = np.diff(roles[:, [DOC, VIEW]], axis=0).any(1)
@@ -106,6 +118,8 @@ def _units(roles: NDArray[np.integer], chunk: int, keeps_blocks: bool) -> tuple[
     is_block_first[1:] |= np.diff(roles[:, BLOCK]) != 0
     # A token that may be cut off counts from itself, one that may not from the start of its block.
     counted_from = np.where(is_noisy, np.maximum.accumulate(np.where(is_block_first, place, 0)), place)
+    # Inside a copy, a unit ends where `chunk` tokens are full. Blocks of 3, chunks of 4: noisy [0 1 2 3 4 5] [6 7 8],
+    # since token 3 begins its block in the first window; clean [0 1 2 3] [4 5 6 7] [8].
     window = np.where(roles[:, DOC] >= 0, (counted_from - copy_start) // chunk, 0)
     is_first[1:] |= window[1:] != window[:-1]
     starts = np.flatnonzero(is_first)
@@ -133,17 +147,20 @@ def _deal_units(
         num_ranks: ranks.
     """
     length = token_costs.shape[1]
+    # The cost of any stretch is a difference of two running sums.
     stops = np.append(starts[1:], length)
     summed = np.concatenate([np.zeros((2, 1)), token_costs.cumsum(1)], axis=1)
     costs = (summed[:, stops] - summed[:, starts]).sum(0)
     loads, room = np.zeros(num_ranks), np.full(num_ranks, length // num_ranks)
     stretches: list[_Stretch] = []
+    # Step 2. Whole units first, while every rank has room for them; then by falling cost.
     for index in np.lexsort((-costs, ~is_whole)):
         start, stop = int(starts[index]), int(stops[index])
         while start < stop:
             fits = room >= (stop - start if is_whole[index] else 1)
             if not fits.any():
                 return None
+            # Of the ranks with room, the one with the least work; a unit that may be divided fills it up and goes on.
             rank = int(np.argmin(np.where(fits, loads, np.inf)))
             end = min(stop, start + int(room[rank]))
             stretches.append(_Stretch(start, end, rank))

@@ -3,6 +3,14 @@
 With sorted keys a query sees at most two intervals of them (see `plan`). Their ends are all that the kernel's
 mask reads, and the tiles follow by counting, in O(row + tiles) without a host synchronisation; torch's own
 create_block_mask looks at every pair. All shapes are those of the row, so there is one compilation per shape.
+
+    1 find    the two intervals of keys that each query sees: its own block, and the clean blocks before it
+    2 merge   intervals that touch into one
+    3 count   for each tile of queries and tile of keys, how many queries touch the tile, and how many cover all of it
+    4 list    tiles that every query covers (no mask is read there), and tiles that some query touches (masked)
+
+Tiles of 4: queries that see the keys [0, 6), [0, 6), [0, 8), [0, 8) touch tiles 0 and 1 four times each. They cover
+tile 0 four times, so it is full, and tile 1 twice, so it is partial; the kernel never visits tile 2.
 """
 
 from __future__ import annotations
@@ -55,6 +63,7 @@ def build_plan(query_roles: Tensor, key_roles: Tensor) -> FlexPlan:
         is_sorted = True
     else:
         is_sorted = not query_roles.is_cuda and query_roles is key_roles and bool(found.is_sorted)
+    # Steps 1 and 2, in the order in which the queries came; step 3 wants them sorted.
     ranges = _merge_intervals(found.own_start, found.own_stop, found.clean_start, found.clean_stop)
     is_empty = (ranges[0] >= ranges[1]) & (ranges[2] >= ranges[3])
     sees_key = ~is_empty & (found.query_codes != PADDING_CODE)
@@ -105,9 +114,11 @@ def build_block_mask(ranges: Tensor, num_keys: int, tile_size: int) -> BlockMask
     ranges = torch.stack(
         [torch.where(sees_none, place, ranges[0]), torch.where(sees_none, place + 1, ranges[1]), ranges[2], ranges[3]]
     )
+    # Step 3. Touched: tiles from the one with the first key to the one with the last. Covered: whole tiles between.
     starts, stops = ranges[0::2], ranges[1::2]
     touched = _count_covering(starts // tile_size, -(-stops // tile_size), starts < stops, tile_size, key_tiles)
     inside = _count_covering(-(-starts // tile_size), stops // tile_size, starts < stops, tile_size, key_tiles)
+    # Step 4. Merged intervals are apart, so no tile is covered by both intervals of one query.
     is_full = inside == tile_size
     partial_num, partial_indices = _list_tiles((touched > 0) & ~is_full)
     full_num, full_indices = _list_tiles(is_full)
@@ -139,6 +150,8 @@ def _count_covering(first: Tensor, last: Tensor, is_used: Tensor, tile_size: int
     Returns:
         [b, query tiles, key tiles] int32.
     """
+    # A line of tiles for each tile of queries: +1 where an interval begins, -1 behind its end. The running sum along
+    # the line is the count; e.g. intervals [0, 2) and [1, 3) give +1 +1 -1 -1, so 1 2 1 0.
     is_used = (is_used & (first < last)).int().flatten(2)
     rows, queries = first.shape[1:]
     query_tiles = queries // tile_size
@@ -152,6 +165,7 @@ def _count_covering(first: Tensor, last: Tensor, is_used: Tensor, tile_size: int
 
 def _list_tiles(is_listed: Tensor) -> tuple[Tensor, Tensor]:
     """[b, r, c] bool to the number of marked columns [b, 1, r] and the columns [b, 1, r, c], marked ones first."""
+    # A stable sort of the marks puts the marked columns in front, in their order, without knowing how many there are.
     order = torch.argsort(is_listed.int(), dim=-1, descending=True, stable=True).int()
     return is_listed.sum(-1, dtype=torch.int32).unsqueeze(1), order.unsqueeze(1)
 

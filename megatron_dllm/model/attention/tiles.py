@@ -2,6 +2,15 @@
 
 All queries of a tile see the same clean prefix of their document, without a mask; only inside the tile's own
 blocks is a mask needed. Its size is bounded by the tile, so nothing grows with the square of the row.
+
+    1 sort   keys so that each query sees at most two intervals of them, and queries by document, block and view
+    2 cut    the queries of a document where `tile_size` tokens of one view are full, at whole blocks
+    3 split  a tile of a single block by view: then all its queries see the same keys, and it needs no mask
+    4 span   for each tile, the clean prefix that all its queries see, and the keys that only some of them see
+
+A document of blocks 0 to 3, 2 tokens each, one noisy view, tile_size 4: the tile of blocks 2 and 3 has the clean
+blocks 0 and 1 as its prefix. Its own keys are the noisy blocks 2 and 3 and the clean block 2, which noisy block 2 must
+not see: a mask of the tile's 6 queries and these 6 keys.
 """
 
 from __future__ import annotations
@@ -86,6 +95,7 @@ def build_tile_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int) -> T
     query_roles, key_roles = query_roles.cpu(), key_roles.cpu()
     key_order, documents, first_key, queries = _sort(query_roles, key_roles)
     flat_query_roles, flat_key_roles = query_roles.flatten(0, 1), key_roles.flatten(0, 1)[torch.from_numpy(key_order)]
+    # `order` collects the queries tile by tile; the backends read them in that order and put the results back.
     order, tiles = [], []
     done = 0
     for start, stop in _cut(queries, tile_size):
@@ -94,6 +104,7 @@ def build_tile_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int) -> T
             token = part.token[part_order]
             base = int(first_key[part.document[0]])
             prefix, own = _key_spans(part)
+            # All queries of one block and view see the same keys: nothing to mask.
             is_one_block = part.block[0] == part.block[-1] and part.view[0] == part.view[-1]
             mask = None if is_one_block else _own_mask(flat_query_roles[torch.from_numpy(token)], flat_key_roles, own)
             tiles.append(
@@ -121,15 +132,18 @@ def build_tile_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int) -> T
 def _sort(query_roles: Tensor, key_roles: Tensor) -> tuple[np.ndarray, tuple[int, ...], np.ndarray, _Queries]:
     """Number the keys over all rows and describe each query that sees one, sorted by document and block."""
     found = find_intervals(query_roles, key_roles)
+    # Padding sorts behind all keys and is dropped, so keys of all rows can be numbered one after the other.
     is_key = torch.gather(key_roles[..., 0], 1, found.key_order) >= 0
     num_row_keys = is_key.sum(1)
     row_start = torch.cumsum(num_row_keys, 0) - num_row_keys
     rows = torch.arange(len(key_roles)).unsqueeze(1)
     key_order = (found.key_order + rows * key_roles.shape[1])[is_key].numpy()
+    # A document is known by its row and its number in the row, joined into one integer.
     key_docs = torch.gather(key_roles[..., 0], 1, found.key_order)
     key_docs = (key_docs.long() + rows * 2**32)[is_key].numpy()
     doc_ids, first_key, sizes = np.unique(key_docs, return_index=True, return_counts=True)
 
+    # From here on queries: their codes hold document, view and block in bits (`plan`), taken apart again.
     sees_key = (found.own_stop > found.own_start) | (found.clean_stop > found.clean_start)
     sees_key &= found.query_codes != PADDING_CODE
     code = found.query_codes[sees_key].numpy()
@@ -171,6 +185,7 @@ def _cut(queries: _Queries, tile_size: int) -> list[Span]:
     start = 0
     for place in range(1, len(starts)):
         reach = max(clean_stop[place] - clean_stop[start] + own_size[place], (stops[place] - starts[start]) // 2)
+        # Close the tile before this block if the block belongs to another document or would make the tile too long.
         if is_new_document[place] or reach > tile_size:
             spans.append((int(starts[start]), int(stops[place - 1])))
             start = place
@@ -188,6 +203,7 @@ def _split_single_block(queries: _Queries) -> list[_Queries]:
 
 def _key_spans(queries: _Queries) -> tuple[Span, tuple[Span, ...]]:
     """The clean prefix common to all queries, and per view the keys that some of them see besides."""
+    # What the query that sees least of the clean copy sees, all see: the prefix. Beyond it, only some do.
     clean_start, prefix_stop = int(queries.clean[0, 0]), int(queries.clean[:, 1].min())
     own = []
     clean_stop = int(queries.clean[:, 1].max())
@@ -196,6 +212,7 @@ def _key_spans(queries: _Queries) -> tuple[Span, tuple[Span, ...]]:
         span = span[span[:, 1] > span[:, 0]]
         if not len(span):
             continue
+        # Clean queries also see their own block, which continues the clean keys; a noisy view's keys lie elsewhere.
         if view == CLEAN_CODE:
             clean_stop = max(clean_stop, int(span[:, 1].max()))
         else:
