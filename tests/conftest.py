@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytest_plugins = ["pytester", "tests.plugins.tiers", "tests.plugins.cpu_seconds"]
+
 # A skip whose reason begins so must not be overlooked.
 NOT_RUN = "NOT RUN: "
 

@@ -112,6 +112,7 @@ def test_split_sizes_are_lists() -> None:
     assert torch.is_tensor(token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([2, 3])))
 
 
+@pytest.mark.ranks
 def test_importing_megatron_through_us_is_quiet_and_the_order_does_not_matter() -> None:
     """Nothing on stderr, whether the host is prepared before or after megatron-core is imported."""
     script = (

@@ -66,6 +66,7 @@ with output_folder(Path(sys.argv[1]), 10) as folder:
 """
 
 
+@pytest.mark.ranks
 def test_a_tool_stopped_by_its_launcher_leaves_nothing(tmp_path: Path) -> None:
     """The wrapper of a rank turns SIGTERM into SIGUSR1, which its command first ignores."""
     start, work = tmp_path / "start", tmp_path / "work"
@@ -83,6 +84,7 @@ def test_a_tool_stopped_by_its_launcher_leaves_nothing(tmp_path: Path) -> None:
     assert left_in(work) == set()
 
 
+@pytest.mark.ranks
 def test_what_a_killed_writer_left_is_removed_where_it_ran(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()

@@ -328,6 +328,7 @@ def test_nan_in_a_checkpoint(tmp_path: Path, make_checkpoint) -> None:
     assert left_in(tmp_path) == {"poisoned", "poisoned_hf"}
 
 
+@pytest.mark.ranks
 def test_commands_say_one_sentence_and_exit_non_zero(hf: Path, tmp_path: Path) -> None:
     (hf / "model.safetensors").write_bytes(b"")
     command = [sys.executable, "-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--output", str(tmp_path / "a")]

@@ -98,6 +98,7 @@ def test_global_batch_is_the_same_rows_in_every_layout(dataset: RowDataset, size
             assert {getattr(step, name) for step in steps} == {expected_total}
 
 
+@pytest.mark.ranks
 def test_workers_change_nothing(dataset: RowDataset) -> None:
     expected_steps = take(dataset, new_stream(dataset), 6)
     stream = new_stream(dataset)
@@ -106,7 +107,7 @@ def test_workers_change_nothing(dataset: RowDataset) -> None:
     assert stream.state_dict() == expected_steps[-1].stream_state
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.ranks)])
 def test_resume_at_any_step_continues_bitwise(dataset: RowDataset, num_workers: int) -> None:
     expected_steps = take(dataset, new_stream(dataset), 24)  # more than an epoch
     assert expected_steps[-1].stream_state["epoch"] >= 1
@@ -116,6 +117,7 @@ def test_resume_at_any_step_continues_bitwise(dataset: RowDataset, num_workers: 
         assert_same(take(dataset, stream, 24 - step, num_workers=num_workers), expected_steps[step:])
 
 
+@pytest.mark.ranks
 def test_next_stage_continues_with_the_same_stream(dataset: RowDataset) -> None:
     ar = RowDataset(dataset.corpus, AR, None, seed=5, mask_token_id=MASK, pad_token_id=PAD)
     stream = new_stream(dataset)

@@ -239,6 +239,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.zst", ".ndjson.bz2", ".txt.xz"])
 def test_memory_does_not_grow_with_a_line(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"

@@ -46,6 +46,7 @@ def documents_of(prefix: str, folder: str) -> list[list[int]]:
     return [corpus.read(d, 0, int(n)).tolist() for d, n in enumerate(corpus.document_lengths)]
 
 
+@pytest.mark.ranks
 def test_documents_come_back_and_are_described(tokenizer_folder: str, jsonl: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
@@ -76,6 +77,7 @@ def test_documents_come_back_and_are_described(tokenizer_folder: str, jsonl: Pat
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.bin", "out.idx", "out.json"]
 
 
+@pytest.mark.ranks
 def test_what_is_left_out_of_a_folder_is_said_and_recorded(
     tokenizer_folder: str, jsonl: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,6 +134,7 @@ def test_documents_end_in_the_tokenizer_s_own_token(tokenizer_folder: str, tmp_p
     assert TextTokenizer.load(tmp_path).eos_token_id == 0
 
 
+@pytest.mark.ranks
 def test_number_of_workers_changes_no_byte(tokenizer_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps({"text": f"{n} " * (n % 97)}) + "\n" for n in range(3000)) + "{bad\n")
@@ -141,6 +144,7 @@ def test_number_of_workers_changes_no_byte(tokenizer_folder: str, tmp_path: Path
         assert (tmp_path / f"out1{suffix}").read_bytes() == (tmp_path / f"out3{suffix}").read_bytes()
 
 
+@pytest.mark.ranks
 def test_bad_lines_are_counted_and_listed(
     tokenizer_folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,6 +164,7 @@ def test_bad_lines_are_counted_and_listed(
     assert not Path(prefix + ".bad_lines.txt").exists()
 
 
+@pytest.mark.ranks
 def test_too_many_bad_lines_leave_only_their_list(tokenizer_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' * 98 + b"bad\n" * 2)
@@ -169,6 +174,7 @@ def test_too_many_bad_lines_leave_only_their_list(tokenizer_folder: str, tmp_pat
     assert [p.name for p in (tmp_path / "sub").iterdir()] == ["out.bad_lines.txt"]
 
 
+@pytest.mark.ranks
 def test_existing_output_is_kept(tokenizer_folder: str, jsonl: Path, tmp_path: Path) -> None:
     prefix = str(tmp_path / "out")
     tokenize_corpus([str(jsonl)], tokenizer_folder, prefix)
@@ -224,6 +230,7 @@ def test_eos_that_the_tokenizer_does_not_have(tokenizer_folder: str, tmp_path: P
         TextTokenizer.load(tmp_path)
 
 
+@pytest.mark.ranks
 def test_exit_status(tokenizer_folder: str, jsonl: Path, tmp_path: Path) -> None:
     arguments = ["--input", str(jsonl), "--tokenizer", tokenizer_folder, "--output", str(tmp_path / "out")]
     assert main([*arguments, "--num_workers", "2"]) == 0

@@ -102,6 +102,7 @@ def test_a_layout_that_does_not_fit_is_refused() -> None:
 @pytest.mark.skipif(
     shutil.which("shellcheck") is None, reason=f"{NOT_RUN}no shellcheck here; apt-get install -y shellcheck"
 )
+@pytest.mark.ranks
 def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
     fixture = Path(__file__).parents[2] / "slurm" / "fixture"
     script = tmp_path / "job.sh"
@@ -116,6 +117,7 @@ def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.ranks
 def test_nothing_in_a_script_is_evaluated(tmp_path: Path) -> None:
     project = tmp_path / NASTY.replace("/", "_")
     project.mkdir()

@@ -17,6 +17,7 @@ from launch.rank import RUN_VARIABLE, SHOW_VARIABLE, adopt_slurm_ranks
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_PREEMPTED
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
 
+pytestmark = pytest.mark.ranks
 ROOT = Path(__file__).resolve().parents[3]
 OBEDIENT = """
 import signal, sys, time

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.ranks
 def test_missing_programs_are_named_in_red(tmp_path: Path) -> None:
     done = subprocess.run(
         [

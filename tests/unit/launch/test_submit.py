@@ -13,6 +13,7 @@ from launch import freeze, record, submit
 from megatron_dllm.run import code_version
 from megatron_dllm.run.files import write_json
 
+pytestmark = pytest.mark.ranks  # the stand-ins are programs
 CHAIN = """# @package _global_
 name: pair
 root: %s

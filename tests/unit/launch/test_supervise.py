@@ -12,6 +12,7 @@ import pytest
 from launch import record, slurm
 from megatron_dllm.run.files import write_json
 
+pytestmark = pytest.mark.ranks  # the stand-ins are programs
 ROOT = Path(__file__).resolve().parents[3]
 JOB = {
     "run_folder": None,
@@ -45,6 +46,7 @@ def stand_in(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
+@pytest.mark.ranks
 def test_a_preflight_that_a_stop_request_ends_is_no_crash(commands: Path, tmp_path: Path) -> None:
     """Under an interpreter without packages, as on a node."""
     write_json(tmp_path / "job.json", JOB)

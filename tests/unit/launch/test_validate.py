@@ -139,6 +139,7 @@ jobs:
     assert len(found) == 5
 
 
+@pytest.mark.ranks
 def test_training_is_asked_by_an_interpreter_that_has_it(root: Path, tmp_path: Path) -> None:
     """The nodes' own Python, which starts the container, need not have torch."""
     for name, text in (("bare", "echo No torch >&2; exit 1"), ("full", "echo train: no corpus; exit 2")):

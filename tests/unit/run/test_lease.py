@@ -47,6 +47,7 @@ def _take(folder: Path, results: multiprocessing.Queue[int]) -> None:
         results.put(Lease.take_next(folder).generation)
 
 
+@pytest.mark.ranks
 def test_generations_are_never_given_twice(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results: multiprocessing.Queue[int] = context.Queue()

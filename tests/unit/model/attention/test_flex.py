@@ -69,6 +69,7 @@ def check_tiles(mask: BlockMask, num_rows: int) -> None:
         ), num
 
 
+@pytest.mark.slow
 def test_compiled_forward_equals_dense() -> None:
     """One compilation serves other documents, another order, and rows that are no multiple of a tile."""
     roles = flex._test_roles()[:, :500]

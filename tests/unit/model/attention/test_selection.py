@@ -43,6 +43,7 @@ def test_chosen_queries_equal_those_among_all(backend: str, case: str, monkeypat
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_compiled_kernel_gives_the_same() -> None:
     roles = draw_roles(CASES["two views"], 0)
     rows, inputs = _draw_rows(roles), draw(roles)
