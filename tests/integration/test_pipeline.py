@@ -1,63 +1,18 @@
-"""The demo's chain in small, from text to decoded samples and a report; then again, to see it skip and resume."""
+"""What the demo's chain leaves behind, from text to decoded samples and a report; its launcher makes the same."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from megatron_dllm.compose import RECIPES
-
-ROOT = RECIPES.parent
-
-
-@pytest.fixture(scope="module")
-def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's recipes with stages of a few steps."""
-    folder = tmp_path_factory.mktemp("small") / "recipes"
-    shutil.copytree(RECIPES, folder)
-    for name, tokens in (("tiny_ar", 24_000), ("tiny_wsd", 4_200)):
-        path = folder / "schedule" / f"{name}.yaml"
-        schedule = OmegaConf.load(path)
-        for stage in schedule.stages.values():
-            stage.num_tokens, stage.lr_warmup_tokens = tokens, 0
-        OmegaConf.save(schedule, path)
-    for name in ("tiny_base", "tiny_convert"):
-        path = folder / "experiment" / f"{name}.yaml"
-        text = path.read_text().replace("num_tokens: 12000", "num_tokens: 2000").replace("40000", "6000")
-        path.write_text(text)
-    chain = folder / "chain" / "tiny_demo.yaml"
-    chain.write_text(chain.read_text().replace('--k, "5"', '--k, "2"'))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def demo(recipes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("runs")
-    _run(recipes, root)
-    return root / "demo"
-
-
-def _run(recipes: Path, root: Path) -> str:
-    command = [sys.executable, "launch/local.py", "experiment=tiny_demo", f"root={root}", "--recipes", str(recipes)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    return done.stdout + done.stderr
+from tests.integration.tiny_chain import NUM_JOBS, ROOT
 
 
 def test_every_stage_of_the_schedule_was_trained_and_measured(demo: Path) -> None:
@@ -121,8 +76,46 @@ def test_samples_merge_and_report_are_there(demo: Path) -> None:
     assert "merged checkpoint" in page and "tokens per forward" in page
 
 
-def test_a_second_run_finds_everything_finished(demo: Path, recipes: Path) -> None:
-    before = (demo / "hf" / "config.json").stat().st_mtime_ns
-    output = _run(recipes, demo.parent)
-    assert output.count("finished before, skipped") == 12
-    assert (demo / "hf" / "config.json").stat().st_mtime_ns == before
+def _launch(recipes: Path, root: Path) -> str:
+    command = [sys.executable, "launch/local.py", "experiment=tiny_demo", f"root={root}", "--recipes", str(recipes)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_launcher_makes_the_same_and_a_second_start_finds_everything_finished(
+    small_chain: Path, demo: Path, tmp_path: Path
+) -> None:
+    """Programs started one by one, as `make demo` does, come to the weights of the functions called in ranks."""
+    output = _launch(small_chain / "recipes", tmp_path)
+    assert "finished before, skipped" not in output
+    made = tmp_path / "demo"
+    for folder in ("base_hf", "hf"):
+        tensors, expected = (
+            {
+                name: value
+                for path in sorted((root / folder).glob("*.safetensors"))
+                for name, value in load_file(path).items()
+            }
+            for root in (made, demo)
+        )
+        assert tensors.keys() == expected.keys()
+        assert all(tensors[name].equal(value) for name, value in expected.items()), folder
+    assert _texts(made) == _texts(demo)
+    assert (made / "report.html").is_file()
+    before = (made / "hf" / "config.json").stat().st_mtime_ns
+    assert _launch(small_chain / "recipes", tmp_path).count("finished before, skipped") == NUM_JOBS
+    assert (made / "hf" / "config.json").stat().st_mtime_ns == before
+
+
+def _texts(folder: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (folder / "samples.jsonl").read_text().splitlines()]
