@@ -9,4 +9,4 @@ from megatron_dllm.host import prepare_host
 torch.set_num_threads(1)
 prepare_host()
 
-import megatron_dllm.training.loop  # noqa: E402, F401 - after the host is prepared
+import megatron_dllm.training.set_up  # noqa: E402, F401 - after the host is prepared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,18 +129,22 @@ def train_ranks(world_size: int, *arguments: Any) -> list[int]:
 def train_here(config: TrainConfig, signal_at: int | None = None, number: int = signal.SIGTERM, rank: int = 0) -> int:
     """Train on this rank; returns the exit code. One rank sends itself a signal during step `signal_at`."""
     from megatron_dllm.train import train
-    from megatron_dllm.training import loop
+    from megatron_dllm.training.observers.observer import Observer
+    from megatron_dllm.training.parts import Parts
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == signal_at and os.environ["RANK"] == str(rank):
-            os.kill(os.getpid(), number)
-        return step(*args, **kwargs)
+    class Interruption(Observer):
+        """Sends the signal before the step's forward pass."""
 
-    steps, step = 0, loop.train_step
-    loop.train_step = interrupted  # this process trains this once
-    return train(config)
+        num_steps = 0
+
+        def around_step(self, is_logged: bool) -> AbstractContextManager[None]:
+            """Count, and interrupt."""
+            self.num_steps += 1
+            if self.num_steps == signal_at and os.environ["RANK"] == str(rank):
+                os.kill(os.getpid(), number)
+            return nullcontext()
+
+    return train(config, lambda: Parts(extra_observers=[Interruption()]))
 
 
 def checkpoints_of(config: TrainConfig) -> Path:

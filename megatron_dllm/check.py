@@ -17,12 +17,13 @@ from megatron_dllm.compose import compose_train_config
 def problem_of(folder: Path, has_inputs: bool) -> str | None:
     """What is wrong with a run's schedule and, with `has_inputs`, with its corpora and start checkpoint; or None."""
     from megatron_dllm.diffusion.block_schedule import BlockSchedule
-    from megatron_dllm.training.start import check_inputs
+    from megatron_dllm.training.sources import Sources
+    from megatron_dllm.training.start import decide_start
 
     try:
         config = compose_train_config([], "config", folder.absolute())
         if has_inputs:
-            check_inputs(config)
+            decide_start(config, None, Sources(config))
         else:
             BlockSchedule.from_config(config.schedule)
     except ValueError as error:

@@ -20,8 +20,9 @@ from rich.table import Table
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.identity import check_grid
 from megatron_dllm.checkpoint.validation import write_validation
-from megatron_dllm.compose import RECIPES, prepare_command_line, register_schemas, to_train_config
+from megatron_dllm.compose import prepare_command_line, register_schemas, to_train_config
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.config.recipe_source import RECIPES
 from megatron_dllm.run.place import is_rank_zero, world_size
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     from megatron_dllm.checkpoint.identity import check_identity
     from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.data.corpus import Corpus
-    from megatron_dllm.evaluation.elbo import AR, evaluate
+    from megatron_dllm.evaluation.elbo import evaluate
+    from megatron_dllm.model.objective import AR
     from megatron_dllm.parallel.device import local_device
     from megatron_dllm.parallel.groups import destroy, initialize
     from megatron_dllm.training.engine import build_chunks

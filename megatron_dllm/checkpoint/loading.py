@@ -17,7 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from megatron_dllm.checkpoint.manifest import damaged_files, read_json, read_manifest
+from megatron_dllm.checkpoint.manifest import check_complete, damaged_files, read_json, read_manifest
 from megatron_dllm.checkpoint.sharded_state import model_state, optimizer_state, optimizers
 from megatron_dllm.checkpoint.torch_dist_metadata import check_metadata
 from megatron_dllm.parallel.agreement import raise_together
@@ -25,23 +25,37 @@ from megatron_dllm.run.names import STATE
 
 
 def verify(folder: Path, hash_content: bool = True) -> None:
-    """Compare every file with the manifest, the ranks sharing the work, and look through the pickled metadata.
+    """Compare a checkpoint with its manifest (a collective).
+
+    Rank 0 alone looks whether every file is there and of its size, and looks through the pickled metadata; the
+    content is compared by all ranks, each reading its share of the files.
+
+    Args:
+        folder: of the checkpoint.
+        hash_content: compare the content too.
 
     Raises:
         ValueError: on all ranks, naming the file that is missing, truncated or altered.
     """
     error: Exception | None = None
     try:
-        manifest = read_manifest(folder)
-        names = sorted(manifest)[dist.get_rank() :: dist.get_world_size()]
-        problems = damaged_files(folder, manifest, names, hash_content)
-        if problems:
-            error = ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
-        elif dist.get_rank() == 0:
+        if dist.get_rank() == 0:
+            check_complete(folder)
             check_metadata(folder)
+        if hash_content:
+            _check_content(folder)
     except (ValueError, OSError) as caught:
         error = ValueError(str(caught))
     raise_together(error)
+
+
+def _check_content(folder: Path) -> None:
+    """Refuse a folder with an altered file among this rank's share."""
+    manifest = read_manifest(folder)
+    names = sorted(manifest)[dist.get_rank() :: dist.get_world_size()]
+    problems = damaged_files(folder, manifest, names)
+    if problems:
+        raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
 
 
 def load_weights(folder: Path, chunks: Sequence[nn.Module], hash_content: bool = True) -> None:

@@ -10,14 +10,11 @@ one global batch, which the next stage has then already consumed; the boundaries
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dllm.config import ScheduleConfig, StageConfig
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,16 @@ class BlockSchedule:
         schedule._check_rates()
         return schedule
 
+    def warnings(self) -> list[str]:
+        """Settings without effect, a sentence each."""
+        return [
+            f"schedule.stages.{stage.name}.final_learning_rate ({stage.config.final_learning_rate:g}) has no effect "
+            "with lr_shape constant; use linear or cosine."
+            for stage in self.stages
+            if stage.config.lr_shape == "constant"
+            and stage.config.final_learning_rate not in (None, stage.config.learning_rate)
+        ]
+
     @property
     def total_tokens(self) -> int:
         """Document tokens of the whole schedule."""
@@ -164,12 +171,6 @@ class BlockSchedule:
                     f"[0, {config.num_tokens}); the warmup ends inside its stage: lower it, or "
                     "lengthen the stage."
                 )
-            if config.lr_shape == "constant" and config.final_learning_rate not in (None, config.learning_rate):
-                _logger.warning(
-                    "%s.final_learning_rate (%g) has no effect with lr_shape constant; use linear or cosine.",
-                    prefix,
-                    config.final_learning_rate,
-                )
 
 
 def max_batch_tokens(stage: StageConfig, tokens_per_row: int) -> int:
@@ -232,7 +233,7 @@ def stage_table(schedule: BlockSchedule, estimates: Mapping[str, RowEstimate] | 
     return rows
 
 
-def format_table(rows: list[StageRow]) -> str:
+def format_table(rows: Sequence[StageRow]) -> str:
     """The stage table as aligned text, a line of column names first."""
     header = [
         "stage",

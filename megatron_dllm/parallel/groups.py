@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dllm.config import ParallelConfig, RunConfig
 from megatron_dllm.host import prepare_host
+from megatron_dllm.parallel.meeting import Meeting, meet
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,12 @@ class Groups:
         return is_last_rank and (self.virtual_size is None or vp_stage == self.virtual_size - 1)
 
 
-def start_process_group(run: RunConfig) -> None:
+def start_process_group(run: RunConfig, meeting: Meeting | None = None) -> None:
     """Start the process group of all ranks, unless it has been started.
 
-    Ranks, addresses and ports come from the launcher's environment variables; without a launcher the run is
-    one rank.
+    Args:
+        run: backend and timeout.
+        meeting: where the ranks have met; None: they meet now.
     """
     prepare_host()
     backend = run.distributed_backend
@@ -81,14 +83,17 @@ def start_process_group(run: RunConfig) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(minutes=run.distributed_timeout_minutes)
     if not torch.distributed.is_initialized():
-        if "RANK" in os.environ:
-            torch.distributed.init_process_group(backend, timeout=timeout)
-        else:
-            store = torch.distributed.HashStore()
-            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        meeting = meeting or meet(run)
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore("default_pg", meeting.store),
+            rank=meeting.rank,
+            world_size=meeting.world_size,
+            timeout=timeout,
+        )
 
 
-def initialize(parallel: ParallelConfig, run: RunConfig) -> Groups:
+def initialize(parallel: ParallelConfig, run: RunConfig, meeting: Meeting | None = None) -> Groups:
     """Start the process group, megatron-core's groups for this layout, and the random seeds.
 
     Weights initialised afterwards differ between layouts: a comparison starts from a checkpoint.
@@ -96,11 +101,12 @@ def initialize(parallel: ParallelConfig, run: RunConfig) -> Groups:
     Args:
         parallel: sizes of the layout, already validated.
         run: backend, timeout and seed.
+        meeting: where the ranks have met; None: they meet now.
 
     Returns:
         The groups.
     """
-    start_process_group(run)
+    start_process_group(run, meeting)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

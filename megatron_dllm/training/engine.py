@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_dllm.config import OptimizerConfig, TrainConfig
@@ -22,12 +26,13 @@ from megatron_dllm.parallel.groups import Groups
 class Engine:
     """The local part of the model, its optimizer, and the groups it is split over."""
 
-    chunks: list[nn.Module]
+    # megatron-core's DistributedDataParallel, whose methods torch's Module does not have.
+    chunks: list[Any]
     optimizer: MegatronOptimizer
     groups: Groups
 
     @property
-    def transformer_config(self):
+    def transformer_config(self) -> TransformerConfig:
         """megatron-core's TransformerConfig of the chunks."""
         return self.chunks[0].config
 
@@ -35,7 +40,7 @@ class Engine:
 def build_chunks(config: TrainConfig, groups: Groups) -> list[nn.Module]:
     """The model chunks of this pipeline rank (several with virtual stages), in the training precision."""
     virtual = config.parallel.virtual_pipeline_model_parallel_size
-    chunks = []
+    chunks: list[nn.Module] = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
         chunks.append(build_model(config.model, config.parallel, groups, vp_stage=vp_stage))
@@ -95,6 +100,19 @@ def _megatron_config(optimizer: OptimizerConfig, precision: str) -> MegatronOpti
         overlap_param_gather=optimizer.overlap_param_gather,
         log_num_zeros_in_grad=False,
     )
+
+
+@contextmanager
+def gathered_parameters(engine: Engine, is_gathered_late: bool) -> Iterator[None]:
+    """Have whole weights while the block runs, where a step's weights are gathered only in the next forward pass."""
+    if not is_gathered_late:
+        yield
+        return
+    for chunk in engine.chunks:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    yield
+    for chunk in engine.chunks:
+        chunk.enable_forward_pre_hook()
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +25,12 @@ from megatron_dllm.run.names import REPLAY
 
 
 def dump_step(
-    run_folder: Path, step: int, micro_batches: Sequence[Batch], record: dict[str, Any], groups: Groups
+    run_folder: Path,
+    step: int,
+    micro_batches: Sequence[Batch],
+    record: dict[str, Any],
+    groups: Groups,
+    write: Callable[[dict[str, Any], str], None] = save_file,
 ) -> Path:
     """Write every micro-batch of a step (ids, masks, noise levels, sample ids) and what is known about it.
 
@@ -38,6 +43,7 @@ def dump_step(
         micro_batches: of this data-parallel rank, before they are split over context-parallel ranks.
         record: configuration, stage, reason and sums, for step.json.
         groups: of this rank.
+        write: of tensors by name, and a path.
     """
     folder = run_folder / REPLAY / f"step_{step:07d}"
     if dist.get_rank() == 0:
@@ -51,7 +57,7 @@ def dump_step(
             for index, batch in enumerate(micro_batches)
             for item in fields(Batch)
         }
-        save_file(tensors, str(folder / f"data_{groups.data.rank():05d}.safetensors"))
+        write(tensors, str(folder / f"data_{groups.data.rank():05d}.safetensors"))
     dist.barrier()
     return folder
 
@@ -137,7 +143,7 @@ def replay_step(
                     local = single.to(device)
                     outputs = model(local, mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
                     loss = loss_of(local, outputs).total / denominator
-                loss.backward()
+                torch.autograd.backward(loss)
                 rows.append(
                     _row_replay(
                         single, (data_rank, index, row), loss.item(), _gradient_norm(model, total), next(iter(bad), "")

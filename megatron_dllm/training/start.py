@@ -1,33 +1,72 @@
-"""Where a run starts: what it reads, its newest whole checkpoint, the stage that comes next and its layout."""
+"""What a start of a run will do: decided once, on rank 0, from the configuration and what lies on disk.
+
+    start = decide_start(config, world_size, sources)
+
+The decision reads files and writes none, needs no process group, and is a plain value that is handed to the other
+ranks. The check of a configuration calls the same function.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from megatron.core.optimizer import MegatronOptimizer
-from torch import nn
-
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.identity import check_identity, check_start
-from megatron_dllm.checkpoint.loading import load_run, verify
 from megatron_dllm.checkpoint.manifest import check_complete, read_json
 from megatron_dllm.config import ParallelConfig, TrainConfig
-from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
+from megatron_dllm.data.packing import RowStream, estimate_fill
+from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, StageRow, stage_table
 from megatron_dllm.evaluation.elbo import validation_geometry, validation_names
 from megatron_dllm.model.objective import objective_of
-from megatron_dllm.parallel.agreement import raise_together
-from megatron_dllm.parallel.groups import start_process_group
-from megatron_dllm.run.files import write_text
-from megatron_dllm.run.lease import Lease, LeaseLost
-from megatron_dllm.run.names import CHECKPOINTS, LATEST, STATE
+from megatron_dllm.run.names import CHECKPOINTS, STATE
+from megatron_dllm.training.run_state import RunState
+from megatron_dllm.training.sources import Sources
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Resume:
+    """The checkpoint that a run continues from: its folder, where the run stood, and its contract.json."""
+
+    folder: Path
+    state: RunState
+    stored: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights that a new run starts from: their folder, and their contract.json."""
+
+    folder: Path
+    stored: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What this start will do.
+
+    Attributes:
+        schedule: the stages of the run.
+        layout: in which it runs: that of the next stage, or of the run where that has finished.
+        resume: where it continues; None for a new run.
+        weights: what a new run starts from; None: random weights.
+        passed_over: newer checkpoints that are damaged, and why.
+        table: what each stage will do, with steps estimated by packing the first documents.
+        num_corpus_tokens: of the training documents.
+        warnings: to be said once.
+    """
+
+    schedule: BlockSchedule
+    layout: ParallelConfig
+    resume: Resume | None
+    weights: Weights | None
+    passed_over: Mapping[Path, str]
+    table: tuple[StageRow, ...]
+    num_corpus_tokens: int
+    warnings: tuple[str, ...]
 
 
 def run_checkpoints(config: TrainConfig) -> Path:
@@ -44,33 +83,98 @@ def run_contract(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def check_inputs(config: TrainConfig) -> None:
-    """Open what the run reads, before a process group starts.
+def changes_layout(config: TrainConfig, layout: ParallelConfig, stage: Stage, world_size: int) -> bool:
+    """Whether a stage cannot continue in the given layout with so many ranks."""
+    return config.layout_of(stage.config) != layout or (stage.config.world_size or world_size) != world_size
+
+
+def decide_start(
+    config: TrainConfig, world_size: int | None, sources: Sources, passed_over: Mapping[Path, str] | None = None
+) -> Start:
+    """Decide what a start of the run will do.
+
+    Args:
+        config: a configuration whose own `validate` has passed.
+        world_size: ranks of this start; None: not known yet, and not compared with what the next stage asks for.
+        sources: of the run.
+        passed_over: checkpoints that have turned out damaged when their content was compared, and why.
 
     Raises:
-        ValueError: a corpus, tokenizer, schedule or start checkpoint that cannot work, saying why.
+        ValueError: a schedule, corpus, tokenizer or checkpoint that cannot work, or another number of ranks than the
+            next stage asks for, saying why.
     """
     schedule = BlockSchedule.from_config(config.schedule)
-    corpus = Corpus(config.data.train, config.model, config.data.tokenizer)
+    _check_sources(config, schedule, sources)
+    resume, damaged = _find_resume(config, dict(passed_over or {}))
+    if resume is not None:
+        _check_position(config, resume, sources)
+    next_stage = _next_stage(schedule, resume)
+    if world_size is not None and next_stage is not None:
+        _check_world_size(next_stage, world_size)
+    return Start(
+        schedule=schedule,
+        layout=config.parallel if next_stage is None else config.layout_of(next_stage.config),
+        resume=resume,
+        weights=None if resume is not None else _find_weights(config),
+        passed_over=damaged,
+        table=tuple(stage_table(schedule, _estimates(config, schedule, sources))),
+        num_corpus_tokens=sources.train.num_tokens,
+        warnings=tuple(schedule.warnings()),
+    )
+
+
+def _check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> None:
+    """Refuse documents that are too few for a stage's rows or a validation's."""
     for stage in schedule.stages:
-        corpus.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
-    if config.data.validation and config.evaluation.num_tokens:
-        held_out = Corpus(config.data.validation, config.model, config.data.tokenizer)
-        for name in dict.fromkeys(name for stage in schedule.stages for name in validation_names(config, stage.config)):
-            try:
-                held_out.check_geometry(validation_geometry(config, name))
-            except ValueError as error:
-                raise ValueError(f"validation ({name}) cannot run: {error}") from None
-    has_checkpoints = bool(folders.step_folders(run_checkpoints(config)))
-    if has_checkpoints and not config.checkpoint.resume:
+        sources.train.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
+    held_out = sources.validation
+    if held_out is None:
+        return
+    for name in dict.fromkeys(name for stage in schedule.stages for name in validation_names(config, stage.config)):
+        try:
+            held_out.check_geometry(validation_geometry(config, name))
+        except ValueError as error:
+            raise ValueError(f"validation ({name}) cannot run: {error}") from None
+
+
+def _find_resume(config: TrainConfig, passed_over: dict[Path, str]) -> tuple[Resume | None, dict[Path, str]]:
+    """The run's newest checkpoint whose files are all there, and the newer ones that are damaged.
+
+    What a checkpoint holds is compared with its checksums when it is loaded, by all ranks together.
+    """
+    checkpoints = run_checkpoints(config)
+    found = folders.step_folders(checkpoints)[::-1]
+    if found and not config.checkpoint.resume:
         raise ValueError(
             f"checkpoint.resume (false) starts anew, but run.name ({config.run.name}) has checkpoints in "
-            f"{run_checkpoints(config)}; choose another name, or remove them."
+            f"{checkpoints}; choose another name, or remove them."
         )
-    if config.checkpoint.load and not has_checkpoints:
-        start = folders.resolve_checkpoint(Path(config.checkpoint.load))
-        check_complete(start)
-        check_start(start, config)
+    for folder in found:
+        if folder in passed_over:
+            continue
+        try:
+            check_complete(folder)
+        except ValueError as error:
+            passed_over[folder] = str(error)
+            continue
+        stored = check_identity(folder, config.model, run_contract(config))
+        _check_same_stage(folder, stored, config)
+        _check_precision(folder, stored, config)
+        return Resume(folder, RunState.from_json(read_json(folder / STATE)), stored), passed_over
+    if passed_over:
+        raise ValueError(
+            f"{checkpoints} holds no whole checkpoint: all of {[folder.name for folder in passed_over]} are damaged "
+            f"({'; '.join(passed_over.values())}). Restore one of them, or remove the folder to start the run anew."
+        )
+    return None, passed_over
+
+
+def _find_weights(config: TrainConfig) -> Weights | None:
+    if not config.checkpoint.load:
+        return None
+    folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
+    check_complete(folder)
+    return Weights(folder, check_start(folder, config))
 
 
 def _check_same_stage(folder: Path, stored: dict[str, Any], config: TrainConfig) -> None:
@@ -93,119 +197,46 @@ def _check_same_stage(folder: Path, stored: dict[str, Any], config: TrainConfig)
             )
 
 
-def acquire_lease(run_folder: Path) -> Lease | None:
-    """The right to write the run folder, on rank 0 (a collective).
-
-    Raises:
-        LeaseLost: on every rank, where a newer start of the run holds it.
-    """
-    lease: Lease | None = None
-    error: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            lease = Lease.acquire(run_folder)
-        except (LeaseLost, OSError) as caught:
-            error = caught
-    raise_together(error)
-    return lease
+def _check_precision(folder: Path, stored: dict[str, Any], config: TrainConfig) -> None:
+    precision = stored.get("layout", {}).get("precision", config.parallel.precision)
+    if precision != config.parallel.precision:
+        raise ValueError(
+            f"parallel.precision ({config.parallel.precision}) differs from the checkpoint {folder} "
+            f"({precision}); a run keeps its precision: start a new one from the weights."
+        )
 
 
-def next_stage(config: TrainConfig) -> Stage | None:
-    """The stage that this start of the run begins with; None when the run has finished."""
-    schedule = BlockSchedule.from_config(config.schedule)
-    latest = folders.latest_checkpoint(run_checkpoints(config)) if config.checkpoint.resume else None
-    consumed = read_json(latest / STATE)["consumed_tokens"] if latest else 0
+def _check_position(config: TrainConfig, resume: Resume, sources: Sources) -> None:
+    """Refuse a position in other rows than this configuration gives."""
+    new_stream(config, sources).load_state_dict(resume.state.stream)
+
+
+def new_stream(config: TrainConfig, sources: Sources) -> RowStream:
+    """The run's sequence of rows, at its beginning."""
+    return RowStream(sources.train.document_lengths, config.run.seed, config.data.packing_chunk)
+
+
+def _next_stage(schedule: BlockSchedule, resume: Resume | None) -> Stage | None:
+    """The stage that this start begins with; None when the run has finished."""
+    consumed = resume.state.consumed_tokens if resume is not None else 0
     return None if schedule.is_finished(consumed) else schedule.stage_at(consumed)
 
 
-def check_world_size(config: TrainConfig, world_size: int) -> None:
-    """Refuse a start with another number of ranks than the next stage asks for.
-
-    Raises:
-        ValueError: naming the stage and both numbers.
-    """
-    stage = next_stage(config)
-    wanted = stage.config.world_size if stage else None
-    if stage is not None and wanted is not None and wanted != world_size:
+def _check_world_size(stage: Stage, world_size: int) -> None:
+    wanted = stage.config.world_size
+    if wanted is not None and wanted != world_size:
         raise ValueError(
             f"schedule.stages.{stage.name}.world_size ({wanted}) differs from the number of ranks "
             f"({world_size}), and this stage is next; start {wanted} ranks."
         )
 
 
-def choose_layout(config: TrainConfig) -> ParallelConfig:
-    """The layout of the stage that comes next, as rank 0 sees the checkpoints (starts the process group)."""
-    if all(stage.parallel is None for stage in config.schedule.stages.values()):
-        return config.parallel
-    start_process_group(config.run)
-    chosen: list[ParallelConfig | None] = [None]
-    if dist.get_rank() == 0:
-        stage = next_stage(config)
-        chosen = [config.parallel if stage is None else config.layout_of(stage.config)]
-    dist.broadcast_object_list(chosen)
-    assert chosen[0] is not None, "rank 0 chooses a layout"
-    return chosen[0]
-
-
-def changes_layout(config: TrainConfig, layout: ParallelConfig, stage: Stage, world_size: int) -> bool:
-    """Whether a stage cannot continue in the given layout with so many ranks."""
-    return config.layout_of(stage.config) != layout or (stage.config.world_size or world_size) != world_size
-
-
-def load_newest(
-    config: TrainConfig, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer
-) -> tuple[Path, dict[str, Any]] | None:
-    """Continue from the run's newest whole checkpoint (a collective): its folder and state, or None without any.
-
-    A damaged checkpoint is passed over, with a warning that names it and the reason, and set aside once an older
-    one has been found whole.
-
-    Raises:
-        ValueError: every checkpoint is damaged, or the newest whole one is of another model, contract or precision.
-    """
-    checkpoints = run_checkpoints(config)
-    found: list[list[Path]] = [[]]
-    if dist.get_rank() == 0:
-        found = [folders.step_folders(checkpoints)[::-1]]
-    dist.broadcast_object_list(found)
-    damaged: list[Path] = []
-    for folder in found[0]:
-        try:
-            verify(folder, config.checkpoint.verify)
-        except ValueError as error:
-            damaged.append(folder)
-            log.warning("passed over %s: %s", folder.name, error)
-            continue
-        stored = check_identity(folder, config.model, run_contract(config))
-        _check_same_stage(folder, stored, config)
-        precision = stored.get("layout", {}).get("precision", config.parallel.precision)
-        if precision != config.parallel.precision:
-            raise ValueError(
-                f"parallel.precision ({config.parallel.precision}) differs from the checkpoint {folder} "
-                f"({precision}); a run keeps its precision: start a new one from the weights."
-            )
-        _set_aside(damaged, folder)
-        return folder, load_run(folder, chunks, optimizer)
-    if damaged:
-        raise ValueError(
-            f"{checkpoints} holds no whole checkpoint: all of {[f.name for f in damaged]} are damaged. "
-            "Restore one of them, or remove the folder to start the run anew."
-        )
-    return None
-
-
-def _set_aside(damaged: list[Path], good: Path) -> None:
-    error: Exception | None = None
-    if dist.get_rank() == 0 and damaged:
-        try:
-            for folder in damaged:
-                log.warning(
-                    "%s is damaged and was renamed to %s; the run continues from %s",
-                    folder.name,
-                    folders.set_aside(folder).name,
-                    good.name,
-                )
-            write_text(good.parent / LATEST, good.name + "\n")
-        except OSError as caught:
-            error = caught
-    raise_together(error)
+def _estimates(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> dict[str, RowEstimate]:
+    """By stage name, what a row holds, measured by packing the first chunks of the corpus."""
+    estimates = {}
+    for stage in schedule.stages:
+        geometry = RowGeometry.of_stage(stage.config, config.schedule, config.data)
+        lengths, chunk = sources.train.document_lengths, config.data.packing_chunk
+        fill = estimate_fill(lengths, geometry, seed=config.run.seed, chunk=chunk)
+        estimates[stage.name] = RowEstimate(fill.document_tokens, fill.forward_tokens)
+    return estimates

@@ -12,6 +12,14 @@ from benchmarks.tiny_run import MODEL, run_config
 from megatron_dllm.config import ModelConfig, ParallelConfig
 
 OPTIMIZER_STEP = 7
+# Position of the rows of `run_config` before the first one, in the corpus that `write_corpus` writes.
+_BEGINNING = {
+    "epoch": 0,
+    "chunk_index": 0,
+    "num_pieces_before": 0,
+    "emitted": [],
+    "identity": {"num_documents": 400, "seed": 1234, "chunk": 64, "shuffle": True},
+}
 
 
 def build(folder: Path, layout: ParallelConfig, model: ModelConfig = MODEL) -> Any:
@@ -51,9 +59,8 @@ def save(writer: Any, step: int, engine: Any) -> Path:
             "context_length": 32,
         },
     }
-    return writer.save(
-        step, engine.chunks, engine.optimizer, contract, {"optimizer_step": OPTIMIZER_STEP, "step": step}
-    )
+    state = {"optimizer_step": OPTIMIZER_STEP, "step": step, "stream": _BEGINNING}
+    return writer.save(step, engine.chunks, engine.optimizer, contract, state)
 
 
 def optimizer_parts(engine: Any) -> list[Any]:

@@ -13,10 +13,10 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks.ranks import run_ranks
-from benchmarks.tiny_run import MODEL, checkpoints_of, run_config
+from benchmarks.tiny_run import MODEL, checkpoints_of, run_config, write_corpus
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.manifest import checksum, read_json
-from megatron_dllm.config import ParallelConfig
+from megatron_dllm.config import ParallelConfig, TrainConfig
 from megatron_dllm.run.files import write_json
 from megatron_dllm.run.names import MANIFEST, STATE
 from tests.distributed.checkpoint_run import OPTIMIZER_STEP, build, fill_moments, flip_bit, save, writer_of
@@ -74,12 +74,11 @@ DAMAGES = {
 def _load_damaged(folder: Path) -> dict[str, tuple[str, str, list[str]]]:
     """For each damage of the newest: what an explicit load says, where a resume starts, and its warnings."""
     from megatron_dllm.checkpoint.loading import load_weights
-    from megatron_dllm.training.start import load_newest
 
     warnings: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("megatron_dllm.training.start").addHandler(handler)
+    logging.getLogger("megatron_dllm.training.loading").addHandler(handler)
     config = run_config(folder, "run")
     engine = build(folder, ParallelConfig())
     fill_moments(engine)
@@ -94,33 +93,52 @@ def _load_damaged(folder: Path) -> dict[str, tuple[str, str, list[str]]]:
         with pytest.raises(ValueError) as caught:
             load_weights(newest, engine.chunks)
         warnings.clear()
-        found = load_newest(config, engine.chunks, engine.optimizer)
-        assert found is not None
-        results[damage.__name__] = (str(caught.value), found[0].name, list(warnings))
+        found = _start(config, engine)
+        results[damage.__name__] = (str(caught.value), found.resume.folder.name, list(warnings))
         dist.barrier()
     if dist.get_rank() == 0:
         _alter(folders.step_folder(checkpoints_of(config), 1))
     dist.barrier()
-    with pytest.raises(ValueError, match=r"holds no whole checkpoint: all of \['step_0000001'\] are damaged"):
-        load_newest(config, engine.chunks, engine.optimizer)
+    with pytest.raises(
+        ValueError, match=r"holds no whole checkpoint: all of \['step_0000001'\] are damaged .*checksum"
+    ):
+        _start(config, engine)
     return results
 
 
+def _start(config: TrainConfig, engine: Any) -> Any:
+    """Decide on rank 0 and load, as a start does."""
+    from megatron_dllm.training.loading import load_start
+    from megatron_dllm.training.sources import Sources
+    from megatron_dllm.training.start import decide_start
+
+    decided: list[Any] = [None]
+    if dist.get_rank() == 0:
+        decided = [decide_start(config, 2, Sources(config))]
+    dist.broadcast_object_list(decided)
+    return load_start(decided[0], engine, lambda passed: decide_start(config, None, Sources(config), passed), True)
+
+
 def test_damage_is_named_and_a_resume_falls_back_aloud(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
     first, second = run_ranks(_load_damaged, 2, tmp_path, timeout_s=500.0)
     for damage, words in DAMAGES.items():
         for results in (first, second):
-            message, found, warnings = results[damage.__name__]
+            message, found, _ = results[damage.__name__]
             assert words in message
             assert found == "step_0000001"
-            assert words in warnings[0]
-            assert "passed over step_0000002" in warnings[0]
-        assert "renamed to damaged-step_0000002; the run continues from step_0000001" in first[damage.__name__][2][1]
+        warnings = first[damage.__name__][2]
+        assert words in warnings[0]
+        assert "passed over step_0000002" in warnings[0]
+        assert "renamed to damaged-step_0000002; the run continues from step_0000001" in warnings[1]
+        assert len(warnings) == 3 and warnings[2].startswith("resumed ")
+        assert second[damage.__name__][2] == [], "each warning is said once"
     assert not (checkpoints_of(run_config(tmp_path, "run")) / "pickle_ran").exists()
 
 
 def _other_identity(folder: Path) -> list[str]:
-    from megatron_dllm.training.start import load_newest
+    from megatron_dllm.training.sources import Sources
+    from megatron_dllm.training.start import decide_start
 
     engine = build(folder, ParallelConfig())
     fill_moments(engine)
@@ -143,12 +161,13 @@ def _other_identity(folder: Path) -> list[str]:
     said = []
     for other in others:
         with pytest.raises(ValueError) as caught:
-            load_newest(other, engine.chunks, engine.optimizer)
+            decide_start(other, 1, Sources(config))
         said.append(str(caught.value))
     return said
 
 
 def test_a_checkpoint_of_another_model_or_contract_is_refused(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
     model, grid, mask, precision, block, stages = run_ranks(_other_identity, 1, tmp_path, timeout_s=300.0)[0]
     assert "model.hidden_size (64) differs from the checkpoint" in model
     assert "block_origin (row) differs from the checkpoint" in grid

@@ -58,36 +58,52 @@ def _run_folder(config: TrainConfig) -> Path:
 # ---- steps that are not applied ------------------------------------------------------------------
 
 
-def _train_with_poison(config: TrainConfig) -> tuple[int, list[bool], bool]:
+def _train_with_poison(config: TrainConfig, make_observers: Any = None) -> tuple[int, list[bool], bool]:
     """Rank 1 finds NaN in its part of one step's gradient: exit code, steps applied, whether the bad one moved."""
-    from megatron_dllm.training import loop
+    from megatron_dllm.train import train
+    from megatron_dllm.training.engine import Engine, build_engine
+    from megatron_dllm.training.observers.observer import Observer
+    from megatron_dllm.training.observers.standard import standard_observers
+    from megatron_dllm.training.parts import Parts
 
+    engines: list[Engine] = []
     applied: list[bool] = []
     is_moved = False
-    train_step = loop.train_step
 
-    def watched(engine: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal is_moved
-        before = _local_state(engine)
-        is_bad = len(applied) == POISONED_STEP and os.environ["RANK"] == "1"
+    def build_poisoned(config: TrainConfig, groups: Any) -> Engine:
+        engine = build_engine(config, groups)
         prepare = engine.optimizer.prepare_grads
 
         def poisoned() -> Any:
             result = prepare()
+            is_bad = len(applied) == POISONED_STEP and os.environ["RANK"] == "1"
             for part in _parts(engine)[-1:] if is_bad else []:
                 part.optimizer.param_groups[0]["params"][0].grad.view(-1)[0] = math.nan
             return result
 
         engine.optimizer.prepare_grads = poisoned
-        result = train_step(engine, *args, **kwargs)
-        engine.optimizer.prepare_grads = prepare
-        if not result.is_applied:
-            is_moved = any(not torch.equal(a, b) for a, b in zip(before, _local_state(engine), strict=True))
-        applied.append(result.is_applied)
-        return result
+        engines.append(engine)
+        return engine
 
-    loop.train_step = watched
-    return train_here(config), applied, is_moved
+    class Watch(Observer):
+        def around_step(self, is_logged: bool) -> Any:
+            self.before = _local_state(engines[0])
+            return super().around_step(is_logged)
+
+        def after_withheld_step(self, report: Any) -> None:
+            nonlocal is_moved
+            pairs = zip(self.before, _local_state(engines[0]), strict=True)
+            is_moved = is_moved or any(not torch.equal(a, b) for a, b in pairs)
+            applied.append(False)
+
+        def after_step(self, report: Any, measured: Any) -> None:
+            if report.result.is_applied:
+                applied.append(True)
+
+    parts = Parts(
+        build_engine=build_poisoned, make_observers=make_observers or standard_observers, extra_observers=[Watch()]
+    )
+    return train(config, lambda: parts), applied, is_moved
 
 
 def _parts(engine: Any) -> list[Any]:
@@ -140,17 +156,20 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(folder: Pat
 
 def _train_with_a_slow_disk(config: TrainConfig) -> tuple[int, list[str]]:
     """Exit code, and the batches in the dump of the poisoned step when this rank is done; rank 1 writes late."""
-    from megatron_dllm.training import replay
+    from safetensors.torch import save_file
 
-    save_file = replay.save_file
+    from megatron_dllm.training.observers.standard import standard_observers
+    from megatron_dllm.training.observers.step_dump import StepDump
 
     def slow(*args: Any) -> None:
-        time.sleep(0.5)
+        time.sleep(0.5 if os.environ["RANK"] == "1" else 0.0)
         save_file(*args)
 
-    if os.environ["RANK"] == "1":
-        replay.save_file = slow
-    code, _, _ = _train_with_poison(config)
+    def with_slow_dump(setting: Any) -> list[Any]:
+        observers = standard_observers(setting)
+        return [replace(each, write=slow) if isinstance(each, StepDump) else each for each in observers]
+
+    code, _, _ = _train_with_poison(config, with_slow_dump)
     return code, sorted(path.name for path in _poisoned(config).glob("data_*"))
 
 
@@ -235,10 +254,12 @@ def test_replay_names_the_rows_that_are_not_finite(folder: Path) -> None:
 
 
 def _train_with_short_window(config: TrainConfig) -> int:
-    from megatron_dllm.training import loop
+    from megatron_dllm.train import train
+    from megatron_dllm.training.parts import Parts
+    from megatron_dllm.training.spikes import SpikeRule
 
-    loop._SPIKE_WINDOW, loop._MAX_SKIPPED = 6, 3
-    return train_here(config)
+    rule = SpikeRule(config.optimizer.spike_factor, window=6, max_skipped=3)
+    return train(config, lambda: Parts(spike_rule=lambda _: rule))
 
 
 def test_a_spike_stops_the_run_and_is_replayed_exactly(folder: Path) -> None:

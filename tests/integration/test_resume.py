@@ -21,7 +21,6 @@ from benchmarks.tiny_run import (
     read_metrics,
     read_tensors,
     run_config,
-    train_here,
     train_ranks,
     write_corpus,
 )
@@ -36,7 +35,6 @@ from megatron_dllm.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
 from megatron_dllm.run.names import CONTRACT, STATE, VALIDATION
 
@@ -197,14 +195,15 @@ def test_a_run_moves_through_all_layouts(folder: Path, unbroken_one: TrainConfig
 
 
 def _train_stopped_in_validation(config: TrainConfig) -> int:
-    from megatron_dllm.training import loop
+    from megatron_dllm.train import train
+    from megatron_dllm.training.observers.observer import Observer
+    from megatron_dllm.training.parts import Parts
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args, **kwargs)
+    class Interruption(Observer):
+        def before_validation(self, stage: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    evaluate, loop.evaluate = loop.evaluate, interrupted
-    return train_here(config)
+    return train(config, lambda: Parts(extra_observers=[Interruption()]))
 
 
 def test_a_run_that_is_asked_to_stop_leaves_the_validation_to_its_next_start(folder: Path) -> None:
@@ -255,13 +254,15 @@ def test_layouts_of_all_stages_are_checked_at_the_start(folder: Path) -> None:
 
 def test_validations_that_cannot_run_are_refused_at_the_start(folder: Path, unbroken_one: TrainConfig) -> None:
     from megatron_dllm.evaluate import evaluate_checkpoint
-    from megatron_dllm.training.start import check_inputs
+    from megatron_dllm.training.sources import Sources
+    from megatron_dllm.training.start import decide_start
 
     config = _evaluated(run_config(folder, "unmeasured"))
     schedule = ScheduleConfig(context_length=32, row_length=32, stages={"stable": STAGES["stable"]})  # no clean copies
     with pytest.raises(ValueError, match=r"validation \(8\) cannot run: row_length \(32\) must hold"):
-        check_inputs(replace(config, schedule=schedule))
-    check_inputs(replace(config, schedule=schedule, evaluation=replace(config.evaluation, block_sizes=[32])))
+        decide_start(replace(config, schedule=schedule), 1, Sources(config))
+    measured = replace(config, schedule=schedule, evaluation=replace(config.evaluation, block_sizes=[32]))
+    assert decide_start(measured, 1, Sources(measured)).resume is None
     load = replace(config.checkpoint, load=str(checkpoints_of(unbroken_one)))
     other_grid = replace(config, checkpoint=load, data=replace(config.data, block_origin="row"))
     with pytest.raises(RuntimeError, match=r"data.block_origin \(row\) differs from that of the diffusion weights"):
@@ -278,16 +279,23 @@ def test_a_refused_start_leaves_the_configuration_of_the_run(unbroken_one: Train
 
 
 def _train_on_slow_rows(config: TrainConfig) -> int:
-    def slow(dataset: RowDataset, plan: Any) -> Any:
-        time.sleep(0.1)
-        return get(dataset, plan)
+    from megatron_dllm.data.corpus import Corpus
+    from megatron_dllm.train import train
+    from megatron_dllm.training.parts import Parts
 
-    get, RowDataset.__getitem__ = RowDataset.__getitem__, slow  # type: ignore[method-assign]
-    return train_here(config, 3)
+    class SlowCorpus(Corpus):
+        """At least one document is read for every row."""
+
+        def read(self, document: int, offset: int, length: int) -> Any:
+            time.sleep(0.1)
+            return super().read(document, offset, length)
+
+    return train(config, lambda: Parts(open_source=lambda prefix, config: SlowCorpus(prefix, config.model)))
 
 
 def test_the_time_of_a_step_counts_its_rows(folder: Path) -> None:
     config = run_config(folder, "slow_rows")
-    assert run_ranks(_train_on_slow_rows, 1, config) == [EXIT_PREEMPTED]
+    config = replace(config, schedule=replace(config.schedule, stages={"warmup": STAGES["warmup"]}))
+    assert run_ranks(_train_on_slow_rows, 1, config, timeout_s=500.0) == [0]
     lines = (checkpoints_of(config).parent / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["step_seconds"] >= 0.1 * STAGES["warmup"].global_batch_size for line in lines)

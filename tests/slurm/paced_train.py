@@ -7,39 +7,34 @@ have all been written is not renamed into place.
 from __future__ import annotations
 
 import os
-import runpy
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from launch.rank import RUN_VARIABLE
-from megatron_dllm import host
-from megatron_dllm.checkpoint import folder as checkpoint_folder
+from megatron_dllm.train import main
 
 RUN = Path(os.environ[RUN_VARIABLE])
 
 
-def publish_when_told(temporary: Path, final: Path, publish: Any = checkpoint_folder.publish) -> None:
+def publish_when_told() -> None:
     while (RUN / "hold_save").exists():
         time.sleep(0.1)
-    publish(temporary, final)
 
 
-def prepare_host_and_pace(prepare_host: Any = host.prepare_host) -> None:
-    prepare_host()
-    from megatron_dllm.training.loop import Trainer
+def paced_parts() -> Any:
+    from megatron_dllm.training.observers.observer import Observer
+    from megatron_dllm.training.parts import Parts
 
-    step = Trainer._step
+    class Pace(Observer):
+        def around_step(self, is_logged: bool) -> Any:
+            if (RUN / "slow_steps").exists():
+                time.sleep(0.5)
+            return nullcontext()
 
-    def paced_step(self: Trainer, *arguments: Any) -> int | None:
-        if (RUN / "slow_steps").exists():
-            time.sleep(0.5)
-        return step(self, *arguments)
-
-    Trainer._step = paced_step  # type: ignore[method-assign]
+    return Parts(extra_observers=[Pace()], before_publish=publish_when_told)
 
 
 if __name__ == "__main__":
-    checkpoint_folder.publish = publish_when_told
-    host.prepare_host = prepare_host_and_pace
-    runpy.run_module("megatron_dllm.train", run_name="__main__")
+    main(paced_parts)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_dllm.config import ParallelConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.data.context_shard import deal_context
 from megatron_dllm.diffusion.context_deal import load_ratio
 from megatron_dllm.diffusion.roles import visible_keys
+from megatron_dllm.training.observers.observer import Observer
+from megatron_dllm.training.reports import StepReport
 
 
 def row_ratios(micro_batches: Sequence[Batch], cp_size: int) -> list[float]:
@@ -24,7 +29,7 @@ def row_ratios(micro_batches: Sequence[Batch], cp_size: int) -> list[float]:
 
 
 def context_balance(
-    micro_batches: Sequence[Batch], parallel: ParallelConfig, group: dist.ProcessGroup, device: torch.device
+    micro_batches: Sequence[Batch], parallel: ParallelConfig, data: ProcessGroup, device: torch.device
 ) -> dict[str, float]:
     """The ratio's mean and maximum over the rows of the global batch (a collective).
 
@@ -34,7 +39,7 @@ def context_balance(
         micro_batches: this rank's, of whole rows.
         parallel: the layout; nothing is counted without context parallelism, nor with ulysses, where every rank has
             some heads of the whole row and the work is even whatever the deal.
-        group: the data-parallel ranks.
+        data: the ranks that read different rows.
         device: of the collective.
     """
     cp_size = parallel.context_parallel_size
@@ -43,6 +48,19 @@ def context_balance(
     ratios = torch.tensor(row_ratios(micro_batches, cp_size), dtype=torch.float64)
     total = torch.stack([ratios.sum(), torch.tensor(float(len(ratios)), dtype=torch.float64)]).to(device)
     largest = ratios.max().to(device)
-    dist.all_reduce(total, group=group)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(total, group=data)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=data)
     return {"context_pairs/mean": float(total[0] / total[1]), "context_pairs/max": float(largest)}
+
+
+@dataclass(frozen=True)
+class ContextBalance(Observer):
+    """Records how evenly logged steps were shared among context-parallel ranks."""
+
+    parallel: ParallelConfig
+    data: ProcessGroup
+    device: torch.device
+
+    def measure(self, report: StepReport) -> dict[str, Any]:
+        """Mean and maximum over the rows (a collective)."""
+        return dict(context_balance(report.micro_batches, self.parallel, self.data, self.device))

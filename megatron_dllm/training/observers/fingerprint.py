@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.parallel.device import local_device
+from megatron_dllm.training.observers.observer import Observer
+from megatron_dllm.training.reports import StepReport
 
 _DIGEST_BYTES = 32
 
@@ -30,12 +35,12 @@ def row_digests(batch: Batch) -> list[bytes]:
     return digests
 
 
-def step_fingerprint(micro_batches: Sequence[Batch], group: dist.ProcessGroup) -> str:
-    """SHA-256 (hex) of a global batch, its rows in their global order (a collective).
+def step_fingerprint(micro_batches: Sequence[Batch], data: ProcessGroup) -> str:
+    """SHA-256 (hex) of a global batch, its rows in their global order (a collective of the data-parallel group).
 
     Args:
         micro_batches: this data-parallel rank's, before they are split over context-parallel ranks.
-        group: the data-parallel ranks.
+        data: the ranks that read different rows.
 
     Returns:
         The same text on every rank, whatever data-parallel size and micro-batch size are.
@@ -44,10 +49,10 @@ def step_fingerprint(micro_batches: Sequence[Batch], group: dist.ProcessGroup) -
     rows = micro_batches[0].input_ids.shape[0]
     device = local_device()
     mine = torch.from_numpy(local.copy()).to(device)
-    gathered = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(gathered, mine, group=group)
+    gathered = [torch.empty_like(mine) for _ in range(data.size())]
+    dist.all_gather(gathered, mine, group=data)
     # Row k of micro-batch j of rank r is row (j * ranks + r) * rows + k of the global batch.
-    by_rank = torch.stack(gathered).cpu().view(group.size(), len(micro_batches), rows, _DIGEST_BYTES)
+    by_rank = torch.stack(gathered).cpu().view(data.size(), len(micro_batches), rows, _DIGEST_BYTES)
     return hashlib.sha256(by_rank.transpose(0, 1).contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -70,3 +75,16 @@ def check_agreement(fingerprint: str) -> None:
         f"ranks {apart} train on other samples, masks or noise levels than rank 0; "
         "they must read the same corpus with the same seed."
     )
+
+
+@dataclass(frozen=True)
+class DataFingerprint(Observer):
+    """Records the fingerprint of logged steps, and ends the run where ranks disagree."""
+
+    data: ProcessGroup
+
+    def measure(self, report: StepReport) -> dict[str, Any]:
+        """The fingerprint (a collective)."""
+        fingerprint = step_fingerprint(report.micro_batches, self.data)
+        check_agreement(fingerprint)
+        return {"data_fingerprint": fingerprint}

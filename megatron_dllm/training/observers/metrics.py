@@ -1,10 +1,11 @@
-"""Metrics of a run: metrics.jsonl always, TensorBoard and W&B (offline too) beside it. Rank 0 writes."""
+"""Metrics of a run: metrics.jsonl always, TensorBoard and W&B (offline too) beside it. Rank 0 alone has it."""
 
 from __future__ import annotations
 
 import json
 import os
 import resource
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from megatron_dllm.config import TrainConfig
 from megatron_dllm.diffusion.losses.step_sums import NUM_BUCKETS
 from megatron_dllm.run.files import write_text
 from megatron_dllm.run.names import METRICS, WANDB_ID
+from megatron_dllm.training.observers.observer import Observer
+from megatron_dllm.training.reports import StepReport, ValidationReport
 from megatron_dllm.training.step import StepResult
 
 
-class MetricsWriter:
+class MetricsWriter(Observer):
     """Writes one record at a time to every sink. `step` counts optimizer steps, in all stages together."""
 
     def __init__(self, run_folder: Path, config: TrainConfig) -> None:
@@ -32,15 +35,35 @@ class MetricsWriter:
         if config.logging.wandb_mode != "disabled":
             import wandb
 
+            mode: Any = config.logging.wandb_mode  # checked by the configuration
+
             self._wandb = wandb.init(
                 project=config.logging.wandb_project,
                 name=config.run.name,
                 dir=str(run_folder),
                 id=_run_id(run_folder),
                 resume="allow",
-                mode=config.logging.wandb_mode,
+                mode=mode,
                 config=asdict(config),
             )
+
+    def after_step(self, report: StepReport, measured: Mapping[str, Any]) -> None:
+        """Write the record of a step that is logged."""
+        if report.is_logged:
+            self.write(report.step, {**_position(report), **measured, **_speed(report)})
+
+    def after_validation(self, report: ValidationReport) -> None:
+        """Write what a validation came to."""
+        result = report.validation
+        record = {
+            "validation": True,
+            "stage": report.stage.name,
+            "consumed_tokens": report.consumed_tokens,
+            "is_stage_end": report.is_stage_end,
+            **{f"validation_elbo/{name}": value for name, value in result.nats_per_token.items()},
+            **{f"validation_bits_per_byte/{name}": value for name, value in result.bits_per_byte.items()},
+        }
+        self.write(report.step, record)
 
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append a record; numbers also go to TensorBoard and W&B under their names."""
@@ -64,6 +87,29 @@ class MetricsWriter:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _position(report: StepReport) -> dict[str, Any]:
+    """Where a step stands, and what it came to."""
+    block_size = report.stage.config.block_size
+    return {
+        "stage": report.stage.name,
+        "stage_index": report.stage.index,
+        "block_size": block_size,
+        "consumed_tokens": report.consumed_tokens,
+        "learning_rate": report.learning_rate,
+        **step_record(report.result),
+        f"loss_block/{block_size}": report.result.loss,
+    }
+
+
+def _speed(report: StepReport) -> dict[str, float]:
+    return {
+        "tokens_per_second": report.num_document_tokens / report.seconds,
+        "forward_tokens_per_second": report.num_forward_tokens / report.seconds,
+        "step_seconds": report.seconds,
+        "peak_memory_gib": peak_memory_gib(),
+    }
 
 
 def _run_id(run_folder: Path) -> str:

@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.data.corpus import Corpus
-from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.packing import estimate_fill
-from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, format_table, stage_table
+from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage, format_table
+from megatron_dllm.training.observers.observer import Observer
+from megatron_dllm.training.reports import StepReport
+from megatron_dllm.training.start import Start
 
 _SECONDS_BETWEEN_LINES = 15.0
 
 
-def print_stage_table(schedule: BlockSchedule, config: TrainConfig, corpus: Corpus) -> None:
-    """Print what the schedule will do, with steps estimated by packing the first chunks of the corpus."""
-    estimates = {}
-    for stage in schedule.stages:
-        geometry = RowGeometry.of_stage(stage.config, config.schedule, config.data)
-        fill = estimate_fill(corpus.document_lengths, geometry, seed=config.run.seed, chunk=config.data.packing_chunk)
-        estimates[stage.name] = RowEstimate(fill.document_tokens, fill.forward_tokens)
+def print_stage_table(config: TrainConfig, start: Start) -> None:
+    """Print what the schedule will do, with the steps that were estimated, and the passes over the corpus."""
     console = Console(soft_wrap=True)
-    rows = stage_table(schedule, estimates)
+    tokens, corpus = start.schedule.total_tokens, start.num_corpus_tokens
     console.print(
-        f"[bold]{config.run.name}[/bold]: {schedule.total_tokens:,} document tokens of {corpus.prefix} "
-        f"({schedule.total_tokens / corpus.num_tokens:.2f} epochs of {corpus.num_tokens:,} tokens), "
-        f"{sum(row.steps or 0 for row in rows):,} steps",
+        f"[bold]{config.run.name}[/bold]: {tokens:,} document tokens of {config.data.train} "
+        f"({tokens / corpus:.2f} epochs of {corpus:,} tokens), {sum(row.steps or 0 for row in start.table):,} steps",
         highlight=False,
     )
-    console.print(format_table(rows), highlight=False)
+    console.print(format_table(start.table), highlight=False)
 
 
-class Progress:
-    """Progress over the whole schedule, in document tokens. Silent where `is_shown` is false."""
+class Progress(Observer):
+    """Progress over the whole schedule, in document tokens. Rank 0 alone has it."""
 
-    def __init__(self, schedule: BlockSchedule, is_shown: bool) -> None:
+    def __init__(self, schedule: BlockSchedule) -> None:
         self._console = Console()
         self._total = schedule.total_tokens
-        self._is_shown = is_shown
         self._last_line = 0.0
         self._bar: RichProgress | None = None
-        if is_shown and self._console.is_terminal:
+        if self._console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -56,22 +51,29 @@ class Progress:
             self._task = self._bar.add_task("starting", total=self._total)
             self._bar.start()
 
-    def advance(
-        self, stage: Stage, step: int, consumed: int, loss: float, learning_rate: float, tokens_per_second: float
-    ) -> None:
-        """Show the state after a step."""
+    def after_step(self, report: StepReport, measured: Mapping[str, Any]) -> None:
+        """Show where the run is."""
         text = (
-            f"{stage.name} block {stage.config.block_size} step {step} loss {loss:.3f} "
-            f"lr {learning_rate:.1e} {tokens_per_second:,.0f} tok/s"
+            f"{report.stage.name} block {report.stage.config.block_size} step {report.step} "
+            f"loss {report.result.loss:.3f} lr {report.learning_rate:.1e} "
+            f"{report.num_document_tokens / report.seconds:,.0f} tok/s"
         )
+        consumed = report.consumed_tokens
         if self._bar is not None:
             self._bar.update(self._task, completed=min(consumed, self._total), description=text)
-        elif self._is_shown and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self._console.print(f"{100.0 * consumed / self._total:5.1f}%  {text}", highlight=False, soft_wrap=True)
 
-    def note(self, text: str) -> None:
+    def before_save(self, step: int) -> None:
         """Say what goes on between steps."""
+        self._note("saving")
+
+    def before_validation(self, stage: Stage) -> None:
+        """Say what goes on between steps."""
+        self._note("validating")
+
+    def _note(self, text: str) -> None:
         if self._bar is not None:
             self._bar.update(self._task, description=text)
 

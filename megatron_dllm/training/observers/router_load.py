@@ -10,16 +10,21 @@ diffusion it counts masked tokens alone, and its lines of the visible and clean 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, VIEW
 from megatron_dllm.model.last_layer import LastLayer, rows_to_keep
+from megatron_dllm.parallel.device import local_device
+from megatron_dllm.training.observers.observer import Observer, Watch
+from megatron_dllm.training.reports import StepReport
 
 ROLES = ("masked", "visible", "clean")
 _PADDING = len(ROLES)
@@ -32,20 +37,20 @@ def token_roles(batch: Batch) -> Tensor:
     return roles.transpose(0, 1).reshape(-1)
 
 
-class RouterLoad:
+class RouterLoad(Observer):
     """Counts of tokens per layer, role and expert over the micro-batches of one step."""
 
     def __init__(
-        self,
-        chunks: Sequence[nn.Module],
-        num_layers: int,
-        num_experts: int,
-        is_recomputed: bool,
-        tensor: dist.ProcessGroup,
+        self, chunks: Sequence[nn.Module], tensor: ProcessGroup, num_layers: int, num_experts: int, is_recomputed: bool
     ) -> None:
-        """Args: `is_recomputed` says that layers run first without gradient and once more in the backward pass.
+        """Look for the routers of a model with experts.
 
-        `tensor`: the tensor-parallel ranks, which share the tokens of a row.
+        Args:
+            chunks: the local model.
+            tensor: ranks that split the tokens between layers.
+            num_layers: of the whole model.
+            num_experts: of a layer.
+            is_recomputed: layers run first without gradient and once more in the backward pass.
         """
         self._tensor = tensor
         self._is_recomputed = is_recomputed
@@ -66,13 +71,25 @@ class RouterLoad:
         kept[len(batch.target_positions) :] = _PADDING
         self._roles, self._kept_roles = roles.chunk(size)[rank], kept.chunk(size)[rank]
 
+    def around_step(self, is_logged: bool) -> AbstractContextManager[Watch | None]:
+        """Count in steps that are logged."""
+        return self.counting() if is_logged else nullcontext()
+
+    def measure(self, report: StepReport) -> dict[str, Any]:
+        """Imbalance by role, and the load of every expert of every layer (a collective)."""
+        load = self.totals(local_device())
+        if load.sum() == 0:
+            return {}
+        ratios = {f"router_imbalance/{role}": value for role, value in imbalance(load).items()}
+        return {**ratios, "router_load": load.sum(0).tolist()}
+
     @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Count while the block runs."""
+    def counting(self) -> Iterator[Watch]:
+        """Count while the block runs; it is given the function to tell each micro-batch to."""
         hooks = [router.register_forward_hook(self._count) for router in self._routers]
         self._counts = None
         try:
-            yield
+            yield self.observe
         finally:
             for hook in hooks:
                 hook.remove()
@@ -84,6 +101,7 @@ class RouterLoad:
         if self._counts is None:
             self._counts = torch.zeros(self._shape, dtype=torch.float64, device=routing_map.device)
         roles = self._kept_roles if router in self._selecting else self._roles
+        assert roles is not None, "a micro-batch is told before its forward pass"
         one_hot = nn.functional.one_hot(roles, _PADDING + 1).double()
         self._counts[router.layer_number - 1] += one_hot.t() @ routing_map.double()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 import pytest
 
@@ -186,10 +185,11 @@ def test_a_schedule_without_stages_is_refused():
         BlockSchedule.from_config(ScheduleConfig(context_length=8))
 
 
-def test_a_final_rate_without_effect_is_told(caplog):
-    with caplog.at_level(logging.WARNING):
-        schedule_of(only=stage(1000, final_learning_rate=1e-5))
-    assert "schedule.stages.only.final_learning_rate" in caplog.text
+def test_a_final_rate_without_effect_is_told():
+    (text,) = schedule_of(only=stage(1000, final_learning_rate=1e-5)).warnings()
+    assert text.startswith("schedule.stages.only.final_learning_rate (1e-05) has no effect with lr_shape constant")
+    assert schedule_of(only=stage(1000, final_learning_rate=1e-3)).warnings() == []
+    assert schedule_of(only=stage(1000, lr_shape="linear", final_learning_rate=1e-5)).warnings() == []
 
 
 def test_the_schedule_cannot_change():

@@ -129,7 +129,7 @@ def test_router_load_of_the_last_layer_counts_kept_tokens(recompute: str) -> Non
 
     model = tiny_model()
     built, batch = _build(model, ParallelConfig(recompute=recompute)), tiny_batch(model, **BATCHES["two rows"])
-    load = RouterLoad([built], model.num_layers, model.num_moe_experts, recompute == "full", Groups.current().tensor)
+    load = RouterLoad([built], Groups.current().tensor, model.num_layers, model.num_moe_experts, recompute == "full")
     with load.counting():
         load.observe(batch)
         built(batch)

@@ -1,0 +1,80 @@
+"""Where the ranks of a run find each other, and hear what rank 0 has decided, before any process group exists."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+from megatron_dllm.config import RunConfig
+
+T = TypeVar("T")
+
+_DECISION, _NUM_HEARD = "decision", "num_heard"
+# Seconds that rank 0, whose process may hold the store, waits for the others to hear a refusal.
+_HEARD_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A key-value store that all ranks can reach.
+
+    Attributes:
+        store: of the launcher, or of rank 0.
+        rank: this process.
+        world_size: ranks of the run.
+    """
+
+    store: Store
+    rank: int
+    world_size: int
+
+    def decide(self, decide: Callable[[], T]) -> T:
+        """Decide on rank 0 and tell the others, who wait for it.
+
+        Args:
+            decide: called on rank 0 alone; what it returns or refuses is pickled.
+
+        Raises:
+            ValueError: on every rank, where `decide` refuses with one.
+            RuntimeError: on the other ranks, where it fails otherwise.
+        """
+        if self.world_size == 1:
+            return decide()
+        store: Any = PrefixStore("start", self.store)  # torch's types know of texts only; bytes pass unchanged
+        if self.rank:
+            found: T | Exception = pickle.loads(store.get(_DECISION))
+            store.add(_NUM_HEARD, 1)
+            if isinstance(found, Exception):
+                raise found
+            return found
+        try:
+            value = decide()
+        except Exception as error:
+            refusal = error if isinstance(error, ValueError) else RuntimeError(f"rank 0 failed: {error!r}")
+            store.set(_DECISION, pickle.dumps(type(refusal)(str(refusal))))
+            self._wait_until_heard(store)
+            raise
+        store.set(_DECISION, pickle.dumps(value))
+        return value
+
+    def _wait_until_heard(self, store: Any) -> None:
+        deadline = time.monotonic() + _HEARD_SECONDS
+        while store.add(_NUM_HEARD, 0) < self.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def meet(run: RunConfig) -> Meeting:
+    """Find the other ranks by the launcher's environment variables; without a launcher the run is one rank."""
+    if "RANK" not in os.environ:
+        return Meeting(HashStore(), 0, 1)
+    timeout = timedelta(minutes=run.distributed_timeout_minutes)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return Meeting(store, rank, world_size)

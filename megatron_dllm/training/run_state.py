@@ -1,0 +1,56 @@
+"""Where a run is: all that a checkpoint restores besides weights and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from megatron_dllm.data.loader import GlobalStep
+from megatron_dllm.training.step import StepResult
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The position of a run after some steps; state.json holds these fields.
+
+    Attributes:
+        step: steps made, skipped ones too.
+        optimizer_step: steps applied.
+        consumed_tokens: document tokens of the corpus.
+        stream: position of the row sequence, see `RowStream.state_dict`.
+        grad_norms: of the last steps applied in this stage: the next stage's noise gives other norms.
+        num_skipped: steps skipped in a row, up to now.
+    """
+
+    step: int = 0
+    optimizer_step: int = 0
+    consumed_tokens: int = 0
+    stream: dict[str, Any] = field(default_factory=dict)
+    grad_norms: list[float] = field(default_factory=list)
+    num_skipped: int = 0
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RunState:
+        """What state.json says; fields that an earlier version did not write take their defaults."""
+        return cls(**{item.name: content[item.name] for item in fields(cls) if item.name in content})
+
+    def after(self, step: GlobalStep, result: StepResult, window: int, is_stage_end: bool) -> RunState:
+        """The state behind one more step.
+
+        Args:
+            step: the rows it read.
+            result: what came of it.
+            window: gradient norms to keep.
+            is_stage_end: whether it has finished its stage.
+        """
+        norms = [*self.grad_norms, result.grad_norm][-window:] if result.is_applied else self.grad_norms
+        return replace(
+            self,
+            step=self.step + 1,
+            optimizer_step=self.optimizer_step + int(result.is_applied),
+            consumed_tokens=self.consumed_tokens + step.num_document_tokens,
+            stream=step.stream_state,
+            grad_norms=[] if is_stage_end else norms,
+            num_skipped=0 if result.is_applied else self.num_skipped + 1,
+        )

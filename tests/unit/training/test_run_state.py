@@ -1,0 +1,39 @@
+"""Where a run is after one more step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from megatron_dllm.data.loader import GlobalStep
+from megatron_dllm.diffusion.losses.step_sums import StepSums
+from megatron_dllm.training.run_state import RunState
+from megatron_dllm.training.step import StepResult
+
+STEP = GlobalStep([], {"epoch": 1}, num_document_tokens=70, num_forward_tokens=100)
+SUMS = StepSums.zeros(torch.device("cpu"))
+
+
+def result(norm: float, is_applied: bool = True) -> StepResult:
+    return StepResult(SUMS, norm, is_applied)
+
+
+def test_an_applied_step() -> None:
+    state = RunState(4, 3, 200, {}, [1.0, 2.0], num_skipped=1).after(STEP, result(3.0), 2, is_stage_end=False)
+    assert state == RunState(5, 4, 270, {"epoch": 1}, [2.0, 3.0], num_skipped=0)
+
+
+def test_a_skipped_step_consumes_its_rows_and_leaves_the_norms() -> None:
+    state = RunState(4, 3, 200, {}, [1.0, 2.0], num_skipped=1).after(STEP, result(9.0, False), 2, is_stage_end=False)
+    assert state == RunState(5, 3, 270, {"epoch": 1}, [1.0, 2.0], num_skipped=2)
+
+
+def test_norms_are_forgotten_at_the_end_of_a_stage() -> None:
+    assert RunState(grad_norms=[1.0]).after(STEP, result(2.0), 5, is_stage_end=True).grad_norms == []
+
+
+def test_a_state_comes_back_from_json_and_an_older_one_with_defaults() -> None:
+    state = RunState(4, 3, 200, {"epoch": 1}, [1.0], num_skipped=2)
+    assert RunState.from_json({**asdict(state), "of_another_version": 1}) == state
+    assert RunState.from_json({"step": 4}) == RunState(step=4)
