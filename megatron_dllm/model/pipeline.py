@@ -84,7 +84,7 @@ def _run(
     local = local_batches(micro_batches, groups.context, device)
     iterators = [iter(local) for _ in chunks]
     forward_backward = get_forward_backward_func()
-    return forward_backward(
+    found: list[Any] = forward_backward(
         forward_step_func=partial(_forward_step, finish, noise or EmbeddingNoise(), observe),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
@@ -93,6 +93,44 @@ def _run(
         micro_batch_size=rows,
         forward_only=forward_only,
     )
+    return found
+
+
+@torch.no_grad()
+def score_documents(
+    chunks: list[nn.Module],
+    micro_batches: Sequence[Batch],
+    device: torch.device,
+    groups: Groups,
+    score: Callable[[Batch, TargetOutputs], Tensor],
+) -> list[Tensor]:
+    """One number for each document piece, without gradients (a collective of the ranks that hold the same rows).
+
+    Losses that compare documents take it first: their coefficients scale `loss_weights`, and an ordinary step trains.
+
+    Args:
+        chunks: the local model.
+        micro_batches: this data-parallel rank's, of whole rows.
+        device: where to compute.
+        groups: of this rank.
+        score: [T] what each target adds to its piece, e.g. minus its weighted NLL.
+
+    Returns:
+        For each micro-batch [p] fp64 sums on the host, in the order of its `sample_ids`.
+    """
+
+    def finish(batch: Batch, outputs: TargetOutputs) -> tuple[Tensor, Tensor, Tensor]:
+        sums = torch.zeros(len(batch.sample_ids), dtype=torch.float64, device=device)
+        sums.index_add_(0, batch.target_pieces, score(batch, outputs).double())
+        return sums.new_zeros(()), batch.num_maskable.new_zeros((), dtype=torch.int32), sums
+
+    parts = _run(chunks, micro_batches, device, groups, finish, forward_only=True)
+    sizes = [len(batch.sample_ids) for batch in micro_batches]
+    flat = torch.cat(parts) if parts else torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    # Context ranks hold parts of the rows; of the pipeline's ranks only the last has scores.
+    dist.all_reduce(flat, group=groups.context)
+    dist.all_reduce(flat, group=groups.pipeline)
+    return list(torch.split(flat.cpu(), sizes))
 
 
 def run_schedule(
