@@ -82,7 +82,7 @@ def compare(
     start = load_file(str(path / f"{_start(layout)}.safetensors"))
     made = groups.initialize(layout.parallel, RunConfig(name="parity"))
     for stage in stages:
-        with _defect(layout.defect):
+        with _dropped_gradients(layout.defect):
             trained = train(layout, stage, path, made)
         key = f"{stage}_{layout.variant}"
         difference = None
@@ -105,6 +105,7 @@ def train(layout: Layout, stage: str, folder: Path, groups: Any) -> Trained:
     if layout.defect is None:
         config.validate(dist.get_world_size())
     engine = build_engine(config, groups)
+    _spoil(engine, layout.defect)
     objective = objective_of(config.schedule.stages["only"], config.noise)
     if layout.model == SKIPPING:
         _check_skipping(engine.chunks, layout not in EXPECTED.values())
@@ -254,31 +255,34 @@ def write_start(layout: Layout, folder: Path, groups: Any) -> None:
     save_file(gather_weights(engine.chunks)[0], str(folder / f"{name}.safetensors"))
 
 
+def _spoil(engine: Any, defect: str | None) -> None:
+    """Make an engine that was built right wrong in the named way."""
+    from megatron.core.distributed import finalize_model_grads
+
+    from megatron_dllm.model.norm import RMSNorm
+
+    if defect == "unscaled_gradient":
+        engine.transformer_config.finalize_model_grads_func = lambda model, num_tokens=None, **kwargs: (
+            finalize_model_grads(model, **kwargs)
+        )
+    elif defect == "unsummed_norms":
+        for module in (module for chunk in engine.chunks for module in chunk.modules()):
+            if isinstance(module, RMSNorm):
+                module.weight.sequence_parallel = False
+
+
 @contextmanager
-def _defect(name: str | None) -> Iterator[None]:
-    """Make the program wrong in the named way while the block runs."""
-    from megatron_dllm.model import norm
+def _dropped_gradients(defect: str | None) -> Iterator[None]:
+    """Where that is the defect, drop the key gradients of other ranks while the block runs.
+
+    A wrong backward pass is no part that a run could be handed, so this one replaces it on purpose.
+    """
     from megatron_dllm.model.attention import context_parallel
-    from megatron_dllm.training import engine
+
+    def own_part(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
 
     with pytest.MonkeyPatch.context() as patch:
-        if name == "unscaled_gradient":
-            right = engine.finalize_model_grads
-            patch.setattr(
-                engine, "finalize_model_grads", lambda model, num_tokens=None, **kwargs: right(model, **kwargs)
-            )
-        elif name == "unsummed_norms":
-            create = norm.RMSNorm.__init__
-
-            def unmarked(self: Any, *args: Any, **kwargs: Any) -> None:
-                create(self, *args, **kwargs)
-                self.weight.sequence_parallel = False
-
-            patch.setattr(norm.RMSNorm, "__init__", unmarked)
-        elif name == "dropped_key_gradients":
-
-            def own_part(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-                return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
-
+        if defect == "dropped_key_gradients":
             patch.setattr(context_parallel._GatherSequence, "backward", staticmethod(own_part))
         yield
