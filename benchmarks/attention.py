@@ -1,4 +1,4 @@
-"""Time and memory of the attention backends, forward and backward, as a ratio to the dense mask of the same run.
+"""Time and memory of the attention backends, forward and backward, relative to a dense mask in the same run.
 
     python -m benchmarks.attention                                  # all of it; long
     python -m benchmarks.attention --lengths 1024 --blocks 32       # quick
@@ -6,8 +6,8 @@
 A row is [x_t; x_0]: every document with one noisy view and its whole clean copy, 2 x length tokens. The limit
 beside the ratios is the share of (query, key) pairs that the mask allows. The last line of a mask is torch's causal
 attention of one sequence with as many visible pairs, which needs no mask: the pace that its kernel can reach. CPU
-times are CPU seconds, on CUDA wall seconds until the device is done; the least over repetitions that take the
-backends in turn. Memory on CPU counts the tensors that torch operations return, not what kernels use inside.
+times are CPU seconds; on CUDA, wall seconds until the device is done. The backends take turns, and the shortest
+repetition counts. Memory on CPU counts the tensors that torch operations return, not what kernels use inside.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CAUSAL = "causal"
 
 
 class LiveMemory(TorchDispatchMode):
-    """Bytes of all tensors returned by operations and still alive, and their greatest sum."""
+    """Bytes of all live tensors that operations have returned, now and at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class LiveMemory(TorchDispatchMode):
         self.peak = 0
 
     def ignore(self, *tensors: Tensor) -> None:
-        """Do not count these, whose memory is there anyway."""
+        """Do not count these tensors: they exist anyway."""
         self.known.update(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
 
     def now(self) -> int:
@@ -103,7 +103,7 @@ def clock(device: torch.device) -> float:
 
 
 def measure_memory(run: Callable[[], Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[int, int]:
-    """Peak bytes of a forward and backward, and those kept between the two (less nothing: output included)."""
+    """Peak bytes of a forward and backward pass, and the bytes kept between the two, output included."""
     if inputs[0].device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

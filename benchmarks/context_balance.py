@@ -2,8 +2,8 @@
 
     python -m benchmarks.context_balance
 
-Rows are packed, noised and dealt by the program's own code, from documents of log-normal length. Beside each deal
-stands what it would be if every rank took its stretch of the row as it lies.
+Rows of documents of log-normal length are packed, noised and dealt by the program's own code. For comparison, each line
+also gives the ratio if every rank took one unbroken part of the row.
 """
 
 from __future__ import annotations

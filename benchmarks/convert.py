@@ -3,7 +3,7 @@
     python -m benchmarks.convert --gigabytes 8 --folder /tmp/convert       # needs 3 x 8 GB of disk
     python -m benchmarks.convert --gigabytes 0.3                           # quick
 
-Every command starts with its input out of the page cache and ends with its output on the disk (fsync).
+Every command starts with a cold page cache and is timed until its output is on the disk (fsync).
 """
 
 from __future__ import annotations

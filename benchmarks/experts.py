@@ -1,10 +1,10 @@
-"""Ways to compute the experts of a rank, forward and backward: time and memory as ratios to megatron-core's loop.
+"""Ways to compute a rank's experts, forward and backward: time and memory relative to megatron-core's loop.
 
     python -m benchmarks.experts                                # on the CPU
     python -m benchmarks.experts --device cuda --dtype bfloat16
 
-All ways compute the same sums from the same weights; that is checked first. CPU times are CPU seconds of one thread,
-the least over repetitions that take the ways in turn. Memory on CPU counts the tensors that operations return.
+All ways compute the same sums from the same weights; that is checked first. CPU times are CPU seconds of one thread:
+the ways take turns, and the shortest repetition counts. Memory on CPU counts the tensors that operations return.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NOTE = (
 
 
 def draw_sizes(num_experts: int, rows: int, busiest: float) -> Tensor:
-    """[e] rows of each expert: a share falling evenly so that the first has `busiest` times the mean; they sum up."""
+    """[e] rows of each expert: they fall evenly, the first has `busiest` times the mean; their sum is `rows`."""
     shares = torch.ones(num_experts)
     if busiest > 1:
         shares = torch.arange(1, num_experts + 1).float().pow(-1 + 1 / busiest)

@@ -1,4 +1,4 @@
-"""Kill -9 of random ranks at random moments, again and again; the run must end as if nothing had happened.
+"""Kill random ranks (kill -9) at random moments, many times; the run must end as if nothing had happened.
 
     python -m benchmarks.kill --kills 30 [--saves sync async] [--ranks 2] [--launcher torchrun] [--seed 0]
 
@@ -57,11 +57,11 @@ class Life(Protocol):
         """Whether the run finished; None while it goes on."""
 
     def stop(self) -> None:
-        """Leave nothing behind."""
+        """End every process."""
 
 
 class ForkedLife:
-    """Ranks forked from a server that has imported everything: starts in a moment. Ended as torchrun would."""
+    """Ranks forked from a server that has imported everything, so that they start fast; ended as by torchrun."""
 
     def __init__(self, config: TrainConfig, ranks: int, log: Path) -> None:
         """Start them."""
@@ -79,7 +79,7 @@ class ForkedLife:
         return [process.pid for process in self._processes]
 
     def poll(self) -> bool | None:
-        """Whether all ranks finished; when one has died, the others are given torchrun's grace and ended."""
+        """Whether all ranks finished; when one has died, the others are ended as torchrun would end them."""
         if all(process.exitcode == 0 for process in self._processes):
             return True
         if any(process.exitcode not in (None, 0) for process in self._processes):
@@ -177,7 +177,7 @@ def run_with_kills(
 ) -> Report:
     """Start lives until the run has finished, killing a random rank in each of the first `kills`.
 
-    The kills are spread over the `steps` of the run, less some at its end in which the last ones find their moment.
+    The kills are spread over the `steps` of the run, except for a few at its end, so that the last kills find a moment.
     """
     dice, report, began = random.Random(seed), Report(), time.monotonic()
     start_seconds = 1.0
@@ -209,7 +209,7 @@ def run_with_kills(
 
 
 class Moment:
-    """Starts a life and looks at it for the moment to kill a rank."""
+    """Starts a life and watches it for the moment to kill a rank."""
 
     def __init__(self, config: TrainConfig, start: Callable[[], Life], start_seconds: float) -> None:
         """Start it; the life before took `start_seconds` to its first step."""
@@ -349,7 +349,7 @@ def run_test(
     is_async: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Report, list[str]]:
-    """The whole test; what happened, and what differs from the unbroken run (nothing, or it failed)."""
+    """Run the whole test: what happened, and what differs from the unbroken run, which should be nothing."""
     write_corpus(folder / "corpus")
 
     def starter(config: TrainConfig) -> Callable[[], Life]:

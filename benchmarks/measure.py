@@ -31,7 +31,7 @@ class Measurement:
 
 
 def evict(*folders: Path) -> None:
-    """Bring the files to the disk and out of the page cache."""
+    """Flush the files to the disk and drop them from the page cache."""
     for folder in folders:
         for path in sorted(folder.rglob("*")):
             if path.is_file():

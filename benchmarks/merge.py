@@ -4,7 +4,7 @@
     python -m benchmarks.merge --gigabytes 0.05                                          # quick
 
 mergekit comes from PyPI, in a virtual environment of its own. The model is a dense Qwen3, whose tensor names
-mergekit knows. Every command starts with its inputs out of the page cache and ends with its output on the disk.
+mergekit knows. Every command starts with a cold page cache and is timed until its output is on the disk.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def measure(
 
 
 def violations(result: Result, precision: str) -> list[str]:
-    """What is further from one rank than rounding explains."""
+    """The measures that differ from one rank by more than rounding explains."""
     found = [
         f"{stage}: {name} differs by {getattr(difference, name):.1e} (at most {limit:g}; {difference.worst_tensor})"
         for stage, difference in result.differences.items()

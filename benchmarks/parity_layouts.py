@@ -80,7 +80,7 @@ class Layout:
 
     @property
     def variant(self) -> str:
-        """What its expected result depends on, besides the stage."""
+        """What the expected result depends on, besides the stage."""
         return f"{self.parallel.precision}_{self.model}"
 
 

@@ -1,4 +1,4 @@
-"""Imported once by the server that the ranks of a test are forked from: what every rank needs and is slow to import."""
+"""Slow imports that every rank needs: the server from which a test's ranks are forked does them once."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
     Raises:
         RuntimeError: when a rank raises or dies, with its traceback. The other ranks are ended.
-        TimeoutError: when a rank is not done in time, with the place where each one stands.
+        TimeoutError: when a rank is not done in time; the message says where each rank is.
     """
     # The parent serves the ranks' meeting point, so nobody else can take its port in between.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -69,13 +69,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 
 def _kill_session(pid: int) -> None:
-    """End a rank and what it has started (a checkpoint's writer, say); it leads a process group of its own."""
+    """End a rank, which leads a process group, and whatever it has started, for example a checkpoint's writer."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def lead_session() -> None:
-    """Put this process and what it starts into a group of its own, which ends when the parent does, even killed."""
+    """Put this process and what it starts into a process group that ends with its parent, even a killed one."""
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

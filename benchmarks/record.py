@@ -1,4 +1,4 @@
-"""What every benchmark writes: the machine, the command and the tables, as JSON and beside it as Markdown."""
+"""Write a benchmark's results: the machine, the command and the tables, as JSON and as Markdown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """What the numbers were taken on (the CPU unless a device is given), and with which command."""
+    """The machine that gave the numbers (its CPU unless a device is given), and the command."""
     name = torch.cuda.get_device_name(device) if device is not None and device.type == "cuda" else _cpu_name()
     commit = (git("rev-parse", "--short", "HEAD") or "").strip()
     return dict(

@@ -5,11 +5,11 @@
     python -m benchmarks.step --sections throughput --lengths 4096 --blocks 32
     python -m benchmarks.step --device cuda --slice llada2_mini           # bf16, real sizes
 
-Baseline and ours are the same megatron-core model with the same weights on the same noised documents; that loss and
-gradients agree is checked before anything is timed. A step is forward and backward; the optimizer, alike for both,
-is left out. Tokens are document tokens. On CPU times are CPU seconds of one thread (other processes do not count),
-the least over repetitions that take the variants in turn, and memory is the growth of the resident set over weights
-and gradients, in a process per variant. On CUDA times are wall seconds and memory is the allocator's peak.
+Baseline and ours are the same megatron-core model with the same weights on the same noised documents; before
+anything is timed, loss and gradients are checked to agree. A step is forward and backward; the optimizer, the same for
+both, is left out. Tokens are document tokens. On a CPU, times are CPU seconds of one thread (other processes do not
+count); the variants take turns, and the shortest repetition counts. Memory is the growth of the resident set on top of
+weights and gradients, in one process per variant. On CUDA, times are wall seconds and memory is the allocator's peak.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def run_child(case: Case) -> dict[str, Any]:
 
 
 def measure(case: Case, variants: dict[str, Variant]) -> dict[str, dict[str, Any]]:
-    """Time and memory of the variants, and their ratios to the first."""
+    """Time and memory of the variants, and their ratios to those of the first."""
     named = {name: asdict(variant) for name, variant in variants.items()}
     results = run_child(replace(case, variants=named))
     if case.device == "cpu":
@@ -207,7 +207,7 @@ def scaling_row(axis: str, value: Any, case: Case) -> dict[str, Any]:
 
 
 def save(output: Path, about: dict[str, Any], sections: dict[str, list[dict[str, Any]]]) -> None:
-    """Write the sections, their rows in order of their case."""
+    """Write the sections, with rows in the order of their cases."""
     for rows in sections.values():
         rows.sort(key=lambda row: [str(row[name]).zfill(9) for name in CASE_COLUMNS if name in row])
     write_results(output, "A training step, baseline and ours", about, sections)

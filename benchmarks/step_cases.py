@@ -66,7 +66,7 @@ class Variant:
         share: noisy views share one clean copy; else each view is a row with its own.
         last: the last layer's outputs for masked tokens only (needs `head`).
         experts: all experts at once; else megatron-core's SequentialMLP.
-        recompute: keep each layer's input alone and compute the layer again in the backward pass.
+        recompute: keep only each layer's input, and compute the layer again in the backward pass.
     """
 
     attention: bool = False
@@ -190,7 +190,7 @@ def _build_row(documents: Documents, views: list[int], is_pruned: bool) -> Tenso
 
 
 class _NoAttention:
-    """A backend that hands values through: what a step costs without attention."""
+    """A backend that returns the values unchanged, to measure a step without attention."""
 
     @staticmethod
     def build_plan(query_roles: Tensor, key_roles: Tensor) -> None:
@@ -244,7 +244,7 @@ def loss_of(built: Any, batch: Batch, variant: Variant) -> Tensor:
 
 
 def step(built: Any, batch: Batch, variant: Variant) -> Callable[[], Tensor]:
-    """Forward and backward into gradients that exist; the optimizer, alike for all variants, is left out."""
+    """Forward and backward into existing gradients; the optimizer, the same for all variants, is left out."""
 
     def run() -> Tensor:
         # The attention's plan lives as long as the roles it was made from: every step has to make its own.
@@ -280,6 +280,6 @@ def needed_flops(model: ModelConfig, batch: Batch) -> float:
 
 
 def count_pairs(batch: Batch, targets_only: bool = False) -> int:
-    """Visible (query, key) pairs of the batch; of its targets' queries alone if asked."""
+    """Visible (query, key) pairs of the batch, or only those whose query is a target."""
     seen = np.stack([visible_keys(roles) for roles in batch.roles.cpu().numpy()])
     return int(seen.flat[batch.target_positions.cpu().numpy()].sum() if targets_only else seen.sum())

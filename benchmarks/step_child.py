@@ -116,7 +116,7 @@ def _seconds(
     device: torch.device,
     is_alone: bool = True,
 ) -> dict[str, float]:
-    """Least time of every run, taken in turn."""
+    """The shortest time of each run; the runs take turns."""
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
         for name, run in runs.items():
@@ -208,7 +208,7 @@ def _compare(
 
 
 def measure_memory(case: dict[str, Any], layout: ParallelConfig, device: torch.device) -> dict[str, Any]:
-    """Peak resident memory of a step above what stays: weights, gradients, the batch."""
+    """Peak resident memory of a step, on top of weights, gradients and the batch."""
     ((name, fields),) = case["variants"].items()
     small = case | {"length": 64, "documents": "one", "block": min(case["block"], 64)}
     built, batch, _ = _prepare(small, Variant(**fields), layout, device)

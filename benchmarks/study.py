@@ -1,6 +1,6 @@
 """Collect the study of conversion: mean and spread over seeds, as JSON and Markdown.
 
-`make study` runs it last; again by `python -m benchmarks.study --study runs/study`.
+The last job of `make study`; run it again with `python -m benchmarks.study --study runs/study`.
 """
 
 from __future__ import annotations

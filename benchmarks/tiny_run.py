@@ -1,4 +1,4 @@
-"""A run of three stages and some twenty steps that takes seconds, and what it leaves behind."""
+"""A run of three stages and about twenty steps that takes seconds, and readers for what it writes."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ STAGES = {
 def run_config(folder: Path, name: str, layout: ParallelConfig | None = None, **changes: Any) -> TrainConfig:
     """The run called `name` in a folder whose corpus `write_corpus` has written.
 
-    Adam's eps is of the order of the gradients: with the usual one, an element whose gradient is rounding alone
-    moves by a full learning rate either way, and two layouts could not be compared.
+    Adam's eps is of the order of the gradients: with the usual one, an element whose gradient is nothing but rounding
+    moves by a full learning rate in either direction, and two layouts could not be compared.
     """
     config = TrainConfig(
         run=RunConfig(name=name, root=str(folder / "runs"), distributed_timeout_minutes=10.0),
@@ -122,7 +122,7 @@ def write_corpus(prefix: Path, num_documents: int = 400) -> None:
 
 
 def train_ranks(world_size: int, *arguments: Any) -> list[int]:
-    """`train_here` on so many ranks; their exit codes."""
+    """Run `train_here` on several ranks; returns their exit codes."""
     return run_ranks(train_here, world_size, *arguments, timeout_s=500.0)
 
 

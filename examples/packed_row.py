@@ -28,8 +28,12 @@ CONTEXT_LENGTH = 64
 def settings(block_size: int, has_two_views: bool) -> list[str]:
     """The overrides that make rows short enough to look at."""
     stage = "schedule.stages.convert"
-    views = [f"{stage}.is_complementary=true", f"{stage}.t_max=0.999"] if has_two_views else []
-    return [f"schedule.context_length={CONTEXT_LENGTH}", f"{stage}.block_size={block_size}", *views]
+    views = [f"{stage}.num_views=2", f"{stage}.view_relation=complementary", f"{stage}.t_max=0.999"]
+    return [
+        f"schedule.context_length={CONTEXT_LENGTH}",
+        f"{stage}.block_size={block_size}",
+        *(views if has_two_views else []),
+    ]
 
 
 def token_table(batch: Batch, tokenizer: Tokenizer) -> Table:

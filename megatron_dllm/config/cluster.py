@@ -1,4 +1,4 @@
-"""What a cluster is: its partitions, nodes, container and environment. One file of recipes/cluster/ each.
+"""Describe a cluster: partitions, nodes, container and environment. Each file in recipes/cluster/ is one.
 
 Read by the launcher, which turns it into jobs.
 """
@@ -21,7 +21,7 @@ def time_limit_seconds(text: str) -> int:
     """Seconds of `HH:MM:SS` or `DAYS-HH:MM:SS`.
 
     Raises:
-        ValueError: another format.
+        ValueError: the text has another format.
     """
     match = _TIME_LIMIT.match(text)
     check(match is not None, f"time_limit ({text!r}) must read HH:MM:SS or DAYS-HH:MM:SS, for example 24:00:00.")
@@ -42,7 +42,7 @@ class ContainerConfig:
     python: str = "python"
 
     def validate(self) -> None:
-        """Raise ValueError for an unknown kind, a missing image, or a mount that is no HOST:CONTAINER."""
+        """Raise ValueError for an unknown kind, a missing image, or a mount that does not read HOST:CONTAINER."""
         check_choice("cluster.container.kind", self.kind, CONTAINER_KINDS)
         check(
             self.kind == "none" or bool(self.image),
@@ -75,15 +75,15 @@ class ClusterConfig:
     gpus_per_node: int = 8
     # SLURM's name of the GPU type, for --gpus-per-node=TYPE:N; null: any.
     gpu_type: str | None = None
-    # Training processes a node; null: one per GPU.
+    # Training processes per node; null: one per GPU.
     ranks_per_node: int | None = None
     cpus_per_node: int | None = None
     # SLURM's --mem; "0" is the whole node's.
     memory: str = "0"
     is_exclusive: bool = True
-    # Longest time SLURM gives one job; a longer run continues in the next one by itself.
+    # Longest time SLURM gives one job; a longer run is requeued and goes on by itself.
     time_limit: str = "24:00:00"
-    # How long before the time limit a run is told to save and stop: a step, a save, and a margin of 60.
+    # How long before the time limit a run is told to save and stop: time for a step and a save, and 60 more.
     stop_seconds: int = 600
     # Stages without GPUs (convert, merge, export) go here; null: the same partition.
     cpu_partition: str | None = None
@@ -95,13 +95,13 @@ class ClusterConfig:
     python: str | None = None
     container: ContainerConfig = field(default_factory=ContainerConfig)
     modules: list[str] = field(default_factory=list)
-    # Environment of the job, NCCL and InfiniBand settings for example.
+    # Environment variables of the job, for example NCCL and InfiniBand settings.
     environment: dict[str, str] = field(default_factory=dict)
-    # Further sbatch options, one whole option an entry: "--switches=1".
+    # More sbatch options, each entry one whole option: "--switches=1".
     sbatch_options: list[str] = field(default_factory=list)
     # Fast local folder of a node for temporary files; null: the system's.
     scratch: str | None = None
-    # Where runs lie that name no other place: root of a chain, run.root of an experiment. All nodes must share it.
+    # Where runs go unless they say otherwise (root of a chain, run.root of an experiment). All nodes must share it.
     run_root: str | None = None
     # Examine every node before each start of a run: GPUs, memory, collectives, disk, clock, versions.
     is_preflight_on: bool = True
@@ -115,11 +115,11 @@ class ClusterConfig:
 
     @property
     def num_ranks_per_node(self) -> int:
-        """Training processes a node."""
+        """Training processes per node."""
         return self.ranks_per_node if self.ranks_per_node is not None else max(self.gpus_per_node, 1)
 
     def validate(self) -> None:
-        """Raise ValueError for values that no job could be made of.
+        """Raise ValueError for values that cannot make a job.
 
         Raises:
             ValueError: naming the field, its value, the rule and the remedy.

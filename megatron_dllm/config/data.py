@@ -19,7 +19,7 @@ class DataConfig:
     train: str = MISSING
     validation: str | None = None
     tokenizer: str | None = None
-    # Documents packed together into rows; more fill rows better, and mix lengths further apart.
+    # Documents that are packed together into rows; with more of them, rows are filled better.
     packing_chunk: int = 1024
     block_origin: str = "document"
     # Store the clean copy of a block only if a later block of its document reads it (exact).
@@ -27,7 +27,7 @@ class DataConfig:
     num_workers: int = 0
 
     def validate(self) -> None:
-        """Raise ValueError for values no corpus could satisfy; files are checked when opened."""
+        """Raise ValueError for values that cannot work with any corpus; files are checked when they are opened."""
         check_choice("data.block_origin", self.block_origin, BLOCK_ORIGINS)
         check_positive("data.packing_chunk", self.packing_chunk)
         check(
@@ -41,7 +41,7 @@ class NoiseConfig:
     """How noise levels are drawn in all stages. `t` is the probability that a token is masked (linear schedule)."""
 
     t_unit: str = "block"
-    # Lay t out evenly: over the blocks of a document and, by a low-discrepancy sequence, over documents.
+    # Spread t evenly over the blocks of a document and, with a low-discrepancy sequence, over documents.
     is_stratified: bool = True
 
     def validate(self) -> None:

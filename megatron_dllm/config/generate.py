@@ -19,14 +19,14 @@ class DecodingConfig:
     threshold: float = 0.95
     min_tokens_per_step: int = 1
     max_new_tokens: int = 256
-    # 0 takes the most probable token; above 0 samples, within `top_p` and `top_k` (0: the whole vocabulary).
+    # 0 takes the most probable token; above 0, tokens are sampled within `top_p` and `top_k` (0: all tokens).
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 1234
 
     def validate(self) -> None:
-        """Raise ValueError for values no decoding could follow."""
+        """Raise ValueError for values that decoding cannot follow."""
         check(
             0.0 < self.threshold <= 1.0,
             f"threshold ({self.threshold}) must lie in (0, 1]; 1 accepts min_tokens_per_step tokens a step.",
@@ -53,9 +53,9 @@ class GenerateConfig(DecodingConfig):
     prompts_file: str | None = None
     # JSON lines, one for each prompt; the file must not exist yet.
     output: str | None = None
-    # Null: the folder that lies beside the weights.
+    # Null: the one that lies beside the weights.
     tokenizer: str | None = None
-    # Null: what the checkpoint was trained for.
+    # Null: the block size that the checkpoint was trained with.
     block_size: int | None = None
     # Prompt and generated tokens together; null: the model's max_position_embeddings.
     context_length: int | None = None

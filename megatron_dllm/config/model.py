@@ -55,7 +55,7 @@ class ModelConfig:
     eos_token_id: int = MISSING
     pad_token_id: int = MISSING
     attention_backend: str = "auto"
-    # Compute the last layer's outputs only where a token carries a loss (exact; false for comparisons).
+    # Compute the last layer's outputs only for tokens with a loss (exact; set false to compare).
     skip_unused_outputs: bool = True
     # Standard deviation of the noise added to the embedding of masked tokens, as a fraction of the
     # mean norm of the embedding rows; falls linearly to 0 (LLaDA2.0 section 7.1).
@@ -68,7 +68,7 @@ class ModelConfig:
         return self.num_moe_experts > 0
 
     def validate(self) -> None:
-        """Raise ValueError where the sizes contradict each other or megatron-core would differ from HF."""
+        """Raise ValueError if sizes contradict each other, or if megatron-core would compute something else than HF."""
         check_choice("model.family", self.family, FAMILIES)
         check_choice("model.attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         for name in (

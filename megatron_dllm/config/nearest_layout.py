@@ -1,4 +1,4 @@
-"""The parallel layout nearest to a refused one that works: what a refusal tells the user to try."""
+"""Find a layout that works, near to one that was refused, for the error message to suggest."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _UNEVEN_COST = 1.0
 def nearest_layout(
     wish: ParallelConfig, world_size: int, model: ModelConfig, check: Callable[[ParallelConfig], None]
 ) -> ParallelConfig | None:
-    """The layout with sizes nearest to `wish` that `check` does not refuse, or None.
+    """The layout nearest to `wish` that `check` accepts, or None.
 
     Args:
         wish: a layout that was refused.
@@ -42,7 +42,7 @@ def nearest_layout(
 
 
 def as_overrides(wish: ParallelConfig, layout: ParallelConfig, prefix: str) -> str:
-    """What differs in `layout`, as words of a command line."""
+    """The settings of `layout` that differ, as overrides for the command line."""
     changes = {
         field.name: getattr(layout, field.name)
         for field in fields(layout)
@@ -55,7 +55,7 @@ def as_overrides(wish: ParallelConfig, layout: ParallelConfig, prefix: str) -> s
 def _candidates(wish: ParallelConfig, world_size: int, model: ModelConfig) -> Iterator[tuple[float, dict[str, Any]]]:
     sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
     experts = [size for size in sizes if model.is_moe and model.num_moe_experts % size == 0] or [1]
-    # Left out early: what no check would accept.
+    # Skip early what `check` could never accept.
     tensor = [size for size in sizes if model.num_attention_heads % size == 0]
     pipeline = [size for size in sizes if size <= model.num_layers]
     for tp, pp, cp in product(tensor, pipeline, sizes):

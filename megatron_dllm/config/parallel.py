@@ -31,7 +31,7 @@ class ParallelConfig:
     # How tokens reach their experts; auto: alltoall with CUDA (sends only what is needed), allgather without.
     moe_token_dispatcher: str = "auto"
     precision: str = "fp32"
-    # none | selective (core attention) | full (every layer's input only is kept).
+    # none | selective (attention is recomputed) | full (only each layer's input is kept).
     recompute: str = "none"
 
     @property
@@ -44,14 +44,14 @@ class ParallelConfig:
         return world_size // self.model_parallel_size
 
     def validate_choices(self) -> None:
-        """Refuse what is wrong on every number of ranks."""
+        """Refuse settings that are wrong for any number of ranks."""
         check_choice("parallel.precision", self.precision, PRECISIONS)
         check_choice("parallel.recompute", self.recompute, ("none", "selective", "full"))
         check_choice("parallel.context_parallel_method", self.context_parallel_method, CONTEXT_PARALLEL_METHODS)
         check_choice("parallel.moe_token_dispatcher", self.moe_token_dispatcher, TOKEN_DISPATCHERS)
 
     def validate(self, world_size: int, model: ModelConfig) -> None:
-        """Refuse layouts that megatron-core would refuse late or train wrongly."""
+        """Refuse layouts that megatron-core would refuse late, or would train wrongly."""
         self.validate_choices()
         for name in (
             "tensor_model_parallel_size",

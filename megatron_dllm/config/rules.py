@@ -10,17 +10,17 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is none of the choices."""
+    """Refuse a value that is not one of the choices."""
     check(value in choices, f"{name} ({value}) is not known; use one of {', '.join(choices)}.")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse 0 and less."""
+    """Refuse a value of 0 or less."""
     check(value > 0, f"{name} ({value}) must be positive; give a value above 0.")
 
 
 def check_name(key: str, name: str) -> None:
-    """Refuse what is no plain folder name, or what a shell or scheduler could misread."""
+    """Refuse a name that is not a plain folder name, or that a shell or scheduler could misread."""
     plain = bool(name) and name.isascii() and all(c.isalnum() or c in "._-" for c in name) and name[0] not in ".-"
     check(
         plain,

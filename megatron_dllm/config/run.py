@@ -23,7 +23,7 @@ class RunConfig:
     distributed_timeout_minutes: float = 10.0
 
     def validate(self) -> None:
-        """Raise ValueError for a name that is no plain folder name."""
+        """Raise ValueError if the name is not a plain folder name."""
         check_name("run.name", self.name)
         check_choice("run.distributed_backend", self.distributed_backend, ("auto", "gloo", "nccl"))
         check(0 <= self.seed < 2**63, f"run.seed ({self.seed}) must lie in [0, 2^63).")
@@ -43,7 +43,7 @@ class OptimizerConfig:
     overlap_param_gather: bool = False
     # What to do with a step whose loss or gradient norm is not finite: stop the run, or skip the step.
     on_non_finite: str = "stop"
-    # A gradient norm this many times its running median counts as a spike and is treated alike; 0: off.
+    # A gradient norm above this many times its running median is a spike and treated the same way; 0: off.
     spike_factor: float = 0.0
 
     def validate(self) -> None:
@@ -70,7 +70,7 @@ class CheckpointConfig:
     load: str | None = None
     # Continue from the run folder's latest checkpoint if there is one.
     resume: bool = True
-    # Save every so many document tokens, besides the end of every stage; 0: only there.
+    # Save every so many document tokens, and at the end of every stage; 0: only at the end of stages.
     save_interval_tokens: int = 0
     # Checkpoints kept: the last n, the k with the best validation ELBO, every m-th of those saved at the interval
     # (0: none for that reason).
@@ -86,7 +86,7 @@ class CheckpointConfig:
     timeout_minutes: float = 30.0
 
     def validate(self) -> None:
-        """Raise ValueError where nothing would be kept."""
+        """Raise ValueError if no checkpoint would be kept."""
         check(
             self.keep_last >= 1,
             f"checkpoint.keep_last ({self.keep_last}) must be at least 1, or a run could not be resumed.",

@@ -17,7 +17,7 @@ VIEW_RELATIONS = ("independent", "stratified", "complementary")
 
 @dataclass
 class StageConfig:
-    """One stage of the schedule: constant row geometry, its own learning rate, batch and noise range."""
+    """One stage of the schedule: one row geometry, with a learning rate, batch size and noise range of its own."""
 
     objective: str = "block_diffusion"
     # Tokens denoised together; `block_size == context_length` is the MDLM stage (no clean copy).
@@ -46,13 +46,12 @@ class StageConfig:
     # Layout of this stage alone; null: the run's `parallel`. A run ends where the layout changes, and its next start
     # takes the next stage's (docs/runs.md).
     parallel: ParallelConfig | None = None
-    # Ranks this stage needs, where stages differ in that: then every stage gives its own. Null: as many as the run is
-    # started with.
+    # Ranks that this stage needs; give it for every stage or for none. Null: as many ranks as the run is started with.
     world_size: int | None = None
 
     @property
     def num_noisy_copies(self) -> int:
-        """Noisy copies of every document: 0 in AR, else one a view."""
+        """Noisy copies of every document: 0 in AR, otherwise one for each view."""
         return 0 if self.objective == "ar" else self.num_views
 
     @property
@@ -66,7 +65,7 @@ class StageConfig:
         return self.objective == "ar" if self.shift is None else self.shift
 
     def validate(self, name: str, context_length: int) -> None:
-        """Raise ValueError with the stage's name where a value is impossible."""
+        """Raise ValueError with the stage's name if a value is impossible."""
         prefix = f"schedule.stages.{name}"
         check_choice(f"{prefix}.objective", self.objective, OBJECTIVES)
         check_choice(f"{prefix}.lr_shape", self.lr_shape, LR_SHAPES)

@@ -77,7 +77,7 @@ class TrainConfig:
         self._check_batch(name, stage, layout, world_size)
 
     def _layout_that_works(self, name: str, wish: ParallelConfig, world_size: int) -> str:
-        """The remedy for a refused layout: the nearest one that suits every stage which shares it."""
+        """The remedy for a refused layout: the nearest one that works for every stage that shares it."""
         sharing = {other: stage for other, stage in self.schedule.stages.items() if self.layout_of(stage) is wish}
 
         def try_layout(layout: ParallelConfig) -> None:

@@ -19,7 +19,7 @@ from megatron_dllm.config import ScheduleConfig, StageConfig
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage and the consumed document tokens between which it lies.
+    """One stage, and between which numbers of consumed document tokens it lies.
 
     Attributes:
         name: its key in the configuration.
@@ -174,7 +174,7 @@ class BlockSchedule:
 
 
 def max_batch_tokens(stage: StageConfig, tokens_per_row: int) -> int:
-    """Most document tokens that one global batch of a stage can hold.
+    """The most document tokens that one global batch of a stage can hold.
 
     That is when every row is full and no document stores a clean copy, as documents of one block do not.
     """
@@ -210,14 +210,14 @@ class StageRow:
 
 
 def stage_table(schedule: BlockSchedule, estimates: Mapping[str, RowEstimate] | None = None) -> list[StageRow]:
-    """What the schedule will do, for a person to read before a run starts.
+    """The schedule as a table, for people to read before a run starts.
 
     Args:
         schedule: the schedule.
         estimates: by stage name, what a row of the stage holds; without it steps are unknown.
 
     Returns:
-        One line a stage. Steps follow the boundaries exactly for rows that hold what was estimated: a
+        One line for each stage. The steps are exact if rows hold what was estimated: a
         step that overshoots its stage shortens the next one.
     """
     rows = []

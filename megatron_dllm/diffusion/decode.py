@@ -27,7 +27,7 @@ STOP_EOS, STOP_MAX_NEW_TOKENS, STOP_CONTEXT_LENGTH = "eos", "max_new_tokens", "c
 
 
 class Forward(Protocol):
-    """One pass of a model that owns its cache of keys and values; a fresh one for every prompt."""
+    """A model's forward pass, with its own cache of keys and values; every prompt needs a fresh one."""
 
     def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
         """Run the tokens of one block (or of the prompt's whole blocks) after everything committed so far.
@@ -45,7 +45,7 @@ class Forward(Protocol):
 
 @dataclass(frozen=True)
 class DecodingContract:
-    """What the checkpoint, not the user's taste, decides about decoding.
+    """What the checkpoint decides about decoding, and the user cannot change.
 
     Attributes:
         block_size: tokens denoised together.
@@ -61,7 +61,7 @@ class DecodingContract:
     eos_token_ids: tuple[int, ...]
 
     def validate(self) -> None:
-        """Raise ValueError for sizes that no sequence has, or a mask token that would end the text."""
+        """Raise ValueError for impossible sizes, or if the mask token would end the text."""
         for name in ("block_size", "context_length"):
             value = getattr(self, name)
             if value <= 0:
@@ -75,7 +75,7 @@ class DecodingContract:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt gave.
+    """The result of decoding one prompt.
 
     Attributes:
         generated_ids: tokens after the prompt, the first eos included, cut at max_new_tokens.
@@ -97,7 +97,7 @@ class Generation:
 
     @property
     def tokens_per_forward(self) -> float:
-        """TPF: generated_ids (what was cut off does not count) per denoising pass (commits do not count)."""
+        """Generated tokens per denoising pass (TPF). Tokens that were cut off and commit passes do not count."""
         return len(self.generated_ids) / self.num_denoising_forwards
 
 

@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for: the counter-based generator Philox, without any state.
+"""Random numbers as a pure function of their purpose, from the counter-based generator Philox; there is no state.
 
 The key is (seed, epoch); the counter names the purpose, the view and the sample. Every rank of any parallel layout
 draws the same numbers, before and after a resume. Only raw 64-bit outputs are used, which numpy guarantees to keep
@@ -20,7 +20,7 @@ _RESOLUTION: float = 2.0**-53
 
 
 class Purpose(IntEnum):
-    """What a draw is for, so that no two uses share random numbers. A number given once is never given anew."""
+    """What a draw is for, so that no two uses share random numbers. Never give a number to another purpose."""
 
     LEVEL_OFFSET = 0
     LEVEL = 1

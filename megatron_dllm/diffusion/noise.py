@@ -4,10 +4,10 @@
 1/t makes the weighted sum of masked NLLs an unbiased estimate of the negative ELBO (LLaDA2.0 Eq. 1, 2).
 
 The noise is a pure function of its arguments (see `diffusion.draws`). The K views of a piece share one clean copy;
-`view_relation` says how their levels and masks hang together:
+`view_relation` says how their levels and masks are related:
 
     independent     every view draws its own levels and masks
-    stratified      of the K parts of a block's range each view has one, in a drawn order; the masks are its own
+    stratified      the range of t has K parts, and each view gets one, in random order; masks are independent
     complementary   views 1 and 2, 3 and 4, ... mask opposite tokens; the pairs are independent
 """
 
@@ -217,7 +217,7 @@ def sample_noise(
 
 
 def _all_views(spec: NoiseSpec, draws: Draws, key: _Key, blocks: _Blocks) -> tuple[BoolArray, FloatArray]:
-    """Masked tokens [k, m] and noise levels [k, c] of every view."""
+    """Which tokens are masked [k, m], and the noise levels [k, c], in every view."""
     num_drawn = spec.num_views // 2 if spec.is_complementary else spec.num_views
     of_view = [replace(draws, view=view) for view in range(num_drawn)]
     if spec.view_relation == "stratified" and spec.num_views > 1:
@@ -238,7 +238,7 @@ def _unit_levels(spec: NoiseSpec, draws: Draws, key: _Key, num_blocks: int) -> F
     if not spec.is_stratified:
         count = num_blocks if spec.t_unit == "block" else 1
         return np.broadcast_to(draws.uniform(Purpose.LEVEL, key.sample_id, count), num_blocks)
-    # A second independent view that were even over ordinals, too, would keep a constant distance from the first.
+    # If a second independent view were spread over ordinals as well, it would keep a constant distance to the first.
     base = float(draws.uniform(Purpose.LEVEL, key.sample_id, 1)[0]) if draws.view else draws.even_level(key.ordinal)
     if spec.t_unit == "document":
         return np.full(num_blocks, base)

@@ -65,7 +65,7 @@ class SourceConfig:
     """What config.json says.
 
     Attributes:
-        model: the sizes; the token ids are what the file says, -1 where it says nothing.
+        model: the sizes; token ids as the file states them, -1 if it does not.
         block_size: block size of a diffusion model, or None.
         is_diffusion: position i predicts token i (LLaDA2, SDAR) instead of token i + 1.
     """
@@ -188,7 +188,7 @@ class _Reader:
         self.source = source
 
     def need(self, key: str, kind: type = int) -> Any:
-        """A value of the given type, which must be there; an int also counts as a float."""
+        """A value that must be there, of the given type; an int also counts as a float."""
         value = self.config.get(key)
         if value is None:
             raise ValueError(
@@ -255,7 +255,7 @@ class _Reader:
 
 
 def _rope_kind(parameters: dict[str, Any]) -> str:
-    """What a RoPE setting scales by; "default" is nothing. Without a name of its kind it may only say the basics."""
+    """The kind of RoPE scaling; "default" means none. A setting without a kind may only hold the basics."""
     kinds = [str(parameters[name]) for name in ("rope_type", "type") if parameters.get(name) is not None]
     if kinds:
         return next((kind for kind in kinds if kind != "default"), "default")

@@ -211,7 +211,7 @@ def extra_state_keys(model: ModelConfig) -> Iterator[str]:
 
 
 def is_fp32(hf_or_mcore_name: str) -> bool:
-    """Whether a tensor stays fp32 whatever the model's dtype is: a rounded bias routes other experts."""
+    """Whether a tensor stays fp32 whatever the model's dtype is: with a rounded bias, tokens go to other experts."""
     return hf_or_mcore_name.endswith("expert_bias")
 
 

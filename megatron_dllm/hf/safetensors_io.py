@@ -120,7 +120,7 @@ class SafetensorsFolder:
             folder: holds `*.safetensors`.
 
         Raises:
-            ValueError: there are none, one is damaged, or the index and the files disagree.
+            ValueError: there are no files, one is damaged, or the index and the files disagree.
         """
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
@@ -233,7 +233,7 @@ class SafetensorsWriter:
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]],
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
-        """Lay the shards out, write their headers.
+        """Decide which tensor goes into which file, and write the headers.
 
         Args:
             folder: exists.
@@ -258,7 +258,7 @@ class SafetensorsWriter:
             write_json(folder / INDEX_NAME, index, indent=2)
 
     def _begin_shard(self, file_name: str, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        # Wider dtypes first keeps every tensor aligned, as readers that map the file expect.
+        # With the wider dtypes first, every tensor is aligned, as readers that map the file expect.
         ordered = sorted(tensors.items(), key=lambda item: -item[1][0].itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -289,7 +289,7 @@ class SafetensorsWriter:
         write_all(descriptor, position + start * dtype.itemsize, data)
 
     def close(self) -> None:
-        """Bring everything to the disk and close."""
+        """Flush everything to the disk and close."""
         while self._descriptors:
             descriptor = self._descriptors.pop()
             os.fsync(descriptor)

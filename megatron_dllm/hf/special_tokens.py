@@ -24,13 +24,13 @@ def settle_special_tokens(model: ModelConfig, files: TokenizerFiles, mask_token_
     Args:
         model: from config.json; an id it does not state is negative.
         files: the tokenizer.
-        mask_token_id: what the user says, or None.
+        mask_token_id: what the user asks for, or None.
 
     Returns:
         The model, checked.
 
     Raises:
-        ValueError: an id that neither states, or a mask token that cannot be right.
+        ValueError: an id that neither file states, or a mask token that cannot be right.
     """
     own = files.eos_id()
     eos = model.eos_token_id if model.eos_token_id >= 0 else own
@@ -74,7 +74,7 @@ def settle_mask_id(files: TokenizerFiles, vocab_size: int, stated: int, wanted: 
         files: the tokenizer.
         vocab_size: rows of the embedding.
         stated: what config.json says, or -1.
-        wanted: what the user says, or None.
+        wanted: what the user asks for, or None.
 
     Raises:
         ValueError: the id is unknown, contradictory, without an embedding row, or means something else.

@@ -43,7 +43,7 @@ class TokenizerFiles:
         """Read the files; a folder without any is allowed.
 
         Raises:
-            ValueError: a file is no JSON, or not of a tokenizer.
+            ValueError: a file is not JSON, or does not belong to a tokenizer.
         """
         self.folder = folder
         self.tokenizer = _read_json(folder / TOKENIZER_FILE)

@@ -50,7 +50,7 @@ def schedule_picture(records: Records) -> bytes:
 
 
 def loss_picture(records: Records) -> bytes:
-    """Training loss over consumed tokens, a colour a stage, with a running mean."""
+    """Training loss over consumed tokens with a running mean; each stage has a colour."""
     figure, axis = plt.subplots(figsize=(8, 3.2))
     for index, stage in enumerate(_stages(records)):
         chosen = [r for r in records if r["stage"] == stage]
@@ -70,7 +70,7 @@ def loss_picture(records: Records) -> bytes:
 
 
 def elbo_picture(records: Records, ar_nll: float | None, merged: dict[str, float]) -> bytes:
-    """Validation ELBO over consumed tokens at every measured block size, the AR model and the merge beside it."""
+    """Validation ELBO over consumed tokens at every measured block size, with the AR model and the merge."""
     sizes = sorted(
         {
             int(k.split("/")[1])
@@ -133,7 +133,7 @@ def mask_picture(batch: Batch, title: str) -> bytes:
 
 
 def router_picture(records: Records, roles: Sequence[str]) -> bytes | None:
-    """Share of tokens each expert gets, by role, at the last logged step; imbalance over the run beside it."""
+    """Share of tokens that each expert gets, by role, at the last logged step; and the imbalance over the run."""
     loads = [r for r in records if "router_load" in r]
     if not loads:
         return None

@@ -1,4 +1,4 @@
-"""Which code runs: its commit and what was changed since, also where a copy of it was frozen for a job."""
+"""Which code is running: its commit and the changes since, even in a copy that was frozen for a job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNKNOWN = "no git repository"
 
 
 def git(*arguments: str) -> str | None:
-    """Output of git in the project; None where the project is no checkout of its own, or git is not installed."""
+    """What git prints in the project; None if the project is not a git checkout or git is not installed."""
     try:
         top, output = (
             subprocess.run(
@@ -27,7 +27,7 @@ def git(*arguments: str) -> str | None:
 
 
 def code_state() -> str:
-    """The commit on the first line, then what tracked files differ from it (git diff)."""
+    """The commit on the first line, then how the tracked files differ from it (git diff)."""
     frozen = ROOT / FROZEN_STATE
     if frozen.is_file():
         return frozen.read_text(encoding="utf-8")
@@ -35,6 +35,6 @@ def code_state() -> str:
 
 
 def commit() -> str | None:
-    """The commit, with "-dirty" where tracked files differ from it; None where it is not known."""
+    """The commit, with "-dirty" if tracked files differ from it; None if it is unknown."""
     first, _, changes = code_state().partition("\n")
     return None if first == _UNKNOWN else first + "-dirty" * bool(changes)

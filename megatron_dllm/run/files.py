@@ -1,4 +1,4 @@
-"""Small files and folders that appear whole: readers see the old content or the new, never a part.
+"""Write small files and folders so that a reader sees the old content or the new, never a part of it.
 
 Standard library only: a job's supervisor uses it under the node's own Python.
 """
@@ -19,7 +19,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, under a temporary name first. It keeps the permissions of the file it replaces."""
+    """Write a text file in UTF-8, first under a temporary name. The permissions of a replaced file are kept."""
     # Process numbers repeat in every container, and two of them may share the folder.
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -36,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, *, indent: int = 1, sort_keys: bool = False, ensure_ascii: bool = True) -> None:
-    """Write a value as JSON, with `write_text`; the options are those of `json.dumps`."""
+    """Write a value as JSON through `write_text`; the options go to `json.dumps`."""
     write_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii) + "\n")
 
 
@@ -45,11 +45,11 @@ def read_json(path: Path, remedy: str) -> Any:
 
     Args:
         path: of the file.
-        remedy: what to do when it is damaged; ends the sentence of the error.
+        remedy: what to do if the file is damaged; the error message ends with it.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no JSON.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -62,11 +62,11 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        remedy: what to do when it is damaged; ends the sentence of the error.
+        remedy: what to do if the file is damaged; the error message ends with it.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no JSON, or something else than an object.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not JSON, or not an object.
     """
     value = read_json(path, remedy)
     if not isinstance(value, dict):
@@ -84,7 +84,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder if it is there. A folder is renamed first, so that half of it never bears its name."""
+    """Delete a file or folder if it exists. A folder is renamed first, so that its name never stands for half of it."""
     if path.is_dir():
         doomed = path
         if not path.name.startswith(TEMPORARY_PREFIX):
@@ -97,7 +97,7 @@ def remove(path: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder to a place where there is none; it appears when it is whole."""
+    """Copy a folder to a path that does not exist yet; it appears there once the copy is complete."""
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     remove(temporary)
     shutil.copytree(source, temporary)

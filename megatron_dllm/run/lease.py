@@ -2,9 +2,9 @@
 
 An attempt is one start of a run's processes. When a node's daemon dies, SLURM starts the job again elsewhere while the
 old processes still run; both would write the same checkpoints. So every attempt takes a generation number, one above
-all earlier ones, and the highest generation owns the folder. An older attempt that looks (`check`) stops without
-writing. Checkpoints are renamed into place, so whichever attempt wins the moment between its look and its rename, what
-lies there is complete.
+all earlier ones, and the highest generation owns the folder. An older attempt that checks
+(`check`) stops without writing. It may still rename a checkpoint into place just after its check, but a checkpoint is
+always complete when it is renamed.
 
 Files in RUN/lease/: `generation_000007` is created exclusively and so decides who is the seventh; `current` names
 the newest and is overwritten in place, because opening an existing file is what network file systems revalidate,
@@ -51,7 +51,7 @@ class Lease:
 
         Args:
             run_folder: folder of the run; created if missing.
-            owner: who takes it, for people who read the file (default: host and process).
+            owner: who takes the lease, for people who read the file (default: host and process).
 
         Raises:
             LeaseLost: the launcher's generation has already been superseded.
@@ -97,7 +97,7 @@ class Lease:
             os.fsync(file.fileno())
 
     def is_current(self) -> bool:
-        """Whether no newer attempt exists."""
+        """True until a newer attempt exists."""
         return newest_generation(self.folder) <= self.generation
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Names of what lies in a run folder, and in a checkpoint's (standard library only).
+"""Names of the files and folders in a run folder and in a checkpoint (standard library only).
 
 RUN/config.yaml       the configuration of the newest start
 RUN/git.txt           the code that ran: the commit, and what was changed since
@@ -6,7 +6,7 @@ RUN/metrics.jsonl     a record of every logged step and validation
 RUN/checkpoints/      see checkpoint/folder.py
 RUN/tokenizer/        the tokenizer that made the corpus
 RUN/lease/            see run/lease.py
-RUN/replay/           the batches of steps that were not finite
+RUN/replay/           the batches of steps whose loss or gradient was not finite
 RUN/wandb_id          the id under which W&B knows the run
 """
 

@@ -1,4 +1,4 @@
-"""This process's place in the run, as the launcher's environment says it (standard library only)."""
+"""This process's place in the run, read from the environment that the launcher sets (standard library only)."""
 
 from __future__ import annotations
 

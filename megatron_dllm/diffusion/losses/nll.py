@@ -5,7 +5,7 @@ Nothing here divides. The gradient of a global batch is that of
     sum over all its tokens of loss_weight * nll  /  num_maskable of the global batch
 
 and neither part is known to a single micro-batch or rank: they hold unequal numbers of masked tokens, and a
-mean of their means would weigh a token by the company it keeps. So every rank returns its sum, the sums and
+mean of their means would give a token in a small micro-batch more weight. So every rank returns its sum, the sums and
 the counts are added over micro-batches, data and context ranks, and one division follows. With weights 1/t
 the quotient is a bound on the NLL in nats per token. Every function is right, and finite, for T = 0.
 """

@@ -1,4 +1,4 @@
-"""The named sums of one global batch: what every rank adds up, in one all-reduce, and every reader asks for by name."""
+"""The sums of one global batch: one all-reduce adds them up over all ranks, and readers use them by name."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class StepSums:
 
     @classmethod
     def zeros(cls, device: torch.device, extra: Sequence[str] = ()) -> StepSums:
-        """What a rank that computes no loss adds; `extra` names the objective's own sums."""
+        """Zeros, for a rank that computes no loss; `extra` names the objective's own sums."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         buckets = torch.zeros(NUM_BUCKETS, 3, dtype=torch.float64, device=device)
         return cls(zero, zero, zero, zero, zero, buckets, {name: zero for name in extra})
