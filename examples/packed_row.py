@@ -27,10 +27,11 @@ CONTEXT_LENGTH = 64
 
 def settings(block_size: int, has_two_views: bool) -> list[str]:
     """The overrides that make rows short enough to look at."""
-    stage = "schedule.stages.convert"
+    stage, num_views = "schedule.stages.convert", 2 if has_two_views else 1
     views = [f"{stage}.num_views=2", f"{stage}.view_relation=complementary", f"{stage}.t_max=0.999"]
     return [
         f"schedule.context_length={CONTEXT_LENGTH}",
+        f"schedule.row_length={(num_views + 1) * CONTEXT_LENGTH}",
         f"{stage}.block_size={block_size}",
         *(views if has_two_views else []),
     ]
