@@ -29,6 +29,20 @@ def since_submission(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(dropwhile(lambda event: event["event"] != "start", events[places[-1] + 1 :] if places else events))
 
 
+def count_crashes(events: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Crashes since the last new checkpoint, and in all."""
+    in_a_row = in_all = 0
+    checkpoint = None
+    for event in events:
+        if event["event"] == "start":
+            checkpoint = event.get("checkpoint")
+        elif event["event"] == "end":
+            is_crash = event["how"] in CRASHES
+            in_a_row = in_a_row + is_crash if event.get("checkpoint") == checkpoint else 0
+            in_all += is_crash
+    return in_a_row, in_all
+
+
 def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crashes: int) -> Verdict:
     """Judge the last end.
 
@@ -37,18 +51,9 @@ def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crash
         max_without_progress: crashes in a row without a new checkpoint at which it stays down.
         max_crashes: crashes in all at which it stays down.
     """
-    in_a_row = in_all = 0
-    checkpoint = how = None
-    for event in since_submission(events):
-        how = event.get("how", how)
-        if event["event"] == "start":
-            checkpoint = event.get("checkpoint")
-        elif event["event"] == "end":
-            if event.get("checkpoint") != checkpoint:
-                in_a_row = 0
-            elif event["how"] in CRASHES:
-                in_a_row += 1
-            in_all += event["how"] in CRASHES
+    seen = since_submission(events)
+    in_a_row, in_all = count_crashes(seen)
+    how = next((event["how"] for event in reversed(seen) if "how" in event), None)
     if how == "non_finite":
         return Verdict(False, "not started again: the loss or gradient norm was not finite, and a restart repeats it")
     if how == "refused":

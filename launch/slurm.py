@@ -54,21 +54,26 @@ def kill_steps(job_id: str) -> None:
         query("scancel", "--signal=KILL", *steps)
 
 
-def requeue(job_id: str) -> str | None:
+def requeue(job_id: str, answer_seconds: float = ANSWER_SECONDS, poll_seconds: float = POLL_SECONDS) -> str | None:
     """Put a running job back into the queue, which ends it.
+
+    Args:
+        job_id: the job's number.
+        answer_seconds: how long SLURM may be silent.
+        poll_seconds: between two questions.
 
     Returns:
         Why not, or None. A job that is not running any more is left alone: its owner has cancelled it, or SLURM has
         requeued it itself; a requeue would revive the one and disturb the other.
 
     Raises:
-        RuntimeError: SLURM has refused, or has not answered for ANSWER_SECONDS.
+        RuntimeError: SLURM has refused, or has not answered for `answer_seconds`.
     """
-    deadline = time.monotonic() + ANSWER_SECONDS
+    deadline = time.monotonic() + answer_seconds
     while not (state := state_of(job_id)):
         if time.monotonic() > deadline:
-            raise RuntimeError(f"squeue has not told the state of job {job_id} for {ANSWER_SECONDS:g} s; submit again")
-        time.sleep(POLL_SECONDS)
+            raise RuntimeError(f"squeue has not told the state of job {job_id} for {answer_seconds:g} s; submit again")
+        time.sleep(poll_seconds)
     if state != "RUNNING":
         return f"SLURM is ending the job itself ({state.lower()})"
     done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
