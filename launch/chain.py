@@ -18,9 +18,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from megatron_dllm.compose import RECIPES, compose_dict, to_train_config
+from megatron_dllm.compose import compose_dict, to_train_config
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
+from megatron_dllm.config.recipe_source import RECIPES
 from megatron_dllm.config.rules import check, check_name
 
 LAUNCH_KEYS = (

@@ -10,6 +10,8 @@ from typing import Any
 from launch.record import last_lines, read_json
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 
+# After one rank has failed the others get this long to end by themselves and write why.
+FAILURE_GRACE_SECONDS = 15.0
 # Codes with which a rank ends on purpose.
 ORDERLY = (0, EXIT_PREEMPTED, EXIT_LAYOUT, EXIT_FENCED)
 # A rank that the launcher ended because another had failed is not the cause. SIGKILL is one: where the launcher sends

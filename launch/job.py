@@ -49,11 +49,6 @@ def valid_nodes(chain: Chain, job: Job) -> list[int]:
     return counts
 
 
-def tasks_per_node(cluster: ClusterConfig, job: Job) -> int:
-    """Tasks srun starts on a node: one torchrun, or one per rank."""
-    return job.ranks_per_node(cluster) if job.is_parallel and cluster.launcher == "srun" else 1
-
-
 def _time(seconds: int) -> str:
     minutes, second = divmod(seconds, 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
@@ -91,7 +86,7 @@ def sbatch_options(chain: Chain, job: Job, project: Path) -> list[str]:
         kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
         # A tool's ranks get a GPU each; training has its nodes to itself, with all they have.
         options.append(f"--gpus-per-node={kind}{job.spec.ranks_per_node or cluster.gpus_per_node}")
-    tasks, cpus = tasks_per_node(cluster, job), cpus_per_task(cluster, job)
+    tasks, cpus = job.ranks_per_node(cluster), cpus_per_rank(cluster, job)
     if len(counts) > 1:
         # With a number of tasks a node, SLURM gives a range's smallest number of nodes, however many are free.
         options.append(f"--mincpus={tasks * (cpus or 1)}")
@@ -107,11 +102,11 @@ def stop_seconds(cluster: ClusterConfig, limit: int) -> int:
     return min(cluster.stop_seconds, max(limit * 3 // 4, 1))
 
 
-def cpus_per_task(cluster: ClusterConfig, job: Job) -> int | None:
-    """CPUs of one srun task, or None to leave it to the site."""
+def cpus_per_rank(cluster: ClusterConfig, job: Job) -> int | None:
+    """CPUs of one rank, which is one task of srun's, or None to leave it to the site."""
     if not job.is_parallel:
         return cluster.cpu_cpus
-    return cluster.cpus_per_node // tasks_per_node(cluster, job) if cluster.cpus_per_node else None
+    return cluster.cpus_per_node // job.ranks_per_node(cluster) if cluster.cpus_per_node else None
 
 
 def container_words(cluster: ClusterConfig, folders: list[Path]) -> tuple[list[str], list[str]]:
@@ -141,18 +136,20 @@ def supervisor_details(chain: Chain, job: Job, code: Path, project: Path) -> dic
     seconds = time_limit_seconds(job.spec.time_limit or cluster.time_limit)
     writes = [project, chain.folder.absolute(), *([job.run_folder.absolute()] if job.run_folder else [])]
     srun, prefix = container_words(cluster, writes)
-    cpus = cpus_per_task(cluster, job)
+    cpus = cpus_per_rank(cluster, job)
     if cpus:
         srun.append(f"--cpus-per-task={cpus}")
-    if not (cpus and cluster.launcher == "srun"):
-        # A torchrun's ranks share the node's cores; a site's default may bind the whole task to one.
+    else:
+        # Nobody has said how many cores a rank gets: all may use all, where a site's default may bind each to one.
         srun.append("--cpu-bind=none")
+    if job.is_parallel and cluster.gpus_per_node:
+        # A rank takes the GPU of its number on the node, where a site's default may show it a single one.
+        srun.append("--gpu-bind=none")
     has_container = cluster.container.kind != "none"
     return {
         "code": str(code),
         "valid_nodes": valid_nodes(chain, job),
         "stages": schedule_stages(job.config) if job.config else [],
-        "launcher": cluster.launcher if job.is_parallel else "srun",
         "srun_options": srun,
         "command_prefix": prefix,
         "rank_python": cluster.container.python if has_container else job_python(cluster),

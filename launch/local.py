@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from launch import record
 from launch.chain import Chain, Job, compose_chain
 from launch.failure import collect_failure, exit_records, overall_code
 from launch.freeze import freeze_environment, freeze_job, rank_arguments
-from launch.node import rendezvous_options, run, torchrun_command
+from launch.local_ranks import run_ranks
 from launch.progress import Progress, progress_of
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE
 from launch.validate import check_chain
 from launch.world import schedule_stages, wanted_ranks
-from megatron_dllm.compose import RECIPES
+from megatron_dllm.config.recipe_source import RECIPES
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.run.files import write_json
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
@@ -58,16 +59,22 @@ def run_job(chain: Chain, job: Job) -> int:
             return subprocess.run([sys.executable, "-u", *arguments], env=environment, check=False).returncode
         except KeyboardInterrupt:
             return EXIT_PREEMPTED
+    if job.run_folder is None:
+        return run_attempt(chain, job, environment)
+    return run_attempts(lambda: run_attempt(chain, job, environment), job.run_folder)
+
+
+def run_attempts(attempt: Callable[[], int], run_folder: Path) -> int:
+    """Call `attempt` again as long as it asks for another layout and has moved on; the last one's exit code."""
     while True:
-        before = record.latest_checkpoint(job.run_folder) if job.run_folder else None
-        code = start_ranks(chain, job, environment)
-        has_moved_on = job.run_folder is not None and record.latest_checkpoint(job.run_folder) != before
-        if code != EXIT_LAYOUT or not has_moved_on:
+        before = record.latest_checkpoint(run_folder)
+        code = attempt()
+        if code != EXIT_LAYOUT or record.latest_checkpoint(run_folder) == before:
             return code
 
 
-def start_ranks(chain: Chain, job: Job, environment: dict[str, str]) -> int:
-    """One attempt at a job under torchrun; its exit code."""
+def run_attempt(chain: Chain, job: Job, environment: dict[str, str]) -> int:
+    """One attempt at a job; its exit code."""
     folder = chain.job_folder(job)
     attempt = record.next_attempt(folder)
     stages = schedule_stages(job.config) if job.config else []
@@ -75,10 +82,7 @@ def start_ranks(chain: Chain, job: Job, environment: dict[str, str]) -> int:
     ranks = wanted_ranks(stages, guarded) or world_size(chain, job)
     lease = Lease.take_next(guarded)
     environment = {**environment, SHOW_VARIABLE: "1", RUN_VARIABLE: str(guarded), LEASE_VARIABLE: str(lease.generation)}
-    command = torchrun_command(
-        sys.executable, ranks, rendezvous_options({}), attempt, [sys.executable, "-u", *rank_arguments(chain, job)]
-    )
-    return_code = run(command, environment, attempt / "torchrun_0.log")
+    return_code = run_ranks([sys.executable, "-u", *rank_arguments(chain, job)], ranks, attempt, environment)
     code = overall_code(exit_records(attempt), ranks)
     failure = collect_failure(attempt)
     if failure:

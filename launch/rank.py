@@ -2,10 +2,10 @@
 
     python launch/rank.py ATTEMPT_FOLDER -- COMMAND ...
 
-Started by torchrun or by srun, it starts COMMAND and writes ATTEMPT_FOLDER/rank_00003.log and exit_00003.json.
+Started by srun or by launch/local_ranks.py, it starts COMMAND and writes rank_00003.log and exit_00003.json there.
 SIGTERM and SIGUSR1 reach COMMAND as SIGUSR1, again every few seconds, because one that comes before the handler is
-installed is ignored. A rank that was asked to stop and did (EXIT_PREEMPTED) looks like success to torchrun and srun,
-so that neither kills the ranks that are still saving; the exit record has the true code.
+installed is ignored. A rank that was asked to stop and did (EXIT_PREEMPTED) looks like success from outside,
+so that nobody ends the ranks that are still saving; the exit record has the true code.
 
 Standard library only: it also wraps tools that know nothing of training.
 """
@@ -31,8 +31,6 @@ from megatron_dllm.run.names import LEASE
 
 REPEAT_SECONDS = 5.0
 LEASE_SECONDS = 3.0
-# Folder in which the wrappers of a node leave their process numbers, for launch/node.py to pass signals on.
-PIDS_VARIABLE = "MEGATRON_DLLM_PIDS"
 # Run folder whose lease is watched; unset: none.
 RUN_VARIABLE = "MEGATRON_DLLM_RUN"
 # "1": rank 0's output also goes to this process's own.
@@ -55,11 +53,11 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _prepare_child() -> None:
-    """Die with the wrapper, and survive stop signals until the command handles them."""
+def prepare_child() -> None:
+    """Called in a new process: die with its parent, and survive stop signals until the program handles them."""
     die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class RankProcess:
@@ -74,7 +72,7 @@ class RankProcess:
             signal.signal(number, self._ask_to_stop)
         # The user's Ctrl-C reaches the whole terminal; the launcher turns it into an orderly stop.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_prepare_child)
+        self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=prepare_child)
         self._copier = threading.Thread(target=self._copy, daemon=True) if is_shown else None
         if self._copier:
             self._copier.start()
@@ -117,15 +115,13 @@ class RankProcess:
 
 
 def main() -> int:
-    """Run the command and report; returns what torchrun or srun is told."""
+    """Run the command and report; returns what whoever started this wrapper is told."""
     attempt_folder, separator, *command = sys.argv[1:]
     assert separator == "--", "usage: rank.py ATTEMPT_FOLDER -- COMMAND ..."
     die_with_parent()
     adopt_slurm_ranks(os.environ)  # type: ignore[arg-type]
     rank = int(os.environ.get("RANK", "0"))
     folder = Path(attempt_folder)
-    if PIDS_VARIABLE in os.environ:
-        (Path(os.environ[PIDS_VARIABLE]) / str(os.getpid())).touch()
     is_shown = os.environ.get(SHOW_VARIABLE) == "1" and rank == 0
     began = time.time()
     process = RankProcess(command, folder / f"rank_{rank:05d}.log", is_shown)

@@ -30,7 +30,7 @@ from launch.job import job_script, sbatch_options, supervisor_details
 from launch.progress import Progress, progress_of
 from launch.status import show
 from launch.validate import check_chain
-from megatron_dllm.compose import RECIPES
+from megatron_dllm.config.recipe_source import RECIPES
 from megatron_dllm.run.files import write_json
 
 log = logging.getLogger("launch")

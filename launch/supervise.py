@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import record, slurm
 from launch.ending import Ending, ending_of, ending_of_silent
-from launch.failure import exit_records, failed_first
+from launch.failure import FAILURE_GRACE_SECONDS, exit_records, failed_first
 from launch.first_step import FirstStep
 from launch.policy import Verdict, judge
 from launch.preflight import judge as judge_nodes
@@ -36,8 +36,6 @@ from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
 
 log = logging.getLogger("launch")
 CODE = Path(__file__).resolve().parents[1]
-# After one rank has failed the others get this long to end by themselves and write why.
-FAILURE_GRACE_SECONDS = 15.0
 POLL_SECONDS = 1.0
 PREFLIGHT_SECONDS = 300.0
 # Ports below the ephemeral range; each attempt gets its own, since an older one may still hold the last.
@@ -85,16 +83,16 @@ class Supervisor:
             **details,
         )
 
-    def previous_attempt(self) -> dict[str, Any] | None:
-        """The `start` event of the newest attempt before this one."""
-        return next((event for event in reversed(record.events(self.folder)) if event["event"] == "start"), None)
-
-    def close_previous(self, previous: dict[str, Any]) -> None:
-        """If the attempt before this one left no end, write what can be told about it."""
+    def previous_attempt(self) -> list[dict[str, Any]]:
+        """Events of the newest attempt before this one, its start first; empty where SLURM has made none."""
         seen = record.events(self.folder)
-        seen = seen[max(number for number, event in enumerate(seen) if event["event"] == "start") :]
+        starts = [n for n, event in enumerate(seen) if event["event"] == "start" and "attempt" in event]
+        return seen[starts[-1] :] if starts else []
+
+    def close_previous(self, seen: list[dict[str, Any]]) -> None:
+        """If the attempt before this one left no end, write what can be told about it."""
         if not any(event["event"] == "end" for event in seen):
-            self._end(ending_of_silent(previous, seen), attempt=previous["attempt"])
+            self._end(ending_of_silent(seen[0], seen), attempt=seen[0]["attempt"])
             self.has_ended = False
 
     def await_old_ranks(self, previous: dict[str, Any]) -> None:
@@ -124,15 +122,11 @@ class Supervisor:
             *self.job["srun_options"],
         ]
 
-    def step_command(self, attempt: Path) -> list[str]:
-        """What srun starts: a torchrun a node, or the rank itself."""
-        job = self.job
-        python = job["rank_python"]
-        if job["launcher"] == "torchrun":
-            words = [python, str(CODE / "launch" / "node.py"), str(self.folder), str(attempt)]
-        else:
-            words = [python, str(CODE / "launch" / "rank.py"), str(attempt), "--", python, "-u", *job["arguments"]]
-        return [*job["command_prefix"], *words]
+    def rank_command(self, attempt: Path) -> list[str]:
+        """What srun starts as each rank."""
+        job, python = self.job, self.job["rank_python"]
+        wrapper = [*job["command_prefix"], python, str(CODE / "launch" / "rank.py"), str(attempt), "--"]
+        return [*wrapper, python, "-u", *job["arguments"]]
 
     def run_ranks(
         self, command: Sequence[str], environment: dict[str, str], attempt: Path, first_step: FirstStep | None
@@ -185,7 +179,7 @@ class Supervisor:
         fitting = [count for count in job["valid_nodes"] if count <= len(hosts)]
         return fitting[0] if fitting else len(hosts), per_node
 
-    def environment(self, hosts: Sequence[str], per_node: int, lease: Lease) -> dict[str, str]:
+    def environment(self, hosts: Sequence[str], lease: Lease) -> dict[str, str]:
         """Variables of the ranks: rendezvous, lease, and the folder it guards."""
         # An attempt that follows in the same job must not meet the last one's sockets either.
         place = int(self.job_id) * 37 + self.restarts + lease.generation
@@ -196,8 +190,6 @@ class Supervisor:
             **{k: v for k, v in os.environ.items() if k not in dropped},
             "MASTER_ADDR": hosts[0],
             "MASTER_PORT": str(_PORTS[place % len(_PORTS)]),
-            "MEGATRON_DLLM_NODES": str(len(hosts)),
-            "MEGATRON_DLLM_RANKS_PER_NODE": str(per_node),
             RUN_VARIABLE: str(guarded),
             LEASE_VARIABLE: str(lease.generation),
         }
@@ -210,12 +202,12 @@ class Supervisor:
             return 0
         lease = self.take_lease()
         previous = self.previous_attempt()
-        if previous is not None:
+        if previous:
             self.close_previous(previous)
             verdict = self.verdict()
             if not verdict.again:
                 return self.stay_down(verdict.reason)
-            self.await_old_ranks(previous)
+            self.await_old_ranks(previous[0])
         if job["rank_python"] == sys.executable and (changed := self.changed_packages()):
             log.warning("packages have changed since the submission: %s", ", ".join(changed))
         is_first = True
@@ -248,7 +240,7 @@ class Supervisor:
             checkpoint=before,
         )
         log.info("%s starts on %s with %s", job["name"], " ".join(hosts), before or "no checkpoint yet")
-        environment = self.environment(hosts, per_node, lease)
+        environment = self.environment(hosts, lease)
         problem = None
         if job["preflight"]["is_on"] and has_preflight:
             problem = self.preflight(hosts, environment, attempt)
@@ -256,10 +248,9 @@ class Supervisor:
             # A step that SLURM has ended leaves no reports either.
             ending = Ending("crashed" if self.stop_signal is None else "terminated", f"preflight: {problem}")
         else:
-            tasks = per_node if job["launcher"] == "srun" else 1
             first_step = FirstStep(self.run_folder) if self.run_folder else None
             forced = self.run_ranks(
-                [*self.srun(tasks, hosts), *self.step_command(attempt)], environment, attempt, first_step
+                [*self.srun(per_node, hosts), *self.rank_command(attempt)], environment, attempt, first_step
             )
             ending = ending_of(attempt, hosts, nodes * per_node, forced, self.stop_signal is not None)
         if ending.how == "layout" and self._checkpoint() == before:

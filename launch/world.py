@@ -33,7 +33,8 @@ def wanted_ranks(stages: Sequence[dict[str, Any]], run_folder: Path) -> int | No
     for stage in stages:
         end += stage["num_tokens"]
         if consumed < end:
-            return stage["world_size"]
+            ranks: int | None = stage["world_size"]
+            return ranks
     return None
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from megatron_dllm.config.rules import check, check_choice
 
 CONTAINER_KINDS = ("none", "pyxis", "apptainer")
-LAUNCHERS = ("torchrun", "srun")
 _TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d{2}):(\d{2})$")
 _MEMORY = re.compile(r"\d+[KMGT]?$")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
@@ -77,6 +76,7 @@ class ClusterConfig:
     gpu_type: str | None = None
     # Training processes per node; null: one per GPU.
     ranks_per_node: int | None = None
+    # CPUs of a node, shared out evenly: a rank gets so many of its own. null: all ranks of a node share what there is.
     cpus_per_node: int | None = None
     # SLURM's --mem; "0" is the whole node's.
     memory: str = "0"
@@ -85,12 +85,10 @@ class ClusterConfig:
     time_limit: str = "24:00:00"
     # How long before the time limit a run is told to save and stop: time for a step and a save, and 60 more.
     stop_seconds: int = 600
-    # Stages without GPUs (convert, merge, export) go here; null: the same partition.
+    # Jobs without GPUs (convert, merge, export) go here; null: the same partition.
     cpu_partition: str | None = None
     cpu_memory: str = "0"
     cpu_cpus: int | None = None
-    # How ranks are started on a node: one torchrun a node, or srun with one task a rank.
-    launcher: str = "torchrun"
     # Interpreter of the nodes; null: the one that submits. It runs the job's supervisor; without a container the ranks.
     python: str | None = None
     container: ContainerConfig = field(default_factory=ContainerConfig)
@@ -125,7 +123,6 @@ class ClusterConfig:
             ValueError: naming the field, its value, the rule and the remedy.
         """
         self.container.validate()
-        check_choice("cluster.launcher", self.launcher, LAUNCHERS)
         check(
             self.gpus_per_node >= 0,
             f"cluster.gpus_per_node ({self.gpus_per_node}) must not be negative; 0 means CPU nodes.",

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from launch import local, record
+from launch import record
 from launch.chain import compose_chain
 from launch.failure import exit_records
+from launch.local import run_attempts
 from launch.progress import Progress, progress_of
 from launch.status import rows, total_tokens
 from launch.world import spread, wanted_ranks
@@ -221,22 +222,18 @@ def test_a_chain_goes_on_with_the_ranks_of_each_stage(recipes: Path) -> None:
 
 
 @pytest.mark.parametrize("moves", [0, 2])
-def test_a_run_that_asks_for_another_layout_must_have_moved_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
-) -> None:
-    chain = compose_chain(["experiment=tiny_base", f"run.root={tmp_path}"])
-    checkpoints = chain.folder / "checkpoints"
-    checkpoints.mkdir(parents=True)
+def test_a_run_that_asks_for_another_layout_must_have_moved_on(tmp_path: Path, moves: int) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
     starts: list[int] = []
 
-    def start(*_: object) -> int:
+    def attempt() -> int:
         starts.append(len(starts))
         if len(starts) <= moves:
             (checkpoints / "latest").write_text(f"step_{len(starts)}\n")
         return EXIT_LAYOUT
 
-    monkeypatch.setattr(local, "start_ranks", start)
-    assert local.run_job(chain, chain.jobs[0]) == EXIT_LAYOUT
+    assert run_attempts(attempt, tmp_path) == EXIT_LAYOUT
     assert len(starts) == moves + 1
 
 

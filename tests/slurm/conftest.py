@@ -159,7 +159,6 @@ class FakeRun:
             f"data.tokenizer={root}/tokenizer",
             "train_module=tests.slurm.fake_train",
             "cluster.ranks_per_node=2",
-            "cluster.launcher=srun",
             "nodes=2",
         ]
 

@@ -178,14 +178,6 @@ def test_a_submitted_run_equals_torchrun(cluster: Cluster, unbroken: Training, r
 
 
 @pytest.mark.slow
-def test_one_task_a_rank_equals_torchrun(cluster: Cluster, unbroken: Training, root: Path) -> None:
-    run = Training(root, "by_srun")
-    run.submit(cluster, "cluster.launcher=srun")
-    wait_for(run.is_done, 1500, "the run to finish")
-    assert_same(run, unbroken)
-
-
-@pytest.mark.slow
 def test_preemption_changes_nothing(
     cluster: Cluster, unbroken: Training, root: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -48,8 +48,8 @@ def test_options_follow_the_cluster() -> None:
         "--account=acc",
         "--gpus-per-node=h100:8",
         "--nodes=2",
-        "--ntasks-per-node=1",
-        "--cpus-per-task=96",
+        "--ntasks-per-node=4",
+        "--cpus-per-task=24",
         "--exclusive",
         "--switches=1",
         "--time=24:00:00",
@@ -58,7 +58,6 @@ def test_options_follow_the_cluster() -> None:
         "--open-mode=append",
     ):
         assert expected in options
-    assert "--ntasks-per-node=4" in options_of("cluster.launcher=srun", "cluster.ranks_per_node=4")
     assert not [option for option in options_of() if option.startswith(("--account", "--partition", "--gpus"))]
 
 
@@ -83,14 +82,18 @@ def test_a_tool_is_one_process_without_a_gpu_unless_it_asks_for_ranks(recipes: P
     def options(*words: str) -> list[str]:
         chain = compose_chain(["experiment=three", "cluster=h100x8", "cluster.cpu_partition=cpu", *words], recipes)
         details = supervisor_details(chain, chain.jobs[0], Path("/code"), Path("/project"))
-        return [*sbatch_options(chain, chain.jobs[0], Path("/project")), f"launcher={details['launcher']}"]
+        return [*sbatch_options(chain, chain.jobs[0], Path("/project")), *details["srun_options"]]
 
     plain = options()
-    assert "--partition=cpu" in plain and "launcher=srun" in plain
+    assert "--partition=cpu" in plain and "--ntasks-per-node=1" in plain and "--cpu-bind=none" in plain
     assert not [option for option in plain if option.startswith(("--gpus", "--exclusive"))]
     parallel = options("jobs.first.ranks_per_node=4", "jobs.first.nodes=2")
-    for expected in ("--partition=batch", "--nodes=2", "--gpus-per-node=4", "launcher=torchrun"):
+    for expected in ("--partition=batch", "--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=4"):
         assert expected in parallel
+    # 96 cores a node: 24 for each rank, which srun keeps it to.
+    assert parallel.count("--cpus-per-task=24") == 2 and "--cpu-bind=none" not in parallel
+    # It takes the GPU of its number on the node, so it must see them all.
+    assert "--gpu-bind=none" in parallel and "--gpu-bind=none" not in plain
 
 
 def test_a_layout_that_does_not_fit_is_refused() -> None:

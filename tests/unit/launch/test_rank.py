@@ -1,4 +1,4 @@
-"""The wrapper of one rank, run as torchrun and srun run it."""
+"""The wrapper of one rank, run as srun and launch/local_ranks.py run it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from launch import node, record
+from launch import record
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE, adopt_slurm_ranks
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_PREEMPTED
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
@@ -105,25 +103,6 @@ def test_a_shown_rank_outlives_a_full_disk(tmp_path: Path) -> None:
         assert process.wait(60) == 0
     finally:
         process.kill()
-
-
-EARLY = """
-import os, pathlib, signal, sys, time
-os.kill(os.getppid(), signal.SIGUSR1)
-time.sleep(0.5)
-asked = []
-signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
-pathlib.Path(os.environ["MEGATRON_DLLM_PIDS"], str(os.getpid())).touch()
-for _ in range(200): asked or time.sleep(0.05)
-sys.exit(0 if asked else 3)
-"""
-
-
-def test_a_stop_request_that_comes_before_the_ranks_reaches_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(node, "REPEAT_SECONDS", 0.2)
-    assert node.run([sys.executable, "-c", EARLY], os.environ, tmp_path / "log") == 0
 
 
 def test_srun_s_variables_stand_in_for_torchrun_s() -> None:

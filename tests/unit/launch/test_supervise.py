@@ -23,7 +23,6 @@ JOB = {
     "ranks_per_node": 1,
     "valid_nodes": [1],
     "preflight": {"is_on": True},
-    "launcher": "srun",
     "srun_options": [],
     "command_prefix": [],
     "max_crashes": 1,
@@ -65,15 +64,11 @@ def test_a_preflight_that_a_stop_request_ends_is_no_crash(commands: Path, tmp_pa
     assert "SLURM is ending the job itself (completing)" in done.stdout
 
 
-def test_a_requeue_waits_for_a_controller_that_restarts(
-    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(slurm, "POLL_SECONDS", 0.01)
+def test_a_requeue_waits_for_a_controller_that_restarts(commands: Path, tmp_path: Path) -> None:
     stand_in(commands, "squeue", '[ -e "$HOME/asked" ] && echo RUNNING || { touch "$HOME/asked"; exit 1; }')
     stand_in(commands, "scontrol", 'echo "$@" >"$HOME/said"')
-    assert slurm.requeue("7") is None
+    assert slurm.requeue("7", poll_seconds=0.01) is None
     assert (tmp_path / "said").read_text() == "requeue 7\n"
     stand_in(commands, "squeue", "exit 1")
-    monkeypatch.setattr(slurm, "ANSWER_SECONDS", 0.0)
     with pytest.raises(RuntimeError, match="squeue has not told the state of job 7"):
-        slurm.requeue("7")
+        slurm.requeue("7", answer_seconds=0.0, poll_seconds=0.01)
