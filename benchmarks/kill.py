@@ -1,11 +1,11 @@
 """Kill random ranks (kill -9) at random moments, many times; the run must end as if nothing had happened.
 
-    python -m benchmarks.kill --kills 30 [--saves sync async] [--ranks 2] [--launcher torchrun] [--seed 0]
+    python -m benchmarks.kill --kills 30 [--saves sync async] [--ranks 2] [--launcher local] [--seed 0]
 
-Every life continues from the newest checkpoint. The kills take turns: between steps, while a checkpoint is written,
-and while a life starts (it verifies and loads its checkpoint, cuts its records back). At the end the weights, the
+Every attempt continues from the newest checkpoint. The kills take turns: between steps, while a checkpoint is written,
+and while an attempt starts (it verifies and loads its checkpoint, cuts its records back). At the end the weights, the
 optimizer state and every step's record (loss, fingerprint of samples, masks and noise levels) must equal those of a run
-that was left alone, bit for bit. A life that fails by itself, or does not end soon after its rank was killed, fails
+that was left alone, bit for bit. An attempt that fails by itself, or does not end soon after its rank was killed, fails
 the test. Writes benchmarks/results/kill.json and .md.
 """
 
@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,22 +31,25 @@ import torch
 from benchmarks.ranks import set_rank
 from benchmarks.record import RESULTS, machine, write_results
 from benchmarks.tiny_run import checkpoints_of, read_metrics, read_tensors, scaled_config, train_here, write_corpus
+from launch.local_ranks import LocalRanks
+from launch.record import next_attempt
 from megatron_dllm.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = (
-    "A random rank is killed (SIGKILL) again and again; every life continues from the newest checkpoint. "
-    "slowest_end: the most seconds from a kill to the end of that life's last rank. other_samples: steps lost, "
+    "A random rank is killed (SIGKILL) again and again; every attempt continues from the newest checkpoint. "
+    "slowest_end: the most seconds from a kill to the end of that attempt's last rank. other_samples: steps lost, "
     "repeated, or made on other samples, masks or noise levels than in a run left alone. end: the weights, "
     "optimizer state and records of all steps against that run's, bit for bit."
 )
-# Seconds in which a life must be over once a rank is dead; torchrun gives the others 30 to end by themselves.
+# Seconds in which an attempt must be over once a rank is dead; the others get half of them to end by themselves.
+GRACE_SECONDS = 30.0
 DOWN_SECONDS = 60.0
 # Seconds without a further step that count as a hang.
 STILL_SECONDS = 300.0
 
 
-class Life(Protocol):
+class Attempt(Protocol):
     """One start of the run's ranks."""
 
     def pids(self) -> list[int]:
@@ -60,8 +62,8 @@ class Life(Protocol):
         """End every process."""
 
 
-class ForkedLife:
-    """Ranks forked from a server that has imported everything, so that they start fast; ended as by torchrun."""
+class ForkedAttempt:
+    """Ranks forked from a server that has imported everything, so that they start fast."""
 
     def __init__(self, config: TrainConfig, ranks: int, log: Path) -> None:
         """Start them."""
@@ -79,13 +81,13 @@ class ForkedLife:
         return [process.pid for process in self._processes]
 
     def poll(self) -> bool | None:
-        """Whether all ranks finished; when one has died, the others are ended as torchrun would end them."""
+        """Whether all ranks finished; when one has died, the others are asked to stop and, after a while, killed."""
         if all(process.exitcode == 0 for process in self._processes):
             return True
         if any(process.exitcode not in (None, 0) for process in self._processes):
             for process in self._processes:
                 process.terminate()
-            deadline = time.monotonic() + 30.0
+            deadline = time.monotonic() + GRACE_SECONDS
             for process in self._processes:
                 process.join(max(0.0, deadline - time.monotonic()))
             self.stop()
@@ -107,61 +109,45 @@ def _rank(config: TrainConfig, rank: int, ranks: int, port: int, log: Path) -> N
     sys.exit(train_here(config))
 
 
-class TorchrunLife:
-    """The ranks under torchrun, as users start them."""
+class LaunchedAttempt:
+    """The ranks as launch/local.py starts them, each under its wrapper."""
 
-    def __init__(self, config: TrainConfig, ranks: int, log: Path, arguments: list[str]) -> None:
-        """Start torchrun."""
-        self._log = open(log, "ab")  # noqa: SIM115 - as long as the process
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={ranks}",
-                "--max-restarts=0",
-                "--monitor-interval=0.1",
-                "-m",
-                "benchmarks.tiny_run",
-                *arguments,
-            ],
-            cwd=ROOT,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    def __init__(self, num_ranks: int, folder: Path, arguments: list[str]) -> None:
+        """Start them; their logs go to a new folder below `folder`."""
+        folder.mkdir(exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "benchmarks.tiny_run", *arguments]
+        self._ranks = LocalRanks(command, num_ranks, next_attempt(folder), environment)
 
     def pids(self) -> list[int]:
-        """Processes that torchrun started."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            return [int(pid) for pid in children.read_text().split()]
-        return []
+        """Processes of the ranks: the wrappers' children."""
+        found = []
+        for wrapper in self._ranks.wrappers:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += Path(f"/proc/{wrapper.pid}/task/{wrapper.pid}/children").read_text().split()
+        return [int(pid) for pid in found]
 
     def poll(self) -> bool | None:
-        """Whether torchrun ended well."""
-        code = self.process.poll()
+        """Whether all ranks ended well."""
+        code = self._ranks.poll()
         return None if code is None else code == 0
 
     def stop(self) -> None:
-        """Kill torchrun and its ranks."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._log.close()
+        """Kill what is left."""
+        self._ranks.kill()
+        for wrapper in self._ranks.wrappers:
+            wrapper.wait()
 
 
 @dataclass
 class Report:
-    """What happened: kills by the moment they hit, lives, and the slowest end of a life after its kill, in seconds."""
+    """What happened: kills by the moment they hit, attempts, and the most seconds from a kill to the attempt's end."""
 
     kills: int = 0
     in_steps: int = 0
     in_saves: int = 0
     in_starts: int = 0
-    lives: int = 0
+    attempts: int = 0
     seconds: float = 0.0
     slowest_end: float = 0.0
     # Steps of the run, and those not made once with the samples, masks and noise levels of the unbroken run.
@@ -173,16 +159,16 @@ KINDS = ("in_steps", "in_saves", "in_starts")
 
 
 def run_with_kills(
-    start: Callable[[], Life], config: TrainConfig, kills: int, seed: int, say: Callable[[str], None], steps: int = 0
+    start: Callable[[], Attempt], config: TrainConfig, kills: int, seed: int, say: Callable[[str], None], steps: int = 0
 ) -> Report:
-    """Start lives until the run has finished, killing a random rank in each of the first `kills`.
+    """Start attempts until the run has finished, killing a random rank in each of the first `kills`.
 
     The kills are spread over the `steps` of the run, except for a few at its end, so that the last kills find a moment.
     """
     dice, report, began = random.Random(seed), Report(), time.monotonic()
     start_seconds = 1.0
     while True:
-        report.lives += 1
+        report.attempts += 1
         moment = Moment(config, start, start_seconds)
         try:
             kind = None
@@ -191,52 +177,52 @@ def run_with_kills(
                 stride = max(1, 2 * (steps - moment.resumed - 10) // turns)
                 kind = moment.kill(KINDS[report.kills % len(KINDS)], dice, stride)
             died = time.monotonic()
-            finished = _finish(moment.life, config) if kind is None else _wait(moment.life, DOWN_SECONDS)
+            finished = _finish(moment.attempt, config) if kind is None else _wait(moment.attempt, DOWN_SECONDS)
         finally:
-            moment.life.stop()
-        assert finished or kind is not None, "a life that nobody killed has failed; see its output"
+            moment.attempt.stop()
+        assert finished or kind is not None, "an attempt that nobody killed has failed; see its output"
         if not finished:
             report.kills += 1
             setattr(report, kind, getattr(report, kind) + 1)
             report.slowest_end = max(report.slowest_end, time.monotonic() - died)
         start_seconds = moment.start_seconds
         end = "finished" if finished else f"kill {report.kills}, {kind}"
-        say(f"life {report.lives}: {end}; newest checkpoint {_newest(config)}")
+        say(f"attempt {report.attempts}: {end}; newest checkpoint {_newest(config)}")
         if finished:
             report.seconds = time.monotonic() - began
-            assert report.lives == report.kills + 1
+            assert report.attempts == report.kills + 1
             return report
 
 
 class Moment:
-    """Starts a life and watches it for the moment to kill a rank."""
+    """Starts an attempt and watches it for the moment to kill a rank."""
 
-    def __init__(self, config: TrainConfig, start: Callable[[], Life], start_seconds: float) -> None:
-        """Start it; the life before took `start_seconds` to its first step."""
+    def __init__(self, config: TrainConfig, start: Callable[[], Attempt], start_seconds: float) -> None:
+        """Start it; the attempt before took `start_seconds` to its first step."""
         self._metrics = Path(config.run.root) / config.run.name / "metrics.jsonl"
         self._checkpoints = checkpoints_of(config)
         self._began, self.resumed = time.time(), int(_newest(config).removeprefix("step_"))
         self._seen: set[str] = set()
         self.start_seconds = start_seconds
-        self.life = start()
+        self.attempt = start()
 
     def kill(self, kind: str, dice: random.Random, stride: int) -> str | None:
         """Kill a random rank at a moment of that kind, within `stride` steps if that is between steps.
 
         Returns:
-            What it hit, or None where the life ended before.
+            What it hit, or None where the attempt ended before.
         """
-        if not self._wait_for(kind, dice, stride) or not self._until(lambda: bool(self.life.pids())):
+        if not self._wait_for(kind, dice, stride) or not self._until(lambda: bool(self.attempt.pids())):
             return None
         hit = self._kind()
         with contextlib.suppress(ProcessLookupError):
-            os.kill(dice.choice(self.life.pids()), signal.SIGKILL)
+            os.kill(dice.choice(self.attempt.pids()), signal.SIGKILL)
         return hit
 
     def _wait_for(self, kind: str, dice: random.Random, stride: int) -> bool:
         if kind == "in_starts":
             time.sleep(dice.random() * self.start_seconds)
-            return self.life.poll() is None
+            return self.attempt.poll() is None
         if not self._until(lambda: self._steps() > 0):
             return False
         self.start_seconds = time.time() - self._began
@@ -244,7 +230,7 @@ class Moment:
             steps = dice.randint(1, stride)
             is_there = self._until(lambda: self._steps() >= steps)
             time.sleep(dice.random() * 0.2)
-            return is_there and self.life.poll() is None
+            return is_there and self.attempt.poll() is None
         passed = dice.randint(0, 1)
         while self._until(lambda passed=passed: len(self._saves()) > passed):
             time.sleep(dice.random() * 0.03)
@@ -260,12 +246,12 @@ class Moment:
         return "in_saves" if any(self._checkpoints.glob(".tmp-step*")) else "in_steps"
 
     def _steps(self) -> int:
-        """Steps this life has logged. It cuts the file back to the checkpoint before its first one."""
+        """Steps this attempt has logged. It cuts the file back to the checkpoint before its first one."""
         is_new = self._metrics.exists() and self._metrics.stat().st_mtime > self._began
         return self._metrics.read_bytes().count(b"\n") - self.resumed if is_new else 0
 
     def _saves(self) -> set[str]:
-        """Checkpoints that this life has been seen writing; it removes what earlier ones left before its first step."""
+        """Checkpoints that this attempt has been seen writing; it removes what others left before its first step."""
         self._seen.update(path.name for path in self._checkpoints.glob(".tmp-step*"))
         return self._seen
 
@@ -275,28 +261,28 @@ class Moment:
             with contextlib.suppress(FileNotFoundError):
                 if condition():
                     return True
-            if self.life.poll() is not None:
+            if self.attempt.poll() is not None:
                 return False
             time.sleep(0.002)
         raise TimeoutError(f"nothing happened within {STILL_SECONDS:g} s: the run hangs")
 
 
-def _wait(life: Life, seconds: float) -> bool:
+def _wait(attempt: Attempt, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        finished = life.poll()
+        finished = attempt.poll()
         if finished is not None:
             return finished
         time.sleep(0.01)
     raise TimeoutError(f"the ranks were not done within {seconds:g} s: the run hangs")
 
 
-def _finish(life: Life, config: TrainConfig) -> bool:
-    """Wait for the end of a life that makes progress."""
+def _finish(attempt: Attempt, config: TrainConfig) -> bool:
+    """Wait for the end of an attempt that makes progress."""
     metrics = Path(config.run.root) / config.run.name / "metrics.jsonl"
     moved, size = time.monotonic(), -1
     while time.monotonic() < moved + STILL_SECONDS:
-        finished = life.poll()
+        finished = attempt.poll()
         if finished is not None:
             return finished
         now = metrics.stat().st_size if metrics.exists() else 0
@@ -352,12 +338,11 @@ def run_test(
     """Run the whole test: what happened, and what differs from the unbroken run, which should be nothing."""
     write_corpus(folder / "corpus")
 
-    def starter(config: TrainConfig) -> Callable[[], Life]:
-        log = folder / f"{config.run.name}.log"
+    def starter(config: TrainConfig) -> Callable[[], Attempt]:
         arguments = [str(folder), config.run.name, str(scale), str(int(is_async))]
-        make: dict[str, Callable[[], Any]] = {
-            "fork": lambda: ForkedLife(config, ranks, log),
-            "torchrun": lambda: TorchrunLife(config, ranks, log, arguments),
+        make: dict[str, Callable[[], Attempt]] = {
+            "fork": lambda: ForkedAttempt(config, ranks, folder / f"{config.run.name}.log"),
+            "local": lambda: LaunchedAttempt(ranks, folder / f"{config.run.name}_attempts", arguments),
         }
         return make[launcher]
 
@@ -384,7 +369,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--scale", type=float, help="length of the run (default: enough for the kills)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--launcher", choices=("fork", "torchrun"), default="fork")
+    parser.add_argument("--launcher", choices=("fork", "local"), default="fork")
     parser.add_argument("--output", type=Path, default=RESULTS / "kill", help="without suffix")
     arguments = parser.parse_args()
     scale = arguments.scale or 1.0 + arguments.kills / 4.0

@@ -176,7 +176,7 @@ def read_metrics(config: TrainConfig) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in varying} for record in records]
 
 
-if __name__ == "__main__":  # python -m benchmarks.tiny_run FOLDER NAME SCALE IS_ASYNC: one rank under torchrun
+if __name__ == "__main__":  # python -m benchmarks.tiny_run FOLDER NAME SCALE IS_ASYNC: one rank, started by a launcher
     import logging
     import sys
 

@@ -20,7 +20,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.kill import ROOT, TorchrunLife, run_test, run_with_kills
+from benchmarks.kill import ROOT, run_test, run_with_kills
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_run import (
     MODEL,
@@ -302,13 +302,24 @@ def test_spikes_are_judged_anew_in_every_stage_and_too_many_in_a_row_end_the_run
 def test_torchrun_is_stopped_in_order_and_continues(folder: Path) -> None:
     config = scaled_config(folder, "torchrun", 20.0)
     log = folder / "torchrun.log"
-    life = TorchrunLife(config, 2, log, [str(folder), "torchrun", "20", "0"])
+    words = ["--standalone", "--nproc-per-node=2", "-m", "benchmarks.tiny_run", str(folder), "torchrun", "20", "0"]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *words],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
     try:
-        _wait_for(lambda: len(read_metrics(config)) >= 2, life.process)
-        os.kill(life.process.pid, signal.SIGTERM)
-        life.process.wait(60)
+        _wait_for(lambda: len(read_metrics(config)) >= 2, process)
+        process.terminate()
+        process.wait(60)
     finally:
-        life.stop()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     saved = re.findall(r"asked to stop: saved at step (\d+)", log.read_text())
     assert len(saved) == 1
     expected = folders.step_folder(checkpoints_of(config), int(saved[0]))
@@ -391,12 +402,12 @@ def test_killed_ranks_leave_no_trace(tmp_path: Path, is_async: bool) -> None:
     report, problems = run_test(tmp_path, kills=3, ranks=2, scale=2.0, seed=int(is_async), is_async=is_async)
     assert problems == []
     assert report.other_samples == 0
-    assert (report.kills, report.lives) == (3, 4)
+    assert (report.kills, report.attempts) == (3, 4)
     assert report.in_saves >= 1
 
 
-class _CrashingLife:
-    """A life whose rank fails by itself."""
+class _CrashingAttempt:
+    """An attempt whose rank fails by itself."""
 
     def pids(self) -> list[int]:
         return []
@@ -408,10 +419,10 @@ class _CrashingLife:
         pass
 
 
-def test_a_life_that_fails_by_itself_fails_the_kill_test(folder: Path) -> None:
+def test_an_attempt_that_fails_by_itself_fails_the_kill_test(folder: Path) -> None:
     for kills in (0, 1, 3):
-        with pytest.raises(AssertionError, match="a life that nobody killed has failed"):
-            run_with_kills(_CrashingLife, run_config(folder, "crashing"), kills, seed=0, say=lambda text: None)
+        with pytest.raises(AssertionError, match="an attempt that nobody killed has failed"):
+            run_with_kills(_CrashingAttempt, run_config(folder, "crashing"), kills, seed=0, say=lambda text: None)
 
 
 def test_replay_refuses_what_is_not_there(folder: Path) -> None:
