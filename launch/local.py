@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import record
-from launch.chain import Chain, Job, compose_chain
+from launch.chain import Chain, Job
+from launch.composition import compose_chain
 from launch.failure import collect_failure, exit_records, overall_code
 from launch.freeze import freeze_environment, freeze_job, rank_arguments
 from launch.local_ranks import run_ranks

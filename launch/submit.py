@@ -24,7 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch import record
-from launch.chain import Chain, Job, compose_chain
+from launch.chain import Chain, Job
+from launch.composition import compose_chain
 from launch.freeze import freeze_code, freeze_environment, freeze_job
 from launch.job import job_script, sbatch_options, supervisor_details
 from launch.progress import Progress, progress_of

@@ -123,6 +123,10 @@ class ClusterConfig:
             ValueError: naming the field, its value, the rule and the remedy.
         """
         self.container.validate()
+        self._check_numbers()
+        self._check_words()
+
+    def _check_numbers(self) -> None:
         check(
             self.gpus_per_node >= 0,
             f"cluster.gpus_per_node ({self.gpus_per_node}) must not be negative; 0 means CPU nodes.",
@@ -145,6 +149,13 @@ class ClusterConfig:
             self.cpu_cpus is None or self.cpu_cpus > 0,
             f"cluster.cpu_cpus ({self.cpu_cpus}) must be positive; set it to null to ask for none.",
         )
+        limit = time_limit_seconds(self.time_limit)
+        check(
+            0 < self.stop_seconds < limit,
+            f"cluster.stop_seconds ({self.stop_seconds}) must lie between 0 and the time limit ({limit} s).",
+        )
+
+    def _check_words(self) -> None:
         for name in ("memory", "cpu_memory"):
             value = getattr(self, name)
             check(
@@ -152,11 +163,6 @@ class ClusterConfig:
                 f"cluster.{name} ({value!r}) must be a number with K, M, G or T behind it, as 64G; 0 is the whole "
                 "node's.",
             )
-        limit = time_limit_seconds(self.time_limit)
-        check(
-            0 < self.stop_seconds < limit,
-            f"cluster.stop_seconds ({self.stop_seconds}) must lie between 0 and the time limit ({limit} s).",
-        )
         for name in self.environment:
             check(
                 _VARIABLE.match(name) is not None,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.chain import Chain, compose_chain
+from launch.chain import Chain
+from launch.composition import compose_chain
 from launch.job import job_script, sbatch_options, supervisor_details, valid_nodes
 from tests.conftest import NOT_RUN
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.chain import compose_chain
+from launch.composition import compose_chain
 from launch.submit import dependencies_of, readable_refusal
 from launch.validate import check_chain, folder_problems, training_problems
 
