@@ -22,7 +22,7 @@ from launch.local import run_attempts
 from launch.progress import Progress, progress_of
 from launch.status import rows, total_tokens
 from launch.world import spread, wanted_ranks
-from megatron_dllm.compose import RECIPES
+from megatron_dllm.config.recipe_source import RECIPES
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT
 from tests.integration.stage_train import write_checkpoint
 from tests.slurm.test_attempts import expected_state

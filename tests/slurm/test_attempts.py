@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.compose import RECIPES
+from megatron_dllm.config.recipe_source import RECIPES
 from tests.slurm.conftest import FakeRun, wait_for
 
 pytestmark = pytest.mark.slurm

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import record
-from megatron_dllm.compose import RECIPES
+from megatron_dllm.config.recipe_source import RECIPES
 from tests.slurm.conftest import ROOT, Cluster, FakeRun, wait_for
 from tests.slurm.test_attempts import expected_state
 
@@ -91,7 +91,7 @@ def test_a_user_s_strings_stay_strings_in_a_job(fake_run: FakeRun) -> None:
     nasty = 'a b"c$(touch /tmp/pwned)`id`;&'
     fake_run.submit(f"cluster.environment.NOTE='{nasty}'", steps=2, print="NOTE")
     wait_for(fake_run.is_done, 60, "the run to finish")
-    assert nasty in (fake_run.job / "attempt_0001" / "rank_00000.log").read_text()
+    assert nasty in (fake_run.job_folder / "attempt_0001" / "rank_00000.log").read_text()
     assert not Path("/tmp/pwned").exists()
 
 
@@ -122,7 +122,7 @@ def test_modules_and_a_container_surround_the_ranks(fake_run: FakeRun, tmp_path:
     )
     fake_run.cluster.environment = environment
     wait_for(fake_run.is_done, 60, "the run to finish")
-    assert "yes" in (fake_run.job / "attempt_0001" / "rank_00003.log").read_text().split()
+    assert "yes" in (fake_run.job_folder / "attempt_0001" / "rank_00003.log").read_text().split()
     calls = (folder / "calls").read_text().splitlines()
     assert calls[0] == "module load tools/1.0" and len(calls) == 5
     for mount in (tmp_path, ROOT, fake_run.folder):

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.tiny_run import read_tensors, write_corpus
 from launch import record
-from megatron_dllm.compose import RECIPES
+from megatron_dllm.config.recipe_source import RECIPES
 from tests.slurm.conftest import ROOT, Cluster, first_step_after, wait_for
 
 pytestmark = pytest.mark.slurm

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.compose import RECIPES
+from megatron_dllm.config.recipe_source import RECIPES
 
 CHAIN = """# @package _global_
 name: three

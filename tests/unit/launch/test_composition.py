@@ -8,7 +8,8 @@ import yaml
 
 from launch.composition import compose_chain
 from launch.job import sbatch_options
-from megatron_dllm.compose import RECIPES, compose_train_config
+from megatron_dllm.compose import compose_train_config
+from megatron_dllm.config.recipe_source import RECIPES
 
 
 def test_a_plain_experiment_is_a_chain_of_one_job() -> None:
