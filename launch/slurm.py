@@ -70,15 +70,20 @@ def requeue(job_id: str, answer_seconds: float = ANSWER_SECONDS, poll_seconds: f
         RuntimeError: SLURM has refused, or has not answered for `answer_seconds`.
     """
     deadline = time.monotonic() + answer_seconds
-    while not (state := state_of(job_id)):
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"squeue has not told the state of job {job_id} for {answer_seconds:g} s; submit again")
-        time.sleep(poll_seconds)
-    if state != "RUNNING":
-        return f"SLURM is ending the job itself ({state.lower()})"
-    done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return None
-    if "pending" in done.stderr.lower():
-        return "SLURM has requeued the job already"
-    raise RuntimeError(f"scontrol requeue failed: {done.stderr.strip()}")
+    while True:
+        while not (state := state_of(job_id)):
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"squeue has not told the state of job {job_id} for {answer_seconds:g} s; submit again"
+                )
+            time.sleep(poll_seconds)
+        if state != "RUNNING":
+            return f"SLURM is ending the job itself ({state.lower()})"
+        done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return None
+        if "pending" in done.stderr.lower():
+            return "SLURM has requeued the job already"
+        # A signal: SLURM may have ended the job, and scontrol with it, before scontrol could say that all is well.
+        if done.returncode > 0 or time.monotonic() > deadline:
+            raise RuntimeError(f"scontrol requeue failed: {done.stderr.strip() or done.returncode}")

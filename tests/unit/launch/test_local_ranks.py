@@ -18,6 +18,7 @@ from launch.failure import FAILURE_GRACE_SECONDS, exit_records
 from launch.local_ranks import LocalRanks, rank_environment, reserve_port
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 
+pytestmark = pytest.mark.ranks
 ROOT = Path(__file__).resolve().parents[3]
 # Ready at once for a request to stop, as the trainer is after its first seconds.
 OBEDIENT = """

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launch import record
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE, adopt_slurm_ranks
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_PREEMPTED

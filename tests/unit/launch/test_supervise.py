@@ -69,6 +69,10 @@ def test_a_requeue_waits_for_a_controller_that_restarts(commands: Path, tmp_path
     stand_in(commands, "scontrol", 'echo "$@" >"$HOME/said"')
     assert slurm.requeue("7", poll_seconds=0.01) is None
     assert (tmp_path / "said").read_text() == "requeue 7\n"
+    # SLURM is quick: it has ended scontrol with the rest of the job.
+    stand_in(commands, "squeue", '[ -e "$HOME/killed" ] && echo PENDING || echo RUNNING')
+    stand_in(commands, "scontrol", 'touch "$HOME/killed"; kill -TERM $$')
+    assert slurm.requeue("7", poll_seconds=0.01) == "SLURM is ending the job itself (pending)"
     stand_in(commands, "squeue", "exit 1")
     with pytest.raises(RuntimeError, match="squeue has not told the state of job 7"):
         slurm.requeue("7", answer_seconds=0.0, poll_seconds=0.01)
