@@ -1,4 +1,5 @@
-# make demo: the whole pipeline from nothing. make test: the tests. Both create .venv if there is none.
+# make demo: the whole pipeline from nothing. make check, make test: what a change must pass. All create .venv if there
+# is none.
 PYTHON ?= python3
 # The torch build to install. The pin takes the CPU build where one is offered; on a GPU machine name yours, e.g.
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130"
@@ -6,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test test-slurm test-transformers4 check install parity kill study clean
+.PHONY: demo docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +21,31 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/python launch/local.py experiment=tiny_demo
 
+# Lint, format, types, layers, and that what README and docs name exists: under half a minute.
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/unit/test_docs.py
+
+# The tests by what they cost (tests/plugins/tiers.py). A file's tests stay in one process, which keeps its fixtures.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# In pytest's own processes, nothing compiled: two minutes of CPU.
+unit: install
+	$(PYTEST) -m fast tests/unit
+
+# These and all that start ranks or programs: five minutes on two cores.
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "fast or ranks"
+
+# What takes more than a minute of CPU, or compiles.
+test-slow: install
+	$(PYTEST) -m "slow and not slurm"
+
+test-all: test test-slow
 
 # A real SLURM of virtual nodes on this machine; needs: apt-get install -y slurm-wlm slurmctld slurmd munge shellcheck
 SLURM_TESTS ?= slurm
@@ -34,12 +58,6 @@ test-transformers4: install
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TRANSFORMERS4) \
 		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/integration/test_conversion.py
-
-check: install
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/unit
 
 # These pages and the reference as a site in site/; a link that leads nowhere fails.
 docs: install

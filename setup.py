@@ -27,7 +27,14 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.2"],  # TE linear layers, grouped experts, FusedAdam
     "slurm": ["hydra-submitit-launcher==1.2.0", "submitit>=1.5"],  # sweeps on SLURM
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],  # the pages and a reference as a site
-    "dev": ["pytest>=8", "ruff>=0.6", "mypy>=1.11", "import-linter>=2.1", "pre-commit>=3.8"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",  # make test on every core
+        "ruff>=0.6",  # lint and format
+        "mypy>=1.11",
+        "import-linter>=2.1",  # which package may import which
+        "pre-commit>=3.8",  # make check's quick part at every commit
+    ],
 }
 
 setup(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+# Before torch is imported: sums come out alike whatever the machine, and workers do not fight for its cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["pytester", "tests.plugins.tiers", "tests.plugins.cpu_seconds"]
 

@@ -66,6 +66,8 @@ class CpuSeconds:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add a phase's seconds to those of its test and its tier."""
+        if not hasattr(report, "cpu_seconds"):  # of a worker that died
+            return
         self._by_tier[report.tier] += report.cpu_seconds
         self._by_test[report.nodeid] += report.cpu_seconds
 
