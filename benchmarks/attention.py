@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.record import RESULTS, machine, write_results
 from megatron_dllm.diffusion.roles import visible_keys
-from megatron_dllm.model.attention.core import BACKENDS
+from megatron_dllm.model.attention.backends import BACKENDS
 
 NOTE = (
     "ratio and peak_ratio are against the first backend of the same mask; limit is the share of visible pairs. "

@@ -193,27 +193,26 @@ class _NoAttention:
     """A backend that returns the values unchanged, to measure a step without attention."""
 
     @staticmethod
-    def build_plan(query_roles: Tensor, key_roles: Tensor) -> None:
-        """Nothing to plan."""
+    def build_plan(query_roles: Tensor, key_roles: Tensor) -> tuple[()]:
+        """Nothing to plan, for roles [b, q, 3] and [b, k, 3]."""
+        return ()
 
     @staticmethod
-    def attend(query: Tensor, key: Tensor, value: Tensor, plan: None, scale: float) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, plan: tuple[()], scale: float) -> Tensor:
         """[b, n, q, d] the first values, with gradients of all inputs."""
         value = value[:, :, : query.shape[2]].repeat_interleave(query.shape[1] // value.shape[1], dim=1)
         return value + 0.0 * (query + key.sum() * 0.0)
 
 
-def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, attention: str | None = None) -> Any:
-    """The model that computes a variant. Process groups must exist; `attention` overrides the backend."""
+def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, has_attention: bool = True) -> Any:
+    """The model that computes a variant, without its attention if told so. Process groups must exist."""
     from megatron.core.transformer.moe.experts import SequentialMLP
 
     from megatron_dllm.model import gpt
-    from megatron_dllm.model.attention.core import BACKENDS
     from megatron_dllm.parallel.groups import Groups
 
     if variant.recompute:
         layout = replace(layout, recompute="full")
-    BACKENDS["none"] = _NoAttention  # type: ignore[assignment]
     batched = gpt.BatchedExperts
     gpt.BatchedExperts = batched if variant.experts else SequentialMLP  # type: ignore[misc,assignment]
     try:
@@ -221,10 +220,12 @@ def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, attentio
             replace(model, skip_unused_outputs=variant.last),
             layout,
             Groups.current(),
-            attention_backend=attention or ("auto" if variant.attention else "dense"),
+            attention_backend="auto" if variant.attention else "dense",
         )
     finally:
         gpt.BatchedExperts = batched  # type: ignore[misc]
+    if not has_attention:
+        built.attention = replace(built.attention, backend=_NoAttention)
     for module in built.modules():
         if hasattr(module, "_maintain_float32_expert_bias"):
             module._maintain_float32_expert_bias()
@@ -247,8 +248,7 @@ def step(built: Any, batch: Batch, variant: Variant) -> Callable[[], Tensor]:
     """Forward and backward into existing gradients; the optimizer, the same for all variants, is left out."""
 
     def run() -> Tensor:
-        # The attention's plan lives as long as the roles it was made from: every step has to make its own.
-        loss = loss_of(built, replace(batch, roles=batch.roles.clone()), variant)
+        loss = loss_of(built, batch, variant)
         loss.backward()
         return loss.detach()
 

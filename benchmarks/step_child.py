@@ -70,7 +70,7 @@ def _documents(case: dict[str, Any], vocab_size: int) -> Documents:
 
 
 def _prepare(
-    case: dict[str, Any], variant: Variant, layout: ParallelConfig, device: torch.device, attention: str | None = None
+    case: dict[str, Any], variant: Variant, layout: ParallelConfig, device: torch.device, has_attention: bool = True
 ) -> tuple[Any, Any, Any]:
     """(model, batch, batch of whole rows)."""
     model = model_config(case["model"], **case["changes"])
@@ -82,7 +82,7 @@ def _prepare(
     )
     rank = torch.distributed.get_rank()
     batch = take_context_shard(whole, rank, layout.context_parallel_size).to(device)
-    return build(model, variant, layout, attention), batch, whole
+    return build(model, variant, layout, has_attention), batch, whole
 
 
 def _share_parameters(built: Any, first: Any) -> None:
@@ -235,7 +235,7 @@ def measure_parts(case: dict[str, Any], layout: ParallelConfig, device: torch.de
     """Seconds of our step, and of the same step with attention left out."""
     built, batch, whole = _prepare(case, OURS, layout, device)
     _allocate_gradients(built)
-    bare, _, _ = _prepare(case, OURS, layout, device, attention="none")
+    bare, _, _ = _prepare(case, OURS, layout, device, has_attention=False)
     _share_parameters(bare, built)
     runs = {"step": step(built, batch, OURS), "without_attention": step(bare, batch, OURS)}
     if layout.context_parallel_size > 1:

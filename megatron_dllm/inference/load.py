@@ -36,8 +36,10 @@ class CachedForward:
         """See `diffusion.decode.Forward`; a commit skips the head."""
         num_logits = 0 if commit else input_ids.numel()
         positions = torch.arange(num_logits, device=input_ids.device)
-        with self._cache.attached(self._model, is_committing=commit):
-            logits = self._model.logits(input_ids, position_ids, roles, positions)
+        cached = self._cache.open(roles, is_committing=commit)
+        logits = self._model.logits(input_ids, position_ids, roles, positions, cached)
+        if commit:
+            self._cache.store(cached)
         return None if commit else logits.view(*input_ids.shape, -1)
 
 

@@ -1,8 +1,8 @@
 """From the configuration to megatron-core's GPTModel, by specs: our attention, norm, rotary angles and head.
 
 What differs from GPTModel: the forward pass reads a `Batch`, rotary angles follow `position_ids`, the mask is the
-token roles (in the argument `attention_mask`), and the head runs only on tokens that carry a loss. Parameters,
-their names and their checkpoints are GPTModel's own.
+token roles (in `AttentionInputs`, handed to the layers as `attention_bias`), and the head runs only on tokens that
+carry a loss. Parameters, their names and their checkpoints are GPTModel's own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from torch import Tensor
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
+from megatron_dllm.model.attention.backends import BACKENDS, choose_backend
 from megatron_dllm.model.attention.core import RoleAttention
+from megatron_dllm.model.attention.inputs import AttentionPlanner
+from megatron_dllm.model.attention.kv_cache import CachedPass
 from megatron_dllm.model.embedding import mask_noise_std, mean_row_norm, token_normals
 from megatron_dllm.model.experts import BatchedExperts
 from megatron_dllm.model.head import target_cross_entropy
@@ -167,7 +170,7 @@ def _recompute_arguments(recompute: str) -> dict[str, Any]:
     return {}
 
 
-def _layer_spec(config: TransformerConfig, is_moe: bool, attention_backend: str, skips_outputs: bool) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, is_moe: bool, skips_outputs: bool) -> ModuleSpec:
     arguments = dict(
         num_experts=config.num_moe_experts if is_moe else None,
         qk_layernorm=config.qk_layernorm,
@@ -187,25 +190,20 @@ def _layer_spec(config: TransformerConfig, is_moe: bool, attention_backend: str,
         spec.module = LastLayer
     spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.arbitrary}
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        module=RoleAttention, params={"backend": attention_backend, "selects_rows": skips_outputs}
+        module=RoleAttention, params={"selects_rows": skips_outputs}
     )
     spec.submodules.sharded_state_dict_keys_map = dict(_CHECKPOINT_NAMES)
     return spec
 
 
 def block_spec(
-    config: TransformerConfig, attention_backend: str, vp_stage: int | None, skips_outputs: bool = False
+    config: TransformerConfig, vp_stage: int | None, skips_outputs: bool = False
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds, and of the final norm."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     number = get_num_layers_to_build(config, vp_stage=vp_stage)
     specs = [
-        _layer_spec(
-            config,
-            bool(config.moe_layer_freq[layer]),
-            attention_backend,
-            skips_outputs and layer == config.num_layers - 1,
-        )
+        _layer_spec(config, bool(config.moe_layer_freq[layer]), skips_outputs and layer == config.num_layers - 1)
         for layer in range(first, first + number)
     ]
     layer_norm = RMSNorm
@@ -235,25 +233,33 @@ def build_model(
         The model on this rank's device, in fp32 or bf16 parameters by parallel.precision.
     """
     config = transformer_config(model, parallel)
-    spec = block_spec(config, attention_backend or model.attention_backend, vp_stage, can_skip_outputs(model, config))
+    device = local_device()
+    backend, _ = choose_backend(attention_backend or model.attention_backend, device)
     return DiffusionGPTModel(
         model,
         config,
-        spec,
+        block_spec(config, vp_stage, can_skip_outputs(model, config)),
+        AttentionPlanner(BACKENDS[backend], groups.context, config.cp_comm_type == "a2a"),
         pre_process=groups.is_first_stage(vp_stage),
         post_process=groups.is_last_stage(vp_stage),
         vp_stage=vp_stage,
-    ).to(local_device())
+    ).to(device)
 
 
 class DiffusionGPTModel(GPTModel):
-    """GPTModel whose forward pass reads a `Batch` and returns the loss of its targets."""
+    """GPTModel whose forward pass reads a `Batch` and returns the loss of its targets.
+
+    Attributes:
+        attention: makes the inputs of a micro-batch's attention layers.
+        skips_outputs: the last layer is here and computes only the tokens whose output is read.
+    """
 
     def __init__(
         self,
         model: ModelConfig,
         config: TransformerConfig,
         spec: TransformerBlockSubmodules,
+        attention: AttentionPlanner,
         *,
         pre_process: bool,
         post_process: bool,
@@ -271,6 +277,7 @@ class DiffusionGPTModel(GPTModel):
             vp_stage=vp_stage,
         )
         self.model_config = replace(model)
+        self.attention = attention
         self.skips_outputs = post_process and isinstance(self.decoder.layers[-1], LastLayer)
 
     def forward(
@@ -301,7 +308,14 @@ class DiffusionGPTModel(GPTModel):
             hidden, self._head_weight(), batch.target_ids, self.tp_group, with_entropy=with_entropy
         )
 
-    def logits(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, positions: Tensor) -> Tensor:
+    def logits(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        roles: Tensor,
+        positions: Tensor,
+        cached: CachedPass | None = None,
+    ) -> Tensor:
         """Logits of chosen tokens, on a model of one pipeline stage.
 
         Args:
@@ -309,13 +323,14 @@ class DiffusionGPTModel(GPTModel):
             position_ids: [b, s] positions in the documents.
             roles: [b, s, 3] token roles.
             positions: [P] indexes into the flattened [b * s] tokens.
+            cached: the tokens that these come behind (`KVCache.open`); None: these are all.
 
         Returns:
             [P, v] logits, gathered over the tensor ranks.
         """
         assert self.pre_process and self.post_process, "logits need the whole model on one pipeline stage"
         embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        local = torch.matmul(self._decode(embeddings, position_ids, roles, positions), self._head_weight().t())
+        local = torch.matmul(self._decode(embeddings, position_ids, roles, positions, cached), self._head_weight().t())
         return tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)
 
     def _embed(self, batch: Batch, mask_noise_sigma: float, noise_seed: int) -> Tensor:
@@ -335,8 +350,22 @@ class DiffusionGPTModel(GPTModel):
         noise = torch.where(batch.is_masked[:, tokens].unsqueeze(-1), normals * std, 0.0)
         return hidden + noise.transpose(0, 1).to(hidden.dtype)
 
-    def _decode(self, hidden: Tensor | None, position_ids: Tensor, roles: Tensor, positions: Tensor) -> Tensor:
-        """Run this stage's layers; `hidden` is None where a previous stage has set the input tensor.
+    def _decode(
+        self,
+        hidden: Tensor | None,
+        position_ids: Tensor,
+        roles: Tensor,
+        positions: Tensor,
+        cached: CachedPass | None = None,
+    ) -> Tensor:
+        """Run this stage's layers.
+
+        Args:
+            hidden: [s/(cp x tp), b, h] embeddings; None where a previous stage has set the input tensor.
+            position_ids: [b, s] positions in the documents.
+            roles: [b, s, 3] token roles.
+            positions: [P] indexes into the flattened [b * s] tokens whose output is read.
+            cached: a pass of the KV cache.
 
         Returns:
             On the last pipeline stage [P, h] hidden states of the flat `positions` in [b * s], else those of all
@@ -349,7 +378,9 @@ class DiffusionGPTModel(GPTModel):
             num_rows, length = position_ids.shape
             multiple = self.tp_group.size() if self.config.sequence_parallel else 1
             rows = rows_to_keep(positions, length, num_rows, multiple)
-        hidden = self.decoder(hidden_states=hidden, attention_mask=roles, rotary_pos_emb=angles, attention_bias=rows)
+        has_plain_layers = rows is None or len(self.decoder.layers) > 1
+        inputs = self.attention.prepare(roles, rows=rows, has_plain_layers=has_plain_layers, cached=cached)
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, attention_bias=inputs)
         return self._select(hidden, positions) if self.post_process else hidden
 
     def _select(self, hidden: Tensor, positions: Tensor) -> Tensor:

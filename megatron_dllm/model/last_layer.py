@@ -5,7 +5,8 @@ which the next layer reads. After the last layer only tokens that carry a loss a
 all other tokens, their MLP or experts (the router included), the final norm and the head are left out; keys and
 values are those of all tokens. Nothing changes in loss or gradients.
 
-The tokens to keep are given once per micro-batch as a flat list; their number is a shape, known to the host.
+The tokens to keep are a flat list in the `AttentionInputs` of the micro-batch; their number is a shape, known to the
+host.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_dllm.config import ModelConfig
+from megatron_dllm.model.attention.inputs import AttentionInputs
 
 
 def can_skip_outputs(model: ModelConfig, config: TransformerConfig) -> bool:
@@ -69,28 +71,27 @@ class LastLayer(TransformerLayer):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        attention_bias: Tensor | None = None,
+        attention_bias: AttentionInputs | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention and residual of the chosen tokens.
 
         Args:
             hidden_states: [s/tp, b, h] of all tokens.
-            attention_mask: [b, s, 3] token roles.
-            attention_bias: [R] tokens to keep, see `rows_to_keep`; None: all. (megatron-core hands this argument
-                through to every layer and through recomputation; RoleAttention knows it too.)
+            attention_mask: megatron-core's, unused.
+            attention_bias: what the layers of the micro-batch share; if it keeps no queries, all are computed.
             **kwargs: megatron-core's others.
 
         Returns:
             [R/tp, 1, h] hidden states, and no context.
         """
-        rows = attention_bias
-        if rows is None:
-            return super()._forward_attention(hidden_states, attention_mask, **kwargs)
+        if attention_bias is None or attention_bias.kept is None:
+            return super()._forward_attention(hidden_states, attention_mask, attention_bias=attention_bias, **kwargs)
+        rows = attention_bias.kept.rows
         attended = self.self_attention(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
-            attention_bias=rows,
+            attention_bias=attention_bias,
             rotary_pos_emb=kwargs.get("rotary_pos_emb"),
         )
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)

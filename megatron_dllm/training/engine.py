@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_dllm.config import OptimizerConfig, TrainConfig
-from megatron_dllm.model.attention.core import choose_backend
+from megatron_dllm.model.attention.backends import choose_backend
 from megatron_dllm.model.attention.flex import check_gradients
 from megatron_dllm.model.gpt import build_model
 from megatron_dllm.parallel.groups import Groups

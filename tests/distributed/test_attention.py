@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.ranks import run_ranks
 from megatron_dllm.model.attention import dense, flex
-from megatron_dllm.model.attention.context_parallel import plan_exchange
+from megatron_dllm.model.attention.backends import BACKENDS
+from megatron_dllm.model.attention.inputs import AttentionPlanner
 from tests.unit.model.attention.eager_kernel import run_eagerly
 from tests.unit.model.attention.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 
@@ -80,24 +79,18 @@ def attend_case(case: RoleCase, by_block: bool, backend: str) -> tuple[bool, flo
     config = TransformerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, kv_channels=8, attention_dropout=0.0
     )
-    one = SimpleNamespace(size=lambda: 1)
-    layer = RoleAttention(
-        config,
-        1,
-        AttnMaskType.arbitrary,
-        "self",
-        backend=backend,
-        pg_collection=SimpleNamespace(tp=one, cp=dist.group.WORLD),
-    )
+    layer = RoleAttention(config, 1, AttnMaskType.arbitrary, "self")
     local = [take(tensor).requires_grad_() for tensor in inputs]
     local_roles = roles[rows.unsqueeze(1), places].contiguous()
-    out = layer(*local, local_roles).unflatten(-1, (4, 8))
+    shared = AttentionPlanner(BACKENDS[backend], dist.group.WORLD).prepare(local_roles)
+    assert shared.exchange is not None
+    out = layer(*local, attention_bias=shared).unflatten(-1, (4, 8))
     grads = torch.autograd.grad(out, local, take(grad))
     errors = [
         float((got - take(want)).detach().abs().max())
         for got, want in zip((out, *grads), (expected, *expected_grads), strict=True)
     ]
-    return plan_exchange(local_roles, dist.group.WORLD).sent is not None, max(errors)
+    return shared.exchange.sent is not None, max(errors)
 
 
 def test_ranks_equal_one_rank() -> None:

@@ -1,4 +1,4 @@
-"""What attention backends derive from token roles, and the cache that derives it once per micro-batch.
+"""What attention backends derive from token roles.
 
 With the keys of a row sorted by (document, view, block), the clean view last, a query sees at most two
 intervals of them: its own block in its own view, and the clean tokens of earlier blocks. Everything a
@@ -7,13 +7,10 @@ backend needs follows from those four numbers per query, whatever the order of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_dllm.diffusion.roles import BLOCK, CLEAN_VIEW, DOC, VIEW
 
@@ -101,37 +98,3 @@ def find_intervals(query_roles: Tensor, key_roles: Tensor) -> Intervals:
         clean_stop=place(_code(doc, CLEAN_CODE, block)),
         is_sorted=(key_order == positions).all(),
     )
-
-
-class PlanCache:
-    """Plans by the identity of the roles they were made from.
-
-    Layers and recomputed forward passes get the same roles, or a detached tensor over the same memory; the
-    plan lives as long as that memory does. A tensor written in place counts as another one.
-    """
-
-    def __init__(self) -> None:
-        self._plans: dict[Hashable, tuple[StorageWeakRef, Any]] = {}
-
-    def get(self, roles: Tensor, key: Hashable, build: Callable[[], Any]) -> Any:
-        """The plan of `roles` under `key`, built on first use.
-
-        Args:
-            roles: [b, s, 3] the tensor whose memory identifies the micro-batch.
-            key: what else the plan depends on (backend, process group, cached tokens).
-            build: makes the plan.
-
-        Returns:
-            What `build` returned.
-        """
-        storage = StorageWeakRef(roles.untyped_storage())
-        # Tensors made in inference mode count no writes: only their content tells.
-        version = roles.cpu().numpy().tobytes() if roles.is_inference() else roles._version
-        place = (storage, roles.storage_offset(), tuple(roles.shape), tuple(roles.stride()), version, key)
-        if place not in self._plans:
-            self._plans = {place: entry for place, entry in self._plans.items() if not entry[0].expired()}
-            self._plans[place] = (storage, build())
-        return self._plans[place][1]
-
-    def __len__(self) -> int:
-        return len(self._plans)

@@ -16,22 +16,25 @@ from megatron_dllm.diffusion.roles import DOC, PADDING_DOC
 SHAPE_STEPS = 8
 
 
-def select_queries(query: Tensor, rows: Tensor, is_rounded: bool) -> Tensor:
-    """The queries of the chosen tokens.
+def num_selected(num_rows: int, num_tokens: int, is_rounded: bool) -> int:
+    """How many queries the backend gets for `num_rows` of `num_tokens`; if rounded, few different numbers occur."""
+    step = max(1, num_tokens // SHAPE_STEPS) if is_rounded else 1
+    return num_rows + -num_rows % step
+
+
+def select_queries(query: Tensor, rows: Tensor, num_queries: int) -> Tensor:
+    """The queries of the chosen tokens, filled up with zeros.
 
     Args:
         query: [s, b, n, d].
         rows: [R] int64 indexes into the flattened [s * b] tokens.
-        is_rounded: fill up with zeros so that few different numbers of queries occur.
+        num_queries: q, at least R; see `num_selected`.
 
     Returns:
-        [q, 1, n, d], q >= R.
+        [q, 1, n, d].
     """
     chosen = query.flatten(0, 1).index_select(0, rows).unsqueeze(1)
-    if not is_rounded:
-        return chosen
-    step = max(1, query.shape[0] * query.shape[1] // SHAPE_STEPS)
-    return F.pad(chosen, (0, 0, 0, 0, 0, 0, 0, -len(rows) % step))
+    return chosen if num_queries == len(rows) else F.pad(chosen, (0, 0, 0, 0, 0, 0, 0, num_queries - len(rows)))
 
 
 def join_rows(tokens: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def test_every_saving_leaves_loss_and_gradients_as_they_are(block: int, views: i
 def test_needed_operations_are_those_of_the_matrix_products_and_the_visible_pairs(views: int) -> None:
     model = model_config("attention", **SMALL)
     batch = build_batch(draw_documents(DOCUMENTS, 4, views, model.vocab_size), OURS, model.mask_token_id)
-    built = build(model, OURS, ParallelConfig(), attention="none")
+    built = build(model, OURS, ParallelConfig(), has_attention=False)
     with FlopCounterMode(display=False) as products:
         loss_of(built, batch, OURS)
     mask = visible(batch.roles, batch.roles)

@@ -1,4 +1,4 @@
-"""The plan: two intervals per query, cached by the memory of the roles, tiles that cover every query once."""
+"""The plan: two intervals per query, and tiles that cover every query once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_dllm.diffusion.roles import visible
-from megatron_dllm.model.attention.plan import PlanCache, find_intervals
+from megatron_dllm.model.attention.plan import find_intervals
 from megatron_dllm.model.attention.tiles import build_tile_plan
 from tests.unit.model.attention.random_roles import CASES, draw_roles
 
@@ -45,38 +45,3 @@ def test_tokens_with_roles_out_of_range_are_refused() -> None:
     roles = torch.tensor([[[0, 0, 31]]], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="view in"):
         find_intervals(roles, roles)
-
-
-def test_cache_builds_once_for_layers_and_recomputation() -> None:
-    cache, built = PlanCache(), []
-    roles = torch.zeros(1, 4, 3, dtype=torch.int32)
-    for tensor in (roles, roles, roles.detach(), roles.view(1, 4, 3)):
-        assert cache.get(tensor, "dense", lambda: built.append(1) or len(built)) == 1
-    assert cache.get(roles, "chunked", lambda: "another") == "another"
-
-
-def test_cache_tells_apart_slices_writes_and_new_memory() -> None:
-    cache = PlanCache()
-    roles = torch.zeros(2, 4, 3, dtype=torch.int32)
-    assert cache.get(roles[:1], "k", lambda: "first row") == "first row"
-    assert cache.get(roles[1:], "k", lambda: "second row") == "second row"
-    roles[0, 0, 0] = 1
-    assert cache.get(roles[:1], "k", lambda: "written") == "written"
-
-
-def test_cache_forgets_with_the_roles() -> None:
-    cache = PlanCache()
-    for number in range(5):
-        roles = torch.full((1, 4, 3), number, dtype=torch.int32)
-        assert cache.get(roles, "k", lambda number=number: number) == number
-        del roles
-    assert len(cache) <= 1
-
-
-def test_cache_takes_roles_made_in_inference_mode() -> None:
-    cache = PlanCache()
-    with torch.inference_mode():
-        roles = torch.zeros(1, 4, 3, dtype=torch.int32)
-        assert [cache.get(roles, "k", lambda number=number: number) for number in range(2)] == [0, 0]
-        roles[0, 0, 0] = 1
-        assert cache.get(roles, "k", lambda: "written") == "written"

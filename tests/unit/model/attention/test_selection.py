@@ -7,17 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_dllm.diffusion.roles import visible
-from megatron_dllm.model.attention.core import RoleAttention
-from megatron_dllm.model.attention.selection import select_queries, select_roles
+from megatron_dllm.model.attention.selection import num_selected, select_queries, select_roles
 from tests.unit.model.attention.eager_kernel import replace_kernel
 from tests.unit.model.attention.random_roles import CASES, draw_roles
-from tests.unit.model.attention.test_core import build_layer, draw
-
-
-def _build_selecting(backend: str) -> RoleAttention:
-    layer = build_layer(backend)
-    layer.selects_rows = True
-    return layer
+from tests.unit.model.attention.test_core import attend, draw
 
 
 def _draw_rows(roles: Tensor, seed: int = 0) -> Tensor:
@@ -34,8 +27,8 @@ def test_chosen_queries_equal_those_among_all(backend: str, case: str, monkeypat
     rows = _draw_rows(roles)
     inputs = [tensor.requires_grad_() for tensor in draw(roles)]
     grad = torch.randn(len(rows), 1, 32, generator=torch.Generator().manual_seed(1))
-    out = _build_selecting(backend)(*inputs, roles, attention_bias=rows)
-    expected = build_layer("dense")(*inputs, roles, attention_bias=rows).flatten(0, 1)[rows].unsqueeze(1)
+    out = attend(backend, inputs, roles, rows)
+    expected = attend("dense", inputs, roles).flatten(0, 1)[rows].unsqueeze(1)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(
         torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True
@@ -48,8 +41,7 @@ def test_the_compiled_kernel_gives_the_same() -> None:
     roles = draw_roles(CASES["two views"], 0)
     rows, inputs = _draw_rows(roles), draw(roles)
     with torch.no_grad():
-        got = _build_selecting("flex")(*inputs, roles, attention_bias=rows)
-        expected = _build_selecting("dense")(*inputs, roles, attention_bias=rows)
+        got, expected = attend("flex", inputs, roles, rows), attend("dense", inputs, roles, rows)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -57,10 +49,10 @@ def test_compiled_kernels_meet_few_numbers_of_queries() -> None:
     query = torch.randn(40, 2, 3, 4)
     lengths = set()
     for count in range(1, 81):
-        chosen = select_queries(query, torch.arange(count), True)
+        chosen = select_queries(query, torch.arange(count), num_selected(count, 80, is_rounded=True))
         assert torch.equal(chosen[:count, 0], query.flatten(0, 1)[:count]) and not chosen[count:].any()
         lengths.add(len(chosen))
-    assert len(lengths) == 8 and len(select_queries(query, torch.arange(7), False)) == 7
+    assert len(lengths) == 8 and num_selected(7, 80, is_rounded=False) == 7
 
 
 def test_documents_of_different_rows_stay_apart() -> None:
