@@ -206,24 +206,18 @@ class _NoAttention:
 
 def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, has_attention: bool = True) -> Any:
     """The model that computes a variant, without its attention if told so. Process groups must exist."""
-    from megatron.core.transformer.moe.experts import SequentialMLP
-
-    from megatron_dllm.model import gpt
+    from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.model.paths import Choice, choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
     from megatron_dllm.parallel.groups import Groups
 
     if variant.recompute:
         layout = replace(layout, recompute="full")
-    batched = gpt.BatchedExperts
-    gpt.BatchedExperts = batched if variant.experts else SequentialMLP  # type: ignore[misc,assignment]
-    try:
-        built = gpt.build_model(
-            replace(model, skip_unused_outputs=variant.last),
-            layout,
-            Groups.current(),
-            attention_backend="auto" if variant.attention else "dense",
-        )
-    finally:
-        gpt.BatchedExperts = batched  # type: ignore[misc]
+    model = replace(model, skip_unused_outputs=variant.last)
+    paths = choose_paths(model, layout, DeviceFacts.here(), "auto" if variant.attention else "dense")
+    if not variant.experts and model.is_moe:
+        paths = replace(paths, experts=Choice("sequential", "the baseline"))
+    built = build_model(model, layout, Groups.current(), paths=paths)
     if not has_attention:
         built.attention = replace(built.attention, backend=_NoAttention)
     for module in built.modules():

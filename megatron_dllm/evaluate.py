@@ -51,7 +51,8 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     from megatron_dllm.data.corpus import Corpus
     from megatron_dllm.evaluation.elbo import evaluate
     from megatron_dllm.model.objective import AR
-    from megatron_dllm.parallel.device import local_device
+    from megatron_dllm.model.paths import choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts, local_device
     from megatron_dllm.parallel.groups import destroy, initialize
     from megatron_dllm.training.engine import build_chunks
 
@@ -59,6 +60,7 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     contract = check_identity(folder, config.model)["contract"]
     check_grid(folder, contract, config.data.block_origin)
     corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
+    choose_paths(config.model, config.parallel, DeviceFacts.here())  # refuses what cannot run here
     groups = initialize(config.parallel, config.run)
     try:
         chunks = build_chunks(config, groups)

@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 
-logger = logging.getLogger(__name__)
-
 TESTED_VERSION = "0.16.1"
 _PREPARED_MARK = "_megatron_dllm_host_prepared"
 _LITERALS = {
@@ -71,13 +69,7 @@ def prepare_host() -> None:
     # 0.16.1 asks `te_general_gemm is not None` without having bound it where TransformerEngine is missing.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    if torch.cuda.is_available():
-        if importlib.util.find_spec("transformer_engine") is None:
-            logger.warning(
-                "TransformerEngine is not installed: torch's linear layers, norms and Adam are used, "
-                "which are slower on a GPU."
-            )
-    else:
+    if not torch.cuda.is_available():
         # Advice for overlapping communication with computation on a GPU.
         warnings.filterwarnings("ignore", message="(?s).*CUDA_DEVICE_MAX_CONNECTIONS.*")
         _answer_cuda_calls()

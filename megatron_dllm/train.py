@@ -44,6 +44,8 @@ def train(config: TrainConfig, make_parts: Callable[[], Parts] | None = None) ->
 
     quiet_libraries()
     prepare_host()
+    from megatron_dllm.model.paths import choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
     from megatron_dllm.parallel.groups import destroy, initialize
     from megatron_dllm.parallel.meeting import meet
     from megatron_dllm.training.parts import Parts
@@ -55,6 +57,7 @@ def train(config: TrainConfig, make_parts: Callable[[], Parts] | None = None) ->
     sources = Sources(config, parts.open_source)
     meeting = meet(config.run)
     start = meeting.decide(lambda: decide_start(config, world_size(), sources))
+    choose_paths(config.model, start.layout, DeviceFacts.here(), is_training=True)  # refuses what cannot run here
     groups = initialize(start.layout, config.run, meeting)
     try:
         code = _run(set_up(config, groups, start, sources, parts))

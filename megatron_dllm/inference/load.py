@@ -21,6 +21,8 @@ from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.inference.source import CheckpointSource
 from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.gpt import DiffusionGPTModel, build_model
+from megatron_dllm.model.paths import choose_paths
+from megatron_dllm.parallel.device import DeviceFacts
 from megatron_dllm.parallel.groups import Groups
 
 
@@ -57,8 +59,10 @@ def load_model(
     Raises:
         ValueError: weights are missing, or do not fit the model.
     """
-    layout = ParallelConfig(precision=precision or ("bf16" if torch.cuda.is_available() else "fp32"))
-    model = build_model(source.model, layout, groups, attention_backend=attention_backend)
+    facts = DeviceFacts.here()
+    layout = ParallelConfig(precision=precision or ("bf16" if facts.is_cuda else "fp32"))
+    paths = choose_paths(source.model, layout, facts, attention_backend)
+    model = build_model(source.model, layout, groups, paths=paths)
     if source.is_hf:
         load_hf_weights(source.folder, model)
     else:

@@ -1,8 +1,8 @@
 """All experts of a rank at once: SequentialMLP's parameters and checkpoints, without a module call per expert.
 
-The tokens arrive sorted by expert. On CUDA with bf16, and for small experts on CPU, one grouped matrix product serves
-all of them; elsewhere each expert that has tokens computes its rows, written into place: the grouped product wants the
-weights in one tensor, which then costs more than it gains. (Figures: benchmarks/results/experts_cpu.md.)
+The tokens arrive sorted by expert. Either one grouped matrix product serves all of them, or each expert that has
+tokens computes its rows, written into place: the grouped product wants the weights in one tensor, which often costs
+more than it gains (`model.paths` decides).
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from torch import Tensor
 
 from megatron_dllm.model.weights import weight_of
 
-# Elements of the first product's weight up to which, on CPU, a grouped product of all experts is the faster way.
-_SMALL_WEIGHT = 1 << 14
-
 
 class BatchedExperts(SequentialMLP):
-    """SequentialMLP (gated SiLU, no bias) whose forward pass computes its experts together."""
+    """SequentialMLP (gated SiLU, no bias) whose forward pass computes its experts together.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take SequentialMLP's arguments."""
+    Attributes:
+        is_grouped: by one grouped product, else one expert after the other.
+    """
+
+    def __init__(self, *args: Any, is_grouped: bool, **kwargs: Any) -> None:
+        """Take SequentialMLP's arguments, and how to compute."""
         super().__init__(*args, **kwargs)
+        self.is_grouped = is_grouped
         config = self.config
         assert config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear, (
             "BatchedExperts computes gated SiLU without bias"
@@ -52,8 +54,7 @@ class BatchedExperts(SequentialMLP):
         hidden, probs = permuted_local_hidden_states, permuted_probs.unsqueeze(-1)
         first = [weight_of(expert.linear_fc1) for expert in self.local_experts]
         second = [weight_of(expert.linear_fc2) for expert in self.local_experts]
-        is_grouped = hidden.dtype == torch.bfloat16 if hidden.is_cuda else first[0].numel() <= _SMALL_WEIGHT
-        if is_grouped:
+        if self.is_grouped:
             return grouped_experts(hidden, probs, tokens_per_expert, first, second), None
         return _SectionExperts.apply(hidden, probs, tokens_per_expert.tolist(), *first, *second), None
 

@@ -7,7 +7,6 @@ carry a loss. Parameters, their names and their checkpoints are GPTModel's own.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -30,7 +29,7 @@ from torch import Tensor
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-from megatron_dllm.model.attention.backends import BACKENDS, choose_backend
+from megatron_dllm.model.attention.backends import BACKENDS
 from megatron_dllm.model.attention.core import RoleAttention
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import CachedPass
@@ -39,9 +38,10 @@ from megatron_dllm.model.experts import BatchedExperts
 from megatron_dllm.model.head import target_cross_entropy
 from megatron_dllm.model.last_layer import LastLayer, can_skip_outputs, flat_rows, rows_to_keep
 from megatron_dllm.model.norm import RMSNorm
+from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.model.rotary import rotary_angles
 from megatron_dllm.model.weights import weight_of
-from megatron_dllm.parallel.device import local_device
+from megatron_dllm.parallel.device import DeviceFacts, local_device
 from megatron_dllm.parallel.groups import Groups
 
 # The local spec writes the norm before every MLP under the name of TransformerEngine's fused layer, also where the
@@ -52,21 +52,15 @@ _CHECKPOINT_NAMES = {
 }
 
 
-def uses_transformer_engine() -> bool:
-    """Whether linear layers and norms come from TransformerEngine: it is installed and there is a GPU."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """megatron-core's configuration of the model on this layout."""
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, paths: Paths) -> TransformerConfig:
+    """megatron-core's configuration of the model on this layout, with these implementations."""
     with warnings.catch_warnings():
         # Meant for TransformerEngine's attention, which is not in use.
         warnings.filterwarnings("ignore", message="(?s).*core_attn is from transformer_engine.*")
-        return TransformerConfig(**_arguments(model, parallel))
+        return TransformerConfig(**_arguments(model, parallel, paths))
 
 
-def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
-    has_cuda, has_te = torch.cuda.is_available(), uses_transformer_engine()
+def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths) -> dict[str, Any]:
     is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
     return dict(
@@ -88,10 +82,10 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         attention_dropout=0.0,
         # The rotary angles differ from row to row, which the fused kernel does not take.
         apply_rope_fusion=False,
-        bias_dropout_fusion=has_cuda,
+        bias_dropout_fusion=paths.fusions.name == "compiled",
         # On CPU it is not compiled, but keeps only its input for the backward pass.
         bias_activation_fusion=True,
-        persist_layer_norm=has_te,
+        persist_layer_norm=paths.norms.name == "te",
         gradient_accumulation_fusion=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -109,7 +103,8 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
         # An overlapped send of gloo reads the tensor while it is on its way; of NCCL, in the stream's order.
-        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1 and (has_cuda or not is_interleaved),
+        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1
+        and (paths.collectives.name == "nccl" or not is_interleaved),
         context_parallel_size=parallel.context_parallel_size,
         # megatron-core's names of the two methods; RoleAttention gets them as its cp_comm_type.
         cp_comm_type={"gather": "all_gather", "ulysses": "a2a"}[parallel.context_parallel_method],
@@ -118,26 +113,12 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         # A list also for models whose layers are all alike: checkpoints then name every layer by itself.
         moe_layer_freq=[int(model.is_moe and layer >= model.num_dense_layers) for layer in range(model.num_layers)],
         cuda_graph_scope=[],
-        **_moe_arguments(model, _token_dispatcher(parallel, has_cuda), has_cuda, has_te),
+        **_moe_arguments(model, paths),
         **_recompute_arguments(parallel.recompute),
     )
 
 
-def _token_dispatcher(parallel: ParallelConfig, has_cuda: bool) -> str:
-    """All-to-all sends a token only where it is needed; all-gather needs no host arrays and suits gloo."""
-    if parallel.moe_token_dispatcher == "auto":
-        return "alltoall" if has_cuda else "allgather"
-    expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
-    if parallel.moe_token_dispatcher == "alltoall" and expert_tp > 1 and not has_cuda:
-        raise ValueError(
-            f"parallel.moe_token_dispatcher (alltoall) needs NCCL with expert_tensor_parallel_size "
-            f"{expert_tp}: the tensor ranks gather different numbers of tokens, which gloo cannot; use "
-            "allgather or auto."
-        )
-    return parallel.moe_token_dispatcher
-
-
-def _moe_arguments(model: ModelConfig, dispatcher: str, has_cuda: bool, has_te: bool) -> dict[str, Any]:
+def _moe_arguments(model: ModelConfig, paths: Paths) -> dict[str, Any]:
     if not model.is_moe:
         return {}
     return dict(
@@ -156,9 +137,9 @@ def _moe_arguments(model: ModelConfig, dispatcher: str, has_cuda: bool, has_te: 
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_z_loss_coeff=model.moe_z_loss_coeff or None,
-        moe_token_dispatcher_type=dispatcher,
-        moe_grouped_gemm=has_te,
-        moe_permute_fusion=has_te,
+        moe_token_dispatcher_type=paths.dispatcher.name,
+        moe_grouped_gemm=paths.experts.name == "te_grouped",
+        moe_permute_fusion=paths.experts.name == "te_grouped",
     )
 
 
@@ -170,13 +151,13 @@ def _recompute_arguments(recompute: str) -> dict[str, Any]:
     return {}
 
 
-def _layer_spec(config: TransformerConfig, is_moe: bool, skips_outputs: bool) -> ModuleSpec:
+def _layer_spec(config: TransformerConfig, paths: Paths, is_moe: bool, skips_outputs: bool) -> ModuleSpec:
     arguments = dict(
         num_experts=config.num_moe_experts if is_moe else None,
         qk_layernorm=config.qk_layernorm,
         moe_grouped_gemm=is_moe and config.moe_grouped_gemm,
     )
-    if uses_transformer_engine():
+    if paths.uses_transformer_engine:
         spec = get_gpt_layer_with_transformer_engine_spec(**arguments)
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", **arguments)
@@ -184,8 +165,9 @@ def _layer_spec(config: TransformerConfig, is_moe: bool, skips_outputs: bool) ->
         if config.qk_layernorm:
             spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
             spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
-        if is_moe:
-            spec.submodules.mlp.submodules.experts.module = BatchedExperts
+        if is_moe and paths.experts.name != "sequential":
+            experts = spec.submodules.mlp.submodules.experts
+            experts.module, experts.params = BatchedExperts, {"is_grouped": paths.experts.name == "grouped"}
     if skips_outputs:
         spec.module = LastLayer
     spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.arbitrary}
@@ -197,17 +179,17 @@ def _layer_spec(config: TransformerConfig, is_moe: bool, skips_outputs: bool) ->
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None, skips_outputs: bool = False
+    config: TransformerConfig, paths: Paths, vp_stage: int | None, skips_outputs: bool = False
 ) -> TransformerBlockSubmodules:
     """Specs of the layers that this pipeline stage holds, and of the final norm."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     number = get_num_layers_to_build(config, vp_stage=vp_stage)
     specs = [
-        _layer_spec(config, bool(config.moe_layer_freq[layer]), skips_outputs and layer == config.num_layers - 1)
+        _layer_spec(config, paths, bool(config.moe_layer_freq[layer]), skips_outputs and layer == config.num_layers - 1)
         for layer in range(first, first + number)
     ]
     layer_norm = RMSNorm
-    if uses_transformer_engine():
+    if paths.uses_transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm as layer_norm
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm)
 
@@ -218,7 +200,7 @@ def build_model(
     groups: Groups,
     *,
     vp_stage: int | None = None,
-    attention_backend: str | None = None,
+    paths: Paths | None = None,
 ) -> DiffusionGPTModel:
     """This rank's part of the model, with random weights.
 
@@ -227,23 +209,22 @@ def build_model(
         parallel: layout and precision.
         groups: of this layout; they say whether this part holds the embedding and the head.
         vp_stage: virtual pipeline stage, with interleaved pipelines.
-        attention_backend: overrides model.attention_backend.
+        paths: the implementations; None: those chosen for this process's device.
 
     Returns:
         The model on this rank's device, in fp32 or bf16 parameters by parallel.precision.
     """
-    config = transformer_config(model, parallel)
-    device = local_device()
-    backend, _ = choose_backend(attention_backend or model.attention_backend, device)
+    paths = paths or choose_paths(model, parallel, DeviceFacts.here())
+    config = transformer_config(model, parallel, paths)
     return DiffusionGPTModel(
         model,
         config,
-        block_spec(config, vp_stage, can_skip_outputs(model, config)),
-        AttentionPlanner(BACKENDS[backend], groups.context, config.cp_comm_type == "a2a"),
+        block_spec(config, paths, vp_stage, can_skip_outputs(model, config)),
+        AttentionPlanner(BACKENDS[paths.attention.name], groups.context, config.cp_comm_type == "a2a"),
         pre_process=groups.is_first_stage(vp_stage),
         post_process=groups.is_last_stage(vp_stage),
         vp_stage=vp_stage,
-    ).to(device)
+    ).to(local_device())
 
 
 class DiffusionGPTModel(GPTModel):

@@ -1,8 +1,41 @@
-"""The device on which this rank computes."""
+"""The device on which this rank computes, and what is known about it before anything is decided."""
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import dataclass
+
 import torch
+from torch.utils._triton import has_triton
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What decides which implementations can run.
+
+    Attributes:
+        is_cuda: the device is an NVIDIA GPU, else the CPU.
+        has_triton: Triton compiles for this device.
+        has_transformer_engine: TransformerEngine is installed.
+    """
+
+    is_cuda: bool
+    has_triton: bool
+    has_transformer_engine: bool
+
+    @classmethod
+    def here(cls) -> DeviceFacts:
+        """Of this process's device."""
+        return cls(
+            is_cuda=torch.cuda.is_available(),
+            has_triton=has_triton(),
+            has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        )
+
+    @classmethod
+    def as_cuda(cls, has_transformer_engine: bool = True) -> DeviceFacts:
+        """Of a GPU node as it is usually installed, asked on any machine."""
+        return cls(is_cuda=True, has_triton=True, has_transformer_engine=has_transformer_engine)
 
 
 def local_device() -> torch.device:

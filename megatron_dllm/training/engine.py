@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_dllm.config import OptimizerConfig, TrainConfig
-from megatron_dllm.model.attention.backends import choose_backend
 from megatron_dllm.model.attention.flex import check_gradients
 from megatron_dllm.model.gpt import build_model
+from megatron_dllm.model.paths import choose_paths
+from megatron_dllm.parallel.device import DeviceFacts, local_device
 from megatron_dllm.parallel.groups import Groups
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,18 @@ class Engine:
         return self.chunks[0].config
 
 
-def build_chunks(config: TrainConfig, groups: Groups) -> list[nn.Module]:
+def build_chunks(config: TrainConfig, groups: Groups, is_training: bool = False) -> list[nn.Module]:
     """The model chunks of this pipeline rank (several with virtual stages), in the training precision."""
+    facts = DeviceFacts.here()
+    paths = choose_paths(config.model, config.parallel, facts, is_training=is_training)
+    if groups.world.rank() == 0:
+        # What is slower than it needs to be shows on every terminal.
+        log.log(logging.WARNING if facts.is_cuda and not paths.uses_transformer_engine else logging.INFO, "%s", paths)
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks: list[nn.Module] = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
-        chunks.append(build_model(config.model, config.parallel, groups, vp_stage=vp_stage))
+        chunks.append(build_model(config.model, config.parallel, groups, vp_stage=vp_stage, paths=paths))
     if config.parallel.precision == "bf16":
         return [Float16Module(chunk.config, chunk) for chunk in chunks]
     return chunks
@@ -55,10 +64,10 @@ def build_engine(config: TrainConfig, groups: Groups) -> Engine:
     Raises:
         RuntimeError: the compiled attention kernel gives other gradients than the reference on this GPU.
     """
-    if torch.cuda.is_available() and choose_backend(config.model.attention_backend, "cuda")[0] == "flex":
+    if choose_paths(config.model, config.parallel, DeviceFacts.here(), is_training=True).attention.name == "flex":
         dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-        check_gradients("cuda", dtype, config.model.kv_channels)
-    chunks = build_chunks(config, groups)
+        check_gradients(local_device(), dtype, config.model.kv_channels)
+    chunks = build_chunks(config, groups, is_training=True)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,

@@ -148,7 +148,6 @@ def _run_layout(
     """Loss sums of the global batch and its gradients, of the whole model."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    from megatron_dllm.model import gpt
     from megatron_dllm.parallel import groups
 
     model = _model(model_name)
@@ -157,10 +156,8 @@ def _run_layout(
     layout.validate(world_size(), model)
     parallel_state.destroy_model_parallel()
     made = groups.initialize(layout, RunConfig(name="test"))
-    with pytest.MonkeyPatch.context() as patch:
-        choose = gpt._moe_arguments
-        patch.setattr(gpt, "_moe_arguments", lambda *args: {**choose(*args), "moe_token_dispatcher_type": dispatcher})
-        chunks = _chunks(replace(model, skip_unused_outputs=layout != ParallelConfig()), layout, made)
+    model = replace(model, skip_unused_outputs=layout != ParallelConfig())
+    chunks = _chunks(model, replace(layout, moe_token_dispatcher=dispatcher), made)
     assert not chunks[-1].post_process or chunks[-1].skips_outputs == skips_outputs, name
     loaded = dist_checkpointing.load(_sharded(chunks), f"{folder}/weights_{model_name}")
     for index, chunk in enumerate(chunks):

@@ -49,16 +49,12 @@ def _with_gradients(forward: Any, experts: Any, sizes: list[int]) -> list[Tensor
     return [out, *torch.autograd.grad((out * weights).sum(), [hidden, probs, *experts.parameters()])]
 
 
-@pytest.mark.parametrize("small_weight", [0, 1 << 14], ids=["an expert at a time", "grouped product"])
+@pytest.mark.parametrize("is_grouped", [False, True], ids=["an expert at a time", "grouped product"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_equals_sequential_mlp_with_gradients(
-    sizes: list[int], small_weight: int, experts: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equals_sequential_mlp_with_gradients(sizes: list[int], is_grouped: bool, experts: Any) -> None:
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    from megatron_dllm.model import experts as module
-
-    monkeypatch.setattr(module, "_SMALL_WEIGHT", small_weight)
+    experts.is_grouped = is_grouped
     got = _with_gradients(experts, experts, sizes)
     expected = _with_gradients(lambda *inputs: SequentialMLP.forward(experts, *inputs), experts, sizes)
     assert len(got) == 3 + 2 * 8

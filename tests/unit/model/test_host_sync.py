@@ -59,11 +59,15 @@ class WatchWaits(TorchDispatchMode):
 def test_only_megatron_core_makes_the_host_wait(recompute: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_dllm.model.gpt import build_model
     from megatron_dllm.model.objective import token_loss
+    from megatron_dllm.model.paths import choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
     from megatron_dllm.parallel.groups import Groups
 
     replace_kernel(monkeypatch, 16)
     model = tiny_model()
-    built = build_model(model, ParallelConfig(recompute=recompute), Groups.current(), attention_backend=backend).train()
+    layout = ParallelConfig(recompute=recompute)
+    paths = choose_paths(model, layout, DeviceFacts.here(), backend)
+    built = build_model(model, layout, Groups.current(), paths=paths).train()
     batch = tiny_batch(model, [[17, 9], [24]], row_length=56, block_size=4)
     with WatchWaits() as watch:
         token_loss(batch, built(batch, mask_noise_sigma=0.3, noise_seed=5)).total.backward()

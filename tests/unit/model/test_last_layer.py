@@ -29,9 +29,13 @@ BATCHES: dict[str, dict[str, Any]] = {
 
 def _build(model: ModelConfig, parallel: ParallelConfig | None = None, backend: str = "auto") -> Any:
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.model.paths import choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
     from megatron_dllm.parallel.groups import Groups
 
-    built = build_model(model, parallel or ParallelConfig(), Groups.current(), attention_backend=backend)
+    parallel = parallel or ParallelConfig()
+    paths = choose_paths(model, parallel, DeviceFacts.here(), backend)
+    built = build_model(model, parallel, Groups.current(), paths=paths)
     built.load_state_dict(to_megatron(model, random_weights(model)), strict=False)
     return built.train()
 
@@ -108,9 +112,12 @@ def test_only_kept_tokens_pass_through_the_last_layer() -> None:
 def test_layouts_that_need_every_output_keep_it(changes: dict, parallel: dict, expected: bool) -> None:
     from megatron_dllm.model.gpt import transformer_config
     from megatron_dllm.model.last_layer import can_skip_outputs
+    from megatron_dllm.model.paths import choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
 
-    model = tiny_model(**changes)
-    assert can_skip_outputs(model, transformer_config(model, ParallelConfig(**parallel))) is expected
+    model, layout = tiny_model(**changes), ParallelConfig(**parallel)
+    paths = choose_paths(model, layout, DeviceFacts.here())
+    assert can_skip_outputs(model, transformer_config(model, layout, paths)) is expected
 
 
 def test_rows_to_keep_are_filled_up_to_a_multiple() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -15,9 +13,12 @@ from tests.reference_model import tiny_model
 def test_norm(one_rank: None, sequence_parallel: bool) -> None:
     from megatron_dllm.model.gpt import transformer_config
     from megatron_dllm.model.norm import RMSNorm
+    from megatron_dllm.model.paths import choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
 
     layout = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
-    config = transformer_config(replace(tiny_model(num_moe_experts=0)), layout)
+    model = tiny_model(num_moe_experts=0)
+    config = transformer_config(model, layout, choose_paths(model, layout, DeviceFacts.here()))
     norm = RMSNorm(config=config, hidden_size=6, eps=1e-3)
     assert norm.weight.sequence_parallel is sequence_parallel
     with torch.no_grad():
@@ -32,9 +33,13 @@ def test_gradients_are_torchs_own(one_rank: None, dtype: torch.dtype) -> None:
     """The backward pass is written by hand on CPU, to keep less; torch's own in fp64 is the reference."""
     from megatron_dllm.model.gpt import transformer_config
     from megatron_dllm.model.norm import RMSNorm
+    from megatron_dllm.model.paths import choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
 
     torch.manual_seed(0)
-    norm = RMSNorm(config=transformer_config(tiny_model(), ParallelConfig()), hidden_size=8, eps=1e-5).to(dtype)
+    model, layout = tiny_model(), ParallelConfig()
+    config = transformer_config(model, layout, choose_paths(model, layout, DeviceFacts.here()))
+    norm = RMSNorm(config=config, hidden_size=8, eps=1e-5).to(dtype)
     with torch.no_grad():
         norm.weight.normal_()
     hidden = torch.randn(3, 5, 2, 8).to(dtype).transpose(0, 1).requires_grad_()

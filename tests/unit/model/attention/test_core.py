@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dllm.model.attention.backends import BACKENDS, choose_backend
+from megatron_dllm.model.attention.backends import BACKENDS
 from megatron_dllm.model.attention.core import RoleAttention
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import KVCache
@@ -57,17 +57,9 @@ def test_scale_is_one_over_the_root_of_the_head_dim() -> None:
     assert (attend("dense", [query, key, value], roles)[:, 0, 24:] - expected).abs().max() < 1e-6
 
 
-def test_choice_says_why() -> None:
-    assert choose_backend("auto", "cpu") == ("shared_prefix", "fastest on CPU")
-    assert choose_backend("dense", "cpu") == ("dense", "asked for by name")
-    assert choose_backend("auto", "meta")[0] == "chunked"
-
-
 def test_mistakes_are_refused() -> None:
     roles = draw_roles(CASES["one view"], 0)
     query, key, value = draw(roles)
-    with pytest.raises(ValueError, match="is not known"):
-        choose_backend("flash", "cpu")
     with pytest.raises(ValueError, match="attention_dropout"):
         build_layer(attention_dropout=0.1)
     with pytest.raises(AssertionError, match="needs the AttentionInputs"):
@@ -76,8 +68,6 @@ def test_mistakes_are_refused() -> None:
         attend("dense", [query, key, value], roles[:, :-1])
     with pytest.raises(AssertionError, match="without a plan for this layer"):
         attend("dense", [query, key, value], roles, has_plain_layers=False)
-    with pytest.raises(ValueError, match="kernel of the CPU"):
-        choose_backend("shared_prefix", "cuda")
 
 
 @pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix"])

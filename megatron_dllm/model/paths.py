@@ -1,0 +1,151 @@
+"""Which implementation runs: one function of the model, its layout and the device, and the reasons beside the names.
+
+Everything that depends on CUDA, Triton or TransformerEngine is decided here, before anything starts; the rest of the
+program reads the answer. Asked with `DeviceFacts.as_cuda()`, it says on any machine what a GPU would run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.model.attention.backends import BACKENDS
+from megatron_dllm.parallel.device import DeviceFacts
+
+# Elements of the first product's weight up to which, on CPU, a grouped product of all experts is the faster way
+# (figures: benchmarks/results/experts_cpu.md).
+SMALL_EXPERT_WEIGHT = 1 << 14
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A name and why it was chosen, for people."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """What runs.
+
+    Attributes:
+        attention: a key of `BACKENDS`.
+        linear: linear layers, te or torch.
+        norms: te or torch.
+        experts: te_grouped, grouped (one product for all experts), sections (one after the other), sequential
+            (megatron-core's own, never chosen), or none in a dense model.
+        dispatcher: how tokens reach their experts, alltoall or allgather; none in a dense model.
+        fusions: of small operations, compiled or plain.
+        optimizer: te or torch.
+        collectives: nccl or gloo. An overlapped send of gloo reads its tensor while it is on its way.
+    """
+
+    attention: Choice
+    linear: Choice
+    norms: Choice
+    experts: Choice
+    dispatcher: Choice
+    fusions: Choice
+    optimizer: Choice
+    collectives: Choice
+
+    @property
+    def uses_transformer_engine(self) -> bool:
+        """Whether layers, norms and experts are TransformerEngine's."""
+        return self.linear.name == "te"
+
+    def __str__(self) -> str:
+        return ", ".join(f"{field.name} {getattr(self, field.name)}" for field in fields(self))
+
+
+def choose_paths(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    facts: DeviceFacts,
+    attention_backend: str | None = None,
+    is_training: bool = False,
+) -> Paths:
+    """What runs on such a device; a pure function.
+
+    Args:
+        model: sizes.
+        parallel: layout and precision.
+        facts: of the device.
+        attention_backend: overrides model.attention_backend.
+        is_training: gradients are needed.
+
+    Raises:
+        ValueError: what is asked for by name cannot run there.
+    """
+    has_te = facts.is_cuda and facts.has_transformer_engine
+    from_te = Choice("te", "TransformerEngine is installed")
+    torchs = Choice("torch", "TransformerEngine is not installed, slower" if facts.is_cuda else "no CUDA")
+    device = "CUDA" if facts.is_cuda else "no CUDA"
+    layers = from_te if has_te else torchs
+    return Paths(
+        attention=_attention(attention_backend or model.attention_backend, facts, is_training),
+        linear=layers,
+        norms=layers,
+        experts=_experts(model, parallel, facts.is_cuda, has_te),
+        dispatcher=_dispatcher(model, parallel, facts.is_cuda),
+        fusions=Choice("compiled" if facts.is_cuda else "plain", device),
+        optimizer=layers,
+        collectives=Choice("nccl" if facts.is_cuda else "gloo", device),
+    )
+
+
+def _attention(name: str, facts: DeviceFacts, is_training: bool) -> Choice:
+    if name == "auto":
+        if not facts.is_cuda:
+            return Choice("shared_prefix", "fastest on CPU")
+        if facts.has_triton:
+            return Choice("flex", "fastest on CUDA")
+        return Choice("chunked", "no Triton here, which flex needs")
+    if name not in BACKENDS:
+        raise ValueError(f"attention_backend ({name}) is not known; use auto or one of {', '.join(BACKENDS)}.")
+    if name == "shared_prefix" and facts.is_cuda:
+        raise ValueError(
+            "attention_backend (shared_prefix) calls a kernel of the CPU and the tensors are on cuda; "
+            "use auto, flex or chunked."
+        )
+    if name == "flex" and facts.is_cuda and not facts.has_triton:
+        raise ValueError("attention_backend (flex) needs Triton and a GPU that it supports; use chunked.")
+    if name == "flex" and not facts.is_cuda and is_training:
+        raise ValueError("attention_backend (flex) has no backward on the CPU; use shared_prefix or auto.")
+    return Choice(name, "asked for by name")
+
+
+def _experts(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool, has_te: bool) -> Choice:
+    if not model.is_moe:
+        return Choice("none", "a dense model")
+    if has_te:
+        return Choice("te_grouped", "TransformerEngine is installed")
+    if is_cuda:
+        if parallel.precision == "bf16":
+            return Choice("grouped", "bf16 on CUDA")
+        return Choice("sections", "the grouped product of CUDA is for bf16")
+    expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    weight = 2 * model.moe_ffn_hidden_size // expert_tp * model.hidden_size
+    if weight <= SMALL_EXPERT_WEIGHT:
+        return Choice("grouped", f"weights of at most {SMALL_EXPERT_WEIGHT} elements")
+    return Choice("sections", f"weights of more than {SMALL_EXPERT_WEIGHT} elements")
+
+
+def _dispatcher(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool) -> Choice:
+    """All-to-all sends a token only where it is needed; all-gather needs no host arrays and suits gloo."""
+    if not model.is_moe:
+        return Choice("none", "a dense model")
+    if parallel.moe_token_dispatcher == "auto":
+        return Choice("alltoall", "sends only what is needed") if is_cuda else Choice("allgather", "suits gloo")
+    expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    if parallel.moe_token_dispatcher == "alltoall" and expert_tp > 1 and not is_cuda:
+        raise ValueError(
+            f"parallel.moe_token_dispatcher (alltoall) needs NCCL with expert_tensor_parallel_size "
+            f"{expert_tp}: the tensor ranks gather different numbers of tokens, which gloo cannot; use "
+            "allgather or auto."
+        )
+    return Choice(parallel.moe_token_dispatcher, "asked for by name")

@@ -1,0 +1,84 @@
+"""Which implementation runs, asked for machines that this one is not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_dllm.config import ParallelConfig
+from megatron_dllm.model.paths import choose_paths
+from megatron_dllm.parallel.device import DeviceFacts
+from tests.reference_model import tiny_model
+
+CPU = DeviceFacts(is_cuda=False, has_triton=False, has_transformer_engine=False)
+CUDA = DeviceFacts.as_cuda(has_transformer_engine=False)
+CUDA_TE = DeviceFacts.as_cuda()
+MOE, DENSE = tiny_model(), tiny_model(num_moe_experts=0)
+WIDE = tiny_model(moe_ffn_hidden_size=512)
+BF16, FP32 = ParallelConfig(precision="bf16"), ParallelConfig()
+ON_CPU = dict(attention="shared_prefix", linear="torch", norms="torch", fusions="plain", optimizer="torch")
+ON_CUDA = dict(attention="flex", linear="torch", norms="torch", fusions="compiled", optimizer="torch")
+WITH_TE = ON_CUDA | dict(linear="te", norms="te", optimizer="te")
+
+TABLE = {
+    "CPU": (CPU, MOE, FP32, ON_CPU | dict(experts="grouped", dispatcher="allgather", collectives="gloo")),
+    "CPU, wide experts": (CPU, WIDE, FP32, ON_CPU | dict(experts="sections", dispatcher="allgather")),
+    "CPU, wide experts divided": (
+        CPU,
+        WIDE,
+        ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True),
+        ON_CPU | dict(experts="grouped"),
+    ),
+    "CPU, TransformerEngine without a GPU": (replace(CPU, has_transformer_engine=True), MOE, FP32, ON_CPU),
+    "CPU, dense": (CPU, DENSE, FP32, ON_CPU | dict(experts="none", dispatcher="none")),
+    "CUDA": (CUDA, WIDE, BF16, ON_CUDA | dict(experts="grouped", dispatcher="alltoall", collectives="nccl")),
+    "CUDA, fp32": (CUDA, MOE, FP32, ON_CUDA | dict(experts="sections")),
+    "CUDA without Triton": (replace(CUDA, has_triton=False), MOE, BF16, ON_CUDA | dict(attention="chunked")),
+    "CUDA, TransformerEngine": (CUDA_TE, MOE, BF16, WITH_TE | dict(experts="te_grouped", dispatcher="alltoall")),
+    "CUDA, all-gather": (CUDA_TE, MOE, ParallelConfig(moe_token_dispatcher="allgather"), dict(dispatcher="allgather")),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_runs_where(name: str) -> None:
+    facts, model, parallel, expected = TABLE[name]
+    paths = choose_paths(model, parallel, facts)
+    assert {key: getattr(paths, key).name for key in expected} == expected
+
+
+def test_what_is_asked_for_by_name_runs() -> None:
+    for name in ("dense", "chunked", "flex"):
+        choice = choose_paths(MOE, FP32, CUDA, name).attention
+        assert str(choice) == f"{name} (asked for by name)"
+    assert choose_paths(tiny_model(attention_backend="dense"), FP32, CPU).attention.name == "dense"
+    assert choose_paths(MOE, FP32, CPU, "flex").attention.name == "flex"  # its forward pass runs there
+
+
+@pytest.mark.parametrize(
+    ("facts", "parallel", "arguments", "message"),
+    [
+        (CPU, {}, dict(attention_backend="flash"), r"attention_backend \(flash\) is not known"),
+        (CUDA, {}, dict(attention_backend="shared_prefix"), "kernel of the CPU"),
+        (replace(CUDA, has_triton=False), {}, dict(attention_backend="flex"), "needs Triton"),
+        (CPU, {}, dict(attention_backend="flex", is_training=True), "no backward on the CPU"),
+        (
+            CPU,
+            dict(tensor_model_parallel_size=2, sequence_parallel=True, moe_token_dispatcher="alltoall"),
+            {},
+            "needs NCCL with expert_tensor_parallel_size 2",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    facts: DeviceFacts, parallel: dict[str, Any], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_paths(MOE, ParallelConfig(**parallel), facts, **arguments)
+
+
+def test_one_line_says_it_all() -> None:
+    line = str(choose_paths(MOE, FP32, CPU))
+    assert line.startswith("attention shared_prefix (fastest on CPU), linear torch (no CUDA), ")
+    assert "dispatcher allgather (suits gloo)" in line and "\n" not in line
