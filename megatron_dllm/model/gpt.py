@@ -7,191 +7,31 @@ carry a loss. Parameters, their names and their checkpoints are GPTModel's own.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.attention.backends import BACKENDS
-from megatron_dllm.model.attention.core import RoleAttention
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import CachedPass
 from megatron_dllm.model.embedding import mask_noise_std, mean_row_norm, token_normals
-from megatron_dllm.model.experts import BatchedExperts
 from megatron_dllm.model.head import target_cross_entropy
 from megatron_dllm.model.last_layer import LastLayer, can_skip_outputs, flat_rows, rows_to_keep
-from megatron_dllm.model.norm import RMSNorm
+from megatron_dllm.model.layer_specs import block_spec
+from megatron_dllm.model.megatron_config import transformer_config
 from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.model.rotary import rotary_angles
 from megatron_dllm.model.weights import weight_of
 from megatron_dllm.parallel.device import DeviceFacts, local_device
 from megatron_dllm.parallel.groups import Groups
-
-# The local spec writes the norm before every MLP under the name of TransformerEngine's fused layer, also where the
-# MLP is a mixture of experts. Said for both specs, it makes their checkpoints interchangeable.
-_CHECKPOINT_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
-
-
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, paths: Paths) -> TransformerConfig:
-    """megatron-core's configuration of the model on this layout, with these implementations."""
-    with warnings.catch_warnings():
-        # Meant for TransformerEngine's attention, which is not in use.
-        warnings.filterwarnings("ignore", message="(?s).*core_attn is from transformer_engine.*")
-        return TransformerConfig(**_arguments(model, parallel, paths))
-
-
-def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths) -> dict[str, Any]:
-    is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
-    return dict(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        init_method_std=model.init_method_std,
-        normalization="RMSNorm",
-        layernorm_epsilon=model.layernorm_epsilon,
-        qk_layernorm=model.qk_layernorm,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        # The rotary angles differ from row to row, which the fused kernel does not take.
-        apply_rope_fusion=False,
-        bias_dropout_fusion=paths.fusions.name == "compiled",
-        # On CPU it is not compiled, but keeps only its input for the backward pass.
-        bias_activation_fusion=True,
-        persist_layer_norm=paths.norms.name == "te",
-        gradient_accumulation_fusion=False,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=parallel.precision == "bf16",
-        # Losses are summed over targets and divided once, by the global batch's count.
-        calculate_per_token_loss=True,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        # With virtual stages one rank may be both the previous and the next of another (two ranks: always). Batched
-        # sends would then mix up activations and gradients; one by one they have an order and groups of their own.
-        overlap_p2p_comm=is_interleaved,
-        batch_p2p_comm=not is_interleaved,
-        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
-        # An overlapped send of gloo reads the tensor while it is on its way; of NCCL, in the stream's order.
-        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1
-        and (paths.collectives.name == "nccl" or not is_interleaved),
-        context_parallel_size=parallel.context_parallel_size,
-        # megatron-core's names of the two methods; RoleAttention gets them as its cp_comm_type.
-        cp_comm_type={"gather": "all_gather", "ulysses": "a2a"}[parallel.context_parallel_method],
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
-        # A list also for models whose layers are all alike: checkpoints then name every layer by itself.
-        moe_layer_freq=[int(model.is_moe and layer >= model.num_dense_layers) for layer in range(model.num_layers)],
-        cuda_graph_scope=[],
-        **_moe_arguments(model, paths),
-        **_recompute_arguments(parallel.recompute),
-    )
-
-
-def _moe_arguments(model: ModelConfig, paths: Paths) -> dict[str, Any]:
-    if not model.is_moe:
-        return {}
-    return dict(
-        num_moe_experts=model.num_moe_experts,
-        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
-        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size or None,
-        moe_router_topk=model.moe_router_topk,
-        moe_router_num_groups=model.moe_router_num_groups or None,
-        moe_router_group_topk=(model.moe_router_group_topk or None) if model.moe_router_num_groups else None,
-        moe_router_topk_scaling_factor=model.moe_router_topk_scaling_factor,
-        moe_router_score_function=model.moe_router_score_function,
-        moe_router_pre_softmax=model.moe_router_pre_softmax,
-        moe_router_enable_expert_bias=model.moe_router_enable_expert_bias,
-        moe_router_bias_update_rate=model.moe_router_bias_update_rate,
-        moe_router_dtype=model.moe_router_dtype,
-        moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_z_loss_coeff=model.moe_z_loss_coeff or None,
-        moe_token_dispatcher_type=paths.dispatcher.name,
-        moe_grouped_gemm=paths.experts.name == "te_grouped",
-        moe_permute_fusion=paths.experts.name == "te_grouped",
-    )
-
-
-def _recompute_arguments(recompute: str) -> dict[str, Any]:
-    if recompute == "full":
-        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    if recompute == "selective":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
-    return {}
-
-
-def _layer_spec(config: TransformerConfig, paths: Paths, is_moe: bool, skips_outputs: bool) -> ModuleSpec:
-    arguments = dict(
-        num_experts=config.num_moe_experts if is_moe else None,
-        qk_layernorm=config.qk_layernorm,
-        moe_grouped_gemm=is_moe and config.moe_grouped_gemm,
-    )
-    if paths.uses_transformer_engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(**arguments)
-    else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", **arguments)
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
-        if config.qk_layernorm:
-            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
-            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
-        if is_moe and paths.experts.name != "sequential":
-            experts = spec.submodules.mlp.submodules.experts
-            experts.module, experts.params = BatchedExperts, {"is_grouped": paths.experts.name == "grouped"}
-    if skips_outputs:
-        spec.module = LastLayer
-    spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.arbitrary}
-    spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        module=RoleAttention, params={"selects_rows": skips_outputs}
-    )
-    spec.submodules.sharded_state_dict_keys_map = dict(_CHECKPOINT_NAMES)
-    return spec
-
-
-def block_spec(
-    config: TransformerConfig, paths: Paths, vp_stage: int | None, skips_outputs: bool = False
-) -> TransformerBlockSubmodules:
-    """Specs of the layers that this pipeline stage holds, and of the final norm."""
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    number = get_num_layers_to_build(config, vp_stage=vp_stage)
-    specs = [
-        _layer_spec(config, paths, bool(config.moe_layer_freq[layer]), skips_outputs and layer == config.num_layers - 1)
-        for layer in range(first, first + number)
-    ]
-    layer_norm = RMSNorm
-    if paths.uses_transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm as layer_norm
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm)
 
 
 def build_model(

@@ -110,8 +110,8 @@ def test_only_kept_tokens_pass_through_the_last_layer() -> None:
     ],
 )
 def test_layouts_that_need_every_output_keep_it(changes: dict, parallel: dict, expected: bool) -> None:
-    from megatron_dllm.model.gpt import transformer_config
     from megatron_dllm.model.last_layer import can_skip_outputs
+    from megatron_dllm.model.megatron_config import transformer_config
     from megatron_dllm.model.paths import choose_paths
     from megatron_dllm.parallel.device import DeviceFacts
 

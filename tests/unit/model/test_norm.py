@@ -11,7 +11,7 @@ from tests.reference_model import tiny_model
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_norm(one_rank: None, sequence_parallel: bool) -> None:
-    from megatron_dllm.model.gpt import transformer_config
+    from megatron_dllm.model.megatron_config import transformer_config
     from megatron_dllm.model.norm import RMSNorm
     from megatron_dllm.model.paths import choose_paths
     from megatron_dllm.parallel.device import DeviceFacts
@@ -31,7 +31,7 @@ def test_norm(one_rank: None, sequence_parallel: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradients_are_torchs_own(one_rank: None, dtype: torch.dtype) -> None:
     """The backward pass is written by hand on CPU, to keep less; torch's own in fp64 is the reference."""
-    from megatron_dllm.model.gpt import transformer_config
+    from megatron_dllm.model.megatron_config import transformer_config
     from megatron_dllm.model.norm import RMSNorm
     from megatron_dllm.model.paths import choose_paths
     from megatron_dllm.parallel.device import DeviceFacts

@@ -14,7 +14,7 @@ from tests.reference_model import expected_rotation, tiny_model
 def test_rotation_by_positions_equals_hf(one_rank: None, rotary_percent: float, rotary_base: float) -> None:
     from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 
-    from megatron_dllm.model.gpt import transformer_config
+    from megatron_dllm.model.megatron_config import transformer_config
     from megatron_dllm.model.paths import choose_paths
     from megatron_dllm.model.rotary import rotary_angles
     from megatron_dllm.parallel.device import DeviceFacts
