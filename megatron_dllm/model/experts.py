@@ -86,7 +86,7 @@ class _SectionExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, probs: Tensor, sizes: list[int], *weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor, probs: Tensor, sizes: list[int], *weights: Tensor) -> Tensor:
         first, second = weights[: len(sizes)], weights[len(sizes) :]
         inner = rows.new_empty(rows.shape[0], first[0].shape[0])
         out = rows.new_empty(rows.shape[0], second[0].shape[0])
@@ -100,7 +100,7 @@ class _SectionExperts(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, probs, inner, *weights = ctx.saved_tensors
         sizes = ctx.sizes
         first, second = weights[: len(sizes)], weights[len(sizes) :]
@@ -133,12 +133,12 @@ class _GroupedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(rows, ends, *weights)
         return F.grouped_mm(rows.contiguous(), torch.stack(weights).transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, ends, *weights = ctx.saved_tensors
         grad = grad.contiguous()
         grad_rows = F.grouped_mm(grad, torch.stack(weights), offs=ends)

@@ -102,11 +102,7 @@ class DiffusionGPTModel(GPTModel):
         self.skips_outputs = post_process and isinstance(self.decoder.layers[-1], LastLayer)
 
     def forward(
-        self,
-        batch: Batch,
-        mask_noise_sigma: float = 0.0,  # type: ignore[override]
-        noise_seed: int = 0,
-        with_entropy: bool = False,
+        self, batch: Batch, mask_noise_sigma: float = 0.0, noise_seed: int = 0, with_entropy: bool = False
     ) -> Tensor | TargetOutputs:
         """Negative log-likelihood of the batch's targets.
 

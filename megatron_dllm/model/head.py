@@ -137,7 +137,7 @@ class _TargetCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
-        target_ids: Tensor,  # type: ignore[override]
+        target_ids: Tensor,
         tp_group: ProcessGroup | None,
         rows: int,
         with_entropy: bool,
@@ -171,7 +171,7 @@ class _TargetCrossEntropy(torch.autograd.Function):
         return log_partition - target, is_correct, entropy
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, grad_nll: Tensor, _: Any, grad_entropy: Tensor | None
     ) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden, weight, local_ids, is_local, log_partition, entropy = ctx.saved_tensors
@@ -183,7 +183,7 @@ class _TargetCrossEntropy(torch.autograd.Function):
         for start in range(0, num_targets, rows):
             part = slice(start, start + rows)
             log_p = torch.matmul(hidden[part], weight.t()).float().sub_(log_partition[part].unsqueeze(-1))
-            of_entropy = None if entropy is None else (entropy[part], grad_entropy[part])
+            of_entropy = None if entropy is None or grad_entropy is None else (entropy[part], grad_entropy[part])
             grad = _logits_gradient(log_p, local_ids[part], is_local[part], grad_nll[part], of_entropy).to(weight.dtype)
             grad_hidden[part] = torch.matmul(grad, weight)
             if grad_weight.dtype == grad.dtype:

@@ -63,7 +63,12 @@ def block_spec(
         _layer_spec(config, paths, bool(config.moe_layer_freq[layer]), skips_outputs and layer == config.num_layers - 1)
         for layer in range(first, first + number)
     ]
-    layer_norm = RMSNorm
-    if paths.uses_transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm as layer_norm
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_final_norm(paths))
+
+
+def _final_norm(paths: Paths) -> type:
+    if not paths.uses_transformer_engine:
+        return RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm  # importable only where it is installed
+
+    return TENorm

@@ -14,4 +14,6 @@ def weight_of(module: nn.Module) -> Tensor:
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
-    return module.weight
+    weight = module.weight
+    assert isinstance(weight, Tensor), "a module without a weight of its own"
+    return weight

@@ -47,8 +47,10 @@ class Groups:
     @classmethod
     def current(cls) -> Groups:
         """The groups that megatron-core was initialised with (`initialize`)."""
+        world = torch.distributed.group.WORLD
+        assert world is not None, "the process group of all ranks has not been started"
         return cls(
-            world=torch.distributed.group.WORLD,
+            world=world,
             tensor=parallel_state.get_tensor_model_parallel_group(),
             pipeline=parallel_state.get_pipeline_model_parallel_group(),
             context=parallel_state.get_context_parallel_group(),
@@ -86,7 +88,7 @@ def start_process_group(run: RunConfig, meeting: Meeting | None = None) -> None:
         meeting = meeting or meet(run)
         torch.distributed.init_process_group(
             backend,
-            store=torch.distributed.PrefixStore("default_pg", meeting.store),
+            store=torch.distributed.PrefixStore("default_pg", meeting.store),  # type: ignore[attr-defined]
             rank=meeting.rank,
             world_size=meeting.world_size,
             timeout=timeout,

@@ -7,6 +7,7 @@ travel: half of a row or less. Otherwise all keys do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,12 +27,12 @@ class _GatherSequence(torch.autograd.Function):
     """All-gather along dim 0; backward sums every rank's gradient of this rank's part."""
 
     @staticmethod
-    def forward(ctx, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _all_gather(local, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         size = dist.get_world_size(ctx.group)
         if dist.get_backend(ctx.group) == "nccl":
             local = grad.new_empty(grad.shape[0] // size, *grad.shape[1:])

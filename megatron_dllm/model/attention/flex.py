@@ -241,12 +241,12 @@ def check_gradients(device: torch.device | str, dtype: torch.dtype = torch.bfloa
     length = roles.shape[1]
     query, grad = (torch.randn(1, 4, length, head_dim, generator=generator) for _ in range(2))
     key, value = (torch.randn(1, 2, length, head_dim, generator=generator) for _ in range(2))
-    inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (query, key, value)]
-    exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    query, key, value = inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (query, key, value)]
+    exact_query, exact_key, exact_value = exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
     grad = grad.to(device, dtype)
     scale = head_dim**-0.5
-    out = attend(*inputs, build_plan(roles, roles), scale)
-    expected = dense.attend(*exact, dense.build_plan(roles, roles), scale)
+    out = attend(query, key, value, build_plan(roles, roles), scale)
+    expected = dense.attend(exact_query, exact_key, exact_value, dense.build_plan(roles, roles), scale)
     pairs = zip(
         ("output", "dq", "dk", "dv"),
         (out, *torch.autograd.grad(out, inputs, grad)),

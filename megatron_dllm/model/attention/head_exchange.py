@@ -6,6 +6,8 @@ rank falls with the number of ranks, which the number of heads bounds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,12 +17,12 @@ class _ExchangeParts(torch.autograd.Function):
     """Part i along dim 0 goes to rank i; the gradient takes the same way back."""
 
     @staticmethod
-    def forward(ctx, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         return _all_to_all(parts, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _all_to_all(grad, ctx.group), None
 
 

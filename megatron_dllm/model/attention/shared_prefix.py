@@ -14,6 +14,7 @@ Gradients need care, for three things go wrong in silence:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ class _AttendPieces(torch.autograd.Function):
     """Sorted queries [n, Q, d] and keys [g, K, d] to [n, Q, d]."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, plan: PiecePlan, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: PiecePlan, scale: float) -> Tensor:
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:2], dtype=_accumulator_dtype(query), device=query.device)
         for tile_queries, pieces in plan.pieces:
@@ -142,7 +143,7 @@ class _AttendPieces(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out, lse = ctx.saved_tensors
         accumulator = _accumulator_dtype(query)
         grads = [torch.zeros(tensor.shape, dtype=accumulator, device=tensor.device) for tensor in (query, key, value)]
@@ -166,14 +167,16 @@ class _AttendPieces(torch.autograd.Function):
                 )
                 for total, part, place in zip(grads, parts, (queries, keys, keys), strict=True):
                     total[:, place] += part.squeeze(0)
-        return *(total.to(query.dtype) for total in grads), None, None
+        grad_query, grad_key, grad_value = (total.to(query.dtype) for total in grads)
+        return grad_query, grad_key, grad_value, None, None
 
 
 def _attend_tile(
     query: Tensor, key: Tensor, value: Tensor, tile_queries: Span, pieces: tuple[Piece, ...], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output [n, q, d] and lse [n, q] of a tile's queries over all pieces."""
-    total_out = total_lse = None
+    total_out: Tensor | None = None
+    total_lse: Tensor | None = None
     for piece in pieces:
         queries, keys = slice(*piece.queries), slice(*piece.keys)
         out, lse = _flash(
@@ -191,11 +194,12 @@ def _attend_tile(
         if total_out is None and piece.queries == tile_queries:
             total_out, total_lse = out.to(lse.dtype), lse
             continue
-        if total_out is None:
+        if total_out is None or total_lse is None:
             shape = (query.shape[0], tile_queries[1] - tile_queries[0])
             total_out, total_lse = lse.new_zeros(*shape, query.shape[2]), lse.new_full(shape, float("-inf"))
         place = slice(piece.queries[0] - tile_queries[0], piece.queries[1] - tile_queries[0])
         _merge(total_out[:, place], total_lse[:, place], out, lse)
+    assert total_out is not None and total_lse is not None, "a tile has at least one piece"
     return total_out, total_lse
 
 

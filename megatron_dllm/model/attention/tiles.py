@@ -139,8 +139,8 @@ def _sort(query_roles: Tensor, key_roles: Tensor) -> tuple[np.ndarray, tuple[int
     rows = torch.arange(len(key_roles)).unsqueeze(1)
     key_order = (found.key_order + rows * key_roles.shape[1])[is_key].numpy()
     # A document is known by its row and its number in the row, joined into one integer.
-    key_docs = torch.gather(key_roles[..., 0], 1, found.key_order)
-    key_docs = (key_docs.long() + rows * 2**32)[is_key].numpy()
+    doc = torch.gather(key_roles[..., 0], 1, found.key_order)
+    key_docs = (doc.long() + rows * 2**32)[is_key].numpy()
     doc_ids, first_key, sizes = np.unique(key_docs, return_index=True, return_counts=True)
 
     # From here on queries: their codes hold document, view and block in bits (`plan`), taken apart again.
