@@ -82,7 +82,7 @@ def example_row(config: TrainConfig) -> tuple[Batch, str]:
         config.model.mask_token_id,
         config.model.pad_token_id,
     )
-    stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk)
+    stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk, spans=corpus.spans)
     plans = [stream.next(geometry) for _ in range(_ROWS_LOOKED_AT)]
     plan = max(plans, key=lambda plan: int((plan.pieces[:, LENGTH] > 2 * stage.block_size).sum()))
     return collate([dataset[plan]]), (

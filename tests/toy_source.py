@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.data.geometry import RowGeometry
-
 NUM_DOCUMENTS = 60
 FIRST_ID, NUM_IDS = 3, 100
 _LONGEST = 1000
@@ -20,7 +18,7 @@ def token_of(document: int, place: int) -> int:
 class ToySource:
     """Documents of 5 to 39 tokens."""
 
-    name = prefix = "toy"
+    name = "toy"
     spans = None
     num_bytes = None
 
@@ -37,9 +35,6 @@ class ToySource:
     def sample_id(self, document: int, offset: int) -> int:
         """Document and place, told apart again by `place_of`."""
         return _LONGEST * document + offset
-
-    def check_geometry(self, geometry: RowGeometry) -> None:
-        """There is text for a row of any stage."""
 
 
 def place_of(sample_id: int) -> tuple[int, int]:

@@ -22,7 +22,8 @@ class DataConfig:
     # Documents that are packed together into rows; with more of them, rows are filled better.
     packing_chunk: int = 1024
     block_origin: str = "document"
-    # Store the clean copy of a block only if a later block of its document reads it (exact).
+    # Store a noisy copy of a block only if a token of it may carry a loss, and a clean copy only if a later such block
+    # of its document reads it (exact).
     prune_clean: bool = True
     num_workers: int = 0
 

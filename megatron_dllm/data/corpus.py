@@ -1,5 +1,7 @@
 """A tokenized corpus on disk: Megatron's PREFIX.bin and PREFIX.idx, and PREFIX.json that says what they are.
 
+PREFIX.spans, where there is one, says which tokens may carry a loss; without it all of them may.
+
 Whatever is wrong with the files is a ValueError when the corpus is opened, or, for the tokens
 themselves, when a piece is read: nothing here reads the whole corpus.
 """
@@ -17,7 +19,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.spans import Spans
+from megatron_dllm.data.spans_file import read_spans
 from megatron_dllm.data.tokenizer import tokenizer_fingerprint
 
 _IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
@@ -35,6 +38,7 @@ class Corpus:
     Attributes:
         document_lengths: [d] int32 tokens of every document, memory-mapped.
         num_tokens: tokens of all documents together.
+        spans: of every document, memory-mapped; None where there is no PREFIX.spans.
         num_bytes: UTF-8 bytes of the text they came from; None where PREFIX.json is missing.
 
     Raises:
@@ -48,10 +52,17 @@ class Corpus:
         self._index = IndexedDataset(prefix)
         self._token_bytes: int = DType.size(self._index.index.dtype)
         self.document_lengths: NDArray[np.int32] = self._index.sequence_lengths
+        spans_path = Path(prefix + ".spans")
+        self.spans: Spans | None = read_spans(spans_path, len(self.document_lengths)) if spans_path.is_file() else None
         self.num_tokens = Path(prefix + ".bin").stat().st_size // self._token_bytes
         description = _read_description(prefix)
         self.num_bytes: int | None = description.get("num_bytes")
         _check_description(prefix, description, model, tokenizer, self.num_tokens)
+
+    @property
+    def name(self) -> str:
+        """The prefix."""
+        return self.prefix
 
     def read(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
         """[length] int64 tokens of a document from `offset` on; only these are read.
@@ -78,17 +89,6 @@ class Corpus:
         """Place of a token in the whole corpus: a number that identifies the piece that begins there."""
         first_byte: int = self._index.index.sequence_pointers[document].item()
         return first_byte // self._token_bytes + offset
-
-    def check_geometry(self, geometry: RowGeometry) -> None:
-        """Raise ValueError where the whole corpus, with all its copies, would not fill one row."""
-        has_clean = geometry.objective == "ar" or geometry.block_size < geometry.context_length
-        copies = geometry.num_views + has_clean
-        if self.num_tokens * copies < geometry.row_length:
-            raise ValueError(
-                f"corpus {self.prefix} ({self.num_tokens} tokens) must hold more than one row of "
-                f"{geometry.row_length} tokens ({copies} copies of each); give more text or a "
-                "smaller row_length."
-            )
 
 
 @dataclass(frozen=True)

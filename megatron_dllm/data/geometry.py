@@ -3,6 +3,13 @@
 A document piece of n tokens takes `num_views` noisy copies, and a clean copy of the tokens that some
 later block reads: all but its last block. A piece of one block has no clean copy, so block_size equal
 to context_length is MDLM. An AR piece is its n clean tokens.
+
+Where spans say which tokens may carry a loss, a piece costs less: noisy copies of the blocks that hold such
+a token, and a clean copy of what stands before the last of these blocks. A prompt of 1000 tokens and an
+answer of 216 in blocks of 32 cost 224 + 1184 = 1408 tokens with one view, not 1216 + 1184 = 2400:
+
+    noisy   blocks 31..37, tokens 992..1215: the answer begins inside block 31
+    clean   blocks 0..36,  tokens 0..1183
 """
 
 from __future__ import annotations
@@ -15,6 +22,7 @@ from numpy.typing import NDArray
 from megatron_dllm.config import DataConfig, ScheduleConfig, StageConfig
 from megatron_dllm.config.data import BLOCK_ORIGINS
 from megatron_dllm.config.schedule import OBJECTIVES
+from megatron_dllm.data.spans import START, STOP, Spans
 
 IntArray = NDArray[np.int64]
 
@@ -31,7 +39,8 @@ class RowGeometry:
         num_views: noisy copies of every piece; 0 in AR.
         block_origin: "document" restarts the block grid at every piece; "row" runs it through the
             document tokens of the row, so that a piece may begin in mid-block.
-        prune_clean: whether the clean copy leaves out the last block, which nobody reads.
+        prune_clean: whether copies of blocks that no loss needs are left out: of a noisy block without a token that
+            may carry one, and of a clean block that no later block of its document with such a token reads.
         shift: whether position i predicts token i + 1; None: what the objective does.
     """
 
@@ -56,7 +65,7 @@ class RowGeometry:
             raise ValueError(f"num_views ({self.num_views}) must be 0 for ar and positive for block_diffusion.")
         assert self.shift in (None, self.objective == "ar"), f"shift ({self.shift}) with objective {self.objective}"
         longest = np.array([self.context_length])
-        needed = int((self.num_views * longest + clean_lengths(self, longest, np.zeros(1, dtype=np.int64)))[0])
+        needed = int(forward_tokens(self, longest, np.zeros(1, dtype=np.int64))[0])
         if self.row_length < needed:
             raise ValueError(
                 f"row_length ({self.row_length}) must hold the longest piece: context_length "
@@ -84,16 +93,57 @@ def row_starts(lengths: IntArray) -> IntArray:
     return np.cumsum(lengths) - lengths
 
 
-def clean_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) -> IntArray:
-    """Clean tokens that pieces keep in their row.
+def forward_tokens(geometry: RowGeometry, lengths: IntArray, starts: IntArray, spans: Spans | None = None) -> IntArray:
+    """Tokens that pieces take in their row.
 
     Args:
         geometry: of the row.
         lengths: [p] tokens of the pieces, each at least 1.
         starts: [p] document tokens before each piece in its row; they matter only for the row grid.
+        spans: of the pieces; None: every token may carry a loss.
 
     Returns:
         [p] int64.
+    """
+    if spans is None or geometry.objective == "ar" or not geometry.prune_clean:
+        return geometry.num_views * lengths + _clean_lengths(geometry, lengths, starts)
+    noisy, clean = _needed_lengths(geometry, lengths, starts, spans.maskable())
+    return geometry.num_views * noisy + clean
+
+
+def piece_costs(geometry: RowGeometry, lengths: IntArray, spans: Spans | None = None) -> IntArray:
+    """Tokens that pieces take in a row; under the row grid the most they can take, wherever they stand.
+
+    Args:
+        geometry: of the row.
+        lengths: [p] tokens of the pieces, each at least 1.
+        spans: of the pieces; None: every token may carry a loss.
+
+    Returns:
+        [p] int64.
+    """
+    if geometry.objective == "ar" or geometry.block_origin == "document":
+        return forward_tokens(geometry, lengths, np.zeros_like(lengths), spans)
+    if not geometry.prune_clean:
+        return geometry.num_views * lengths + np.where(lengths > 1, lengths, 0)
+    # In the worst place a block ends right before the last token that may carry a loss.
+    if spans is None:
+        return geometry.num_views * lengths + lengths - 1
+    spans, owner = spans.maskable(), spans.maskable().owner
+    widest = spans.table[:, STOP] - spans.table[:, START] + 2 * (geometry.block_size - 1)
+    noisy = np.minimum(_sums(owner, widest, len(lengths)), lengths)
+    last = np.zeros_like(lengths)
+    np.maximum.at(last, owner, spans.table[:, STOP] - 1)
+    return geometry.num_views * noisy + last
+
+
+def _clean_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) -> IntArray:
+    """Clean tokens of pieces in which every token may carry a loss.
+
+    Args:
+        geometry: of the row.
+        lengths: [p] tokens of the pieces, each at least 1.
+        starts: [p] document tokens before each piece in its row.
     """
     if geometry.objective == "ar":
         return lengths
@@ -103,18 +153,49 @@ def clean_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) ->
     return np.where(last_block >= lengths, 0, kept)
 
 
-def piece_costs(geometry: RowGeometry, lengths: IntArray) -> IntArray:
-    """Tokens that pieces take in a row; under the row grid the most they can take, wherever they stand.
+def _needed_lengths(
+    geometry: RowGeometry, lengths: IntArray, starts: IntArray, spans: Spans
+) -> tuple[IntArray, IntArray]:
+    """Tokens of a noisy view and of the clean copy, where only some tokens may carry a loss.
 
     Args:
         geometry: of the row.
-        lengths: [p] tokens of the pieces, each at least 1.
+        lengths: [p] tokens of the pieces.
+        starts: [p] document tokens before each piece in its row.
+        spans: maskable spans of the pieces.
+
+    Returns:
+        [p] and [p] int64.
+    """
+    size, owner = geometry.block_size, spans.owner
+    before = starts % size if geometry.block_origin == "row" else np.zeros_like(lengths)  # tokens of the first block
+    shift = before[owner]
+    # 1 each span's first and last block: with size 4, tokens 6..9 lie in blocks 1..2
+    first, last = (spans.table[:, START] + shift) // size, (spans.table[:, STOP] - 1 + shift) // size
+    # 2 a block that holds the end of one span and the beginning of the next counts once, for the former
+    counted = np.full(len(last), -1)
+    counted[1:] = np.where(owner[1:] == owner[:-1], last[:-1], -1)
+    first = np.maximum(first, counted + 1)
+    # 3 the tokens of these blocks that lie in the piece
+    begin = np.maximum(first * size - shift, 0)
+    noisy = _sums(owner, np.maximum(np.minimum((last + 1) * size - shift, lengths[owner]) - begin, 0), len(lengths))
+    # 4 clean: what stands before the last of these blocks
+    clean = np.zeros_like(lengths)
+    np.maximum.at(clean, owner, last * size - shift)
+    return noisy, clean
+
+
+def _sums(owner: IntArray, values: IntArray, num_pieces: int) -> IntArray:
+    """Sums by piece.
+
+    Args:
+        owner: [k] int64 the piece of each value.
+        values: [k] int64.
+        num_pieces: p.
 
     Returns:
         [p] int64.
     """
-    if geometry.objective == "ar" or geometry.block_origin == "document":
-        return geometry.num_views * lengths + clean_lengths(geometry, lengths, np.zeros_like(lengths))
-    # In the worst place a block ends right before the piece's last token.
-    kept = lengths - 1 if geometry.prune_clean else np.where(lengths > 1, lengths, 0)
-    return geometry.num_views * lengths + kept
+    sums = np.zeros(num_pieces, dtype=np.int64)
+    np.add.at(sums, owner, values)
+    return sums

@@ -17,10 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_dllm.data.batch import Batch, collate
-from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import LENGTH, RowPlan, RowStream, row_forward_tokens
 from megatron_dllm.data.row import Row, RowContent, build_row
+from megatron_dllm.data.source import Source, check_fills_a_row
+from megatron_dllm.data.spans import piece_spans
 from megatron_dllm.diffusion.noise import NoiseSpec
 
 
@@ -29,7 +30,7 @@ class RowDataset(Dataset[Row]):
     """Builds rows from their plans.
 
     Attributes:
-        corpus: that the plans' documents belong to.
+        source: that the plans' documents belong to.
         geometry: of the rows.
         noise: how tokens are masked; None for AR.
         seed: of the noise.
@@ -37,7 +38,7 @@ class RowDataset(Dataset[Row]):
         pad_token_id: fills rows.
     """
 
-    corpus: Corpus
+    source: Source
     geometry: RowGeometry
     noise: NoiseSpec | None
     seed: int
@@ -45,15 +46,18 @@ class RowDataset(Dataset[Row]):
     pad_token_id: int
 
     def __post_init__(self) -> None:
-        self.corpus.check_geometry(self.geometry)
+        check_fills_a_row(self.source, self.geometry)
 
     def __getitem__(self, plan: RowPlan) -> Row:
         """Read the tokens of a plan's pieces and build its row."""
         pieces = plan.pieces.tolist()
-        tokens = [self.corpus.read(document, offset, length) for document, offset, length, _ in pieces]
-        sample_ids = [self.corpus.sample_id(document, offset) for document, offset, _, _ in pieces]
+        tokens = [self.source.read(document, offset, length) for document, offset, length, _ in pieces]
+        sample_ids = [self.source.sample_id(document, offset) for document, offset, _, _ in pieces]
+        spans = piece_spans(self.source.spans, plan.pieces)
         content = RowContent(
-            clean_ids=np.concatenate([np.zeros(0, np.int64), *tokens]), sample_ids=np.array(sample_ids, dtype=np.int64)
+            clean_ids=np.concatenate([np.zeros(0, np.int64), *tokens]),
+            sample_ids=np.array(sample_ids, dtype=np.int64),
+            kinds=None if spans is None else spans.kinds(plan.pieces[:, LENGTH]),
         )
         return build_row(
             plan,
@@ -155,15 +159,13 @@ class BatchLoader:
             num_rows = self._global_batch_size if rows_left is None else min(rows_left, self._global_batch_size)
             rows = [stream.next(self._dataset.geometry) for _ in range(num_rows)]
             rows += [padding] * (self._global_batch_size - num_rows)
-            lengths = [row.pieces[:, LENGTH] for row in rows]
-            planned.append(
-                (
-                    stream.state_dict(),
-                    sum(int(row.sum()) for row in lengths),
-                    sum(row_forward_tokens(self._dataset.geometry, row) for row in lengths),
-                )
-            )
+            document_tokens = sum(int(row.pieces[:, LENGTH].sum()) for row in rows)
+            planned.append((stream.state_dict(), document_tokens, sum(map(self._forward_tokens, rows))))
             for index in range(self._num_micro_batches):
                 first = (index * self._size + self._rank) * self._micro_batch_size
                 yield rows[first : first + self._micro_batch_size]
             rows_left = None if rows_left is None else rows_left - num_rows
+
+    def _forward_tokens(self, plan: RowPlan) -> int:
+        spans = piece_spans(self._dataset.source.spans, plan.pieces)
+        return row_forward_tokens(self._dataset.geometry, plan.pieces[:, LENGTH], spans)

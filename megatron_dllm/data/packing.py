@@ -5,8 +5,9 @@ The sequence is a pure function of (seed, epoch, geometry), the same whatever th
     documents in a shuffled order  ->  chunks of `chunk` documents  ->  pieces of at most context_length
     ->  best fit, in order of arrival, into rows of row_length  ->  rows in the order they were opened
 
-A row is filled by what its pieces really cost: noisy views, plus the clean tokens that a later block
-reads. Only one chunk is planned at a time, so neither memory nor start-up time grows with the corpus.
+A row is filled by what its pieces really cost: noisy views of the blocks with a token that may carry a
+loss, plus the clean tokens that a later such block reads. Lengths and spans decide; tokens are not read.
+Only one chunk is planned at a time, so neither memory nor start-up time grows with the corpus.
 
 When the geometry changes in mid-chunk, the pieces not yet emitted are packed anew. The position is
 therefore "the n-th row under geometry A, then the m-th under B, ..." of one chunk: a few numbers, from
@@ -25,8 +26,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.data.geometry import RowGeometry, clean_lengths, piece_costs, row_starts
+from megatron_dllm.data.geometry import RowGeometry, forward_tokens, piece_costs, row_starts
 from megatron_dllm.data.shuffle import KeyedPermutation
+from megatron_dllm.data.spans import Spans, piece_spans
 
 # Columns of a piece.
 DOCUMENT, OFFSET, LENGTH, ORDINAL = 0, 1, 2, 3
@@ -70,17 +72,18 @@ def split_pieces(pieces: Pieces, context_length: int) -> Pieces:
     return parts
 
 
-def assign_rows(geometry: RowGeometry, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def assign_rows(geometry: RowGeometry, lengths: NDArray[np.int64], spans: Spans | None = None) -> NDArray[np.int64]:
     """Best fit: every piece, in order of arrival, goes to the fullest row that has room, else to a new row.
 
     Args:
         geometry: of the rows.
         lengths: [p] tokens of the pieces, each at most context_length.
+        spans: of the pieces; None: every token may carry a loss.
 
     Returns:
         [p] int64 row of each piece, rows counted in the order of opening.
     """
-    bounds = piece_costs(geometry, lengths).tolist()
+    bounds = piece_costs(geometry, lengths, spans).tolist()
     smallest = min(bounds, default=0)
     filled: list[int] = []  # document tokens of every row
     rooms: list[int] = []  # sorted: (free tokens << 32) + row
@@ -92,14 +95,12 @@ def assign_rows(geometry: RowGeometry, lengths: NDArray[np.int64]) -> NDArray[np
         else:
             room, row = geometry.row_length, len(filled)
             filled.append(0)
-        # Under the row grid a piece costs less than its bound, depending on where it comes to stand.
-        cost = (
-            bound
-            if geometry.block_origin == "document"
-            else geometry.num_views * length
-            + int(clean_lengths(geometry, np.array([length]), np.array([filled[row]]))[0])
-        )
-        room -= cost
+        if geometry.block_origin == "document":
+            room -= bound
+        else:
+            # A piece costs less than its bound, depending on where it comes to stand.
+            own_spans = None if spans is None else spans.take(np.array([piece]))
+            room -= int(forward_tokens(geometry, np.array([length]), np.array([filled[row]]), own_spans)[0])
         filled[row] += length
         rows[piece] = row
         if room >= smallest:
@@ -118,15 +119,20 @@ class RowStream:
         seed: chooses the order of the documents, a different one in every epoch.
         chunk: documents that are packed together.
         shuffle: false keeps the documents in their own order (validation).
+        spans: of the documents; None: plain text. Pieces without a token that may carry a loss are left out.
     """
 
-    def __init__(self, document_lengths: NDArray[Any], seed: int, chunk: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, document_lengths: NDArray[Any], seed: int, chunk: int, shuffle: bool = True, spans: Spans | None = None
+    ) -> None:
         if len(document_lengths) == 0:
             raise ValueError("document_lengths (0 documents) must not be empty; tokenize a corpus with text in it.")
         if chunk < 1:
             raise ValueError(f"packing_chunk ({chunk}) must be at least 1; 1024 fills rows well.")
-        self._lengths = document_lengths
+        self._lengths, self._spans = document_lengths, spans
         self._identity = {"num_documents": len(document_lengths), "seed": seed, "chunk": chunk, "shuffle": shuffle}
+        if spans is not None:
+            self._identity["num_spans"] = len(spans.table)
         self._seed, self._chunk, self._shuffle = seed, chunk, shuffle
         self._num_chunks = -(-len(document_lengths) // chunk)
         self._epoch, self._chunk_index, self._num_pieces_before = 0, 0, 0
@@ -137,15 +143,15 @@ class RowStream:
         """The next row of the sequence, under `geometry`.
 
         Raises:
-            ValueError: where every document of the corpus is empty.
+            ValueError: where no document of the corpus holds a token that may carry a loss.
         """
         rows = self._rows_left(geometry)
         num_tries = 0
         while not rows:
             if num_tries > self._num_chunks:
                 raise ValueError(
-                    f"document_lengths (all {len(self._lengths)} are 0) must hold tokens; "
-                    "tokenize a corpus with text in it."
+                    f"document_lengths ({len(self._lengths)} documents) must hold a token that may carry a loss; "
+                    "tokenize a corpus with text in it, and give its spans a maskable token."
                 )
             num_tries += 1
             self._next_chunk(geometry)
@@ -172,10 +178,12 @@ class RowStream:
         Raises:
             ValueError: where the position belongs to another corpus, seed or chunk.
         """
-        for name, value in self._identity.items():
-            if state["identity"][name] != value:
+        saved = state["identity"]
+        for name in dict.fromkeys([*self._identity, *saved]):
+            value, saved_value = self._identity.get(name), saved.get(name)
+            if saved_value != value:
                 raise ValueError(
-                    f"{name} ({value}) differs from the saved data position's ({state['identity'][name]}): the rows "
+                    f"{name} ({value}) differs from the saved data position's ({saved_value}): the rows "
                     "would not continue; restore the setting, or start a new run from the checkpoint's weights."
                 )
         self._epoch, self._chunk_index = int(state["epoch"]), int(state["chunk_index"])
@@ -185,7 +193,7 @@ class RowStream:
 
     def copy(self) -> RowStream:
         """An independent stream at the same position (the lengths are shared)."""
-        other = RowStream(self._lengths, self._seed, self._chunk, self._shuffle)
+        other = RowStream(self._lengths, self._seed, self._chunk, self._shuffle, self._spans)
         other.load_state_dict(self.state_dict())
         return other
 
@@ -193,10 +201,10 @@ class RowStream:
         if self._planned is None or self._planned[0] != geometry:
             pieces = self._chunk_pieces(self._context_length_at_start(geometry))
             for earlier, num_rows in self._emitted:
-                pieces = split_pieces(pieces, earlier.context_length)
-                pieces = pieces[assign_rows(earlier, pieces[:, LENGTH]) >= num_rows]
-            pieces = split_pieces(pieces, geometry.context_length)
-            rows = assign_rows(geometry, pieces[:, LENGTH])
+                pieces = self._cut(pieces, earlier.context_length)
+                pieces = pieces[self._rows(pieces, earlier) >= num_rows]
+            pieces = self._cut(pieces, geometry.context_length)
+            rows = self._rows(pieces, geometry)
             order = np.argsort(rows, kind="stable")
             plans = np.split(pieces[order], np.cumsum(np.bincount(rows))[:-1]) if len(rows) else []
             self._planned = (geometry, plans[::-1])
@@ -212,9 +220,21 @@ class RowStream:
         documents = KeyedPermutation(size, (self._seed, self._epoch))(places) if self._shuffle else places
         whole = np.zeros((len(documents), 4), dtype=np.int64)
         whole[:, DOCUMENT], whole[:, LENGTH] = documents, self._lengths[documents]
-        pieces = split_pieces(whole, context_length)
+        whole = whole[whole[:, LENGTH] > 0]
+        if self._spans is not None:
+            self._spans.take(whole[:, DOCUMENT]).check(whole[:, DOCUMENT], whole[:, LENGTH])
+        pieces = self._cut(whole, context_length)
         pieces[:, ORDINAL] = self._num_pieces_before + np.arange(len(pieces))
         return pieces
+
+    def _cut(self, pieces: Pieces, context_length: int) -> Pieces:
+        """[q, 4] parts of pieces that fit the context, those left out that hold no token with a loss."""
+        parts = split_pieces(pieces, context_length)
+        spans = piece_spans(self._spans, parts)
+        return parts if spans is None else parts[np.diff(spans.maskable().bounds) > 0]
+
+    def _rows(self, pieces: Pieces, geometry: RowGeometry) -> NDArray[np.int64]:
+        return assign_rows(geometry, pieces[:, LENGTH], piece_spans(self._spans, pieces))
 
     def _next_chunk(self, geometry: RowGeometry) -> None:
         self._num_pieces_before += len(self._chunk_pieces(self._context_length_at_start(geometry)))
@@ -233,14 +253,28 @@ class RowFill:
     padding_tokens: float
 
 
-def row_forward_tokens(geometry: RowGeometry, lengths: Sequence[int] | NDArray[np.int64]) -> int:
-    """Tokens that pieces of these lengths take together in one row: what the model sees, padding apart."""
+def row_forward_tokens(
+    geometry: RowGeometry, lengths: Sequence[int] | NDArray[np.int64], spans: Spans | None = None
+) -> int:
+    """Tokens that pieces take together in one row: what the model sees, padding apart.
+
+    Args:
+        geometry: of the row.
+        lengths: [p] tokens of the pieces, in row order.
+        spans: of the pieces; None: every token may carry a loss.
+    """
     lengths = np.asarray(lengths, dtype=np.int64)
-    return int((geometry.num_views * lengths + clean_lengths(geometry, lengths, row_starts(lengths))).sum())
+    return int(forward_tokens(geometry, lengths, row_starts(lengths), spans).sum())
 
 
 def estimate_fill(
-    document_lengths: NDArray[Any], geometry: RowGeometry, *, seed: int, chunk: int, num_chunks: int = 4
+    document_lengths: NDArray[Any],
+    geometry: RowGeometry,
+    *,
+    seed: int,
+    chunk: int,
+    num_chunks: int = 4,
+    spans: Spans | None = None,
 ) -> RowFill:
     """How full the rows of a stage are, from the first chunks of the corpus.
 
@@ -250,17 +284,18 @@ def estimate_fill(
         seed: of the run.
         chunk: documents that are packed together.
         num_chunks: chunks to look at, at most one epoch.
+        spans: of the documents; None: plain text.
     """
     documents = min(len(document_lengths), num_chunks * chunk)
-    stream = RowStream(document_lengths, seed, chunk)
-    document_tokens = forward_tokens = num_rows = 0
+    stream = RowStream(document_lengths, seed, chunk, spans=spans)
+    document_tokens = num_forward = num_rows = 0
     while True:
         plan = stream.next(geometry)
         state = stream.state_dict()
         if num_rows and (state["epoch"] > 0 or state["chunk_index"] * chunk >= documents):
             break
         document_tokens += int(plan.pieces[:, LENGTH].sum())
-        forward_tokens += row_forward_tokens(geometry, plan.pieces[:, LENGTH])
+        num_forward += row_forward_tokens(geometry, plan.pieces[:, LENGTH], piece_spans(spans, plan.pieces))
         num_rows += 1
-    padding = geometry.row_length - forward_tokens / num_rows
-    return RowFill(document_tokens / num_rows, forward_tokens / num_rows, padding)
+    padding = geometry.row_length - num_forward / num_rows
+    return RowFill(document_tokens / num_rows, num_forward / num_rows, padding)

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from megatron_dllm.config import StageConfig, TrainConfig
-from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, RowDataset
 from megatron_dllm.data.packing import RowStream
+from megatron_dllm.data.source import Source
 from megatron_dllm.model.objective import AR, Objective, validation_objective
 from megatron_dllm.model.pipeline import run_schedule
 from megatron_dllm.parallel.groups import Groups
@@ -83,7 +83,7 @@ def evaluate(
     chunks: list[nn.Module],
     config: TrainConfig,
     groups: Groups,
-    corpus: Corpus,
+    corpus: Source,
     names: list[str],
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
@@ -147,7 +147,7 @@ def _count_rows(stream: RowStream, geometry: RowGeometry) -> int:
 
 
 def _loader(
-    config: TrainConfig, groups: Groups, corpus: Corpus, lengths: NDArray[np.int64], name: str, objective: Objective
+    config: TrainConfig, groups: Groups, corpus: Source, lengths: NDArray[np.int64], name: str, objective: Objective
 ) -> BatchLoader:
     geometry = validation_geometry(config, name)
     ranks = groups.data.size()
@@ -158,7 +158,7 @@ def _loader(
     dataset = RowDataset(
         corpus, geometry, objective.noise, _SEED, config.model.mask_token_id, config.model.pad_token_id
     )
-    stream = RowStream(lengths, _SEED, config.data.packing_chunk, shuffle=False)
+    stream = RowStream(lengths, _SEED, config.data.packing_chunk, shuffle=False, spans=corpus.spans)
     return BatchLoader(
         dataset,
         stream,

@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, GlobalStep, RowDataset
 from megatron_dllm.data.packing import RowStream
+from megatron_dllm.data.source import Source
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise
@@ -66,7 +66,7 @@ class Run:
     config: TrainConfig
     parts: Parts
     schedule: BlockSchedule
-    source: Corpus
+    source: Source
     stream: RowStream
     engine: Engine
     saver: Saver

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_dllm.config import NoiseConfig, StageConfig, TrainConfig
-from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.source import Source
 from megatron_dllm.model.objective import Objective, objective_of
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.training.engine import Engine, build_engine
@@ -40,7 +40,7 @@ class Parts:
     """
 
     objective_of: Callable[[StageConfig, NoiseConfig], Objective] = objective_of
-    open_source: Callable[[str, TrainConfig], Corpus] = open_corpus
+    open_source: Callable[[str, TrainConfig], Source] = open_corpus
     build_engine: Callable[[TrainConfig, Groups], Engine] = build_engine
     make_observers: Callable[[Setting], Sequence[Observer]] = standard_observers
     extra_observers: Sequence[Observer] = ()

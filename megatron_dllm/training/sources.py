@@ -7,6 +7,7 @@ from functools import cached_property
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.source import Source
 
 
 def open_corpus(prefix: str, config: TrainConfig) -> Corpus:
@@ -17,12 +18,12 @@ def open_corpus(prefix: str, config: TrainConfig) -> Corpus:
 class Sources:
     """Opens the training and the held-out documents when they are first asked for, and keeps them."""
 
-    def __init__(self, config: TrainConfig, open_source: Callable[[str, TrainConfig], Corpus] = open_corpus) -> None:
+    def __init__(self, config: TrainConfig, open_source: Callable[[str, TrainConfig], Source] = open_corpus) -> None:
         """Args: the run's configuration, and what opens the documents at a prefix."""
         self._config, self._open = config, open_source
 
     @cached_property
-    def train(self) -> Corpus:
+    def train(self) -> Source:
         """The training documents.
 
         Raises:
@@ -31,7 +32,7 @@ class Sources:
         return self._open(self._config.data.train, self._config)
 
     @cached_property
-    def validation(self) -> Corpus | None:
+    def validation(self) -> Source | None:
         """The held-out documents, or None where the run measures nothing.
 
         Raises:

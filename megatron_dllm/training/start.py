@@ -19,6 +19,7 @@ from megatron_dllm.checkpoint.manifest import check_complete, read_json
 from megatron_dllm.config import ParallelConfig, TrainConfig
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream, estimate_fill
+from megatron_dllm.data.source import check_fills_a_row
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, StageRow, stage_table
 from megatron_dllm.evaluation.elbo import validation_geometry, validation_names
 from megatron_dllm.model.objective import objective_of
@@ -126,13 +127,13 @@ def decide_start(
 def _check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> None:
     """Refuse documents that are too few for a stage's rows or a validation's."""
     for stage in schedule.stages:
-        sources.train.check_geometry(RowGeometry.of_stage(stage.config, config.schedule, config.data))
+        check_fills_a_row(sources.train, RowGeometry.of_stage(stage.config, config.schedule, config.data))
     held_out = sources.validation
     if held_out is None:
         return
     for name in dict.fromkeys(name for stage in schedule.stages for name in validation_names(config, stage.config)):
         try:
-            held_out.check_geometry(validation_geometry(config, name))
+            check_fills_a_row(held_out, validation_geometry(config, name))
         except ValueError as error:
             raise ValueError(f"validation ({name}) cannot run: {error}") from None
 
@@ -213,7 +214,8 @@ def _check_position(config: TrainConfig, resume: Resume, sources: Sources) -> No
 
 def new_stream(config: TrainConfig, sources: Sources) -> RowStream:
     """The run's sequence of rows, at its beginning."""
-    return RowStream(sources.train.document_lengths, config.run.seed, config.data.packing_chunk)
+    source = sources.train
+    return RowStream(source.document_lengths, config.run.seed, config.data.packing_chunk, spans=source.spans)
 
 
 def _next_stage(schedule: BlockSchedule, resume: Resume | None) -> Stage | None:
@@ -236,7 +238,7 @@ def _estimates(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -
     estimates = {}
     for stage in schedule.stages:
         geometry = RowGeometry.of_stage(stage.config, config.schedule, config.data)
-        lengths, chunk = sources.train.document_lengths, config.data.packing_chunk
-        fill = estimate_fill(lengths, geometry, seed=config.run.seed, chunk=chunk)
+        source, chunk = sources.train, config.data.packing_chunk
+        fill = estimate_fill(source.document_lengths, geometry, seed=config.run.seed, chunk=chunk, spans=source.spans)
         estimates[stage.name] = RowEstimate(fill.document_tokens, fill.forward_tokens)
     return estimates

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.source import Source
 from megatron_dllm.diffusion.block_schedule import Stage
 from megatron_dllm.evaluation.elbo import EvaluationStopped, Validation, evaluate, validation_names
 from megatron_dllm.training.engine import Engine
@@ -33,7 +33,7 @@ class Validator:
 
     config: TrainConfig
     engine: Engine
-    corpus: Corpus
+    corpus: Source
     device: torch.device
     stop: StopRequest
     observers: Sequence[Observer]

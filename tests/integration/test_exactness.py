@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from megatron_dllm.config import (
 )
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream
+from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.parallel.groups import Groups
 from tests.reference_model import random_weights, tiny_model, to_megatron
@@ -172,3 +173,57 @@ def test_pruning_clean_blocks_changes_no_number(
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for name, expected in expected_gradients.items():
         assert float((gradients[name] - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-9, name
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One conversation: a prompt of 1000 tokens and an answer of 216, which ends with a block of 32."""
+
+    vocab_size: int
+    name: str = "answer"
+    num_bytes: None = None
+    num_tokens: int = 1216
+    document_lengths: Any = field(default_factory=lambda: np.array([1216]))
+    spans: Spans = field(default_factory=lambda: Spans.of_lists([[(1000, 1216, MASKABLE)]]))
+
+    def read(self, document: int, offset: int, length: int) -> Any:
+        return np.random.default_rng(4).integers(0, self.vocab_size - 4, self.num_tokens)[offset : offset + length]
+
+    def sample_id(self, document: int, offset: int) -> int:
+        return offset
+
+
+@pytest.mark.parametrize(
+    ("num_views", "relation", "expected_tokens"),
+    [(1, "stratified", (1408, 2400)), (2, "complementary", (1632, 3616)), (2, "stratified", (1632, 3616))],
+)
+def test_blocks_that_no_answer_needs_change_no_number(
+    built: Any, model_config: ModelConfig, num_views: int, relation: str, expected_tokens: tuple[int, int]
+) -> None:
+    """A prompt's noisy copy and the clean copy of the last block may be left out: same loss, same gradients."""
+    from megatron_dllm.data.batch import collate
+    from megatron_dllm.data.loader import RowDataset
+
+    source = _Answer(model_config.vocab_size)
+    spec = NoiseSpec("block", True, True, "elbo", 0.05, 0.95, num_views, relation)
+    results = []
+    # The unpruned layout also keeps the clean copy of the last block, which the figures of 2400 and 3616 leave out.
+    whole = expected_tokens[1] + 32
+    for prune_clean, num_tokens in ((True, expected_tokens[0]), (False, whole)):
+        geometry = RowGeometry("block_diffusion", 32, 1216, whole, num_views, prune_clean=prune_clean)
+        dataset = RowDataset(source, geometry, spec, 7, model_config.mask_token_id, model_config.pad_token_id)
+        batch = collate([dataset[RowStream(source.document_lengths, 7, 4, spans=source.spans).next(geometry)]])
+        assert int(batch.num_forward_tokens) == num_tokens and int(batch.num_maskable) == 216 * num_views
+        built.zero_grad(set_to_none=True)
+        loss = (built(batch).nll * batch.loss_weights).sum() / batch.num_maskable
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in built.named_parameters() if p.grad is not None}
+        results.append((float(loss), gradients))
+    (loss_value, gradients), (expected_loss, expected_gradients) = results
+    assert loss_value == pytest.approx(expected_loss, rel=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    differences = {name: (gradients[name] - expected).norm() for name, expected in expected_gradients.items()}
+    whole_norm = torch.stack([expected.norm() for expected in expected_gradients.values()]).norm()
+    assert torch.stack(list(differences.values())).norm() <= 1e-6 * whole_norm
+    for name, expected in expected_gradients.items():  # a few fp32 roundings of its own sums
+        assert float(differences[name]) <= 5e-6 * float(expected.norm()) + 1e-9, name

@@ -56,7 +56,7 @@ def _expected_first_step(config: TrainConfig) -> tuple[float, float, float]:
     geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
     noise = toy_objective(stage, config.noise).noise
     ids = config.model.mask_token_id, config.model.pad_token_id
-    dataset = RowDataset(source, geometry, noise, config.run.seed, *ids)  # type: ignore[arg-type]
+    dataset = RowDataset(source, geometry, noise, config.run.seed, *ids)
     stream = RowStream(source.document_lengths, config.run.seed, config.data.packing_chunk)
     (batch,) = next(iter(BatchLoader(dataset, stream, global_batch_size=4, micro_batch_size=4))).micro_batches
     _check_tokens(batch)

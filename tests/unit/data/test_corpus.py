@@ -14,6 +14,7 @@ import pytest
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.source import check_fills_a_row
 from megatron_dllm.data.tokenizer import tokenizer_fingerprint
 from tests.unit.data.conftest import EOS, MASK, random_documents
 
@@ -132,11 +133,11 @@ def test_another_tokenizer(write_corpus: Callable[..., str], model: ModelConfig,
 
 def test_less_than_a_row(write_corpus: Callable[..., str], model: ModelConfig) -> None:
     corpus = Corpus(write_corpus(DOCUMENTS), model)
-    corpus.check_geometry(RowGeometry("block_diffusion", 4, 8, 24, 1))
+    check_fills_a_row(corpus, RowGeometry("block_diffusion", 4, 8, 24, 1))
     with pytest.raises(ValueError, match=r"\(12 tokens\) must hold more than one row of 25 tokens \(2 copies"):
-        corpus.check_geometry(RowGeometry("block_diffusion", 4, 8, 25, 1))
+        check_fills_a_row(corpus, RowGeometry("block_diffusion", 4, 8, 25, 1))
     with pytest.raises(ValueError, match=r"more than one row of 13 tokens \(1 copies"):
-        corpus.check_geometry(RowGeometry("ar", 1, 8, 13, 0))
+        check_fills_a_row(corpus, RowGeometry("ar", 1, 8, 13, 0))
 
 
 def test_random_documents_come_back(write_corpus: Callable[..., str], model: ModelConfig) -> None:

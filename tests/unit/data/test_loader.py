@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, GlobalStep, RowDataset
 from megatron_dllm.data.packing import RowStream
+from megatron_dllm.data.spans import MASKABLE, Spans
+from megatron_dllm.data.spans_file import write_spans
 from megatron_dllm.diffusion.noise import NoiseSpec
 from tests.unit.data.conftest import MASK, PAD, random_documents
+from tests.unit.data.random_spans import expected_kinds, random_spans
 
 GEOMETRY = RowGeometry("block_diffusion", 4, 32, 64, 1)
 AR = RowGeometry("ar", 1, 32, 64, 0)
@@ -32,7 +36,7 @@ def dataset(write_corpus: Callable[..., str], model: ModelConfig) -> RowDataset:
 
 
 def new_stream(dataset: RowDataset, shuffle: bool = True) -> RowStream:
-    return RowStream(dataset.corpus.document_lengths, seed=5, chunk=32, shuffle=shuffle)
+    return RowStream(dataset.source.document_lengths, seed=5, chunk=32, shuffle=shuffle)
 
 
 def take(dataset: RowDataset, stream: RowStream, num_steps: int, **settings: int) -> list[GlobalStep]:
@@ -119,7 +123,7 @@ def test_resume_at_any_step_continues_bitwise(dataset: RowDataset, num_workers: 
 
 @pytest.mark.ranks
 def test_next_stage_continues_with_the_same_stream(dataset: RowDataset) -> None:
-    ar = RowDataset(dataset.corpus, AR, None, seed=5, mask_token_id=MASK, pad_token_id=PAD)
+    ar = RowDataset(dataset.source, AR, None, seed=5, mask_token_id=MASK, pad_token_id=PAD)
     stream = new_stream(dataset)
     steps = take(dataset, stream, 2, num_workers=1) + take(ar, stream, 3)
     expected_stream = new_stream(dataset)
@@ -171,3 +175,68 @@ def test_corpus_below_one_row_is_refused(write_corpus: Callable[..., str], model
     corpus = Corpus(write_corpus([[5, 6, 7]]), model)
     with pytest.raises(ValueError, match=r"\(3 tokens\) must hold more than one row of 64"):
         RowDataset(corpus, AR, None, seed=0, mask_token_id=MASK, pad_token_id=PAD)
+
+
+# --- spans, and a source that is not a corpus -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Squares:
+    """A source made up in a few lines: document d is d % 7 + 8 tokens, all 100 + d; its second half carries a loss."""
+
+    num_documents: int
+    name: str = "squares"
+    num_bytes: None = None
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        return 8 + np.arange(self.num_documents) % 7
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.document_lengths.sum())
+
+    @property
+    def spans(self) -> Spans:
+        return Spans.of_lists([[(int(n) // 2, int(n), MASKABLE)] for n in self.document_lengths])
+
+    def read(self, document: int, offset: int, length: int) -> np.ndarray:
+        return np.full(length, 100 + document)
+
+    def sample_id(self, document: int, offset: int) -> int:
+        return 1000 * document + offset
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.ranks)])
+def test_a_source_of_a_few_lines_is_read_like_a_corpus(num_workers: int) -> None:
+    source = Squares(40)
+    dataset = RowDataset(source, GEOMETRY, NOISE, seed=5, mask_token_id=MASK, pad_token_id=PAD)
+    stream = RowStream(source.document_lengths, 5, 32, spans=source.spans)
+    steps = take(dataset, stream, 2, num_workers=num_workers)
+    batches = [batch for step in steps for batch in step.micro_batches]
+    for batch in batches:
+        documents = batch.sample_ids[batch.target_pieces] // 1000
+        assert torch.equal(batch.target_ids, 100 + documents) and len(documents)
+        positions = batch.position_ids.flatten()[batch.target_positions]
+        assert (positions >= (8 + documents % 7) // 2).all()
+    for name in ("num_document_tokens", "num_forward_tokens"):
+        totals = [sum(int(getattr(batch, name)) for batch in step.micro_batches) for step in steps]
+        assert totals == [getattr(step, name) for step in steps]
+
+
+def test_spans_beside_a_corpus_say_what_carries_a_loss(write_corpus: Callable[..., str], model: ModelConfig) -> None:
+    prefix = write_corpus(DOCUMENTS)
+    lengths = [len(document) for document in DOCUMENTS]
+    spans = random_spans(lengths)
+    write_spans(Path(prefix + ".spans"), spans)
+    corpus = Corpus(prefix, model)
+    dataset = RowDataset(corpus, GEOMETRY, NOISE, seed=5, mask_token_id=MASK, pad_token_id=PAD)
+    stream = RowStream(corpus.document_lengths, 5, 32, spans=corpus.spans)
+    num_maskable = 0
+    for _ in range(20):
+        plan = stream.next(GEOMETRY)
+        row = dataset[plan]
+        expected = [k for d, o, n, _ in plan.pieces.tolist() for k in expected_kinds(spans, d, lengths[d])[o : o + n]]
+        assert row.num_maskable == expected.count(MASKABLE) > 0
+        num_maskable += row.num_maskable
+    assert num_maskable < sum(lengths)

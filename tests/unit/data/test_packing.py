@@ -21,6 +21,8 @@ from megatron_dllm.data.packing import (
     row_forward_tokens,
     split_pieces,
 )
+from megatron_dllm.data.spans import MASKABLE, MASKED, Spans, piece_spans
+from tests.unit.data.random_spans import expected_kinds, random_spans
 
 GEOMETRIES = [
     RowGeometry("block_diffusion", 4, 16, 48, 1),
@@ -212,3 +214,105 @@ def test_long_tailed_documents_fill_rows_well() -> None:
     lengths = np.random.default_rng(0).lognormal(6.0, 1.2, 4096).astype(np.int32)
     geometry = RowGeometry("block_diffusion", 32, 4096, 8192, 1)
     assert estimate_fill(lengths, geometry, seed=0, chunk=1024).padding_tokens < 0.03 * geometry.row_length
+
+
+# --- spans ------------------------------------------------------------------------------------------------------
+
+
+def expected_tokens_with_loss(lengths: np.ndarray, spans: Spans) -> list[tuple[int, int]]:
+    """Every (document, token) that may carry a loss."""
+    kinds = [expected_kinds(spans, document, length) for document, length in enumerate(lengths.tolist())]
+    return [(d, i) for d, of_tokens in enumerate(kinds) for i, kind in enumerate(of_tokens) if kind == MASKABLE]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_every_token_with_a_loss_is_in_one_row(geometry: RowGeometry) -> None:
+    lengths = random_lengths(100)
+    spans = random_spans(lengths.tolist())
+    plans = epoch_of_plans(RowStream(lengths, 3, 17, spans=spans), geometry)
+    covered = covered_tokens(plans, 100)
+    expected = expected_tokens_with_loss(lengths, spans)
+    assert len(set(covered)) == len(covered) and set(expected) <= set(covered)
+    for plan in plans:
+        of_pieces = piece_spans(spans, plan.pieces)
+        assert of_pieces is not None and (np.diff(of_pieces.maskable().bounds) > 0).all()
+        assert row_forward_tokens(geometry, plan.pieces[:, LENGTH], of_pieces) <= geometry.row_length
+
+
+def test_pruned_pieces_fill_fewer_rows() -> None:
+    lengths = np.full(64, 16)
+    answers = Spans.of_lists([[(12, 16, MASKABLE)]] * 64)
+    geometry = RowGeometry("block_diffusion", 4, 16, 64, 1)
+    # 4 noisy + 12 clean tokens a document instead of 16 + 12: four in a row of 64 instead of two.
+    assert len(epoch_of_plans(RowStream(lengths, 0, 16, spans=answers), geometry)) == 16
+    assert len(epoch_of_plans(RowStream(lengths, 0, 16), geometry)) == 32
+    fill = estimate_fill(lengths, geometry, seed=0, chunk=16, spans=answers)
+    assert (fill.document_tokens, fill.forward_tokens, fill.padding_tokens) == (64.0, 64.0, 0.0)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_spans_over_everything_give_the_rows_of_plain_text(geometry: RowGeometry) -> None:
+    lengths = np.maximum(random_lengths(60), 1)
+    spans = Spans.of_lists([[(0, n, MASKABLE)] for n in lengths.tolist()])
+    plain, same = (RowStream(lengths, 3, 17, spans=given) for given in (None, spans))
+    for plan, expected_plan in zip(epoch_of_plans(same, geometry), epoch_of_plans(plain, geometry), strict=True):
+        np.testing.assert_array_equal(plan.pieces, expected_plan.pieces)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_spans_saving_and_changing_geometry_anywhere_loses_and_repeats_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = random_lengths(80, seed)
+    spans = random_spans(lengths.tolist(), seed)
+    unbroken, broken = (RowStream(lengths, seed, 25, spans=spans) for _ in range(2))
+    geometry, plans = GEOMETRIES[0], []
+    while True:
+        if rng.random() < 0.15:
+            geometry = GEOMETRIES[rng.integers(len(GEOMETRIES))]
+        expected_plan = unbroken.next(geometry)
+        if rng.random() < 0.3:
+            state = json.loads(json.dumps(broken.state_dict()))
+            broken = RowStream(lengths, seed, 25, spans=spans)
+            broken.load_state_dict(state)
+        plan = broken.next(geometry)
+        np.testing.assert_array_equal(plan.pieces, expected_plan.pieces)
+        if plan.epoch == 1:
+            break
+        plans.append(plan)
+    covered = covered_tokens(plans, 80)
+    assert len(set(covered)) == len(covered)
+    assert set(expected_tokens_with_loss(lengths, spans)) <= set(covered)
+
+
+def test_a_position_in_text_is_none_in_text_with_spans() -> None:
+    lengths = np.full(8, 4)
+    spans = Spans.of_lists([[(0, 1, MASKABLE)]] * 8)
+    plain, other = RowStream(lengths, 1, 4), RowStream(lengths, 1, 4, spans=spans)
+    with pytest.raises(ValueError, match=r"num_spans \(8\) differs from the saved data position's \(None\)"):
+        other.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match=r"num_spans \(None\) differs from the saved data position's \(8\)"):
+        plain.load_state_dict(other.state_dict())
+
+
+def test_spans_outside_their_document_are_refused_when_packed() -> None:
+    spans = Spans.of_lists([[(0, 4, MASKABLE)], [(0, 5, MASKABLE)]])
+    with pytest.raises(ValueError, match=r"span \(0, 5, kind 1\) of document 1 \(4 tokens\)"):
+        RowStream(np.full(2, 4), 0, 2, spans=spans).next(GEOMETRIES[0])
+
+
+def test_spans_without_a_loss_are_refused() -> None:
+    spans = Spans.of_lists([[(0, 4, MASKED)], []])
+    with pytest.raises(ValueError, match=r"document_lengths \(2 documents\) must hold a token that may carry a loss"):
+        RowStream(np.full(2, 4), 0, 1, spans=spans).next(GEOMETRIES[0])
+
+
+def test_a_position_saved_before_shift_was_a_field_continues() -> None:
+    lengths = random_lengths(40)
+    stream = RowStream(lengths, 0, chunk=40)
+    stream.next(GEOMETRIES[0])
+    state = json.loads(json.dumps(stream.state_dict()))
+    del state["emitted"][0]["geometry"]["shift"]
+    other = RowStream(lengths, 0, chunk=40)
+    other.load_state_dict(state)
+    np.testing.assert_array_equal(other.next(GEOMETRIES[0]).pieces, stream.next(GEOMETRIES[0]).pieces)
+    assert other.state_dict() == stream.state_dict()

@@ -6,34 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_dllm.data import row as row_module
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import row_forward_tokens
-from megatron_dllm.data.row import Row
+from megatron_dllm.data.row import Row, draw_row_noise
 from megatron_dllm.data.shuffle import mix_key
-from megatron_dllm.diffusion.noise import NoiseSpec, PieceNoise
+from megatron_dllm.diffusion.noise import sample_noise
 from megatron_dllm.diffusion.roles import visible
-from tests.unit.data.made_rows import MASK, PAD, make_row, spec
+from tests.unit.data.made_rows import MASK, PAD, make_masked_row, make_plan, make_row, spec
+from tests.unit.data.random_spans import random_spans
 
 
-def fix_noise(monkeypatch: pytest.MonkeyPatch, masks: dict[int, list[list[int]]]) -> list[dict]:
-    """Let sample s be masked by masks[s], with weight 10 + view and t = 0.1 * (1 + position)."""
-    calls = []
-
-    def fixed(noise: NoiseSpec, **arguments: object) -> PieceNoise:
-        calls.append(arguments)
-        masked = np.array(masks[arguments["sample_id"]], dtype=bool)
-        views, size = masked.shape
-        weights = np.where(masked, 10.0 + np.arange(1, views + 1)[:, None], 0.0).astype(np.float32)
-        return PieceNoise(masked, weights, np.tile(0.1 * (1 + np.arange(size)), (views, 1)).astype(np.float32))
-
-    monkeypatch.setattr(row_module, "sample_noise", fixed)
-    return calls
-
-
-def test_block_diffusion_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = fix_noise(monkeypatch, {0: [[0, 1, 0, 0, 1]], 100: [[1, 0]]})
-    row = make_row([5, 2], RowGeometry("block_diffusion", 2, 8, 16, 1), spec(), epoch=3)
+def test_block_diffusion_row_by_hand() -> None:
+    geometry = RowGeometry("block_diffusion", 2, 8, 16, 1)
+    row = make_masked_row([5, 2], geometry, [[0, 1, 0, 0, 1, 1, 0]], epoch=3)
     # Piece 0: 5 noisy, 4 clean (blocks of 2, 2, 1: the last is not read). Piece 1: one block, no clean copy.
     assert row.input_ids.tolist() == [1, 99, 3, 4, 99, 1, 2, 3, 4, 99, 12] + [PAD] * 5
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1] + [0] * 5
@@ -48,15 +33,10 @@ def test_block_diffusion_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row.num_maskable, row.num_document_tokens, row.num_forward_tokens) == (7, 7, 11)
     assert row.row_keys.tolist() == [mix_key(3, 0)]
     assert row.sample_ids.tolist() == [0, 100]
-    assert [(c["sample_id"], c["ordinal"], c["epoch"], c["block_ids"].tolist()) for c in calls] == [
-        (0, 0, 3, [0, 0, 1, 1, 2]),
-        (100, 1, 3, [0, 0]),
-    ]
 
 
-def test_complementary_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch, {0: [[1, 0, 0], [0, 1, 1]]})
-    row = make_row([3], RowGeometry("block_diffusion", 2, 4, 12, 2), spec(2))
+def test_complementary_row_by_hand() -> None:
+    row = make_masked_row([3], RowGeometry("block_diffusion", 2, 4, 12, 2), [[1, 0, 0], [0, 1, 1]])
     assert row.input_ids.tolist() == [99, 2, 3, 1, 99, 99, 1, 2] + [PAD] * 4
     assert row.roles[:8].tolist() == [
         [0, 0, 1],
@@ -74,9 +54,8 @@ def test_complementary_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row.num_maskable, row.num_document_tokens, row.num_forward_tokens) == (6, 3, 8)
 
 
-def test_mdlm_row_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    fix_noise(monkeypatch, {0: [[1, 1, 0]], 100: [[0, 0, 0, 1]]})
-    row = make_row([3, 4], RowGeometry("block_diffusion", 4, 4, 8, 1), spec())
+def test_mdlm_row_by_hand() -> None:
+    row = make_masked_row([3, 4], RowGeometry("block_diffusion", 4, 4, 8, 1), [[1, 1, 0, 0, 0, 0, 1]])
     assert row.input_ids.tolist() == [99, 99, 3, 11, 12, 13, 99, PAD]
     assert row.roles.tolist() == [[0, 0, 1]] * 3 + [[1, 0, 1]] * 4 + [[-1, 0, 0]]
     assert row.target_ids.tolist() == [1, 2, 14]
@@ -103,24 +82,74 @@ def test_ar_row_by_hand() -> None:
     assert not row.is_masked.any()
 
 
-def test_row_grid_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = fix_noise(monkeypatch, {0: [[1, 0, 0]], 100: [[0, 1, 0, 0]]})
-    row = make_row([3, 4], RowGeometry("block_diffusion", 2, 4, 16, 1, block_origin="row"), spec())
+def test_row_grid_by_hand() -> None:
+    geometry = RowGeometry("block_diffusion", 2, 4, 16, 1, block_origin="row")
+    row = make_masked_row([3, 4], geometry, [[1, 0, 0, 0, 1, 0, 0]])
     # Tokens 0..6 of the row in blocks of 2: piece 0 has sizes 2, 1; piece 1 starts in mid-block with 1, 2, 1.
     assert row.roles[:, 1].tolist() == [0, 0, 1, 0, 0, 1, 2, 2, 3, 1, 2, 2] + [0] * 4
     assert row.roles[:, 2].tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0] + [0] * 4
     assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 2] + [0] * 4
-    assert calls[1]["block_ids"].tolist() == [0, 1, 1, 2]
 
 
-def test_tokens_outside_the_loss_mask_carry_no_loss() -> None:
-    loss_mask = np.array([0, 0, 1, 1, 1, 0, 1], dtype=bool)
-    row = make_row([5, 2], RowGeometry("ar", 1, 8, 8, 0), None, loss_mask=loss_mask)
+@pytest.mark.parametrize("block_origin", ["document", "row"])
+def test_a_row_draws_the_noise_of_its_pieces(block_origin: str) -> None:
+    geometry = RowGeometry("block_diffusion", 2, 8, 16, 1, block_origin)
+    plan, content = make_plan([3, 4], epoch=3, kinds=[1, 1, 1, 0, 1, 1, 1])
+    drawn = draw_row_noise(plan, content, geometry, spec(), seed=5)
+    # Block ids count from each piece's first: under the row grid the second piece begins in mid-block.
+    second = [0, 0, 1, 1] if block_origin == "document" else [0, 1, 1, 2]
+    for sample_id, ordinal, place, block_ids in [(0, 0, slice(0, 3), [0, 0, 1]), (100, 1, slice(3, 7), second)]:
+        expected = sample_noise(
+            spec(),
+            seed=5,
+            epoch=3,
+            sample_id=sample_id,
+            ordinal=ordinal,
+            row_key=mix_key(3, 0),
+            block_ids=np.array(block_ids),
+            loss_mask=np.array([1, 1, 1, 0, 1, 1, 1], bool)[place],
+        )
+        for name in ("is_masked", "loss_weights", "t"):
+            np.testing.assert_array_equal(getattr(drawn, name)[1:, place], getattr(expected, name))
+    assert not drawn.is_masked[0].any() and drawn.is_masked.any()
+
+
+def test_fixed_tokens_carry_no_loss() -> None:
+    kinds = [0, 0, 1, 1, 1, 0, 1]
+    row = make_row([5, 2], RowGeometry("ar", 1, 8, 8, 0), None, kinds=kinds)
     assert row.target_ids.tolist() == [3, 4, 5, 12] and row.num_maskable == 4
-    row = make_row([5, 2], RowGeometry("block_diffusion", 4, 8, 24, 2), spec(2), loss_mask=loss_mask)
+    row = make_row([5, 2], RowGeometry("block_diffusion", 4, 8, 24, 2), spec(2), kinds=kinds)
     assert sorted(row.target_ids.tolist()) == [3, 4, 5, 12]  # a complementary pair masks each of them once
     assert row.num_maskable == 8
     assert (row.input_ids[:2] == [1, 2]).all()
+
+
+def test_pruned_row_by_hand() -> None:
+    """Blocks of 2. Piece 0: prompt of 3, answer of 2, a tail of 3. Piece 1: everything may carry a loss."""
+    geometry = RowGeometry("block_diffusion", 2, 8, 24, 2)
+    kinds = [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    row = make_masked_row([8, 3], geometry, [[0, 0, 0, 1] + [0] * 7, [0] * 4 + [1] + [0] * 5 + [1]], kinds=kinds)
+    # Noisy: blocks 1 and 2, twice. Clean: blocks 0 and 1, which block 2 reads. The tail is nowhere.
+    first, second = [3, 99, 5, 6, 3, 4, 99, 6, 1, 2, 3, 4], [11, 12, 13, 11, 12, 99, 11, 12]
+    assert row.input_ids.tolist() == [*first, *second, *[PAD] * 4]
+    assert row.position_ids[:12].tolist() == [2, 3, 4, 5, 2, 3, 4, 5, 0, 1, 2, 3]
+    assert row.roles[:12, 1].tolist() == [1, 1, 2, 2, 1, 1, 2, 2, 0, 0, 1, 1]
+    assert row.roles[:12, 2].tolist() == [1] * 4 + [2] * 4 + [0] * 4
+    assert row.target_positions.tolist() == [1, 6, 17] and row.target_ids.tolist() == [4, 5, 13]
+    assert (row.num_maskable, row.num_document_tokens, row.num_forward_tokens) == (10, 11, 20)
+
+
+def test_hidden_tokens_are_masked_in_every_view_without_a_loss() -> None:
+    """Kind 2 in a kept block shows the mask token in both views, and the real token in the clean copy."""
+    geometry = RowGeometry("block_diffusion", 2, 6, 16, 2)
+    row = make_masked_row([5], geometry, [[0, 1, 0, 0, 0], [1, 0, 0, 0, 1]], kinds=[1, 1, 0, 2, 1])
+    # Block 1 holds no maskable token, so it has no noisy copy, hidden token or not.
+    assert row.input_ids.tolist() == [1, 99, 5, 99, 2, 99, 1, 2, 3, 4] + [PAD] * 6
+    row = make_masked_row([4], geometry, [[1, 0, 1, 0], [0, 1, 0, 0]], kinds=[1, 1, 1, 2])
+    assert row.input_ids.tolist() == [99, 2, 99, 99, 1, 99, 3, 99, 1, 2] + [PAD] * 6
+    assert np.flatnonzero(row.is_masked).tolist() == [0, 2, 3, 5, 7]
+    assert row.target_positions.tolist() == [0, 2, 5] and row.target_ids.tolist() == [1, 3, 2]
+    assert row.num_maskable == 6
 
 
 def test_row_of_no_pieces_is_padding() -> None:
@@ -202,3 +231,37 @@ def test_a_piece_has_the_same_noise_in_another_row(geometry: RowGeometry) -> Non
         s: expected_pieces[s] for s in (200, 0)
     }
     assert pieces_of(make_row([13], geometry, noise, epoch=1, sample_ids=[0]))[0] != expected_pieces[0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("geometry", [*GEOMETRIES, RowGeometry("ar", 1, 32, 96, 0)])
+def test_a_row_takes_the_tokens_that_packing_counts(geometry: RowGeometry, seed: int) -> None:
+    lengths = [13, 1, 9, 6]
+    spans = random_spans(lengths, seed)
+    kinds = spans.kinds(np.array(lengths)).tolist()
+    noise = spec(geometry.num_views) if geometry.num_views else None
+    row = make_row(lengths, geometry, noise, kinds=kinds)
+    assert row.num_forward_tokens == (row.roles[:, 0] >= 0).sum() == row_forward_tokens(geometry, lengths, spans)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("block_origin", ["document", "row"])
+@pytest.mark.parametrize("num_views", [1, 2, 3])
+def test_no_target_misses_what_was_left_out(block_origin: str, num_views: int, seed: int) -> None:
+    """Every target of the full layout is there when pruned, with the same keys, mask, weight and label."""
+    lengths = [11, 1, 5, 7]
+    kinds = random_spans(lengths, seed).kinds(np.array(lengths)).tolist()
+
+    def targets(prune_clean: bool) -> dict:
+        geometry = RowGeometry("block_diffusion", 4, 16, 160, num_views, block_origin, prune_clean)
+        row = make_row(lengths, geometry, spec(num_views), kinds=kinds)
+        roles = torch.from_numpy(row.roles)
+        allowed = visible(roles, roles).numpy()
+        names = list(zip(*row.roles.T.tolist(), row.position_ids.tolist(), row.input_ids.tolist(), strict=True))
+        values = zip(row.target_positions.tolist(), row.target_ids, row.loss_weights, row.target_t, strict=True)
+        return {
+            names[place]: (label, weight, t, {names[k] for k in np.flatnonzero(allowed[place])})
+            for place, label, weight, t in values
+        }
+
+    assert targets(True) == targets(False)
