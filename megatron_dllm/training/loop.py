@@ -9,72 +9,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, GlobalStep, RowDataset
-from megatron_dllm.data.packing import RowStream
-from megatron_dllm.data.source import Source
-from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
+from megatron_dllm.diffusion.block_schedule import Stage
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.run.names import REPLAY
-from megatron_dllm.training.engine import Engine, set_learning_rate
-from megatron_dllm.training.observers.observer import Observer
-from megatron_dllm.training.parts import Parts
+from megatron_dllm.training.engine import set_learning_rate
 from megatron_dllm.training.reports import StepReport
+from megatron_dllm.training.run import Run
 from megatron_dllm.training.run_state import RunState
-from megatron_dllm.training.saving import Saver, reason_to_save
-from megatron_dllm.training.spikes import SpikeRule
+from megatron_dllm.training.saving import reason_to_save
 from megatron_dllm.training.start import changes_layout
 from megatron_dllm.training.step import StepResult, train_step
-from megatron_dllm.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run consists of on this rank, once it stands.
-
-    Attributes:
-        given_config: as the run was started.
-        config: the same in the layout of this start.
-        parts: what it is put together from.
-        schedule: its stages.
-        source: its documents.
-        stream: the sequence of its rows, at the position where it continues.
-        engine: model and optimizer.
-        saver: of its checkpoints.
-        observers: told of steps, saves and validations.
-        spikes: which gradient norms are withheld.
-        stop: requests to stop.
-        device: where this rank computes.
-        resumed_from: the checkpoint it continues from, if any.
-    """
-
-    given_config: TrainConfig
-    config: TrainConfig
-    parts: Parts
-    schedule: BlockSchedule
-    source: Source
-    stream: RowStream
-    engine: Engine
-    saver: Saver
-    observers: Sequence[Observer]
-    spikes: SpikeRule
-    stop: StopRequest
-    device: torch.device
-    resumed_from: Path | None
 
 
 class Trainer:

@@ -22,11 +22,12 @@ from megatron_dllm.run.files import copy_folder, write_text
 from megatron_dllm.run.lease import Lease, LeaseLost
 from megatron_dllm.run.names import CODE_STATE, CONFIG, TOKENIZER, VALIDATION
 from megatron_dllm.training.loading import load_start
-from megatron_dllm.training.loop import Run, Trainer
+from megatron_dllm.training.loop import Trainer
 from megatron_dllm.training.observers.metrics import trim_metrics
 from megatron_dllm.training.observers.progress import print_stage_table
 from megatron_dllm.training.observers.standard import Setting
 from megatron_dllm.training.parts import Parts
+from megatron_dllm.training.run import Run
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.saving import Saver
 from megatron_dllm.training.sources import Sources
