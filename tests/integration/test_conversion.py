@@ -364,7 +364,10 @@ def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
         assert (content["step"], content["source"]) == (step, str(tmp_path / "hf"))
 
 
-@pytest.mark.parametrize(("num_layers", "num_tensors"), [(20, 14_813), (32, 24_161)], ids=["mini", "flash"])
+@pytest.mark.parametrize(
+    ("num_layers", "num_tensors"),
+    [pytest.param(20, 14_813, id="mini"), pytest.param(32, 24_161, id="flash", marks=pytest.mark.slow)],
+)
 def test_round_trip_with_the_real_number_of_tensors(num_layers: int, num_tensors: int, tmp_path: Path) -> None:
     model = ModelConfig(
         num_layers=num_layers,

@@ -396,6 +396,7 @@ def _wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
     raise TimeoutError("nothing happened within 300 s")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_async", [False, True])
 def test_killed_ranks_leave_no_trace(tmp_path: Path, is_async: bool) -> None:
     """The short form of `python -m benchmarks.kill`: between steps, in a save, in a start."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.ranks import run_ranks
 from megatron_dllm.config import DecodingConfig, GenerateConfig, ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.generate import PromptResult, generate, parse_arguments
+from tests.integration.tiny_chain import run_module
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 EOS, PAD, MASK = "<|eos|>", "<|pad|>", "<|mask|>"
@@ -311,13 +313,20 @@ def test_arguments_take_texts_as_typed() -> None:
         parse_arguments(["checkpoint=a", "prompt=a", "max_new_tokens=many"])
 
 
+def _command(*words: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `python -m megatron_dllm.generate`."""
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+        code = run_module(["-m", "megatron_dllm.generate", *words])
+    return code, output.getvalue(), errors.getvalue()
+
+
 def test_command_line(run: Path) -> None:
-    command = [sys.executable, "-m", "megatron_dllm.generate", "prompt=the cat", "threshold=0.5", "max_new_tokens=24"]
-    done = subprocess.run([*command, f"checkpoint={run}"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    words = ["prompt=the cat", "threshold=0.5", "max_new_tokens=24"]
+    code, output, errors = run_ranks(_command, 1, *words, f"checkpoint={run}")[0]
+    assert code == 0, errors
     (expected,) = generate(replace(SETTINGS, checkpoint=str(run), prompt="the cat"))
-    assert done.stdout == f"the cat{expected.text}\n"
-    assert f"= {expected.generation.tokens_per_forward:.2f}" in done.stderr
-    failed = subprocess.run([*command, "checkpoint=/nope"], capture_output=True, text=True, timeout=120)
-    assert failed.returncode == 2 and "checkpoint (/nope) is not a folder" in failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert output == f"the cat{expected.text}\n"
+    assert f"= {expected.generation.tokens_per_forward:.2f}" in errors
+    code, _, errors = run_ranks(_command, 1, *words, "checkpoint=/nope")[0]
+    assert code == 2 and "checkpoint (/nope) is not a folder" in errors
+    assert "Traceback" not in errors

@@ -32,7 +32,7 @@ MODEL = {
     "moe_shared_expert_intermediate_size": 16,
     "vocab_size": VOCAB_SIZE,
 }
-VALIDATION_TOKENS = 2000
+VALIDATION_TOKENS = 600
 
 
 def small_recipes(folder: Path) -> Path:
