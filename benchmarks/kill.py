@@ -42,8 +42,9 @@ NOTE = (
     "repeated, or made on other samples, masks or noise levels than in a run left alone. end: the weights, "
     "optimizer state and records of all steps against that run's, bit for bit."
 )
-# Seconds in which an attempt must be over once a rank is dead; the others get half of them to end by themselves.
+# Seconds that forked ranks get to end by themselves once one of them is dead.
 GRACE_SECONDS = 30.0
+# Seconds in which an attempt must be over once a rank is dead, however it was started.
 DOWN_SECONDS = 60.0
 # Seconds without a further step that count as a hang.
 STILL_SECONDS = 300.0
