@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -241,16 +241,20 @@ def _start(layout: Layout) -> str:
 
 def write_start(layout: Layout, folder: Path, groups: Any) -> None:
     """Random weights, with router biases that are not zero, as a checkpoint and as plain tensors."""
+    from megatron_dllm.checkpoint.meta import CheckpointMeta
     from megatron_dllm.checkpoint.saving import CheckpointWriter
     from megatron_dllm.training.engine import build_engine
+    from megatron_dllm.training.start import semantics_of
 
-    engine = build_engine(train_config(layout, STAGES["ar"], folder / "corpus"), groups)
+    config = train_config(layout, STAGES["ar"], folder / "corpus")
+    engine = build_engine(config, groups)
     generator = torch.Generator().manual_seed(1)
     for name, buffer in engine.chunks[0].named_buffers():
         if name.endswith("expert_bias"):
             buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
     name = _start(layout)
-    written = CheckpointWriter(folder / f"written_{name}", groups.data_context).save(0, engine.chunks, None, {}, {})
+    meta = CheckpointMeta(asdict(config.model), semantics_of(config, config.schedule.stages["ar"]))
+    written = CheckpointWriter(folder / f"written_{name}", groups.data_context).save(0, engine.chunks, None, meta, {})
     (folder / name).symlink_to(written)
     save_file(gather_weights(engine.chunks)[0], str(folder / f"{name}.safetensors"))
 

@@ -140,7 +140,7 @@ def _across(
     dist: TorchDistInput, hf: HFInput, is_swapped: bool
 ) -> tuple[tuple[TensorTable, TensorTable], Iterator[_Unit]]:
     """A torch_dist checkpoint beside a Hugging Face folder, in the names of the latter."""
-    model = dist.contract.model
+    model = dist.stored.model
     has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in hf.tensors)
     names = weight_map(model, read_hf_config(hf.folder).model.family, has_stacked_experts)
     pieces = [

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.command import main_guard
-from megatron_dllm.checkpoint.mcore_folder import TOKENIZER, finish_tensors, new_contract, write_json_files
+from megatron_dllm.checkpoint.manifest import write_manifest
+from megatron_dllm.checkpoint.meta import CheckpointMeta, Provenance, Semantics, write_meta
+from megatron_dllm.checkpoint.model_tensors import finish_tensors
 from megatron_dllm.checkpoint.output_folder import output_folder
 from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
@@ -27,7 +30,7 @@ from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer
-from megatron_dllm.run.names import CONTRACT
+from megatron_dllm.run.names import TOKENIZER
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +70,8 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
         if files.exists:
             (temporary / TOKENIZER).mkdir()
             copy_tokenizer(files, temporary / TOKENIZER, model.mask_token_id, model.vocab_size)
-        contract = _contract(model, source, hf, files.exists)
-        write_json_files(temporary, {CONTRACT: contract}, checksums)
+        write_meta(temporary, _meta(model, source, hf, files.exists))
+        write_manifest(temporary, checksums)
 
 
 def _check_tensors(folder: SafetensorsFolder, names: WeightMap, model: ModelConfig) -> dict[str, torch.dtype]:
@@ -139,16 +142,16 @@ def _write(writer: TorchDistWriter, key: str, offsets: tuple[int, ...], sizes: t
     writer.write(key, offsets, box.float() if is_fp32(key) else box)
 
 
-def _contract(model: ModelConfig, source: SourceConfig, hf: Path, has_tokenizer: bool) -> dict[str, object]:
-    block_size = (source.block_size or DEFAULT_BLOCK_SIZE) if source.is_diffusion else 1
-    contract = new_contract(
-        model,
+def _meta(model: ModelConfig, source: SourceConfig, hf: Path, has_tokenizer: bool) -> CheckpointMeta:
+    semantics = Semantics(
         shift=not source.is_diffusion,
-        block_size=block_size,
+        block_origin="document",
+        mask_token_id=model.mask_token_id,
+        block_size=(source.block_size or DEFAULT_BLOCK_SIZE) if source.is_diffusion else 1,
         context_length=model.max_position_embeddings,
-        has_tokenizer=has_tokenizer,
     )
-    return contract | {"source": str(hf.absolute())}
+    provenance = Provenance(tokenizer=TOKENIZER if has_tokenizer else None, source=str(hf.absolute()))
+    return CheckpointMeta(asdict(model), semantics, provenance=provenance)
 
 
 def _mask_token_id(text: str) -> int | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 
 from checkpoints_tools.command import main_guard
 from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.checkpoint.mcore_folder import model_keys, open_checkpoint
+from megatron_dllm.checkpoint.model_tensors import model_keys
+from megatron_dllm.checkpoint.stored_model import open_checkpoint
 from megatron_dllm.checkpoint.validation import read_validation
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import read_hf_config
@@ -75,29 +77,29 @@ def _describe_hf(folder: Path) -> dict[str, Any]:
 
 
 def _describe_torch_dist(folder: Path) -> dict[str, Any]:
-    contract, reader = open_checkpoint(folder)
-    content, stored = contract.content, reader.metadata.tensors
-    keys = model_keys(contract.model, reader)
+    checkpoint, reader = open_checkpoint(folder)
+    model, meta, stored = checkpoint.model, checkpoint.meta, reader.metadata.tensors
+    keys = model_keys(model, reader)
     tensors = {key: (stored[name].dtype, stored[name].shape) for key, name in keys.items()}
     # Converted checkpoints name some tensors twice.
-    others = set(stored) - set(keys.values()) - set(key_aliases(contract.model).values())
+    others = set(stored) - set(keys.values()) - set(key_aliases(model).values())
     description = {
         "folder": str(folder),
         "format": "torch_dist",
-        "family": contract.model.family,
-        **_sizes(contract.model, tensors),
-        "contract": content["contract"],
-        "step": content.get("step"),
-        "stage": content.get("stage"),
-        "is_stage_end": content.get("is_stage_end"),
-        "consumed_tokens": content.get("consumed_tokens"),
+        "family": model.family,
+        **_sizes(model, tensors),
+        "contract": dict(sorted(asdict(meta.semantics).items())),
+        "step": meta.position.step,
+        "stage": meta.position.stage,
+        "is_stage_end": meta.position.is_stage_end,
+        "consumed_tokens": meta.position.consumed_tokens,
         "has_optimizer": bool(others),
         "saved_by": {
-            "world_size": content.get("world_size"),
-            **{name: size for name, size in (content.get("layout") or {}).items() if isinstance(size, int)},
+            "world_size": meta.provenance.world_size,
+            **{name: size for name, size in (meta.provenance.layout or {}).items() if isinstance(size, int)},
         },
-        "source": content.get("source"),
-        "tokenizer": content.get("tokenizer"),
+        "source": meta.provenance.source,
+        "tokenizer": meta.provenance.tokenizer,
         "bytes_on_disk": _bytes_on_disk(folder),
     }
     validation = read_validation(folder)

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from checkpoints_tools.command import main_guard
 from megatron_dllm.checkpoint.folder import resolve_checkpoint
-from megatron_dllm.checkpoint.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
 from megatron_dllm.checkpoint.model_card import model_card
+from megatron_dllm.checkpoint.model_tensors import model_keys
 from megatron_dllm.checkpoint.output_folder import output_folder
+from megatron_dllm.checkpoint.stored_model import StoredModel, open_checkpoint
 from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
+from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCHITECTURES, MODELING_FILES, to_hf_config
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
@@ -59,16 +61,17 @@ def convert(
         ValueError: anything wrong with the input, naming file and tensor; nothing is left behind.
     """
     checkpoint = resolve_checkpoint(checkpoint)
-    contract, reader = open_checkpoint(checkpoint)
-    architecture = architecture or default_architecture(contract)
-    if architecture in DIFFUSION_ARCHITECTURES and not contract.is_diffusion:
+    stored_model, reader = open_checkpoint(checkpoint)
+    model, semantics = stored_model.model, stored_model.meta.semantics
+    architecture = architecture or default_architecture(stored_model)
+    if architecture in DIFFUSION_ARCHITECTURES and semantics.shift:
         logger.warning(
             "%s predicts the next token (shift), %s serves diffusion models: train it before you serve it",
             checkpoint,
             architecture,
         )
-    names = weight_map(contract.model, architecture)
-    keys = _check_keys(reader, names, contract)
+    names = weight_map(model, architecture)
+    keys = _check_keys(reader, names, model)
     stored = {key: reader.metadata.tensors[keys[key]].dtype for key in names.mcore_shapes}
     wanted = DTYPES[dtype] if dtype else None
     tensors = {
@@ -79,8 +82,8 @@ def convert(
         for piece in names.pieces
     }
     dtype_name = str(next(iter(tensors.values()))[0]).removeprefix("torch.")
-    config = to_hf_config(contract.model, architecture, dtype_name, contract.block_size)
-    files = TokenizerFiles(tokenizer or tokenizer_folder(checkpoint, contract) or checkpoint)
+    config = to_hf_config(model, architecture, dtype_name, semantics.block_size)
+    files = TokenizerFiles(tokenizer or stored_model.tokenizer or checkpoint)
     if not files.exists:
         logger.warning("%s names no tokenizer; give --tokenizer for a folder that serves by itself", checkpoint)
     num_bytes = sum(prod(shape) * kind.itemsize for kind, shape in tensors.values())
@@ -96,26 +99,28 @@ def convert(
         write_json(temporary / "config.json", config, indent=2)
         write_json(
             temporary / "generation_config.json",
-            {"eos_token_id": contract.model.eos_token_id, "pad_token_id": contract.model.pad_token_id},
+            {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id},
             indent=2,
         )
-        copy_tokenizer(files, temporary, contract.model.mask_token_id, contract.model.vocab_size)
+        copy_tokenizer(files, temporary, model.mask_token_id, model.vocab_size)
         for name in _CODE.get(architecture, ()):
             shutil.copyfile(MODELING_FILES / name, temporary / name)
-        write_text(temporary / "README.md", model_card(checkpoint, contract, architecture, dtype_name))
+        write_text(temporary / "README.md", model_card(stored_model, architecture, dtype_name))
 
 
-def default_architecture(contract: Contract) -> str:
+def default_architecture(stored: StoredModel) -> str:
     """The first architecture of the family that means what the checkpoint means: next token or same token."""
-    family = contract.model.family
+    family = stored.model.family
     choices = ARCHITECTURES_OF_FAMILY[family]
-    return next((choice for choice in choices if (choice in DIFFUSION_ARCHITECTURES) == contract.is_diffusion), family)
+    return next(
+        (choice for choice in choices if (choice in DIFFUSION_ARCHITECTURES) == stored.meta.is_diffusion), family
+    )
 
 
-def _check_keys(reader: TorchDistReader, names: WeightMap, contract: Contract) -> dict[str, str]:
+def _check_keys(reader: TorchDistReader, names: WeightMap, model: ModelConfig) -> dict[str, str]:
     """Compare the checkpoint's tensors with the model's; returns the key under which each is stored."""
     found = reader.metadata.tensors
-    keys = model_keys(contract.model, reader)
+    keys = model_keys(model, reader)
     missing = [key for key in names.mcore_shapes if key not in keys]
     if missing:
         raise ValueError(
@@ -127,7 +132,7 @@ def _check_keys(reader: TorchDistReader, names: WeightMap, contract: Contract) -
     if extra:
         raise ValueError(
             f"{reader.folder}: tensor {extra[0]} and {len(extra) - 1} more have no place in a "
-            f"{contract.model.family} with this contract.json; they would be lost."
+            f"{model.family} with this contract.json; they would be lost."
         )
     for key, shape in names.mcore_shapes.items():
         if found[keys[key]].shape != shape:

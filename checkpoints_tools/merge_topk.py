@@ -15,10 +15,10 @@ from typing import Any
 
 from checkpoints_tools.command import main_guard
 from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.checkpoint.mcore_folder import read_contract
 from megatron_dllm.checkpoint.merging.averaging import WEIGHTS, merge_weights
 from megatron_dllm.checkpoint.merging.inputs import MergeInput, check_alike, open_input
 from megatron_dllm.checkpoint.merging.stream import merge_into
+from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.checkpoint.validation import read_validation, validation_elbo
 from megatron_dllm.run.code_version import commit
 from megatron_dllm.run.names import CHECKPOINTS
@@ -52,8 +52,8 @@ def choose(
     complete = folders.list_checkpoints(run / CHECKPOINTS) or folders.list_checkpoints(run)
     if not complete:
         raise ValueError(f"run ({run}) holds no complete checkpoint; name a run folder.")
-    contracts = {folder: read_contract(folder).content["contract"] for folder in complete}
-    alike = [folder for folder in complete if contracts[folder] == contracts[complete[-1]]]
+    semantics = {folder: read_meta(folder).semantics for folder in complete}
+    alike = [folder for folder in complete if semantics[folder] == semantics[complete[-1]]]
     if len(alike) < len(complete):
         logger.info(
             "%d of %d checkpoints were trained with another objective or block size and stay out",

@@ -57,8 +57,8 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     from megatron_dllm.training.engine import build_chunks
 
     folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
-    contract = check_identity(folder, config.model)["contract"]
-    check_grid(folder, contract, config.data.block_origin)
+    stored = check_identity(folder, config.model)
+    check_grid(folder, stored, config.data.block_origin)
     corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
     choose_paths(config.model, config.parallel, DeviceFacts.here())  # refuses what cannot run here
     groups = initialize(config.parallel, config.run)
@@ -66,7 +66,7 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
         chunks = build_chunks(config, groups)
         load_weights(folder, chunks, config.checkpoint.verify)
         device = local_device()
-        names = [AR] if contract["shift"] else [str(size) for size in config.evaluation.block_sizes]
+        names = [AR] if not stored.is_diffusion else [str(size) for size in config.evaluation.block_sizes]
         result = evaluate(chunks, config, groups, corpus, names, device).to_json()
         if is_rank_zero():
             write_validation(folder, result)

@@ -23,8 +23,9 @@ from rich.table import Table
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.identity import check_identity
 from megatron_dllm.checkpoint.manifest import read_json
+from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.config import ParallelConfig, TrainConfig
-from megatron_dllm.run.names import CHECKPOINTS, CONTRACT
+from megatron_dllm.run.names import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,7 @@ def find_checkpoint(folder: Path, step: int, config: TrainConfig) -> Path:
         ValueError: there is neither.
     """
     checkpoints = folder.resolve().parents[1] / CHECKPOINTS
-    earlier = [
-        folder for folder in folders.list_checkpoints(checkpoints) if read_json(folder / CONTRACT)["step"] <= step
-    ]
+    earlier = [folder for folder in folders.list_checkpoints(checkpoints) if read_meta(folder).position.step <= step]
     if earlier:
         return earlier[-1]
     if config.checkpoint.load:
@@ -90,7 +89,7 @@ def _age(folder: Path, checkpoint: Path, step: int) -> str:
     """Where the weights stand, seen from the step."""
     if checkpoint.resolve().parent != folder.resolve().parents[1] / CHECKPOINTS:
         return "not a checkpoint of this run"
-    at = read_json(checkpoint / CONTRACT)["step"]
+    at = read_meta(checkpoint).position.step
     return f"step {at}" + (f", {abs(step - at)} steps {'before' if at < step else 'after'}" if at != step else "")
 
 

@@ -5,14 +5,12 @@ Pure standard library.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_dllm.checkpoint.manifest import read_json
-from megatron_dllm.run.names import CONTRACT
+from megatron_dllm.checkpoint.meta import CheckpointMeta, RunSemantics, read_meta
 
-FORMAT = 1
 # Fields of the model that decide what its tensors mean; others may change between runs.
 IDENTITY = (
     "num_layers",
@@ -42,36 +40,40 @@ IDENTITY = (
 )
 
 
-def check_identity(folder: Path, model: Any, contract: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Refuse a checkpoint of another model or, with `contract`, of another contract; returns its contract.json.
+def check_identity(folder: Path, model: Any, semantics: RunSemantics | None = None) -> CheckpointMeta:
+    """Refuse a checkpoint of another model or, with `semantics`, whose outputs mean something else.
+
+    Args:
+        folder: of the checkpoint.
+        model: the run's ModelConfig.
+        semantics: of the run; None: not compared.
+
+    Returns:
+        What contract.json says.
 
     Raises:
         ValueError: naming the first field that differs, both values, and the remedy.
     """
-    stored = read_json(folder / CONTRACT)
-    if stored.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder / CONTRACT}: format ({stored.get('format')}) is not {FORMAT}; "
-            "convert the checkpoint with the version that wrote it."
-        )
+    stored = read_meta(folder)
     ours = asdict(model)
     for name in IDENTITY:
-        if stored["model"].get(name) != ours[name]:
+        if stored.model.get(name) != ours[name]:
             raise ValueError(
                 f"model.{name} ({ours[name]}) differs from the checkpoint {folder} "
-                f"({stored['model'].get(name)}); choose the model recipe it was made with."
+                f"({stored.model.get(name)}); choose the model recipe it was made with."
             )
-    for name, value in (contract or {}).items():
-        if stored["contract"].get(name) != value:
+    for item in fields(RunSemantics) if semantics is not None else ():
+        value, found = getattr(semantics, item.name), getattr(stored.semantics, item.name)
+        if value != found:
             raise ValueError(
-                f"contract: {name} ({value}) differs from the checkpoint {folder} "
-                f"({stored['contract'].get(name)}); continue with the value it was trained with."
+                f"contract: {item.name} ({value}) differs from the checkpoint {folder} "
+                f"({found}); continue with the value it was trained with."
             )
     return stored
 
 
-def check_start(folder: Path, config: Any) -> dict[str, Any]:
-    """Refuse weights that the run's first stage would misread; returns the checkpoint's contract.json.
+def check_start(folder: Path, config: Any) -> CheckpointMeta:
+    """Refuse weights that the run's first stage would misread; returns what their contract.json says.
 
     Autoregressive weights may start any stage. Diffusion weights predict a token at its own place, in blocks counted
     from `block_origin`: another diffusion stage on the same grid continues them.
@@ -80,8 +82,7 @@ def check_start(folder: Path, config: Any) -> dict[str, Any]:
         ValueError: naming the field, both values and the remedy.
     """
     stored = check_identity(folder, config.model)
-    contract = stored["contract"]
-    if contract.get("shift", True):
+    if not stored.is_diffusion:
         return stored
     name, first = next(iter(config.schedule.stages.items()))
     if first.objective == "ar":
@@ -89,18 +90,18 @@ def check_start(folder: Path, config: Any) -> dict[str, Any]:
             f"schedule.stages.{name}.objective (ar) cannot start from the diffusion weights {folder}; "
             "start from an autoregressive checkpoint, or with a diffusion stage."
         )
-    check_grid(folder, contract, config.data.block_origin)
+    check_grid(folder, stored, config.data.block_origin)
     return stored
 
 
-def check_grid(folder: Path, contract: dict[str, Any], block_origin: str) -> None:
+def check_grid(folder: Path, stored: CheckpointMeta, block_origin: str) -> None:
     """Refuse diffusion weights of another block grid.
 
     Raises:
         ValueError: naming both grids.
     """
-    if not contract.get("shift", True) and contract.get("block_origin", block_origin) != block_origin:
+    if stored.is_diffusion and stored.semantics.block_origin != block_origin:
         raise ValueError(
             f"data.block_origin ({block_origin}) differs from that of the diffusion weights {folder} "
-            f"({contract['block_origin']}); continue with the grid they were trained on."
+            f"({stored.semantics.block_origin}); continue with the grid they were trained on."
         )

@@ -17,11 +17,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch import nn
 
-from megatron_dllm.checkpoint.manifest import check_complete, damaged_files, read_json, read_manifest
+from megatron_dllm.checkpoint.manifest import check_complete, damaged_files, read_manifest
+from megatron_dllm.checkpoint.meta import read_state
 from megatron_dllm.checkpoint.sharded_state import model_state, optimizer_state, optimizers
 from megatron_dllm.checkpoint.torch_dist_metadata import check_metadata
 from megatron_dllm.parallel.agreement import raise_together
-from megatron_dllm.run.names import STATE
 
 
 def verify(folder: Path, hash_content: bool = True) -> None:
@@ -74,7 +74,7 @@ def _load_chunk(chunk: nn.Module, state: dict[str, Any]) -> None:
 
 def load_run(folder: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Load weights and optimizer state of any layout from a verified folder; returns the run's state.json."""
-    state = read_json(folder / STATE)
+    state = read_state(folder)
     for part in optimizers(optimizer):
         part._init_optimizer_states_with_dummy_values()
     model = model_state(chunks)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_dllm.run.files import read_json_object
+from megatron_dllm.run.files import read_json_object, write_json
 from megatron_dllm.run.names import CONTRACT, MANIFEST, STATE, VALIDATION
 
 _CHUNK = 1 << 22
@@ -63,6 +63,24 @@ def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str], 
         elif hash_content and found["sha256"] != expected["sha256"]:
             problems.append(f"{path} does not have the checksum it was written with")
     return problems
+
+
+def write_manifest(folder: Path, checksums: dict[str, Any]) -> None:
+    """Make a folder complete: list every file, with those checksums that are not known yet.
+
+    Args:
+        folder: holds all files of the checkpoint.
+        checksums: size and sha256 of the files that were summed up as they were written.
+
+    Raises:
+        OSError: what lies on the disk is not what was written.
+    """
+    others = (name for name in payload_files(folder) if name not in checksums)
+    manifest = checksums | {name: checksum(folder / name) for name in others}
+    write_json(folder / MANIFEST, manifest, sort_keys=True)
+    problems = damaged_files(folder, manifest, manifest, hash_content=False)
+    if problems:
+        raise OSError(f"what was written is not there: {problems[0]}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dllm.checkpoint.manifest import read_json
-from megatron_dllm.checkpoint.mcore_folder import Contract
+from megatron_dllm.checkpoint.stored_model import StoredModel
 from megatron_dllm.checkpoint.validation import read_validation
 from megatron_dllm.hf.config_json import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES
 from megatron_dllm.run.names import CHECKPOINTS, CONFIG
@@ -30,37 +30,37 @@ Position i predicts token i; `attention_mask=None` means every token sees every 
 """
 
 
-def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_name: str) -> str:
+def model_card(stored: StoredModel, architecture: str, dtype_name: str) -> str:
     """Write the card.
 
     Args:
-        checkpoint: the folder that was converted.
-        contract: its contract.json.
+        stored: the checkpoint that was converted.
         architecture: of the export.
         dtype_name: of the export.
     """
-    content = contract.content
+    checkpoint, model, meta = stored.folder, stored.model, stored.meta
+    semantics, position = meta.semantics, meta.position
     is_diffusion = architecture in DIFFUSION_ARCHITECTURES
-    has_bias = contract.model.is_moe and contract.model.moe_router_enable_expert_bias
+    has_bias = model.is_moe and model.moe_router_enable_expert_bias
     provenance = _provenance(checkpoint)
     rows = [
         ("Architecture", f"{ARCHITECTURE_CLASS[architecture]} ({architecture})"),
         ("Weights", f"{dtype_name}, expert_bias float32" if has_bias else dtype_name),
-        ("Prediction", "position i predicts token i" if contract.is_diffusion else "position i predicts token i + 1"),
-        ("Block size", str(contract.block_size)),
-        ("Context length", str(content["contract"]["context_length"])),
-        ("Mask token id", str(contract.model.mask_token_id)),
+        ("Prediction", "position i predicts token i" if meta.is_diffusion else "position i predicts token i + 1"),
+        ("Block size", str(semantics.block_size)),
+        ("Context length", str(semantics.context_length)),
+        ("Mask token id", str(model.mask_token_id)),
         ("Checkpoint", str(checkpoint.absolute())),
-        ("Stage", str(content.get("stage"))),
-        ("Optimizer steps", str(content.get("step"))),
-        ("Document tokens trained on", str(content.get("consumed_tokens"))),
+        ("Stage", str(position.stage)),
+        ("Optimizer steps", str(position.step)),
+        ("Document tokens trained on", str(position.consumed_tokens)),
     ]
-    if content.get("source"):
-        rows.append(("Converted from", str(content["source"])))
+    if meta.provenance.source:
+        rows.append(("Converted from", meta.provenance.source))
     run = _run_folder(Path(provenance["inputs"][0]["checkpoint"]) if provenance else checkpoint.absolute())
     if run is not None and (run / CONFIG).is_file():
         rows.append(("Recipe", str(run / CONFIG)))
-    tags = ["block-diffusion"] * is_diffusion + ["mixture-of-experts"] * contract.model.is_moe
+    tags = ["block-diffusion"] * is_diffusion + ["mixture-of-experts"] * model.is_moe
     own_run = _run_folder(checkpoint.absolute())
     lines = [
         "---",
@@ -78,7 +78,7 @@ def model_card(checkpoint: Path, contract: Contract, architecture: str, dtype_na
         *(f"| {name} | {value} |" for name, value in rows),
     ]
     lines += _validation_lines(read_validation(checkpoint)) + (_merge_lines(provenance) if provenance else [])
-    use = _USE.format(block_size=contract.block_size) if architecture == "llada2_moe" else ""
+    use = _USE.format(block_size=semantics.block_size) if architecture == "llada2_moe" else ""
     return "\n".join(lines) + "\n" + use
 
 

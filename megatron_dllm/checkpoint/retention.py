@@ -8,21 +8,13 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any
 
 from megatron_dllm.checkpoint.folder import list_checkpoints
-from megatron_dllm.checkpoint.manifest import read_json
+from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.checkpoint.validation import validation_elbo
 from megatron_dllm.run.files import remove
-from megatron_dllm.run.names import CONTRACT
 
 log = logging.getLogger(__name__)
-
-
-def _kind(folder: Path) -> tuple[Any, Any]:
-    """What a checkpoint was trained for: (shift, block size)."""
-    contract = read_json(folder / CONTRACT)["contract"]
-    return contract.get("shift"), contract.get("block_size")
 
 
 def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -> list[Path]:
@@ -34,8 +26,9 @@ def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -
     """
     complete = list_checkpoints(checkpoints)
     kept = set(complete[-max(keep_last, 1) :])
+    metas = {folder: read_meta(folder) for folder in complete}
     ranked = []
-    for folder in (f for f in complete if _kind(f) == _kind(complete[-1])):
+    for folder in (f for f in complete if metas[f].semantics == metas[complete[-1]].semantics):
         try:
             elbo = validation_elbo(folder)
         except ValueError as error:
@@ -47,10 +40,10 @@ def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -
     kept |= {f for _, f in sorted(ranked)[:keep_best]}
     deleted = []
     for folder in complete:
-        contract = read_json(folder / CONTRACT)
-        number = contract.get("save_number")
+        position = metas[folder].position
+        number = position.save_number
         is_multiple = keep_every > 0 and number is not None and number % keep_every == 0
-        if folder in kept or is_multiple or contract.get("is_stage_end", False):
+        if folder in kept or is_multiple or position.is_stage_end:
             continue
         remove(folder)
         deleted.append(folder)

@@ -27,12 +27,13 @@ from torch import nn
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.background import BackgroundWrite, Written, hand_over, use_local_results, write_now
 from megatron_dllm.checkpoint.deadline import Deadline
-from megatron_dllm.checkpoint.manifest import checksum, damaged_files, payload_files, read_manifest
+from megatron_dllm.checkpoint.manifest import damaged_files, read_manifest, write_manifest
+from megatron_dllm.checkpoint.meta import CheckpointMeta, write_meta
 from megatron_dllm.checkpoint.sharded_state import model_state, optimizer_state
 from megatron_dllm.parallel.agreement import raise_together
 from megatron_dllm.parallel.device import local_device
 from megatron_dllm.run.files import TEMPORARY_PREFIX, remove, write_json
-from megatron_dllm.run.names import CONTRACT, MANIFEST, STATE
+from megatron_dllm.run.names import STATE
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class _Save:
     temporary: Path
     final: Path
     request: AsyncRequest
-    contract: dict[str, Any]
+    meta: CheckpointMeta
     state: dict[str, Any]
 
 
@@ -111,7 +112,7 @@ class CheckpointWriter:
         step: int,
         chunks: Sequence[nn.Module],
         optimizer: MegatronOptimizer | None,
-        contract: dict[str, Any],
+        meta: CheckpointMeta,
         state: dict[str, Any],
     ) -> Path:
         """Save after `step` optimizer steps; returns the folder (complete on return unless asynchronous)."""
@@ -129,7 +130,7 @@ class CheckpointWriter:
             except (OSError, RuntimeError) as error:  # torch hides what the operating system said
                 raise RuntimeError(f"writing {temporary}: {error}; if the disk is full, {_MAKE_ROOM}") from error
             assert request is not None, "an asynchronous save must return a request"
-            save = _Save(temporary, final, request, contract, state)
+            save = _Save(temporary, final, request, meta, state)
             if self._is_async:
                 self._background = (save, BackgroundWrite(request, self._timeout))
                 return final
@@ -215,15 +216,9 @@ class CheckpointWriter:
 
     def _publish(self, save: _Save, manifest: dict[str, Any]) -> None:
         """On rank 0: write the descriptions beside the tensors, look everything over, rename."""
-        write_json(save.temporary / CONTRACT, save.contract, sort_keys=True)
+        write_meta(save.temporary, save.meta)
         write_json(save.temporary / STATE, save.state, sort_keys=True)
-        for name in payload_files(save.temporary):
-            if name not in manifest:
-                manifest[name] = checksum(save.temporary / name)
-        write_json(save.temporary / MANIFEST, manifest, sort_keys=True)
-        problems = damaged_files(save.temporary, manifest, manifest, hash_content=False)
-        if problems:
-            raise OSError(f"what was written is not there: {problems[0]}")
+        write_manifest(save.temporary, manifest)
         if self._before_publish is not None:
             self._before_publish()
         folders.publish(save.temporary, save.final)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dllm.checkpoint.folder import resolve_checkpoint
-from megatron_dllm.checkpoint.mcore_folder import read_contract, tokenizer_folder
+from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.config import GenerateConfig, ModelConfig
 from megatron_dllm.diffusion.decode import DecodingContract
 from megatron_dllm.hf.config_json import read_hf_config
@@ -68,13 +68,13 @@ def read_source(config: GenerateConfig) -> CheckpointSource:
 
 def _read_torch_dist(folder: Path) -> tuple[ModelConfig, int, Path | None]:
     """Model, block size and tokenizer folder of a torch_dist checkpoint."""
-    stored = read_contract(folder)
-    if not stored.is_diffusion:
+    stored = read_stored_model(folder)
+    if not stored.meta.is_diffusion:
         raise ValueError(
             f"{folder}: contract.shift (true) means that it predicts the next token, autoregressively; "
             "convert it with megatron_dllm.train before decoding blocks."
         )
-    return stored.model, stored.block_size, tokenizer_folder(folder, stored)
+    return stored.model, stored.meta.semantics.block_size, stored.tokenizer
 
 
 def _read_hf(folder: Path) -> tuple[ModelConfig, int, Path | None]:

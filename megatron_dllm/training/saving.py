@@ -5,30 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from megatron_dllm.checkpoint.identity import FORMAT
-from megatron_dllm.checkpoint.manifest import read_json
+from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, read_meta
 from megatron_dllm.checkpoint.retention import retire
 from megatron_dllm.checkpoint.saving import CheckpointWriter
 from megatron_dllm.checkpoint.validation import write_validation
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.evaluation.elbo import Validation
-from megatron_dllm.model.objective import objective_of
-from megatron_dllm.run.names import CONTRACT, TOKENIZER, VALIDATION
+from megatron_dllm.run.names import TOKENIZER, VALIDATION
 from megatron_dllm.training.engine import Engine, gathered_parameters
 from megatron_dllm.training.observers.observer import Observer
 from megatron_dllm.training.run_state import RunState
-from megatron_dllm.training.start import run_contract
+from megatron_dllm.training.start import semantics_of
 from megatron_dllm.training.validating import Validator
 
 
 @dataclass(frozen=True)
 class SaveReason:
-    """Why a checkpoint is written; contract.json holds these fields.
+    """Why a checkpoint is written; its Position holds these fields.
 
     Attributes:
         is_stage_end: its stage has finished.
@@ -91,8 +88,8 @@ class Saver:
         for observer in self.observers:
             observer.before_save(state.step)
         with gathered_parameters(self.engine, self.config.optimizer.overlap_param_gather):
-            contract = {**self._contract(stage, state), **asdict(reason)}
-            folder = self.writer.save(state.step, self.engine.chunks, self.engine.optimizer, contract, asdict(state))
+            meta = self._meta(stage, state, reason)
+            folder = self.writer.save(state.step, self.engine.chunks, self.engine.optimizer, meta, asdict(state))
             validation = self._validate(stage, state, reason)
         if validation is not None:
             self.writer.finish()
@@ -107,9 +104,9 @@ class Saver:
         """Evaluate the checkpoint a run continues from, if it ended between saving and evaluating it (a collective)."""
         due: list[tuple[str, bool] | None] = [None]
         if dist.get_rank() == 0 and self.validator is not None:
-            contract = read_json(folder / CONTRACT)
-            if contract["is_validated"] and not (folder / VALIDATION).is_file():
-                due = [(contract["stage"], contract["is_stage_end"])]
+            position = read_meta(folder).position
+            if position.is_validated and position.stage is not None and not (folder / VALIDATION).is_file():
+                due = [(position.stage, position.is_stage_end)]
         dist.broadcast_object_list(due)
         if due[0] is None or self.validator is None:
             return
@@ -124,24 +121,19 @@ class Saver:
             return None
         return self.validator.validate(stage, state, reason.is_stage_end)
 
-    def _contract(self, stage: Stage, state: RunState) -> dict[str, Any]:
+    def _meta(self, stage: Stage, state: RunState, reason: SaveReason) -> CheckpointMeta:
         config = self.config
-        return {
-            "format": FORMAT,
-            "model": asdict(config.model),
-            "contract": {
-                **run_contract(config),
-                "shift": objective_of(stage.config, config.noise).shift,
-                "block_size": stage.config.block_size,
-            },
-            "step": state.step,
-            "consumed_tokens": state.consumed_tokens,
-            "stage": stage.name,
-            "layout": asdict(config.parallel),
-            "world_size": dist.get_world_size(),
-            "tokenizer": f"../../{TOKENIZER}" if config.data.tokenizer else None,
-            "source": self.source,
-        }
+        return CheckpointMeta(
+            asdict(config.model),
+            semantics_of(config, stage.config),
+            Position(step=state.step, consumed_tokens=state.consumed_tokens, stage=stage.name, **asdict(reason)),
+            Provenance(
+                layout=asdict(config.parallel),
+                world_size=dist.get_world_size(),
+                tokenizer=f"../../{TOKENIZER}" if config.data.tokenizer else None,
+                source=self.source,
+            ),
+        )
 
 
 def _write_validation(folder: Path, validation: Validation) -> None:

@@ -77,7 +77,7 @@ def set_up(given_config: TrainConfig, groups: Groups, start: Start, sources: Sou
     if sources.validation is not None:
         validator = Validator(config, engine, sources.validation, device, stop, observers)
     begun_with = start.resume or start.weights
-    source = begun_with.stored.get("source") if begun_with is not None else None
+    source = begun_with.stored.provenance.source if begun_with is not None else None
     run = Run(
         given_config=given_config,
         config=config,

@@ -9,40 +9,40 @@ ranks. The check of a configuration calls the same function.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.identity import check_identity, check_start
-from megatron_dllm.checkpoint.manifest import check_complete, read_json
-from megatron_dllm.config import ParallelConfig, TrainConfig
+from megatron_dllm.checkpoint.manifest import check_complete
+from megatron_dllm.checkpoint.meta import CheckpointMeta, RunSemantics, Semantics, read_state
+from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream, estimate_fill
 from megatron_dllm.data.source import check_fills_a_row
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, StageRow, stage_table
 from megatron_dllm.evaluation.elbo import validation_geometry, validation_names
 from megatron_dllm.model.objective import objective_of
-from megatron_dllm.run.names import CHECKPOINTS, STATE
+from megatron_dllm.run.names import CHECKPOINTS
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.sources import Sources
 
 
 @dataclass(frozen=True)
 class Resume:
-    """The checkpoint that a run continues from: its folder, where the run stood, and its contract.json."""
+    """The checkpoint that a run continues from: its folder, where the run stood, and what its contract.json says."""
 
     folder: Path
     state: RunState
-    stored: dict[str, Any]
+    stored: CheckpointMeta
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights that a new run starts from: their folder, and their contract.json."""
+    """The weights that a new run starts from: their folder, and what its contract.json says."""
 
     folder: Path
-    stored: dict[str, Any]
+    stored: CheckpointMeta
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,20 @@ def run_checkpoints(config: TrainConfig) -> Path:
     return Path(config.run.root) / config.run.name / CHECKPOINTS
 
 
-def run_contract(config: TrainConfig) -> dict[str, Any]:
-    """The part of the contract that may not change inside one run."""
-    return {
-        "block_origin": config.data.block_origin,
-        "mask_token_id": config.model.mask_token_id,
-        "context_length": config.schedule.context_length,
-    }
+def run_semantics(config: TrainConfig) -> RunSemantics:
+    """What the model's outputs mean, as far as it may not change inside one run."""
+    return RunSemantics(
+        block_origin=config.data.block_origin,
+        mask_token_id=config.model.mask_token_id,
+        context_length=config.schedule.context_length,
+    )
+
+
+def semantics_of(config: TrainConfig, stage: StageConfig) -> Semantics:
+    """What the model's outputs mean while a stage trains it."""
+    return Semantics(
+        **asdict(run_semantics(config)), shift=objective_of(stage, config.noise).shift, block_size=stage.block_size
+    )
 
 
 def changes_layout(config: TrainConfig, layout: ParallelConfig, stage: Stage, world_size: int) -> bool:
@@ -158,10 +165,10 @@ def _find_resume(config: TrainConfig, passed_over: dict[Path, str]) -> tuple[Res
         except ValueError as error:
             passed_over[folder] = str(error)
             continue
-        stored = check_identity(folder, config.model, run_contract(config))
+        stored = check_identity(folder, config.model, run_semantics(config))
         _check_same_stage(folder, stored, config)
         _check_precision(folder, stored, config)
-        return Resume(folder, RunState.from_json(read_json(folder / STATE)), stored), passed_over
+        return Resume(folder, RunState.from_json(read_state(folder)), stored), passed_over
     if passed_over:
         raise ValueError(
             f"{checkpoints} holds no whole checkpoint: all of {[folder.name for folder in passed_over]} are damaged "
@@ -178,9 +185,9 @@ def _find_weights(config: TrainConfig) -> Weights | None:
     return Weights(folder, check_start(folder, config))
 
 
-def _check_same_stage(folder: Path, stored: dict[str, Any], config: TrainConfig) -> None:
+def _check_same_stage(folder: Path, stored: CheckpointMeta, config: TrainConfig) -> None:
     """Refuse to continue in a schedule whose stage of that name is another one than the checkpoint was trained in."""
-    name, contract = stored.get("stage"), stored["contract"]
+    name = stored.position.stage
     if name is None:
         return
     if name not in config.schedule.stages:
@@ -188,18 +195,19 @@ def _check_same_stage(folder: Path, stored: dict[str, Any], config: TrainConfig)
             f"schedule.stages has no {name}, the stage of the checkpoint {folder}; continue with the "
             "run's own schedule (its config.yaml), or start a new run from the weights."
         )
-    stage = config.schedule.stages[name]
-    for field, value in (("shift", objective_of(stage, config.noise).shift), ("block_size", stage.block_size)):
-        if contract.get(field, value) != value:
+    ours = semantics_of(config, config.schedule.stages[name])
+    for field in ("shift", "block_size"):
+        value, found = getattr(ours, field), getattr(stored.semantics, field)
+        if value != found:
             raise ValueError(
                 f"schedule.stages.{name}: {field} ({value}) differs from the checkpoint {folder} "
-                f"({contract[field]}); continue with the run's own schedule (its config.yaml), or start "
+                f"({found}); continue with the run's own schedule (its config.yaml), or start "
                 "a new run from the weights."
             )
 
 
-def _check_precision(folder: Path, stored: dict[str, Any], config: TrainConfig) -> None:
-    precision = stored.get("layout", {}).get("precision", config.parallel.precision)
+def _check_precision(folder: Path, stored: CheckpointMeta, config: TrainConfig) -> None:
+    precision = stored.provenance.precision or config.parallel.precision
     if precision != config.parallel.precision:
         raise ValueError(
             f"parallel.precision ({config.parallel.precision}) differs from the checkpoint {folder} "

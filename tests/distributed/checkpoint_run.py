@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.tiny_run import MODEL, run_config
+from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
 from megatron_dllm.config import ModelConfig, ParallelConfig
 
 OPTIMIZER_STEP = 7
@@ -44,23 +45,16 @@ def writer_of(folder: Path, **options: Any) -> Any:
 
 def save(writer: Any, step: int, engine: Any) -> Path:
     """Write a checkpoint."""
-    layout = {"precision": "fp32"}
-    contract = {
-        "format": 1,
-        "model": asdict(MODEL),
-        "step": step,
-        "layout": layout,
-        "stage": "stable",
-        "contract": {
-            "shift": False,
-            "block_size": 32,
-            "block_origin": "document",
-            "mask_token_id": MODEL.mask_token_id,
-            "context_length": 32,
-        },
-    }
-    state = {"optimizer_step": OPTIMIZER_STEP, "step": step, "stream": _BEGINNING}
-    return writer.save(step, engine.chunks, engine.optimizer, contract, state)
+    meta = CheckpointMeta(
+        asdict(MODEL),
+        Semantics(
+            shift=False, block_origin="document", mask_token_id=MODEL.mask_token_id, block_size=32, context_length=32
+        ),
+        Position(step=step, stage="stable"),
+        Provenance(layout={"precision": "fp32"}),
+    )
+    state = {"optimizer_step": OPTIMIZER_STEP, "step": step, "consumed_tokens": 0, "stream": _BEGINNING}
+    return writer.save(step, engine.chunks, engine.optimizer, meta, state)
 
 
 def optimizer_parts(engine: Any) -> list[Any]:

@@ -15,12 +15,13 @@ import pytest
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_run import MODEL, checkpoints_of, run_config, write_corpus
 from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.checkpoint.manifest import checksum, payload_files
+from megatron_dllm.checkpoint.manifest import write_manifest
+from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, write_meta
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.parallel import groups
 from megatron_dllm.parallel.meeting import meet
 from megatron_dllm.run.files import write_json
-from megatron_dllm.run.names import CONTRACT, MANIFEST, STATE
+from megatron_dllm.run.names import STATE
 
 
 def write_checkpoint(config: TrainConfig, num_files: int) -> Path:
@@ -29,19 +30,18 @@ def write_checkpoint(config: TrainConfig, num_files: int) -> Path:
 
     from megatron_dllm.training.run_state import RunState
     from megatron_dllm.training.sources import Sources
-    from megatron_dllm.training.start import new_stream, run_contract
+    from megatron_dllm.training.start import new_stream, semantics_of
 
     folder = folders.step_folder(checkpoints_of(config), 3)
     folder.mkdir(parents=True)
     for index in range(num_files):
         (folder / f"__{index}_0.distcp").write_bytes(index.to_bytes(4, "little"))
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata({})))
-    contract = {"format": 1, "model": asdict(MODEL), "contract": run_contract(config), "stage": "warmup"}
     state = RunState(step=3, consumed_tokens=300, stream=new_stream(config, Sources(config)).state_dict())
-    write_json(folder / CONTRACT, contract)
+    semantics = semantics_of(config, config.schedule.stages["warmup"])
+    write_meta(folder, CheckpointMeta(asdict(MODEL), semantics, Position(step=3, consumed_tokens=300, stage="warmup")))
     write_json(folder / STATE, asdict(state))
-    manifest = {name: checksum(folder / name) for name in payload_files(folder)}
-    write_json(folder / MANIFEST, manifest)
+    write_manifest(folder, {})
     return folder
 
 

@@ -20,7 +20,8 @@ from benchmarks.synthetic import write_synthetic
 from benchmarks.tiny_run import MODEL, checkpoints_of, run_config, train_ranks, write_corpus
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from checkpoints_tools.compare import compare
-from megatron_dllm.checkpoint.mcore_folder import read_contract
+from megatron_dllm.checkpoint.meta import read_meta
+from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.config import CheckpointConfig, DecodingConfig, ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.hf.config_json import to_hf_config
@@ -48,7 +49,7 @@ def _load(folder: Path) -> Any:
     from megatron_dllm.model.gpt import build_model
     from megatron_dllm.parallel.groups import Groups
 
-    model = build_model(read_contract(folder).model, ParallelConfig(), Groups.current())
+    model = build_model(read_stored_model(folder).model, ParallelConfig(), Groups.current())
     load_weights(folder, [model])
     return model.eval()
 
@@ -262,7 +263,7 @@ def _check_against_transformers(original: Any, folder: Path) -> None:
     original = original.float().eval()
     original.save_pretrained(folder / "hf")
     hf_to_mcore.convert(folder / "hf", folder / "mcore", 2)
-    model = read_contract(folder / "mcore").model
+    model = read_stored_model(folder / "mcore").model
     ids = _ids(model)
     expected = original(ids).logits
     actual = _megatron_logits(_load(folder / "mcore"), ids, MASKS["causal"])
@@ -307,8 +308,7 @@ def _load_and_save(source: str, target: str, layout: ParallelConfig, model: Mode
     groups = initialize(layout, RunConfig(name="layouts"))
     module = build_model(model, layout, groups)
     load_weights(Path(source), [module])
-    contract = json.loads((Path(source) / "contract.json").read_text())
-    CheckpointWriter(Path(target), groups.data_context).save(1, [module], None, contract, {})
+    CheckpointWriter(Path(target), groups.data_context).save(1, [module], None, read_meta(Path(source)), {})
 
 
 @pytest.mark.parametrize(
@@ -360,8 +360,8 @@ def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
     config = run_config(tmp_path, "run", checkpoint=CheckpointConfig(load=str(tmp_path / "mcore")))
     for step in (1, 2):
         assert train_ranks(1, config, 1) == [EXIT_PREEMPTED]
-        content = read_contract(checkpoints_of(config) / f"step_{step:07d}").content
-        assert (content["step"], content["source"]) == (step, str(tmp_path / "hf"))
+        meta = read_meta(checkpoints_of(config) / f"step_{step:07d}")
+        assert (meta.position.step, meta.provenance.source) == (step, str(tmp_path / "hf"))
 
 
 @pytest.mark.parametrize(

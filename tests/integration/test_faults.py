@@ -34,6 +34,7 @@ from benchmarks.tiny_run import (
 )
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.manifest import read_json
+from megatron_dllm.checkpoint.meta import CheckpointMeta
 from megatron_dllm.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
@@ -199,13 +200,16 @@ def _write_poisoned_start(config: TrainConfig) -> None:
     from megatron_dllm.checkpoint.saving import CheckpointWriter
     from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_engine
+    from megatron_dllm.training.start import semantics_of
 
     made = groups.initialize(config.parallel, config.run)
     engine = build_engine(config, made)
     with torch.no_grad():
         engine.chunks[0].module.embedding.word_embeddings.weight[POISONED_TOKEN] = math.nan
-    contract = {"format": 1, "model": asdict(config.model), "contract": {}, "step": 0}
-    CheckpointWriter(checkpoints_of(config), made.data_context).save(0, engine.chunks, None, contract, {})
+    meta = CheckpointMeta(
+        asdict(config.model), replace(semantics_of(config, config.schedule.stages["stable"]), shift=True)
+    )
+    CheckpointWriter(checkpoints_of(config), made.data_context).save(0, engine.chunks, None, meta, {})
 
 
 def _replay(folder: Path) -> tuple[dict[str, Any], Path, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ranks import run_ranks
+from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
 from megatron_dllm.config import DecodingConfig, GenerateConfig, ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.generate import PromptResult, generate, parse_arguments
@@ -109,23 +110,13 @@ def save_run(run: Path, model: ModelConfig, shift: bool = False, seed: int = 0) 
         for name, buffer in module.named_buffers():
             if name.endswith("expert_bias"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
-    contract = {"shift": shift, "block_origin": "document", "mask_token_id": 2, "block_size": 8, "context_length": 64}
-    CheckpointWriter(run / "checkpoints", Groups.current().data_context).save(
-        5,
-        [module],
-        None,
-        {
-            "format": 1,
-            "model": asdict(model),
-            "contract": contract,
-            "step": 5,
-            "consumed_tokens": 0,
-            "stage": "decay",
-            "is_stage_end": True,
-            "tokenizer": "../../tokenizer",
-        },
-        {},
+    meta = CheckpointMeta(
+        asdict(model),
+        Semantics(shift=shift, block_origin="document", mask_token_id=2, block_size=8, context_length=64),
+        Position(step=5, stage="decay", is_stage_end=True),
+        Provenance(tokenizer="../../tokenizer"),
     )
+    CheckpointWriter(run / "checkpoints", Groups.current().data_context).save(5, [module], None, meta, {})
     write_tokenizer(run / "tokenizer")
     return run
 

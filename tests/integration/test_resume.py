@@ -25,7 +25,7 @@ from benchmarks.tiny_run import (
     write_corpus,
 )
 from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.checkpoint.manifest import read_json
+from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -36,7 +36,7 @@ from megatron_dllm.config import (
     TrainConfig,
 )
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
-from megatron_dllm.run.names import CONTRACT, STATE, VALIDATION
+from megatron_dllm.run.names import STATE, VALIDATION
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2)
 TP2_EP2 = ParallelConfig(
@@ -144,9 +144,7 @@ def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig
 
 def _begin_with(config: TrainConfig, other: TrainConfig, after: int) -> None:
     """Give a run the first checkpoint that another one wrote after so many steps."""
-    start = next(
-        path for path in folders.step_folders(checkpoints_of(other)) if read_json(path / CONTRACT)["step"] > after
-    )
+    start = next(path for path in folders.step_folders(checkpoints_of(other)) if read_meta(path).position.step > after)
     shutil.copytree(start, checkpoints_of(config) / start.name)
     shutil.copy(checkpoints_of(other).parent / "metrics.jsonl", checkpoints_of(config).parent)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from megatron_dllm.checkpoint.identity import IDENTITY
 from megatron_dllm.checkpoint.manifest import read_json
-from megatron_dllm.checkpoint.mcore_folder import Contract, model_keys, open_checkpoint, tokenizer_folder
+from megatron_dllm.checkpoint.model_tensors import model_keys
+from megatron_dllm.checkpoint.stored_model import StoredModel, open_checkpoint
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.hf.tokenizer_folder import fingerprint
@@ -53,11 +55,11 @@ class TorchDistInput(MergeInput):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.contract: Contract
+        self.stored: StoredModel
         self.reader: TorchDistReader
-        self.contract, self.reader = open_checkpoint(folder)
-        self.step = self.contract.content.get("step")
-        self.keys = model_keys(self.contract.model, self.reader)
+        self.stored, self.reader = open_checkpoint(folder)
+        self.step = self.stored.meta.position.step
+        self.keys = model_keys(self.stored.model, self.reader)
         stored = self.reader.metadata.tensors
         self.tensors = {key: (stored[name].dtype, stored[name].shape) for key, name in self.keys.items()}
 
@@ -67,11 +69,10 @@ class TorchDistInput(MergeInput):
 
     def description(self) -> dict[str, Any]:
         """What the tensors mean, contract and tokenizer."""
-        content = self.contract.content
-        tokenizer = tokenizer_folder(self.folder, self.contract)
+        tokenizer = self.stored.tokenizer
         return {
-            **{f"model.{name}": getattr(self.contract.model, name) for name in IDENTITY},
-            **{f"contract.{name}": value for name, value in content["contract"].items()},
+            **{f"model.{name}": getattr(self.stored.model, name) for name in IDENTITY},
+            **{f"contract.{name}": value for name, value in asdict(self.stored.meta.semantics).items()},
             "tokenizer": fingerprint(tokenizer) if tokenizer else None,
         }
 

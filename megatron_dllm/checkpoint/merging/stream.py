@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -14,17 +15,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from megatron_dllm.checkpoint.mcore_folder import TOKENIZER, finish_tensors, tokenizer_folder, write_json_files
+from megatron_dllm.checkpoint.manifest import write_manifest
 from megatron_dllm.checkpoint.merging.averaging import weighted_mean
 from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TorchDistInput
+from megatron_dllm.checkpoint.meta import Provenance, write_meta
 from megatron_dllm.checkpoint.model_card import PROVENANCE, merge_card
+from megatron_dllm.checkpoint.model_tensors import finish_tensors
 from megatron_dllm.checkpoint.output_folder import output_folder
 from megatron_dllm.checkpoint.streaming import Task, check_finite, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.hf.safetensors_io import SafetensorsWriter
 from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILES
 from megatron_dllm.run.files import write_json, write_text
-from megatron_dllm.run.names import CONTRACT
+from megatron_dllm.run.names import TOKENIZER
 
 # Of a Hugging Face folder: what belongs to the model beside its weights and its history.
 _COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py", "LICENSE*")
@@ -80,7 +83,6 @@ def _merge_torch_dist(
     inputs: list[TorchDistInput], weights: list[float], folder: Path, total_bytes: int, provenance: dict[str, Any]
 ) -> None:
     last = inputs[-1]
-    model = last.contract.model
     writer = TorchDistWriter(folder)
     mean = _Mean(inputs, weights)
     boxes = {
@@ -96,15 +98,17 @@ def _merge_torch_dist(
             "merge",
             _NUM_READERS,
         )
-        checksums = finish_tensors(writer, model)
+        checksums = finish_tensors(writer, last.stored.model)
     finally:
         writer.abandon()
-    tokenizer = tokenizer_folder(last.folder, last.contract)
+    tokenizer, meta = last.stored.tokenizer, last.stored.meta
     if tokenizer is not None:
         shutil.copytree(tokenizer, folder / TOKENIZER)
-    contract = {key: value for key, value in last.contract.content.items() if key not in ("layout", "world_size")}
-    contract |= {"tokenizer": TOKENIZER if tokenizer else None, "is_stage_end": False}
-    write_json_files(folder, {CONTRACT: contract, PROVENANCE: provenance}, checksums)
+    provenance_of_mean = Provenance(tokenizer=TOKENIZER if tokenizer else None, source=meta.provenance.source)
+    position = replace(meta.position, is_stage_end=False)
+    write_meta(folder, replace(meta, position=position, provenance=provenance_of_mean))
+    write_json(folder / PROVENANCE, provenance, sort_keys=True)
+    write_manifest(folder, checksums)
 
 
 def _write_box(

@@ -18,7 +18,8 @@ from benchmarks.synthetic import write_synthetic
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from megatron_dllm.checkpoint import output_folder
 from megatron_dllm.checkpoint.manifest import damaged_files, read_json
-from megatron_dllm.checkpoint.mcore_folder import read_contract
+from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
+from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.hf.safetensors_io import INDEX_NAME, SafetensorsFolder
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
@@ -74,15 +75,15 @@ def test_stacked_experts_become_the_published_form(tmp_path: Path) -> None:
 
 
 def test_checkpoint_says_what_it_is(checkpoint: Path, hf: Path) -> None:
-    contract = read_contract(checkpoint)
-    assert contract.model == LING
-    assert contract.content["contract"] == {
-        "shift": True,
-        "block_origin": "document",
-        "mask_token_id": 2,
-        "block_size": 1,
-        "context_length": 64,
-    }
+    stored = read_stored_model(checkpoint)
+    assert stored.model == LING
+    assert stored.meta == CheckpointMeta(
+        asdict(LING),
+        Semantics(shift=True, block_origin="document", mask_token_id=2, block_size=1, context_length=64),
+        Position(),
+        Provenance(source=str(hf.absolute())),
+    )
+    assert stored.tokenizer is None
     manifest = read_json(checkpoint / MANIFEST)
     assert damaged_files(checkpoint, manifest, manifest) == []
     assert {path.name for path in checkpoint.iterdir()} == {*manifest, MANIFEST}
@@ -349,7 +350,7 @@ def test_mask_token_needs_a_row_and_an_id(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--mask_token_id"):
         hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out")
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out", 7)
-    assert read_contract(tmp_path / "out").model == replace(LING, mask_token_id=7)
+    assert read_stored_model(tmp_path / "out").model == replace(LING, mask_token_id=7)
 
 
 def test_the_mask_token_enters_with_the_tokenizer(

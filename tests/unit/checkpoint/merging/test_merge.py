@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import mcore_to_hf
 from checkpoints_tools.merge_topk import choose, main, merge
-from megatron_dllm.checkpoint.manifest import is_complete, read_json
-from megatron_dllm.checkpoint.mcore_folder import open_checkpoint, read_contract, write_json_files
+from megatron_dllm.checkpoint.manifest import is_complete, read_json, write_manifest
 from megatron_dllm.checkpoint.merging import stream as merge_stream
+from megatron_dllm.checkpoint.meta import read_meta, write_meta
+from megatron_dllm.checkpoint.stored_model import open_checkpoint, read_stored_model
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.hf.name_table import key_aliases
 from megatron_dllm.run.files import write_json
@@ -46,7 +47,7 @@ def test_mean_of_three(make_checkpoint, tmp_path: Path, dtype: torch.dtype) -> N
     provenance = read_json(tmp_path / "merged" / "provenance.json")
     assert [entry["checkpoint"] for entry in provenance["inputs"]] == [str(folder) for folder in inputs]
     assert is_complete(tmp_path / "merged")
-    assert read_contract(tmp_path / "merged").content["contract"] == read_contract(inputs[0]).content["contract"]
+    assert read_meta(tmp_path / "merged").semantics == read_meta(inputs[0]).semantics
 
 
 @pytest.mark.parametrize("weights", ["uniform", "cosine"])
@@ -96,7 +97,7 @@ def test_only_what_tells_models_apart_must_be_equal(make_checkpoint, tmp_path: P
     inputs = [make_checkpoint("a", 0), make_checkpoint("b", 1)]
     _change_contract(inputs[1], "model", "attention_backend", "dense")
     merge(inputs, tmp_path / "out")
-    assert read_contract(tmp_path / "out").model.attention_backend == "dense"
+    assert read_stored_model(tmp_path / "out").model.attention_backend == "dense"
 
 
 def test_the_card_of_a_merge_names_its_run(make_checkpoint, tmp_path: Path) -> None:
@@ -307,5 +308,7 @@ def _as_a_run_saves_it(source: Path, target: Path, has_local_names: bool = True)
         half = value.shape[-1] // 2
         writer.write(key, (0,) * value.dim(), value[..., :half].clone())
         writer.write(key, (*(0,) * (value.dim() - 1), half), value[..., half:].clone())
-    write_json_files(target, {"contract.json": json.loads((source / "contract.json").read_text())}, writer.close())
+    checksums = writer.close()
+    write_meta(target, read_meta(source))
+    write_manifest(target, checksums)
     return target
