@@ -142,9 +142,6 @@ def supervisor_details(chain: Chain, job: Job, code: Path, project: Path) -> dic
     else:
         # Nobody has said how many cores a rank gets: all may use all, where a site's default may bind each to one.
         srun.append("--cpu-bind=none")
-    if job.is_parallel and cluster.gpus_per_node:
-        # A rank takes the GPU of its number on the node, where a site's default may show it a single one.
-        srun.append("--gpu-bind=none")
     has_container = cluster.container.kind != "none"
     return {
         "code": str(code),

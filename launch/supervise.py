@@ -40,6 +40,12 @@ POLL_SECONDS = 1.0
 PREFLIGHT_SECONDS = 300.0
 # Ports below the ephemeral range; each attempt gets its own, since an older one may still hold the last.
 _PORTS = range(20000, 32000)
+# What srun would take for the step's: the counts are the whole job's, and a rank must see all GPUs of its node, because
+# it takes the one of its number.
+_NOT_FOR_SRUN = (
+    *("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NNODES"),
+    "SLURM_GPU_BIND",
+)
 
 
 class Supervisor:
@@ -184,10 +190,8 @@ class Supervisor:
         # An attempt that follows in the same job must not meet the last one's sockets either.
         place = int(self.job_id) * 37 + self.restarts + lease.generation
         guarded = self.run_folder or self.folder
-        # They describe the job, and srun would take them for the step's.
-        dropped = ("SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NNODES")
         return {
-            **{k: v for k, v in os.environ.items() if k not in dropped},
+            **{k: v for k, v in os.environ.items() if k not in _NOT_FOR_SRUN},
             "MASTER_ADDR": hosts[0],
             "MASTER_PORT": str(_PORTS[place % len(_PORTS)]),
             RUN_VARIABLE: str(guarded),

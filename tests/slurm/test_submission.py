@@ -95,6 +95,13 @@ def test_a_user_s_strings_stay_strings_in_a_job(fake_run: FakeRun) -> None:
     assert not Path("/tmp/pwned").exists()
 
 
+def test_every_rank_sees_all_gpus_of_its_node(fake_run: FakeRun) -> None:
+    fake_run.submit("cluster.gpus_per_node=2", steps=2, print="CUDA_VISIBLE_DEVICES")
+    wait_for(fake_run.is_done, 60, "the run to finish")
+    logs = sorted((fake_run.job_folder / "attempt_0001").glob("rank_*.log"))
+    assert ["0,1" in log.read_text().split() for log in logs] == [True] * 4
+
+
 def test_modules_and_a_container_surround_the_ranks(fake_run: FakeRun, tmp_path: Path) -> None:
     """Stand-ins on PATH: `module` notes what it is to load, `apptainer` its options, and runs the rest."""
     stubs = {

@@ -49,19 +49,21 @@ def stand_in(folder: Path, name: str, text: str) -> None:
 def test_a_preflight_that_a_stop_request_ends_is_no_crash(commands: Path, tmp_path: Path) -> None:
     """Under an interpreter without packages, as on a node."""
     write_json(tmp_path / "job.json", JOB)
-    stand_in(commands, "srun", "kill -TERM $PPID; exit 1")
+    stand_in(commands, "srun", 'env >"$HOME/environment"; kill -TERM $PPID; exit 1')
     stand_in(commands, "scontrol", "echo node1")
     stand_in(commands, "squeue", "echo COMPLETING")
     done = subprocess.run(
         [sys.executable, "-S", str(ROOT / "launch" / "supervise.py"), str(tmp_path)],
         check=False,
-        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1"},
+        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_GPU_BIND": "closest"},
         capture_output=True,
         text=True,
     )
     (end,) = (event for event in record.events(tmp_path) if event["event"] == "end")
     assert (end["how"], end["reason"]) == ("terminated", "preflight: node1 gave no report"), done.stderr
     assert "SLURM is ending the job itself (completing)" in done.stdout
+    environment = (tmp_path / "environment").read_text()
+    assert "MASTER_ADDR=node1" in environment and "SLURM_GPU_BIND" not in environment
 
 
 def test_a_requeue_waits_for_a_controller_that_restarts(commands: Path, tmp_path: Path) -> None:
