@@ -16,6 +16,7 @@ from megatron_dllm.config import (
     ScheduleConfig,
     StageConfig,
     TrainConfig,
+    TrainingConfig,
 )
 
 CONTEXT_LENGTH, BLOCK_SIZE, ROW_LENGTH = 32, 4, 96
@@ -51,13 +52,12 @@ _EXPERTS = replace(
     moe_router_num_groups=4,
     moe_router_group_topk=2,
     moe_router_topk_scaling_factor=2.5,
-    moe_router_bias_update_rate=1e-3,
 )
 # The last layer may leave out tokens that nobody reads only where the router's bias stands still (model/last_layer.py).
 SKIPPING = "skipping"
 MODELS: dict[str, ModelConfig] = {
     "experts": _EXPERTS,
-    SKIPPING: replace(_EXPERTS, moe_router_bias_update_rate=0.0),
+    SKIPPING: _EXPERTS,
     "six layers": replace(_EXPERTS, num_layers=6),
     "dense": replace(_DENSE, tie_word_embeddings=True),
 }
@@ -213,10 +213,14 @@ EMBEDDING_NOISE = {"complementary": 0.3}
 def train_config(layout: Layout, stage: StageConfig, corpus: Path) -> TrainConfig:
     """The whole configuration of one comparison. What one rank is expected to make of it leaves no output out."""
     stage = replace(stage, micro_batch_size=layout.micro_batch_size)
-    model = replace(MODELS[layout.model], skip_unused_outputs=layout not in EXPECTED.values())
+    training = TrainingConfig(
+        skip_unused_outputs=layout not in EXPECTED.values(),
+        moe_router_bias_update_rate=0.0 if layout.model == SKIPPING else 1e-3,
+    )
     return TrainConfig(
         run=RunConfig(name="parity"),
-        model=model,
+        model=MODELS[layout.model],
+        training=training,
         data=DataConfig(train=str(corpus), packing_chunk=64),
         noise=NoiseConfig(),
         parallel=layout.parallel,

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, PADDING_DOC, visible_keys
 
@@ -213,11 +213,12 @@ def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, has_atte
 
     if variant.recompute:
         layout = replace(layout, recompute="full")
-    model = replace(model, skip_unused_outputs=variant.last)
     paths = choose_paths(model, layout, DeviceFacts.here(), "auto" if variant.attention else "dense")
     if not variant.experts and model.is_moe:
         paths = replace(paths, experts=Choice("sequential", "the baseline"))
-    built = build_model(model, layout, Groups.current(), paths=paths)
+    built = build_model(
+        model, layout, Groups.current(), paths=paths, training=TrainingConfig(skip_unused_outputs=variant.last)
+    )
     if not has_attention:
         built.attention = replace(built.attention, backend=_NoAttention)
     for module in built.modules():

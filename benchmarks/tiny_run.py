@@ -26,6 +26,7 @@ from megatron_dllm.config import (
     ScheduleConfig,
     StageConfig,
     TrainConfig,
+    TrainingConfig,
 )
 from megatron_dllm.run.names import CHECKPOINTS, METRICS
 
@@ -49,14 +50,12 @@ MODEL = ModelConfig(
     moe_router_num_groups=4,
     moe_router_group_topk=2,
     moe_router_topk_scaling_factor=2.5,
-    moe_router_bias_update_rate=1e-3,
     init_method_std=0.1,
-    mask_embedding_noise=0.2,
-    mask_embedding_noise_steps=40,
     mask_token_id=MASK,
     eos_token_id=EOS,
     pad_token_id=PAD,
 )
+TRAINING = TrainingConfig(moe_router_bias_update_rate=1e-3, mask_embedding_noise=0.2, mask_embedding_noise_steps=40)
 DENSE = replace(MODEL, num_moe_experts=0, num_dense_layers=4)
 
 # About 6 steps each; the second packs its rows anew in the middle of a chunk of documents.
@@ -86,6 +85,7 @@ def run_config(folder: Path, name: str, layout: ParallelConfig | None = None, **
     config = TrainConfig(
         run=RunConfig(name=name, root=str(folder / "runs"), distributed_timeout_minutes=10.0),
         model=MODEL,
+        training=TRAINING,
         data=DataConfig(train=str(folder / "corpus"), packing_chunk=64),
         schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=dict(STAGES)),
         optimizer=OptimizerConfig(adam_eps=1e-3),

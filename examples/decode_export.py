@@ -31,7 +31,7 @@ THRESHOLD = 0.9
 
 def export_random_model(folder: Path) -> Path:
     """Write a tiny Ling with random weights, convert it, and export it as a LLaDA2; returns the export."""
-    write_synthetic(folder / "ling", replace(MODEL, vocab_size=VOCAB_SIZE, moe_router_bias_update_rate=0.0))
+    write_synthetic(folder / "ling", replace(MODEL, vocab_size=VOCAB_SIZE))
     make_tokenizer(documents_of([]), folder / "ling")
     hf_to_mcore.convert(folder / "ling", folder / "checkpoint")
     mcore_to_hf.convert(folder / "checkpoint", folder / "export", architecture="llada2_moe", dtype="fp32")

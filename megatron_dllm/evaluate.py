@@ -60,7 +60,8 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
     stored = check_identity(folder, config.model)
     check_grid(folder, stored, config.data.block_origin)
     corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
-    choose_paths(config.model, config.parallel, DeviceFacts.here())  # refuses what cannot run here
+    # Refuses what cannot run here.
+    choose_paths(config.model, config.parallel, DeviceFacts.here(), config.training.attention_backend)
     groups = initialize(config.parallel, config.run)
     try:
         chunks = build_chunks(config, groups)

@@ -57,7 +57,8 @@ def train(config: TrainConfig, make_parts: Callable[[], Parts] | None = None) ->
     sources = Sources(config, parts.open_source)
     meeting = meet(config.run)
     start = meeting.decide(lambda: decide_start(config, world_size(), sources))
-    choose_paths(config.model, start.layout, DeviceFacts.here(), is_training=True)  # refuses what cannot run here
+    # Refuses what cannot run here.
+    choose_paths(config.model, start.layout, DeviceFacts.here(), config.training.attention_backend, is_training=True)
     groups = initialize(start.layout, config.run, meeting)
     try:
         code = _run(set_up(config, groups, start, sources, parts))

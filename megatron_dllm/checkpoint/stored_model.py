@@ -12,6 +12,17 @@ from megatron_dllm.checkpoint.typed import read_fields
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.run.names import CONTRACT
 
+# Training settings that earlier versions kept among the model's fields. They are not part of what the weights mean.
+_TRAINING_SETTINGS = (
+    "attention_backend",
+    "skip_unused_outputs",
+    "mask_embedding_noise",
+    "mask_embedding_noise_steps",
+    "moe_router_bias_update_rate",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+)
+
 
 @dataclass(frozen=True)
 class StoredModel:
@@ -42,7 +53,7 @@ def read_stored_model(folder: Path) -> StoredModel:
     """
     meta = read_meta(folder)
     place = f"{folder / CONTRACT}: model."
-    return StoredModel(folder, read_fields(ModelConfig, meta.model, place), meta)
+    return StoredModel(folder, read_fields(ModelConfig, meta.model, place, ignored=_TRAINING_SETTINGS), meta)
 
 
 def open_checkpoint(folder: Path) -> tuple[StoredModel, TorchDistReader]:

@@ -17,6 +17,7 @@ from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, RunConfig
 from megatron_dllm.config.schedule import ScheduleConfig, StageConfig
 from megatron_dllm.config.train import TrainConfig
+from megatron_dllm.config.training import TrainingConfig
 
 __all__ = [
     "CheckpointConfig",
@@ -33,4 +34,5 @@ __all__ = [
     "ScheduleConfig",
     "StageConfig",
     "TrainConfig",
+    "TrainingConfig",
 ]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from megatron_dllm.config.model import ATTENTION_BACKENDS
 from megatron_dllm.config.parallel import PRECISIONS
 from megatron_dllm.config.rules import check, check_choice, check_positive
+from megatron_dllm.config.training import ATTENTION_BACKENDS
 
 
 @dataclass

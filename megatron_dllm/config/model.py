@@ -8,7 +8,6 @@ from omegaconf import MISSING
 
 from megatron_dllm.config.rules import check, check_choice, check_positive
 
-ATTENTION_BACKENDS = ("auto", "dense", "chunked", "shared_prefix", "flex")
 FAMILIES = ("bailing_moe", "llada2_moe", "qwen3_moe", "sdar_moe", "qwen3")
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
 
@@ -46,21 +45,11 @@ class ModelConfig:
     moe_router_score_function: str = "sigmoid"
     moe_router_pre_softmax: bool = False
     moe_router_enable_expert_bias: bool = True
-    moe_router_bias_update_rate: float = 0.0
     moe_router_dtype: str = "fp32"
-    moe_aux_loss_coeff: float = 0.0
-    moe_z_loss_coeff: float = 0.0
     init_method_std: float = 0.02
     mask_token_id: int = MISSING
     eos_token_id: int = MISSING
     pad_token_id: int = MISSING
-    attention_backend: str = "auto"
-    # Compute the last layer's outputs only for tokens with a loss (exact; set false to compare).
-    skip_unused_outputs: bool = True
-    # Standard deviation of the noise added to the embedding of masked tokens, as a fraction of the
-    # mean norm of the embedding rows; falls linearly to 0 (LLaDA2.0 section 7.1).
-    mask_embedding_noise: float = 0.0
-    mask_embedding_noise_steps: int = 0
 
     @property
     def is_moe(self) -> bool:
@@ -70,7 +59,6 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise ValueError if sizes contradict each other, or if megatron-core would compute something else than HF."""
         check_choice("model.family", self.family, FAMILIES)
-        check_choice("model.attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         for name in (
             "num_layers",
             "hidden_size",
@@ -101,16 +89,6 @@ class ModelConfig:
             self.mask_token_id != self.eos_token_id,
             f"model.mask_token_id ({self.mask_token_id}) equals eos_token_id; "
             "the mask token must be a token of its own.",
-        )
-        check(
-            self.mask_embedding_noise >= 0.0,
-            f"model.mask_embedding_noise ({self.mask_embedding_noise}) must not be negative; 0 turns it off.",
-        )
-        check(
-            self.mask_embedding_noise == 0.0 or self.mask_embedding_noise_steps > 0,
-            f"model.mask_embedding_noise_steps ({self.mask_embedding_noise_steps}) must be positive with "
-            f"mask_embedding_noise ({self.mask_embedding_noise}), which falls to 0 over so many steps; give their "
-            "number, or set mask_embedding_noise to 0.",
         )
         if self.is_moe:
             self._validate_moe()

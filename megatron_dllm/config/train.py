@@ -11,6 +11,7 @@ from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.rules import check, check_positive, nearest_multiples
 from megatron_dllm.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, RunConfig
 from megatron_dllm.config.schedule import ScheduleConfig, StageConfig
+from megatron_dllm.config.training import TrainingConfig
 
 
 @dataclass
@@ -21,6 +22,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -38,6 +40,7 @@ class TrainConfig:
         self.model.validate()
         self.data.validate()
         self.noise.validate()
+        self.training.validate()
         self.schedule.validate()
         self.optimizer.validate()
         self.checkpoint.validate()

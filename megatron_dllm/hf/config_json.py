@@ -400,7 +400,7 @@ def _qwen3_keys(model: ModelConfig) -> dict[str, Any]:
             "num_experts_per_tok": model.moe_router_topk,
             "norm_topk_prob": not model.moe_router_pre_softmax,
             "output_router_logits": False,
-            "router_aux_loss_coef": model.moe_aux_loss_coeff,
+            "router_aux_loss_coef": 0.0,
         }
     return keys
 

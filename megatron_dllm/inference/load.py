@@ -54,7 +54,7 @@ def load_model(
         source: from `read_source`.
         groups: of this rank; the model is whole on every rank.
         precision: of parameters and activations; None: bf16 on a GPU, fp32 without one.
-        attention_backend: see `config.model.ATTENTION_BACKENDS`.
+        attention_backend: see `config.training.ATTENTION_BACKENDS`.
 
     Raises:
         ValueError: weights are missing, or do not fit the model.

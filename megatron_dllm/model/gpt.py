@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.attention.backends import BACKENDS
@@ -41,6 +41,7 @@ def build_model(
     *,
     vp_stage: int | None = None,
     paths: Paths | None = None,
+    training: TrainingConfig | None = None,
 ) -> DiffusionGPTModel:
     """This rank's part of the model, with random weights.
 
@@ -50,16 +51,18 @@ def build_model(
         groups: of this layout; they say whether this part holds the embedding and the head.
         vp_stage: virtual pipeline stage, with interleaved pipelines.
         paths: the implementations; None: those chosen for this process's device.
+        training: how it is trained; None: the defaults.
 
     Returns:
         The model on this rank's device, in fp32 or bf16 parameters by parallel.precision.
     """
-    paths = paths or choose_paths(model, parallel, DeviceFacts.here())
-    config = transformer_config(model, parallel, paths)
+    training = training or TrainingConfig()
+    paths = paths or choose_paths(model, parallel, DeviceFacts.here(), training.attention_backend)
+    config = transformer_config(model, parallel, paths, training)
     return DiffusionGPTModel(
         model,
         config,
-        block_spec(config, paths, vp_stage, can_skip_outputs(model, config)),
+        block_spec(config, paths, vp_stage, can_skip_outputs(model, config, training)),
         AttentionPlanner(BACKENDS[paths.attention.name], groups.context, config.cp_comm_type == "a2a"),
         pre_process=groups.is_first_stage(vp_stage),
         post_process=groups.is_last_stage(vp_stage),

@@ -19,18 +19,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_dllm.config import ModelConfig
+from megatron_dllm.config import ModelConfig, TrainingConfig
 from megatron_dllm.model.attention.inputs import AttentionInputs
 
 
-def can_skip_outputs(model: ModelConfig, config: TransformerConfig) -> bool:
+def can_skip_outputs(model: ModelConfig, config: TransformerConfig, training: TrainingConfig) -> bool:
     """Whether the last layer may leave out tokens, by what it would change or could not do.
 
     It must not where the router is balanced by what it sees (its bias moves, or it has a loss of its own); where
     the expert dispatcher gathers tokens of ranks with other rows, which must bring equal numbers; and where
     context-parallel ranks exchange tokens for heads, likewise.
     """
-    is_balanced = bool(model.moe_router_bias_update_rate or model.moe_aux_loss_coeff or model.moe_z_loss_coeff)
+    is_balanced = bool(training.moe_router_bias_update_rate or training.moe_aux_loss_coeff or training.moe_z_loss_coeff)
     num_expert_ranks = config.expert_model_parallel_size * (config.expert_tensor_parallel_size or 1)
     needs_equal_counts = (
         config.moe_token_dispatcher_type == "allgather" and num_expert_ranks > config.tensor_model_parallel_size
@@ -38,7 +38,7 @@ def can_skip_outputs(model: ModelConfig, config: TransformerConfig) -> bool:
     if model.is_moe and (is_balanced or needs_equal_counts):
         return False
     exchanges_heads = config.context_parallel_size > 1 and config.cp_comm_type == "a2a"
-    return model.skip_unused_outputs and not exchanges_heads
+    return training.skip_unused_outputs and not exchanges_heads
 
 
 def flat_rows(positions: Tensor, length: int, num_rows: int) -> Tensor:

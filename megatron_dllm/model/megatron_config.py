@@ -9,19 +9,21 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.model.paths import Paths
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, paths: Paths) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, paths: Paths, training: TrainingConfig | None = None
+) -> TransformerConfig:
     """megatron-core's configuration of the model on this layout, with these implementations."""
     with warnings.catch_warnings():
         # Meant for TransformerEngine's attention, which is not in use.
         warnings.filterwarnings("ignore", message="(?s).*core_attn is from transformer_engine.*")
-        return TransformerConfig(**_arguments(model, parallel, paths))
+        return TransformerConfig(**_arguments(model, parallel, paths, training or TrainingConfig()))
 
 
-def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths) -> dict[str, Any]:
+def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths, training: TrainingConfig) -> dict[str, Any]:
     is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
     return dict(
@@ -74,12 +76,12 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths) -> di
         # A list also for models whose layers are all alike: checkpoints then name every layer by itself.
         moe_layer_freq=[int(model.is_moe and layer >= model.num_dense_layers) for layer in range(model.num_layers)],
         cuda_graph_scope=[],
-        **_moe_arguments(model, paths),
+        **_moe_arguments(model, paths, training),
         **_recompute_arguments(parallel.recompute),
     )
 
 
-def _moe_arguments(model: ModelConfig, paths: Paths) -> dict[str, Any]:
+def _moe_arguments(model: ModelConfig, paths: Paths, training: TrainingConfig) -> dict[str, Any]:
     if not model.is_moe:
         return {}
     return dict(
@@ -93,11 +95,11 @@ def _moe_arguments(model: ModelConfig, paths: Paths) -> dict[str, Any]:
         moe_router_score_function=model.moe_router_score_function,
         moe_router_pre_softmax=model.moe_router_pre_softmax,
         moe_router_enable_expert_bias=model.moe_router_enable_expert_bias,
-        moe_router_bias_update_rate=model.moe_router_bias_update_rate,
+        moe_router_bias_update_rate=training.moe_router_bias_update_rate,
         moe_router_dtype=model.moe_router_dtype,
-        moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_z_loss_coeff=model.moe_z_loss_coeff or None,
+        moe_router_load_balancing_type="aux_loss" if training.moe_aux_loss_coeff else "none",
+        moe_aux_loss_coeff=training.moe_aux_loss_coeff,
+        moe_z_loss_coeff=training.moe_z_loss_coeff or None,
         moe_token_dispatcher_type=paths.dispatcher.name,
         moe_grouped_gemm=paths.experts.name == "te_grouped",
         moe_permute_fusion=paths.experts.name == "te_grouped",

@@ -66,7 +66,7 @@ def choose_paths(
     model: ModelConfig,
     parallel: ParallelConfig,
     facts: DeviceFacts,
-    attention_backend: str | None = None,
+    attention_backend: str = "auto",
     is_training: bool = False,
 ) -> Paths:
     """What runs on such a device; a pure function.
@@ -75,7 +75,7 @@ def choose_paths(
         model: sizes.
         parallel: layout and precision.
         facts: of the device.
-        attention_backend: overrides model.attention_backend.
+        attention_backend: see `config.training.ATTENTION_BACKENDS`.
         is_training: gradients are needed.
 
     Raises:
@@ -87,7 +87,7 @@ def choose_paths(
     device = "CUDA" if facts.is_cuda else "no CUDA"
     layers = from_te if has_te else torchs
     return Paths(
-        attention=_attention(attention_backend or model.attention_backend, facts, is_training),
+        attention=_attention(attention_backend, facts, is_training),
         linear=layers,
         norms=layers,
         experts=_experts(model, parallel, facts.is_cuda, has_te),

@@ -44,7 +44,8 @@ class Engine:
 def build_chunks(config: TrainConfig, groups: Groups, is_training: bool = False) -> list[nn.Module]:
     """The model chunks of this pipeline rank (several with virtual stages), in the training precision."""
     facts = DeviceFacts.here()
-    paths = choose_paths(config.model, config.parallel, facts, is_training=is_training)
+    backend = config.training.attention_backend
+    paths = choose_paths(config.model, config.parallel, facts, backend, is_training)
     if groups.world.rank() == 0:
         # What is slower than it needs to be shows on every terminal.
         log.log(logging.WARNING if facts.is_cuda and not paths.uses_transformer_engine else logging.INFO, "%s", paths)
@@ -52,7 +53,9 @@ def build_chunks(config: TrainConfig, groups: Groups, is_training: bool = False)
     chunks: list[nn.Module] = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
-        chunks.append(build_model(config.model, config.parallel, groups, vp_stage=vp_stage, paths=paths))
+        chunks.append(
+            build_model(config.model, config.parallel, groups, vp_stage=vp_stage, paths=paths, training=config.training)
+        )
     if config.parallel.precision == "bf16":
         return [Float16Module(chunk.config, chunk) for chunk in chunks]
     return chunks
@@ -64,7 +67,8 @@ def build_engine(config: TrainConfig, groups: Groups) -> Engine:
     Raises:
         RuntimeError: the compiled attention kernel gives other gradients than the reference on this GPU.
     """
-    if choose_paths(config.model, config.parallel, DeviceFacts.here(), is_training=True).attention.name == "flex":
+    backend = config.training.attention_backend
+    if choose_paths(config.model, config.parallel, DeviceFacts.here(), backend, True).attention.name == "flex":
         dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
         check_gradients(local_device(), dtype, config.model.kv_channels)
     chunks = build_chunks(config, groups, is_training=True)

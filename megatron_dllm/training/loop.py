@@ -215,9 +215,10 @@ class Trainer:
 
 def embedding_noise(config: TrainConfig, step: int) -> EmbeddingNoise:
     """The noise on masked embeddings in the step after so many."""
-    model = config.model
-    share = max(0.0, 1.0 - step / model.mask_embedding_noise_steps) if model.mask_embedding_noise_steps else 0.0
-    return EmbeddingNoise(model.mask_embedding_noise * share, config.run.seed * 1000003 + step)
+    training = config.training
+    num_steps = training.mask_embedding_noise_steps
+    share = max(0.0, 1.0 - step / num_steps) if num_steps else 0.0
+    return EmbeddingNoise(training.mask_embedding_noise * share, config.run.seed * 1000003 + step)
 
 
 def _say(text: str) -> None:

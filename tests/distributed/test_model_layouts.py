@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ranks import run_ranks
-from megatron_dllm.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_dllm.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from tests.reference_model import random_weights, tiny_model, to_megatron
@@ -97,13 +97,14 @@ def _forward(groups: Any, batches: Any, model: Any) -> tuple[Any, Any]:
     return model(batch, **NOISE), partial(_loss, batch, groups)
 
 
-def _chunks(model: ModelConfig, layout: ParallelConfig, groups: Any) -> list[Any]:
+def _chunks(model: ModelConfig, layout: ParallelConfig, groups: Any, skips_outputs: bool = True) -> list[Any]:
     from megatron_dllm.model.gpt import build_model
 
+    training = TrainingConfig(skip_unused_outputs=skips_outputs)
     chunks = []
     for stage in range(layout.virtual_pipeline_model_parallel_size or 1):
         vp_stage = stage if layout.virtual_pipeline_model_parallel_size else None
-        chunks.append(build_model(model, layout, groups, vp_stage=vp_stage))
+        chunks.append(build_model(model, layout, groups, vp_stage=vp_stage, training=training))
     return chunks
 
 
@@ -156,8 +157,7 @@ def _run_layout(
     layout.validate(world_size(), model)
     parallel_state.destroy_model_parallel()
     made = groups.initialize(layout, RunConfig(name="test"))
-    model = replace(model, skip_unused_outputs=layout != ParallelConfig())
-    chunks = _chunks(model, replace(layout, moe_token_dispatcher=dispatcher), made)
+    chunks = _chunks(model, replace(layout, moe_token_dispatcher=dispatcher), made, layout != ParallelConfig())
     assert not chunks[-1].post_process or chunks[-1].skips_outputs == skips_outputs, name
     loaded = dist_checkpointing.load(_sharded(chunks), f"{folder}/weights_{model_name}")
     for index, chunk in enumerate(chunks):

@@ -24,8 +24,8 @@ import torch
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_run import (
     CONTEXT_LENGTH,
-    MODEL,
     ROW_LENGTH,
+    TRAINING,
     checkpoints_of,
     read_metrics,
     read_tensors,
@@ -95,12 +95,12 @@ class Golden:
 
 def golden_config(folder: Path, name: str, layout: ParallelConfig) -> TrainConfig:
     """The run of one layout."""
-    model = replace(MODEL, moe_router_bias_update_rate=0.0) if name.endswith(SKIPPING) else MODEL
+    training = replace(TRAINING, moe_router_bias_update_rate=0.0) if name.endswith(SKIPPING) else TRAINING
     return run_config(
         folder,
         name,
         layout,
-        model=model,
+        training=training,
         checkpoint=CheckpointConfig(keep_last=1, timeout_minutes=10.0),
         schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=ROW_LENGTH, stages=dict(STAGES)),
     )

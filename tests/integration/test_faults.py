@@ -23,8 +23,8 @@ import torch
 from benchmarks.kill import ROOT, run_test, run_with_kills
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_run import (
-    MODEL,
     STAGES,
+    TRAINING,
     checkpoints_of,
     read_metrics,
     run_config,
@@ -227,10 +227,12 @@ def _replay_command(*words: str) -> tuple[int, str]:
 
 
 def test_replay_names_the_rows_that_are_not_finite(folder: Path) -> None:
-    model = replace(MODEL, mask_embedding_noise=0.0)  # its scale is a mean over all embeddings
-    start = run_config(folder, "poisoned_start", model=model)
+    training = replace(TRAINING, mask_embedding_noise=0.0)  # its scale is a mean over all embeddings
+    start = run_config(folder, "poisoned_start", training=training)
     run_ranks(_write_poisoned_start, 1, start, timeout_s=300.0)
-    config = run_config(folder, "poisoned", model=model, checkpoint=CheckpointConfig(load=str(_run_folder(start))))
+    config = run_config(
+        folder, "poisoned", training=training, checkpoint=CheckpointConfig(load=str(_run_folder(start)))
+    )
     assert run_ranks(train_here, 2, config, timeout_s=500.0) == [EXIT_NON_FINITE] * 2
     (dumped,) = (_run_folder(config) / "replay").iterdir()
     record, checkpoint, result = run_ranks(_replay, 1, dumped, timeout_s=300.0)[0]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.ranks import run_ranks
-from benchmarks.tiny_run import MODEL, STAGES, checkpoints_of, read_metrics, run_config
-from megatron_dllm.config import TrainConfig
+from benchmarks.tiny_run import STAGES, checkpoints_of, read_metrics, run_config
+from megatron_dllm.config import TrainConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from tests.toy_objective import LAMBDA, toy_objective
 from tests.toy_source import ToySource, place_of, token_of
@@ -19,8 +19,7 @@ from tests.toy_source import ToySource, place_of, token_of
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     """One stage, without what would make the first step differ from a plain forward and backward pass."""
-    model = replace(MODEL, mask_embedding_noise=0.0, moe_router_bias_update_rate=0.0)
-    config = run_config(tmp_path, "toy", model=model)
+    config = run_config(tmp_path, "toy", training=TrainingConfig())
     return replace(config, schedule=replace(config.schedule, stages={"only": STAGES["warmup"]}))
 
 

@@ -36,7 +36,6 @@ MODEL = [
     "num_moe_experts=8",
     "moe_ffn_hidden_size=16",
     "moe_shared_expert_intermediate_size=16",
-    "mask_embedding_noise=0",
 ]
 TOKENS = {
     "warmup_1": 2000,

@@ -22,6 +22,7 @@ from megatron_dllm.config import (
     ScheduleConfig,
     StageConfig,
     TrainConfig,
+    TrainingConfig,
 )
 
 
@@ -260,17 +261,11 @@ def test_batches_must_divide_among_ranks(
     ("changes", "parts"),
     [
         (dict(family="gpt2"), ("model.family (gpt2)", "bailing_moe")),
-        (dict(attention_backend="magic"), ("model.attention_backend (magic)", "dense")),
         (dict(hidden_size=0), ("model.hidden_size (0)", "positive")),
         (dict(num_query_groups=3), ("model.num_query_groups (3)", "num_attention_heads (8)")),
         (dict(rotary_percent=0.0), ("model.rotary_percent (0.0)", "partial_rotary_factor")),
         (dict(mask_token_id=192), ("model.mask_token_id (192)", "[0, 192)", "tokenizer")),
         (dict(mask_token_id=0), ("model.mask_token_id (0)", "token of its own")),
-        (dict(mask_embedding_noise=-0.1), ("model.mask_embedding_noise (-0.1)", "0 turns it off")),
-        (
-            dict(mask_embedding_noise=0.5),
-            ("model.mask_embedding_noise_steps (0)", "mask_embedding_noise (0.5)", "give"),
-        ),
         (dict(moe_router_score_function="tanh"), ("moe_router_score_function (tanh)", "sigmoid, softmax")),
         (dict(num_dense_layers=12), ("model.num_dense_layers (12)", "set num_moe_experts to 0")),
         (dict(moe_ffn_hidden_size=0), ("model.moe_ffn_hidden_size (0)", "positive")),
@@ -283,6 +278,24 @@ def test_batches_must_divide_among_ranks(
 )
 def test_models_that_contradict_themselves_are_refused(changes: dict[str, object], parts: tuple[str, ...]) -> None:
     message = _refusal(lambda: _config(model=_model(**changes)).validate(1))
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (dict(attention_backend="magic"), ("training.attention_backend (magic)", "dense")),
+        (dict(mask_embedding_noise=-0.1), ("training.mask_embedding_noise (-0.1)", "0 turns it off")),
+        (dict(moe_aux_loss_coeff=-1.0), ("training.moe_aux_loss_coeff (-1.0)", "0 turns it off")),
+        (
+            dict(mask_embedding_noise=0.5),
+            ("training.mask_embedding_noise_steps (0)", "mask_embedding_noise (0.5)", "give"),
+        ),
+    ],
+)
+def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: tuple[str, ...]) -> None:
+    message = _refusal(lambda: _config(training=TrainingConfig(**changes)).validate(1))
     for part in parts:
         assert part in message
 

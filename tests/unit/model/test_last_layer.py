@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from tests.reference_model import random_weights, tiny_model, to_megatron
 from tests.tiny_batch import tiny_batch
@@ -27,7 +26,12 @@ BATCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def _build(model: ModelConfig, parallel: ParallelConfig | None = None, backend: str = "auto") -> Any:
+def _build(
+    model: ModelConfig,
+    parallel: ParallelConfig | None = None,
+    backend: str = "auto",
+    training: TrainingConfig | None = None,
+) -> Any:
     from megatron_dllm.model.gpt import build_model
     from megatron_dllm.model.paths import choose_paths
     from megatron_dllm.parallel.device import DeviceFacts
@@ -35,7 +39,7 @@ def _build(model: ModelConfig, parallel: ParallelConfig | None = None, backend: 
 
     parallel = parallel or ParallelConfig()
     paths = choose_paths(model, parallel, DeviceFacts.here(), backend)
-    built = build_model(model, parallel, Groups.current(), paths=paths)
+    built = build_model(model, parallel, Groups.current(), paths=paths, training=training)
     built.load_state_dict(to_megatron(model, random_weights(model)), strict=False)
     return built.train()
 
@@ -57,7 +61,7 @@ def test_equals_the_whole_layer_with_gradients(
     model = tiny_model()
     batch = tiny_batch(model, **BATCHES[kind])
     (nll, is_correct), got = _with_gradients(_build(model, ParallelConfig(recompute=recompute), backend), batch)
-    whole = _build(replace(model, skip_unused_outputs=False))
+    whole = _build(model, training=TrainingConfig(skip_unused_outputs=False))
     assert not whole.skips_outputs
     (expected_nll, expected_correct), expected = _with_gradients(whole, batch)
     torch.testing.assert_close(nll, expected_nll, rtol=1e-5, atol=1e-5)
@@ -84,7 +88,7 @@ def test_only_kept_tokens_pass_through_the_last_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes,parallel,expected",
+    "training,parallel,expected",
     [
         ({}, {}, True),
         ({"skip_unused_outputs": False}, {}, False),
@@ -106,18 +110,30 @@ def test_only_kept_tokens_pass_through_the_last_layer() -> None:
         ),
         ({}, {"context_parallel_size": 2}, True),
         ({}, {"context_parallel_size": 2, "context_parallel_method": "ulysses"}, False),
-        ({"num_moe_experts": 0}, {"pipeline_model_parallel_size": 2}, True),
+        ({}, {"pipeline_model_parallel_size": 2}, True),
     ],
 )
-def test_layouts_that_need_every_output_keep_it(changes: dict, parallel: dict, expected: bool) -> None:
+def test_layouts_that_need_every_output_keep_it(training: dict, parallel: dict, expected: bool) -> None:
     from megatron_dllm.model.last_layer import can_skip_outputs
     from megatron_dllm.model.megatron_config import transformer_config
     from megatron_dllm.model.paths import choose_paths
     from megatron_dllm.parallel.device import DeviceFacts
 
-    model, layout = tiny_model(**changes), ParallelConfig(**parallel)
-    paths = choose_paths(model, layout, DeviceFacts.here())
-    assert can_skip_outputs(model, transformer_config(model, layout, paths)) is expected
+    model, layout, settings = tiny_model(), ParallelConfig(**parallel), TrainingConfig(**training)
+    config = transformer_config(model, layout, choose_paths(model, layout, DeviceFacts.here()), settings)
+    assert can_skip_outputs(model, config, settings) is expected
+
+
+def test_a_model_without_a_router_may_leave_out_outputs_whatever_balances_one() -> None:
+    from megatron_dllm.model.last_layer import can_skip_outputs
+    from megatron_dllm.model.megatron_config import transformer_config
+    from megatron_dllm.model.paths import choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
+
+    model, layout = tiny_model(num_moe_experts=0), ParallelConfig(pipeline_model_parallel_size=2)
+    training = TrainingConfig(moe_router_bias_update_rate=1e-3, moe_aux_loss_coeff=1e-2)
+    config = transformer_config(model, layout, choose_paths(model, layout, DeviceFacts.here()), training)
+    assert can_skip_outputs(model, config, training)
 
 
 def test_rows_to_keep_are_filled_up_to_a_multiple() -> None:

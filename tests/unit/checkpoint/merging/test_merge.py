@@ -95,9 +95,9 @@ def test_an_hf_merge_takes_the_model_and_not_its_history(make_checkpoint, tmp_pa
 
 def test_only_what_tells_models_apart_must_be_equal(make_checkpoint, tmp_path: Path) -> None:
     inputs = [make_checkpoint("a", 0), make_checkpoint("b", 1)]
-    _change_contract(inputs[1], "model", "attention_backend", "dense")
+    _change_contract(inputs[1], "model", "init_method_std", 0.5)
     merge(inputs, tmp_path / "out")
-    assert read_stored_model(tmp_path / "out").model.attention_backend == "dense"
+    assert read_stored_model(tmp_path / "out").model.init_method_std == 0.5
 
 
 def test_the_card_of_a_merge_names_its_run(make_checkpoint, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from megatron_dllm.config import ParallelConfig
+from megatron_dllm.config import ParallelConfig, TrainingConfig
 from megatron_dllm.model.attention import dense
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
@@ -39,8 +39,8 @@ def test_plans_are_made_once_per_micro_batch(
     """One plan for all queries, and one for the last layer where it keeps only some."""
     from megatron_dllm.model.gpt import build_model
 
-    model = tiny_model(skip_unused_outputs=skips_outputs)
-    built = build_model(model, ParallelConfig(recompute=recompute), one_rank).train()
+    model, training = tiny_model(), TrainingConfig(skip_unused_outputs=skips_outputs)
+    built = build_model(model, ParallelConfig(recompute=recompute), one_rank, training=training).train()
     backend = _Counting()
     built.attention = replace(built.attention, backend=backend)
     for index in (1, 2):
@@ -53,7 +53,7 @@ def test_plans_are_made_once_per_micro_batch(
 def test_a_stage_of_one_skipping_layer_plans_for_the_kept_queries_alone(one_rank: Any) -> None:
     from megatron_dllm.model.gpt import build_model
 
-    model = tiny_model(num_layers=1, num_dense_layers=0, skip_unused_outputs=True)
+    model = tiny_model(num_layers=1, num_dense_layers=0)
     built = build_model(model, ParallelConfig(), one_rank)
     backend = _Counting()
     built.attention = replace(built.attention, backend=backend)
