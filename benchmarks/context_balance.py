@@ -48,8 +48,8 @@ def build_rows(geometry: RowGeometry, num_rows: int, median: float, sigma: float
     rows = []
     for index in range(num_rows):
         plan = stream.next(geometry)
-        tokens = int(plan.pieces[:, LENGTH].sum())
-        content = RowContent(rng.integers(MASK + 1, VOCAB_SIZE, tokens), np.arange(len(plan.pieces)) + 10_000 * index)
+        tokens = int(plan.segments[:, LENGTH].sum())
+        content = RowContent(rng.integers(MASK + 1, VOCAB_SIZE, tokens), np.arange(len(plan.segments)) + 10_000 * index)
         rows.append(build_row(plan, content, geometry, noise, seed=0, mask_token_id=MASK, pad_token_id=0))
     return rows
 

@@ -167,7 +167,7 @@ def build_batch(documents: Documents, variant: Variant, mask_token_id: int, mult
         target_t=1 / weights,
         row_keys=torch.arange(len(rows)),
         sample_ids=starts.repeat(len(rows)),
-        num_pieces=torch.full((len(rows),), len(starts)),
+        num_segments=torch.full((len(rows),), len(starts)),
         num_maskable=torch.tensor(total * len(views)),
         num_document_tokens=torch.tensor(total),
         num_forward_tokens=torch.tensor(int((table[..., 1] >= 0).sum())),

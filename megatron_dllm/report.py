@@ -84,9 +84,9 @@ def example_row(config: TrainConfig) -> tuple[Batch, str]:
     )
     stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk, spans=corpus.spans)
     plans = [stream.next(geometry) for _ in range(_ROWS_LOOKED_AT)]
-    plan = max(plans, key=lambda plan: int((plan.pieces[:, LENGTH] > 2 * stage.block_size).sum()))
+    plan = max(plans, key=lambda plan: int((plan.segments[:, LENGTH] > 2 * stage.block_size).sum()))
     return collate([dataset[plan]]), (
-        f"A row of {geometry.row_length} tokens, {len(plan.pieces)} document pieces, block size {stage.block_size}"
+        f"A row of {geometry.row_length} tokens, {len(plan.segments)} segments, block size {stage.block_size}"
     )
 
 

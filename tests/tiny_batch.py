@@ -61,7 +61,7 @@ def tiny_batch(
         target_ids=labels.flatten()[targets],
         loss_weights=weights,
         target_t=torch.full((len(targets),), mask_ratio),
-        num_pieces=torch.tensor([len(lengths) for lengths in rows]),
+        num_segments=torch.tensor([len(lengths) for lengths in rows]),
         row_keys=torch.arange(b) * 7919 + 13,
         sample_ids=torch.arange(sum(len(row) for row in rows)),
         num_maskable=torch.tensor(len(targets)),

@@ -38,5 +38,5 @@ class ToySource:
 
 
 def place_of(sample_id: int) -> tuple[int, int]:
-    """Document and offset of a piece."""
+    """Document and offset of a segment."""
     return divmod(sample_id, _LONGEST)

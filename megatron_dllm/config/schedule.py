@@ -125,7 +125,7 @@ class StageConfig:
 class ScheduleConfig:
     """The stages in order, and the two lengths that stay the same through all of them."""
 
-    # Longest piece of a document; longer documents are split at multiples of it.
+    # Longest segment of a document; longer documents are split at multiples of it.
     context_length: int = MISSING
     # Tokens the model sees in a row (noisy, clean and padding); null: 2 x context_length.
     row_length: int | None = None
@@ -155,7 +155,7 @@ class ScheduleConfig:
                 needed += self.context_length - stage.block_size
             check(
                 self.tokens_per_row >= needed,
-                f"schedule.row_length ({self.tokens_per_row}) must hold the longest piece of stage {name}: "
+                f"schedule.row_length ({self.tokens_per_row}) must hold the longest segment of stage {name}: "
                 f"{max(stage.num_noisy_copies, 1)} view(s) and the clean blocks of context_length "
                 f"{self.context_length} take {needed} tokens; raise row_length or lower context_length.",
             )

@@ -26,11 +26,11 @@ class Kind(Enum):
     TARGET = "target"  # [T]
     POSITION = "position"  # [T], one a target: an index into the flattened [b * s] tokens
     ROW = "row"  # [b]
-    PIECE = "piece"  # [p]: the document pieces of all rows, in order
+    SEGMENT = "segment"  # [p]: the segments of all rows, in order
     TOTAL = "total"  # []: a sum over the micro-batch, which cannot be split
 
 
-_TOKEN, _TARGET, _POSITION, _ROW, _PIECE, _TOTAL = ({"kind": kind, "is_digested": False} for kind in Kind)
+_TOKEN, _TARGET, _POSITION, _ROW, _SEGMENT, _TOTAL = ({"kind": kind, "is_digested": False} for kind in Kind)
 _DIGESTED = {"is_digested": True}
 
 
@@ -48,11 +48,11 @@ class Batch:
     order would change the fingerprint of every step.
 
     Attributes:
-        sample_ids: [p] int64, sample ids of the pieces in the micro-batch, in order.
-        num_pieces: [b] int64, how many of these pieces lie in each row.
+        sample_ids: [p] int64, sample ids of the segments in the micro-batch, in order.
+        num_segments: [b] int64, how many of these segments lie in each row.
         row_keys: [b] int64, a number that identifies the row's content wherever it is computed.
         input_ids: [b, s] int64, what the model reads: x_t in noisy views, x_0 in clean copies.
-        position_ids: [b, s] int64, position inside the document piece; every copy of a token shares it.
+        position_ids: [b, s] int64, position inside the segment; every copy of a token shares it.
         roles: [b, s, 3] int32 (doc, block, view), see `diffusion.roles`.
         is_masked: [b, s] bool, noisy tokens replaced by the mask token.
         target_positions: [T] int64, index into the flattened [b * s] tokens whose output carries a loss.
@@ -64,8 +64,8 @@ class Batch:
         num_forward_tokens: [] int64, tokens the model sees, padding not counted.
     """
 
-    sample_ids: Tensor = field(metadata=_PIECE | _DIGESTED)
-    num_pieces: Tensor = field(metadata=_ROW)
+    sample_ids: Tensor = field(metadata=_SEGMENT | _DIGESTED)
+    num_segments: Tensor = field(metadata=_ROW)
     row_keys: Tensor = field(metadata=_ROW | _DIGESTED)
     input_ids: Tensor = field(metadata=_TOKEN | _DIGESTED)
     position_ids: Tensor = field(metadata=_TOKEN)
@@ -80,12 +80,12 @@ class Batch:
     num_forward_tokens: Tensor = field(metadata=_TOTAL)
 
     @property
-    def target_pieces(self) -> Tensor:
-        """[T] int64, the document piece of each target: an index into `sample_ids`, for sums over documents.
+    def target_segments(self) -> Tensor:
+        """[T] int64, the segment of each target: an index into `sample_ids`, for sums over documents.
 
-        It is the same on every context-parallel rank, so sums over pieces can be added over the group.
+        It is the same on every context-parallel rank, so sums over segments can be added over the group.
         """
-        first = torch.cumsum(self.num_pieces, 0) - self.num_pieces
+        first = torch.cumsum(self.num_segments, 0) - self.num_segments
         row = self.target_positions // self.input_ids.shape[1]
         return first[row] + self._target_roles[:, DOC]
 
@@ -134,7 +134,7 @@ class Batch:
     def split_rows(self) -> list[Batch]:
         """One batch for each row. Totals (num_maskable, ...) stay those of the whole."""
         length = self.input_ids.shape[1]
-        pieces = torch.split(torch.arange(len(self.sample_ids)), self.num_pieces.tolist())
+        segments = torch.split(torch.arange(len(self.sample_ids)), self.num_segments.tolist())
         row_of_target = self.target_positions // length
 
         def take(row: int) -> Callable[[Kind, Tensor], Tensor]:
@@ -142,7 +142,7 @@ class Batch:
             part: dict[Kind, Tensor | slice] = {
                 Kind.TOKEN: one_row,
                 Kind.ROW: one_row,
-                Kind.PIECE: pieces[row],
+                Kind.SEGMENT: segments[row],
                 Kind.TARGET: is_mine,
             }
 
@@ -153,7 +153,7 @@ class Batch:
 
             return take_part
 
-        return [self._map(take(row)) for row in range(len(self.num_pieces))]
+        return [self._map(take(row)) for row in range(len(self.num_segments))]
 
     def digested(self) -> list[Tensor]:
         """What identifies the content, in the order in which it is hashed."""

@@ -40,7 +40,7 @@ def take_context_shard(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
     """This context-parallel rank's tokens of the micro-batch.
 
     Tensors per token become [b, s / cp_size]; targets are those of these tokens, with positions that count in
-    the shard. What counts rows and pieces and the totals (num_maskable, ...) stay those of the whole rows: totals
+    the shard. What counts rows and segments and the totals (num_maskable, ...) stay those of the whole rows: totals
     must not be summed over context-parallel ranks.
 
     Args:

@@ -3,7 +3,7 @@
 PREFIX.spans, where there is one, says which tokens may carry a loss; without it all of them may.
 
 Whatever is wrong with the files is a ValueError when the corpus is opened, or, for the tokens
-themselves, when a piece is read: nothing here reads the whole corpus.
+themselves, when a segment is read: nothing here reads the whole corpus.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Corpus:
         return tokens
 
     def sample_id(self, document: int, offset: int) -> int:
-        """Place of a token in the whole corpus: a number that identifies the piece that begins there."""
+        """Place of a token in the whole corpus: a number that identifies the segment that begins there."""
         first_byte: int = self._index.index.sequence_pointers[document].item()
         return first_byte // self._token_bytes + offset
 

@@ -1,10 +1,10 @@
-"""The geometry of a row in one stage: how its tokens are cut into blocks, and what a piece costs.
+"""The geometry of a row in one stage: how its tokens are cut into blocks, and what a segment costs.
 
-A document piece of n tokens takes `num_views` noisy copies, and a clean copy of the tokens that some
-later block reads: all but its last block. A piece of one block has no clean copy, so block_size equal
-to context_length is MDLM. An AR piece is its n clean tokens.
+A segment of n tokens takes `num_views` noisy copies, and a clean copy of the tokens that some
+later block reads: all but its last block. A segment of one block has no clean copy, so block_size equal
+to context_length is MDLM. An AR segment is its n clean tokens.
 
-Where spans say which tokens may carry a loss, a piece costs less: noisy copies of the blocks that hold such
+Where spans say which tokens may carry a loss, a segment costs less: noisy copies of the blocks that hold such
 a token, and a clean copy of what stands before the last of these blocks. A prompt of 1000 tokens and an
 answer of 216 in blocks of 32 cost 224 + 1184 = 1408 tokens with one view, not 1216 + 1184 = 2400:
 
@@ -29,16 +29,16 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RowGeometry:
-    """What decides how pieces fill rows; the same for every row of a stage.
+    """What decides how segments fill rows; the same for every row of a stage.
 
     Attributes:
         objective: "ar" or "block_diffusion".
         block_size: tokens denoised together; without meaning in AR.
-        context_length: longest piece of a document.
+        context_length: longest segment of a document.
         row_length: tokens the model sees in a row: noisy, clean and padding.
-        num_views: noisy copies of every piece; 0 in AR.
-        block_origin: "document" restarts the block grid at every piece; "row" runs it through the
-            document tokens of the row, so that a piece may begin in mid-block.
+        num_views: noisy copies of every segment; 0 in AR.
+        block_origin: "document" restarts the block grid at every segment; "row" runs it through the
+            document tokens of the row, so that a segment may begin in mid-block.
         prune_clean: whether copies of blocks that no loss needs are left out: of a noisy block without a token that
             may carry one, and of a clean block that no later block of its document with such a token reads.
         shift: whether position i predicts token i + 1; None: what the objective does.
@@ -68,7 +68,7 @@ class RowGeometry:
         needed = int(forward_tokens(self, longest, np.zeros(1, dtype=np.int64))[0])
         if self.row_length < needed:
             raise ValueError(
-                f"row_length ({self.row_length}) must hold the longest piece: context_length "
+                f"row_length ({self.row_length}) must hold the longest segment: context_length "
                 f"{self.context_length} with {self.num_views} noisy view(s) takes {needed} tokens; "
                 f"raise row_length to {needed} or lower context_length."
             )
@@ -89,18 +89,18 @@ class RowGeometry:
 
 
 def row_starts(lengths: IntArray) -> IntArray:
-    """[p] document tokens that stand before each piece in its row, for [p] lengths in row order."""
+    """[p] document tokens that stand before each segment in its row, for [p] lengths in row order."""
     return np.cumsum(lengths) - lengths
 
 
 def forward_tokens(geometry: RowGeometry, lengths: IntArray, starts: IntArray, spans: Spans | None = None) -> IntArray:
-    """Tokens that pieces take in their row.
+    """Tokens that segments take in their row.
 
     Args:
         geometry: of the row.
-        lengths: [p] tokens of the pieces, each at least 1.
-        starts: [p] document tokens before each piece in its row; they matter only for the row grid.
-        spans: of the pieces; None: every token may carry a loss.
+        lengths: [p] tokens of the segments, each at least 1.
+        starts: [p] document tokens before each segment in its row; they matter only for the row grid.
+        spans: of the segments; None: every token may carry a loss.
 
     Returns:
         [p] int64.
@@ -111,13 +111,13 @@ def forward_tokens(geometry: RowGeometry, lengths: IntArray, starts: IntArray, s
     return geometry.num_views * noisy + clean
 
 
-def piece_costs(geometry: RowGeometry, lengths: IntArray, spans: Spans | None = None) -> IntArray:
-    """Tokens that pieces take in a row; under the row grid the most they can take, wherever they stand.
+def segment_costs(geometry: RowGeometry, lengths: IntArray, spans: Spans | None = None) -> IntArray:
+    """Tokens that segments take in a row; under the row grid the most they can take, wherever they stand.
 
     Args:
         geometry: of the row.
-        lengths: [p] tokens of the pieces, each at least 1.
-        spans: of the pieces; None: every token may carry a loss.
+        lengths: [p] tokens of the segments, each at least 1.
+        spans: of the segments; None: every token may carry a loss.
 
     Returns:
         [p] int64.
@@ -138,12 +138,12 @@ def piece_costs(geometry: RowGeometry, lengths: IntArray, spans: Spans | None = 
 
 
 def _clean_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) -> IntArray:
-    """Clean tokens of pieces in which every token may carry a loss.
+    """Clean tokens of segments in which every token may carry a loss.
 
     Args:
         geometry: of the row.
-        lengths: [p] tokens of the pieces, each at least 1.
-        starts: [p] document tokens before each piece in its row.
+        lengths: [p] tokens of the segments, each at least 1.
+        starts: [p] document tokens before each segment in its row.
     """
     if geometry.objective == "ar":
         return lengths
@@ -160,9 +160,9 @@ def _needed_lengths(
 
     Args:
         geometry: of the row.
-        lengths: [p] tokens of the pieces.
-        starts: [p] document tokens before each piece in its row.
-        spans: maskable spans of the pieces.
+        lengths: [p] tokens of the segments.
+        starts: [p] document tokens before each segment in its row.
+        spans: maskable spans of the segments.
 
     Returns:
         [p] and [p] int64.
@@ -176,7 +176,7 @@ def _needed_lengths(
     counted = np.full(len(last), -1)
     counted[1:] = np.where(owner[1:] == owner[:-1], last[:-1], -1)
     first = np.maximum(first, counted + 1)
-    # 3 the tokens of these blocks that lie in the piece
+    # 3 the tokens of these blocks that lie in the segment
     begin = np.maximum(first * size - shift, 0)
     noisy = _sums(owner, np.maximum(np.minimum((last + 1) * size - shift, lengths[owner]) - begin, 0), len(lengths))
     # 4 clean: what stands before the last of these blocks
@@ -185,17 +185,17 @@ def _needed_lengths(
     return noisy, clean
 
 
-def _sums(owner: IntArray, values: IntArray, num_pieces: int) -> IntArray:
-    """Sums by piece.
+def _sums(owner: IntArray, values: IntArray, num_segments: int) -> IntArray:
+    """Sums by segment.
 
     Args:
-        owner: [k] int64 the piece of each value.
+        owner: [k] int64 the segment of each value.
         values: [k] int64.
-        num_pieces: p.
+        num_segments: p.
 
     Returns:
         [p] int64.
     """
-    sums = np.zeros(num_pieces, dtype=np.int64)
+    sums = np.zeros(num_segments, dtype=np.int64)
     np.add.at(sums, owner, values)
     return sums

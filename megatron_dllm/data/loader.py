@@ -21,7 +21,7 @@ from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import LENGTH, RowPlan, RowStream, row_forward_tokens
 from megatron_dllm.data.row import Row, RowContent, build_row
 from megatron_dllm.data.source import Source, check_fills_a_row
-from megatron_dllm.data.spans import piece_spans
+from megatron_dllm.data.spans import segment_spans
 from megatron_dllm.diffusion.noise import NoiseSpec
 
 
@@ -49,15 +49,15 @@ class RowDataset(Dataset[Row]):
         check_fills_a_row(self.source, self.geometry)
 
     def __getitem__(self, plan: RowPlan) -> Row:
-        """Read the tokens of a plan's pieces and build its row."""
-        pieces = plan.pieces.tolist()
-        tokens = [self.source.read(document, offset, length) for document, offset, length, _ in pieces]
-        sample_ids = [self.source.sample_id(document, offset) for document, offset, _, _ in pieces]
-        spans = piece_spans(self.source.spans, plan.pieces)
+        """Read the tokens of a plan's segments and build its row."""
+        segments = plan.segments.tolist()
+        tokens = [self.source.read(document, offset, length) for document, offset, length, _ in segments]
+        sample_ids = [self.source.sample_id(document, offset) for document, offset, _, _ in segments]
+        spans = segment_spans(self.source.spans, plan.segments)
         content = RowContent(
             clean_ids=np.concatenate([np.zeros(0, np.int64), *tokens]),
             sample_ids=np.array(sample_ids, dtype=np.int64),
-            kinds=None if spans is None else spans.kinds(plan.pieces[:, LENGTH]),
+            kinds=None if spans is None else spans.kinds(plan.segments[:, LENGTH]),
         )
         return build_row(
             plan,
@@ -154,12 +154,12 @@ class BatchLoader:
     def _plans(self, stream: RowStream, planned: deque[tuple[dict[str, Any], int, int]]) -> Iterator[list[RowPlan]]:
         """This rank's micro-batches of plans; state and tokens of every step are queued before its first one."""
         rows_left = self._num_rows
-        padding = RowPlan(pieces=np.zeros((0, 4), dtype=np.int64), epoch=0)
+        padding = RowPlan(segments=np.zeros((0, 4), dtype=np.int64), epoch=0)
         while rows_left is None or rows_left > 0:
             num_rows = self._global_batch_size if rows_left is None else min(rows_left, self._global_batch_size)
             rows = [stream.next(self._dataset.geometry) for _ in range(num_rows)]
             rows += [padding] * (self._global_batch_size - num_rows)
-            document_tokens = sum(int(row.pieces[:, LENGTH].sum()) for row in rows)
+            document_tokens = sum(int(row.segments[:, LENGTH].sum()) for row in rows)
             planned.append((stream.state_dict(), document_tokens, sum(map(self._forward_tokens, rows))))
             for index in range(self._num_micro_batches):
                 first = (index * self._size + self._rank) * self._micro_batch_size
@@ -167,5 +167,5 @@ class BatchLoader:
             rows_left = None if rows_left is None else rows_left - num_rows
 
     def _forward_tokens(self, plan: RowPlan) -> int:
-        spans = piece_spans(self._dataset.source.spans, plan.pieces)
-        return row_forward_tokens(self._dataset.geometry, plan.pieces[:, LENGTH], spans)
+        spans = segment_spans(self._dataset.source.spans, plan.segments)
+        return row_forward_tokens(self._dataset.geometry, plan.segments[:, LENGTH], spans)

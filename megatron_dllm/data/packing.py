@@ -1,18 +1,18 @@
-"""The global sequence of rows: which pieces of which documents every training row holds.
+"""The global sequence of rows: which segments of which documents every training row holds.
 
 The sequence is a pure function of (seed, epoch, geometry), the same whatever the parallel layout is:
 
-    documents in a shuffled order  ->  chunks of `chunk` documents  ->  pieces of at most context_length
+    documents in a shuffled order  ->  chunks of `chunk` documents  ->  segments of at most context_length
     ->  best fit, in order of arrival, into rows of row_length  ->  rows in the order they were opened
 
-A row is filled by what its pieces really cost: noisy views of the blocks with a token that may carry a
+A row is filled by what its segments really cost: noisy views of the blocks with a token that may carry a
 loss, plus the clean tokens that a later such block reads. Lengths and spans decide; tokens are not read.
 Only one chunk is planned at a time, so neither memory nor start-up time grows with the corpus.
 
-When the geometry changes in mid-chunk, the pieces not yet emitted are packed anew. The position is
+When the geometry changes in mid-chunk, the segments not yet emitted are packed anew. The position is
 therefore "the n-th row under geometry A, then the m-th under B, ..." of one chunk: a few numbers, from
 which everything else is computed again. (Rows already emitted can be left out of a packing without
-moving a piece of the others, as best fit never takes a row that is absent. So a position saved anywhere
+moving a segment of the others, as best fit never takes a row that is absent. So a position saved anywhere
 continues exactly.)
 """
 
@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.data.geometry import RowGeometry, forward_tokens, piece_costs, row_starts
+from megatron_dllm.data.geometry import RowGeometry, forward_tokens, row_starts, segment_costs
 from megatron_dllm.data.shuffle import KeyedPermutation
-from megatron_dllm.data.spans import Spans, piece_spans
+from megatron_dllm.data.spans import Spans, segment_spans
 
-# Columns of a piece.
+# Columns of a segment.
 DOCUMENT, OFFSET, LENGTH, ORDINAL = 0, 1, 2, 3
 
-Pieces = NDArray[np.int64]
+Segments = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -41,30 +41,30 @@ class RowPlan:
     """What one row holds.
 
     Attributes:
-        pieces: [p, 4] int64 (document, offset, length, ordinal) in the order they stand in the row;
-            `ordinal` counts the pieces of the epoch in shuffled order.
+        segments: [p, 4] int64 (document, offset, length, ordinal) in the order they stand in the row;
+            `ordinal` counts the segments of the epoch in shuffled order.
         epoch: pass over the corpus, from 0.
     """
 
-    pieces: Pieces
+    segments: Segments
     epoch: int
 
 
-def split_pieces(pieces: Pieces, context_length: int) -> Pieces:
-    """Cut pieces at multiples of `context_length` in their document; pieces of no tokens vanish.
+def split_segments(segments: Segments, context_length: int) -> Segments:
+    """Cut segments at multiples of `context_length` in their document; segments of no tokens vanish.
 
     Args:
-        pieces: [p, 4] pieces of any length.
-        context_length: longest piece allowed.
+        segments: [p, 4] segments of any length.
+        context_length: longest segment allowed.
 
     Returns:
-        [q, 4] pieces in the same order; parts of a piece share its ordinal.
+        [q, 4] segments in the same order; parts of a segment share its ordinal.
     """
-    pieces = pieces[pieces[:, LENGTH] > 0]
-    starts, ends = pieces[:, OFFSET], pieces[:, OFFSET] + pieces[:, LENGTH]
+    segments = segments[segments[:, LENGTH] > 0]
+    starts, ends = segments[:, OFFSET], segments[:, OFFSET] + segments[:, LENGTH]
     first_cut = starts // context_length
     num_parts = (ends - 1) // context_length - first_cut + 1
-    parts = np.repeat(pieces, num_parts, axis=0)
+    parts = np.repeat(segments, num_parts, axis=0)
     part = np.arange(len(parts)) - np.repeat(np.cumsum(num_parts) - num_parts, num_parts)
     cuts = (np.repeat(first_cut, num_parts) + part) * context_length
     parts[:, OFFSET] = np.maximum(cuts, np.repeat(starts, num_parts))
@@ -73,22 +73,22 @@ def split_pieces(pieces: Pieces, context_length: int) -> Pieces:
 
 
 def assign_rows(geometry: RowGeometry, lengths: NDArray[np.int64], spans: Spans | None = None) -> NDArray[np.int64]:
-    """Best fit: every piece, in order of arrival, goes to the fullest row that has room, else to a new row.
+    """Best fit: every segment, in order of arrival, goes to the fullest row that has room, else to a new row.
 
     Args:
         geometry: of the rows.
-        lengths: [p] tokens of the pieces, each at most context_length.
-        spans: of the pieces; None: every token may carry a loss.
+        lengths: [p] tokens of the segments, each at most context_length.
+        spans: of the segments; None: every token may carry a loss.
 
     Returns:
-        [p] int64 row of each piece, rows counted in the order of opening.
+        [p] int64 row of each segment, rows counted in the order of opening.
     """
-    bounds = piece_costs(geometry, lengths, spans).tolist()
+    bounds = segment_costs(geometry, lengths, spans).tolist()
     smallest = min(bounds, default=0)
     filled: list[int] = []  # document tokens of every row
     rooms: list[int] = []  # sorted: (free tokens << 32) + row
     rows = np.empty(len(bounds), dtype=np.int64)
-    for piece, (bound, length) in enumerate(zip(bounds, lengths.tolist(), strict=True)):
+    for segment, (bound, length) in enumerate(zip(bounds, lengths.tolist(), strict=True)):
         place = bisect_left(rooms, bound << 32)
         if place < len(rooms):
             room, row = divmod(rooms.pop(place), 1 << 32)
@@ -98,11 +98,11 @@ def assign_rows(geometry: RowGeometry, lengths: NDArray[np.int64], spans: Spans 
         if geometry.block_origin == "document":
             room -= bound
         else:
-            # A piece costs less than its bound, depending on where it comes to stand.
-            own_spans = None if spans is None else spans.take(np.array([piece]))
+            # A segment costs less than its bound, depending on where it comes to stand.
+            own_spans = None if spans is None else spans.take(np.array([segment]))
             room -= int(forward_tokens(geometry, np.array([length]), np.array([filled[row]]), own_spans)[0])
         filled[row] += length
-        rows[piece] = row
+        rows[segment] = row
         if room >= smallest:
             insort(rooms, (room << 32) + row)
     return rows
@@ -119,7 +119,7 @@ class RowStream:
         seed: chooses the order of the documents, a different one in every epoch.
         chunk: documents that are packed together.
         shuffle: false keeps the documents in their own order (validation).
-        spans: of the documents; None: plain text. Pieces without a token that may carry a loss are left out.
+        spans: of the documents; None: plain text. Segments without a token that may carry a loss are left out.
     """
 
     def __init__(
@@ -135,9 +135,9 @@ class RowStream:
             self._identity["num_spans"] = len(spans.table)
         self._seed, self._chunk, self._shuffle = seed, chunk, shuffle
         self._num_chunks = -(-len(document_lengths) // chunk)
-        self._epoch, self._chunk_index, self._num_pieces_before = 0, 0, 0
+        self._epoch, self._chunk_index, self._num_segments_before = 0, 0, 0
         self._emitted: list[tuple[RowGeometry, int]] = []  # of this chunk: rows under each geometry, in order
-        self._planned: tuple[RowGeometry, list[Pieces]] | None = None  # rows left in this chunk, last one first
+        self._planned: tuple[RowGeometry, list[Segments]] | None = None  # rows left in this chunk, last one first
 
     def next(self, geometry: RowGeometry) -> RowPlan:
         """The next row of the sequence, under `geometry`.
@@ -160,14 +160,15 @@ class RowStream:
             self._emitted[-1] = (geometry, self._emitted[-1][1] + 1)
         else:
             self._emitted.append((geometry, 1))
-        return RowPlan(pieces=rows.pop(), epoch=self._epoch)
+        return RowPlan(segments=rows.pop(), epoch=self._epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """The position as plain numbers, fit for JSON; its size does not depend on the corpus."""
         return {
             "epoch": self._epoch,
             "chunk_index": self._chunk_index,
-            "num_pieces_before": self._num_pieces_before,
+            # Named as in the checkpoints that were written before.
+            "num_pieces_before": self._num_segments_before,
             "emitted": [{"geometry": asdict(geometry), "num_rows": rows} for geometry, rows in self._emitted],
             "identity": dict(self._identity),
         }
@@ -187,7 +188,7 @@ class RowStream:
                     "would not continue; restore the setting, or start a new run from the checkpoint's weights."
                 )
         self._epoch, self._chunk_index = int(state["epoch"]), int(state["chunk_index"])
-        self._num_pieces_before = int(state["num_pieces_before"])
+        self._num_segments_before = int(state["num_pieces_before"])
         self._emitted = [(RowGeometry(**entry["geometry"]), int(entry["num_rows"])) for entry in state["emitted"]]
         self._planned = None
 
@@ -197,24 +198,24 @@ class RowStream:
         other.load_state_dict(self.state_dict())
         return other
 
-    def _rows_left(self, geometry: RowGeometry) -> list[Pieces]:
+    def _rows_left(self, geometry: RowGeometry) -> list[Segments]:
         if self._planned is None or self._planned[0] != geometry:
-            pieces = self._chunk_pieces(self._context_length_at_start(geometry))
+            segments = self._chunk_segments(self._context_length_at_start(geometry))
             for earlier, num_rows in self._emitted:
-                pieces = self._cut(pieces, earlier.context_length)
-                pieces = pieces[self._rows(pieces, earlier) >= num_rows]
-            pieces = self._cut(pieces, geometry.context_length)
-            rows = self._rows(pieces, geometry)
+                segments = self._cut(segments, earlier.context_length)
+                segments = segments[self._rows(segments, earlier) >= num_rows]
+            segments = self._cut(segments, geometry.context_length)
+            rows = self._rows(segments, geometry)
             order = np.argsort(rows, kind="stable")
-            plans = np.split(pieces[order], np.cumsum(np.bincount(rows))[:-1]) if len(rows) else []
+            plans = np.split(segments[order], np.cumsum(np.bincount(rows))[:-1]) if len(rows) else []
             self._planned = (geometry, plans[::-1])
         return self._planned[1]
 
     def _context_length_at_start(self, geometry: RowGeometry) -> int:
         return self._emitted[0][0].context_length if self._emitted else geometry.context_length
 
-    def _chunk_pieces(self, context_length: int) -> Pieces:
-        """[p, 4] all pieces of the current chunk, in order of arrival."""
+    def _chunk_segments(self, context_length: int) -> Segments:
+        """[p, 4] all segments of the current chunk, in order of arrival."""
         size = len(self._lengths)
         places = np.arange(self._chunk_index * self._chunk, min((self._chunk_index + 1) * self._chunk, size))
         documents = KeyedPermutation(size, (self._seed, self._epoch))(places) if self._shuffle else places
@@ -223,24 +224,24 @@ class RowStream:
         whole = whole[whole[:, LENGTH] > 0]
         if self._spans is not None:
             self._spans.take(whole[:, DOCUMENT]).check(whole[:, DOCUMENT], whole[:, LENGTH])
-        pieces = self._cut(whole, context_length)
-        pieces[:, ORDINAL] = self._num_pieces_before + np.arange(len(pieces))
-        return pieces
+        segments = self._cut(whole, context_length)
+        segments[:, ORDINAL] = self._num_segments_before + np.arange(len(segments))
+        return segments
 
-    def _cut(self, pieces: Pieces, context_length: int) -> Pieces:
-        """[q, 4] parts of pieces that fit the context, those left out that hold no token with a loss."""
-        parts = split_pieces(pieces, context_length)
-        spans = piece_spans(self._spans, parts)
+    def _cut(self, segments: Segments, context_length: int) -> Segments:
+        """[q, 4] parts of segments that fit the context, those left out that hold no token with a loss."""
+        parts = split_segments(segments, context_length)
+        spans = segment_spans(self._spans, parts)
         return parts if spans is None else parts[np.diff(spans.maskable().bounds) > 0]
 
-    def _rows(self, pieces: Pieces, geometry: RowGeometry) -> NDArray[np.int64]:
-        return assign_rows(geometry, pieces[:, LENGTH], piece_spans(self._spans, pieces))
+    def _rows(self, segments: Segments, geometry: RowGeometry) -> NDArray[np.int64]:
+        return assign_rows(geometry, segments[:, LENGTH], segment_spans(self._spans, segments))
 
     def _next_chunk(self, geometry: RowGeometry) -> None:
-        self._num_pieces_before += len(self._chunk_pieces(self._context_length_at_start(geometry)))
+        self._num_segments_before += len(self._chunk_segments(self._context_length_at_start(geometry)))
         self._chunk_index += 1
         if self._chunk_index == self._num_chunks:
-            self._epoch, self._chunk_index, self._num_pieces_before = self._epoch + 1, 0, 0
+            self._epoch, self._chunk_index, self._num_segments_before = self._epoch + 1, 0, 0
         self._emitted, self._planned = [], None
 
 
@@ -256,12 +257,12 @@ class RowFill:
 def row_forward_tokens(
     geometry: RowGeometry, lengths: Sequence[int] | NDArray[np.int64], spans: Spans | None = None
 ) -> int:
-    """Tokens that pieces take together in one row: what the model sees, padding apart.
+    """Tokens that segments take together in one row: what the model sees, padding apart.
 
     Args:
         geometry: of the row.
-        lengths: [p] tokens of the pieces, in row order.
-        spans: of the pieces; None: every token may carry a loss.
+        lengths: [p] tokens of the segments, in row order.
+        spans: of the segments; None: every token may carry a loss.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     return int(forward_tokens(geometry, lengths, row_starts(lengths), spans).sum())
@@ -294,8 +295,8 @@ def estimate_fill(
         state = stream.state_dict()
         if num_rows and (state["epoch"] > 0 or state["chunk_index"] * chunk >= documents):
             break
-        document_tokens += int(plan.pieces[:, LENGTH].sum())
-        num_forward += row_forward_tokens(geometry, plan.pieces[:, LENGTH], piece_spans(spans, plan.pieces))
+        document_tokens += int(plan.segments[:, LENGTH].sum())
+        num_forward += row_forward_tokens(geometry, plan.segments[:, LENGTH], segment_spans(spans, plan.segments))
         num_rows += 1
     padding = geometry.row_length - num_forward / num_rows
     return RowFill(document_tokens / num_rows, num_forward / num_rows, padding)

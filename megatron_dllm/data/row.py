@@ -1,11 +1,11 @@
 """From a row's plan to its tokens in numpy: layout, noise, roles, targets.
 
-A document piece of n tokens is laid out as its noisy views, one after the other, followed by the
+A segment of n tokens is laid out as its noisy views, one after the other, followed by the
 clean tokens that some later block reads:
 
     [view 1: n tokens] [view 2: n tokens] ... [clean: n tokens, less the last block]
 
-so that a query's visible keys are at most two intervals of the row. An AR piece is its clean tokens.
+so that a query's visible keys are at most two intervals of the row. An AR segment is its clean tokens.
 Where not every token may carry a loss, noisy blocks without such a token are left out, and the clean
 copy ends before the last block that has one: no target reads what is missing.
 Padding stands at the end of the row: document -1, the pad token, position 0.
@@ -38,7 +38,7 @@ class Row:
     """
 
     sample_ids: IntArray
-    num_pieces: IntArray
+    num_segments: IntArray
     row_keys: IntArray
     input_ids: IntArray
     position_ids: IntArray
@@ -55,11 +55,11 @@ class Row:
 
 @dataclass(frozen=True)
 class RowContent:
-    """The tokens of a row's pieces, joined.
+    """The tokens of a row's segments, joined.
 
     Attributes:
-        clean_ids: [n] int64 tokens of all pieces, one piece after the other.
-        sample_ids: [p] int64 sample id of each piece: the corpus position of its first token.
+        clean_ids: [n] int64 tokens of all segments, one segment after the other.
+        sample_ids: [p] int64 sample id of each segment: the corpus position of its first token.
         kinds: [n] uint8 what each token is, see `data.spans`; None: all are maskable.
     """
 
@@ -96,7 +96,7 @@ def build_row(
     """Draw a row's noise and lay it out.
 
     Args:
-        plan: pieces of the row; none at all makes a row of padding.
+        plan: segments of the row; none at all makes a row of padding.
         content: their tokens.
         geometry: of the row.
         noise: how tokens are masked; None for AR.
@@ -111,26 +111,26 @@ def build_row(
 
 
 def draw_row_noise(plan: RowPlan, content: RowContent, geometry: RowGeometry, noise: NoiseSpec, seed: int) -> RowNoise:
-    """The noise of every piece, joined; each piece has its own, whatever lies beside it."""
-    tokens = _PieceTokens.of(plan, content, geometry)
+    """The noise of every segment, joined; each segment has its own, whatever lies beside it."""
+    tokens = _SegmentTokens.of(plan, content, geometry)
     shape = (noise.num_views + 1, len(content.clean_ids))
     drawn = RowNoise(np.zeros(shape, np.bool_), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-    for piece, (start, length) in enumerate(zip(tokens.starts.tolist(), tokens.lengths.tolist(), strict=True)):
+    for segment, (start, length) in enumerate(zip(tokens.starts.tolist(), tokens.lengths.tolist(), strict=True)):
         span = slice(start, start + length)
         block_ids = tokens.block_ids[span]
-        piece_noise = sample_noise(
+        segment_noise = sample_noise(
             noise,
             seed=seed,
             epoch=plan.epoch,
-            sample_id=int(content.sample_ids[piece]),
-            ordinal=int(plan.pieces[piece, ORDINAL]),
+            sample_id=int(content.sample_ids[segment]),
+            ordinal=int(plan.segments[segment, ORDINAL]),
             row_key=_row_key(plan, content),
             block_ids=block_ids - block_ids[0],
             loss_mask=tokens.is_maskable[span],
         )
-        drawn.is_masked[1:, span] = piece_noise.is_masked
-        drawn.loss_weights[1:, span] = piece_noise.loss_weights
-        drawn.t[1:, span] = piece_noise.t
+        drawn.is_masked[1:, span] = segment_noise.is_masked
+        drawn.loss_weights[1:, span] = segment_noise.loss_weights
+        drawn.t[1:, span] = segment_noise.t
     return drawn
 
 
@@ -146,7 +146,7 @@ def lay_out_row(
     """Place the copies of a row's tokens, mask them and name the targets.
 
     Args:
-        plan: pieces of the row.
+        plan: segments of the row.
         content: their tokens.
         geometry: of the row.
         noise: which tokens of which view are masked; None for AR.
@@ -156,17 +156,17 @@ def lay_out_row(
     Returns:
         The row. A position of a noisy view predicts its own token; in AR position i predicts token i + 1.
     """
-    tokens = _PieceTokens.of(plan, content, geometry)
+    tokens = _SegmentTokens.of(plan, content, geometry)
     source, view = _slots(tokens, geometry)
     num_forward, length = len(source), geometry.row_length
-    assert num_forward <= length, f"pieces of {num_forward} tokens in a row of {length}"
+    assert num_forward <= length, f"segments of {num_forward} tokens in a row of {length}"
     targets = _next_tokens(tokens, content) if noise is None else _masked_tokens(tokens, content, noise, source, view)
     is_masked = np.zeros(num_forward, np.bool_)
     if noise is not None:
         is_masked = noise.is_masked[view, source] | (tokens.is_hidden[source] & (view > 0))
     return Row(
         sample_ids=content.sample_ids,
-        num_pieces=np.array([len(content.sample_ids)], dtype=np.int64),
+        num_segments=np.array([len(content.sample_ids)], dtype=np.int64),
         row_keys=np.array([_row_key(plan, content)], dtype=np.int64),
         input_ids=_padded(np.where(is_masked, mask_token_id, content.clean_ids[source]), length, pad_token_id),
         position_ids=_padded(tokens.position_ids[source], length, 0),
@@ -201,8 +201,8 @@ class _Targets:
 
 
 @dataclass(frozen=True)
-class _PieceTokens:
-    """Per document token of a row ([n], each token once), and per piece ([p]).
+class _SegmentTokens:
+    """Per document token of a row ([n], each token once), and per segment ([p]).
 
     `is_noisy` and `is_clean` say which tokens a noisy view and the clean copy hold; `is_hidden` ones show the mask
     token in every noisy view without being a target.
@@ -219,11 +219,11 @@ class _PieceTokens:
     is_clean: BoolArray
 
     @classmethod
-    def of(cls, plan: RowPlan, content: RowContent, geometry: RowGeometry) -> _PieceTokens:
-        lengths = plan.pieces[:, LENGTH]
+    def of(cls, plan: RowPlan, content: RowContent, geometry: RowGeometry) -> _SegmentTokens:
+        lengths = plan.segments[:, LENGTH]
         starts = row_starts(lengths)
         num_tokens = len(content.clean_ids)
-        assert num_tokens == lengths.sum(), f"{num_tokens} tokens for pieces of {lengths.sum()}"
+        assert num_tokens == lengths.sum(), f"{num_tokens} tokens for segments of {lengths.sum()}"
         doc_ids = np.repeat(np.arange(len(lengths)), lengths)
         index = np.arange(num_tokens)
         position_ids = index - starts[doc_ids]
@@ -262,7 +262,7 @@ def _needed_copies(
     """Which tokens the noisy views and the clean copy must hold.
 
     Args:
-        doc_ids: [n] int64 piece of each token.
+        doc_ids: [n] int64 segment of each token.
         block_ids: [n] int64 its block.
         is_maskable: [n] bool whether it may carry a loss.
         geometry: of the row.
@@ -287,7 +287,7 @@ def _needed_copies(
     return is_noisy, has_several[doc_ids]
 
 
-def _slots(tokens: _PieceTokens, geometry: RowGeometry) -> tuple[IntArray, IntArray]:
+def _slots(tokens: _SegmentTokens, geometry: RowGeometry) -> tuple[IntArray, IntArray]:
     """Which document token stands in each slot of the row ([f] index), and in which view ([f])."""
     views = [*range(1, geometry.num_views + 1), 0]
     noisy, clean = np.flatnonzero(tokens.is_noisy), np.flatnonzero(tokens.is_clean)
@@ -298,8 +298,8 @@ def _slots(tokens: _PieceTokens, geometry: RowGeometry) -> tuple[IntArray, IntAr
     return source[order], view[order]
 
 
-def _next_tokens(tokens: _PieceTokens, content: RowContent) -> _Targets:
-    """AR: every token predicts its successor in the piece, where that one may carry a loss."""
+def _next_tokens(tokens: _SegmentTokens, content: RowContent) -> _Targets:
+    """AR: every token predicts its successor in the segment, where that one may carry a loss."""
     has_successor = tokens.position_ids + 1 < tokens.lengths[tokens.doc_ids]
     positions = np.flatnonzero(has_successor & np.append(tokens.is_maskable[1:], False))
     count = len(positions)
@@ -309,7 +309,7 @@ def _next_tokens(tokens: _PieceTokens, content: RowContent) -> _Targets:
 
 
 def _masked_tokens(
-    tokens: _PieceTokens, content: RowContent, noise: RowNoise, source: IntArray, view: IntArray
+    tokens: _SegmentTokens, content: RowContent, noise: RowNoise, source: IntArray, view: IntArray
 ) -> _Targets:
     """Block diffusion: every masked token predicts itself.
 

@@ -42,7 +42,7 @@ class Source(Protocol):
         """[length] int64 tokens of a document from `offset` on."""
 
     def sample_id(self, document: int, offset: int) -> int:
-        """A number, at least 0, that no other piece of the source has: the noise of the piece follows from it."""
+        """A number, at least 0, that no other segment of the source has: the noise of the segment follows from it."""
 
 
 def check_fills_a_row(source: Source, geometry: RowGeometry) -> None:

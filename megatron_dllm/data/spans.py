@@ -25,7 +25,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Spans:
-    """Spans of many documents (or pieces), in order and without overlap in each.
+    """Spans of many documents (or segments), in order and without overlap in each.
 
     Attributes:
         bounds: [d + 1] int64, spans of document i are rows bounds[i] to bounds[i + 1] of the table; from 0.
@@ -131,14 +131,14 @@ class Spans:
         return Spans(np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]), table[is_kept])
 
 
-def piece_spans(spans: Spans | None, pieces: IntArray) -> Spans | None:
-    """The spans of pieces, counted from each piece's first token; None for plain text.
+def segment_spans(spans: Spans | None, segments: IntArray) -> Spans | None:
+    """The spans of segments, counted from each segment's first token; None for plain text.
 
     Args:
         spans: of all documents of a source.
-        pieces: [p, 4] int64 (document, offset, length, ordinal), see `data.packing`.
+        segments: [p, 4] int64 (document, offset, length, ordinal), see `data.packing`.
     """
     if spans is None:
         return None
-    document, offset, length = pieces[:, 0], pieces[:, 1], pieces[:, 2]
+    document, offset, length = segments[:, 0], segments[:, 1], segments[:, 2]
     return spans.take(document).clip(offset, length)

@@ -1,9 +1,9 @@
-"""Which tokens of a document piece are masked, at which noise level, and with which loss weight.
+"""Which tokens of a segment are masked, at which noise level, and with which loss weight.
 
 `t` is the probability that a token is masked (linear schedule, alpha_t = 1 - t), and the loss weight
 1/t makes the weighted sum of masked NLLs an unbiased estimate of the negative ELBO (LLaDA2.0 Eq. 1, 2).
 
-The noise is a pure function of its arguments (see `diffusion.draws`). The K views of a piece share one clean copy;
+The noise is a pure function of its arguments (see `diffusion.draws`). The K views of a segment share one clean copy;
 `view_relation` says how their levels and masks are related:
 
     independent     every view draws its own levels and masks
@@ -37,8 +37,8 @@ class NoiseSpec:
     """How the noise of one stage is drawn.
 
     Attributes:
-        t_unit: what shares one t: "block", "document" (the piece), or "row" (all pieces of a packed row).
-        is_stratified: lay t out evenly over the blocks of a piece and over consecutive ordinals, instead of
+        t_unit: what shares one t: "block", "document" (the segment), or "row" (all segments of a packed row).
+        is_stratified: lay t out evenly over the blocks of a segment and over consecutive ordinals, instead of
             independently. Every single t stays uniform on [t_min, t_max). No effect with t_unit "row", whose
             key says nothing about a row's neighbours.
         at_least_one: every block with a maskable token has a masked one in every view (no effect on complementary
@@ -47,7 +47,7 @@ class NoiseSpec:
             "realised": see `_realised_weights`.
         t_min: smallest noise level.
         t_max: largest noise level; the ELBO is the mean over [t_min, t_max).
-        num_views: noisy views of every piece, K.
+        num_views: noisy views of every segment, K.
         view_relation: of K > 1 views, see the module; an even K is needed for "complementary".
         is_count: draw the number of masked tokens of a block uniformly, not t. See `_count_mask`.
     """
@@ -124,8 +124,8 @@ class NoiseSpec:
 
 
 @dataclass(frozen=True)
-class PieceNoise:
-    """The noise of one document piece of n tokens in k noisy views.
+class SegmentNoise:
+    """The noise of one segment of n tokens in k noisy views.
 
     Attributes:
         is_masked: [k, n] bool, true where the view shows the mask token.
@@ -140,7 +140,7 @@ class PieceNoise:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """The m maskable tokens of a piece, grouped into the c blocks that have any.
+    """The m maskable tokens of a segment, grouped into the c blocks that have any.
 
     Attributes:
         of_token: [m] int64, which of the c blocks a token lies in.
@@ -158,7 +158,7 @@ class _Blocks:
     def group(cls, block_ids: NDArray[np.int64]) -> _Blocks:
         """Group non-decreasing `block_ids` [m] of the maskable tokens."""
         steps = np.diff(block_ids)
-        assert not len(steps) or steps.min() >= 0, "block_ids must not decrease along a piece"
+        assert not len(steps) or steps.min() >= 0, "block_ids must not decrease along a segment"
         start = np.concatenate([np.zeros(1, np.int64), np.flatnonzero(steps) + 1])
         size = np.diff(start, append=len(block_ids))
         of_token = np.repeat(np.arange(len(start)), size)
@@ -167,7 +167,7 @@ class _Blocks:
 
 @dataclass(frozen=True)
 class _Key:
-    """What identifies a piece to the generator, see `sample_noise`."""
+    """What identifies a segment to the generator, see `sample_noise`."""
 
     sample_id: int
     ordinal: int
@@ -184,26 +184,26 @@ def sample_noise(
     row_key: int,
     block_ids: NDArray[np.int64],
     loss_mask: NDArray[np.bool_],
-) -> PieceNoise:
-    """Draw the masks, weights and noise levels of one document piece.
+) -> SegmentNoise:
+    """Draw the masks, weights and noise levels of one segment.
 
     Args:
         spec: how to draw them.
         seed: seed of the run.
         epoch: pass over the corpus.
-        sample_id: identity of the piece; two pieces of a corpus never share it.
-        ordinal: place of the piece in the shuffled order, which spreads t evenly over neighbours.
+        sample_id: identity of the segment; two segments of a corpus never share it.
+        ordinal: place of the segment in the shuffled order, which spreads t evenly over neighbours.
         row_key: identity of the packed row; used only with t_unit "row".
         block_ids: [n] int, non-decreasing; may start anywhere, and the first and last block may be partial.
         loss_mask: [n] bool, tokens that may be masked. The others never are and weigh 0.
 
     Returns:
-        The noise of the piece. With loss_weight "elbo", `sum(loss_weights * nll)` over all views divided by
+        The noise of the segment. With loss_weight "elbo", `sum(loss_weights * nll)` over all views divided by
         `k * sum(loss_mask)` is an unbiased estimate of the negative ELBO per token, t uniform on [t_min, t_max).
     """
     assert block_ids.shape == loss_mask.shape and block_ids.ndim == 1, "block_ids and loss_mask are [n]"
     shape = (spec.num_views, len(block_ids))
-    noise = PieceNoise(np.zeros(shape, np.bool_), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+    noise = SegmentNoise(np.zeros(shape, np.bool_), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
     maskable = np.flatnonzero(loss_mask)
     if not len(maskable):
         return noise
@@ -253,7 +253,7 @@ def _levels(spec: NoiseSpec, u: FloatArray, blocks: _Blocks) -> FloatArray:
     Args:
         spec: how to draw them.
         u: [c] float64 in [0, 1), where each level lies in its range.
-        blocks: of the piece.
+        blocks: of the segment.
 
     Returns:
         [c] float64: t, or with is_count the share of a block's tokens that will be masked.
@@ -290,9 +290,9 @@ def _mask(spec: NoiseSpec, draws: Draws, key: _Key, levels: FloatArray, blocks: 
     Args:
         spec: how to draw them.
         draws: of the view.
-        key: of the piece.
+        key: of the segment.
         levels: [c] float64 noise levels.
-        blocks: of the piece.
+        blocks: of the segment.
 
     Returns:
         [m] bool.
@@ -320,7 +320,7 @@ def _count_mask(count: IntArray, uniforms: FloatArray, blocks: _Blocks) -> BoolA
     Args:
         count: [c] int64 tokens to mask in each block.
         uniforms: [m] float64, a random number a token.
-        blocks: of the piece.
+        blocks: of the segment.
 
     Returns:
         [m] bool.
@@ -381,7 +381,7 @@ def _conditioned_weights(t: NDArray[np.float64], size: NDArray[np.int64]) -> NDA
 
 
 def _realised_weights(spec: NoiseSpec, views: NDArray[np.bool_], blocks: _Blocks) -> NDArray[np.float64]:
-    """[k, m] weights maskable/masked, counted over the block, or over the piece if t is shared more widely.
+    """[k, m] weights maskable/masked, counted over the block, or over the segment if t is shared more widely.
 
     A constant NLL c gives exactly c in every unit with a masked token: none of the variance that comes from
     the number m of masked tokens. The price is a bias. For t over [0, 1] and a block of B the ELBO is the mean

@@ -2,7 +2,7 @@
 
 A token carries three integers besides its id and position:
 
-    doc    the document piece it belongs to inside its row; -1 is padding
+    doc    the segment it belongs to inside its row; -1 is padding
     block  its block inside that document
     view   0 = clean copy, 1..k = noisy copies
 

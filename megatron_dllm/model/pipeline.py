@@ -104,7 +104,7 @@ def score_documents(
     groups: Groups,
     score: Callable[[Batch, TargetOutputs], Tensor],
 ) -> list[Tensor]:
-    """One number for each document piece, without gradients (a collective of the ranks that hold the same rows).
+    """One number for each segment, without gradients (a collective of the ranks that hold the same rows).
 
     Losses that compare documents take it first: their coefficients scale `loss_weights`, and an ordinary step trains.
 
@@ -113,7 +113,7 @@ def score_documents(
         micro_batches: this data-parallel rank's, of whole rows.
         device: where to compute.
         groups: of this rank.
-        score: [T] what each target adds to its piece, e.g. minus its weighted NLL.
+        score: [T] what each target adds to its segment, e.g. minus its weighted NLL.
 
     Returns:
         For each micro-batch [p] fp64 sums on the host, in the order of its `sample_ids`.
@@ -121,7 +121,7 @@ def score_documents(
 
     def finish(batch: Batch, outputs: TargetOutputs) -> tuple[Tensor, Tensor, Tensor]:
         sums = torch.zeros(len(batch.sample_ids), dtype=torch.float64, device=device)
-        sums.index_add_(0, batch.target_pieces, score(batch, outputs).double())
+        sums.index_add_(0, batch.target_segments, score(batch, outputs).double())
         return sums.new_zeros(()), batch.num_maskable.new_zeros((), dtype=torch.int32), sums
 
     parts = _run(chunks, micro_batches, device, groups, finish, forward_only=True)

@@ -71,17 +71,17 @@ def _config(model: ModelConfig, corpus: Any, **data: Any) -> TrainConfig:
     )
 
 
-def _pieces(config: TrainConfig, corpus: Any, name: str) -> list[tuple[int, int, int]]:
-    """(document, offset, length) of the pieces that validation reads."""
+def _segments(config: TrainConfig, corpus: Any, name: str) -> list[tuple[int, int, int]]:
+    """(document, offset, length) of the segments that validation reads."""
     from megatron_dllm.evaluation.elbo import validation_geometry, validation_lengths
 
     lengths = validation_lengths(corpus.document_lengths, config.evaluation.num_tokens)
     stream = RowStream(lengths, 0, config.data.packing_chunk, shuffle=False)
     geometry = validation_geometry(config, name)
-    pieces = []
+    segments = []
     while (plan := stream.next(geometry)).epoch == 0:
-        pieces += [tuple(int(x) for x in piece[:3]) for piece in plan.pieces]
-    return pieces
+        segments += [tuple(int(x) for x in segment[:3]) for segment in plan.segments]
+    return segments
 
 
 def _sequential_nll(model: Any, tokens: Tensor, mask_token_id: int) -> float:
@@ -104,11 +104,12 @@ def test_elbo_at_block_size_1_is_the_exact_sequential_nll(built: Any, corpus: An
 
     config = _config(model_config, corpus)
     result = evaluate([built], config, Groups.current(), corpus, ["1"], torch.device("cpu"))
-    pieces = _pieces(config, corpus, "1")
+    segments = _segments(config, corpus, "1")
     expected_nll = sum(
-        _sequential_nll(built, torch.from_numpy(corpus.read(*piece)), model_config.mask_token_id) for piece in pieces
+        _sequential_nll(built, torch.from_numpy(corpus.read(*segment)), model_config.mask_token_id)
+        for segment in segments
     )
-    num_tokens = sum(length for _, _, length in pieces)
+    num_tokens = sum(length for _, _, length in segments)
     assert result.num_tokens == num_tokens >= 60
     assert result.nats_per_token["1"] == pytest.approx(expected_nll / num_tokens, rel=1e-5)
 
@@ -146,7 +147,7 @@ def _loss_and_gradients(
     total, forward_tokens, documents = 0.0, 0, 0
     while documents < rows:
         plan = stream.next(geometry)
-        documents += len({int(d) for d in plan.pieces[:, 0]})
+        documents += len({int(d) for d in plan.segments[:, 0]})
         batch = collate([dataset[plan]])
         loss = (model(batch).nll * batch.loss_weights).sum()
         loss.backward()
@@ -165,7 +166,7 @@ def test_pruning_clean_blocks_changes_no_number(
         block_size=block_size, num_tokens=1000, global_batch_size=1, learning_rate=1e-3, num_views=num_views, t_min=0.0
     )
     config = _config(model_config, corpus, block_origin=origin)
-    config.schedule.row_length = corpus.num_tokens * stage.num_views  # so that a chunk's pieces share one row, always
+    config.schedule.row_length = corpus.num_tokens * stage.num_views  # so that a chunk's segments share one row, always
     loss, gradients, tokens = _loss_and_gradients(built, config, corpus, stage, 4)
     whole = replace(config, data=replace(config.data, prune_clean=False))
     expected_loss, expected_gradients, expected_tokens = _loss_and_gradients(built, whole, corpus, stage, 4)

@@ -32,13 +32,13 @@ def _train(config: TrainConfig) -> int:
 
 def _check_tokens(batch: Batch) -> None:
     """Every target is the token that the formula writes there."""
-    for piece, position, target in zip(
-        batch.target_pieces.tolist(),
+    for segment, position, target in zip(
+        batch.target_segments.tolist(),
         batch.position_ids.flatten()[batch.target_positions].tolist(),
         batch.target_ids.tolist(),
         strict=True,
     ):
-        document, offset = place_of(int(batch.sample_ids[piece]))
+        document, offset = place_of(int(batch.sample_ids[segment]))
         assert target == token_of(document, offset + position)
 
 

@@ -29,15 +29,15 @@ def spec(num_views: int = 1, **changes: object) -> NoiseSpec:
 def make_plan(
     lengths: list[int], epoch: int = 0, sample_ids: list[int] | None = None, kinds: list[int] | None = None
 ) -> tuple[RowPlan, RowContent]:
-    """Pieces whose tokens are 1, 2, 3, ... of sample 0, then 1, 2, 3, ... + 10 of sample 100, and so on."""
+    """Segments whose tokens are 1, 2, 3, ... of sample 0, then 1, 2, 3, ... + 10 of sample 100, and so on."""
     sample_ids = list(range(0, 100 * len(lengths), 100)) if sample_ids is None else sample_ids
-    pieces = np.array([[i, 0, n, i] for i, n in enumerate(lengths)], dtype=np.int64).reshape(-1, 4)
-    pieces[:, 3] = np.array(sample_ids) // 100
+    segments = np.array([[i, 0, n, i] for i, n in enumerate(lengths)], dtype=np.int64).reshape(-1, 4)
+    segments[:, 3] = np.array(sample_ids) // 100
     clean_ids = np.concatenate(
         [np.zeros(0, np.int64), *[1 + np.arange(n) + s // 10 for s, n in zip(sample_ids, lengths, strict=True)]]
     )
     kinds_array = None if kinds is None else np.array(kinds, dtype=np.uint8)
-    return RowPlan(pieces, epoch), RowContent(clean_ids, np.array(sample_ids, dtype=np.int64), kinds_array)
+    return RowPlan(segments, epoch), RowContent(clean_ids, np.array(sample_ids, dtype=np.int64), kinds_array)
 
 
 def make_row(
@@ -49,7 +49,7 @@ def make_row(
     sample_ids: list[int] | None = None,
     kinds: list[int] | None = None,
 ) -> Row:
-    """A row of the pieces of `make_plan`, its noise drawn with seed 0."""
+    """A row of the segments of `make_plan`, its noise drawn with seed 0."""
     plan, content = make_plan(lengths, epoch, sample_ids, kinds)
     return build_row(plan, content, geometry, noise, seed=0, mask_token_id=MASK, pad_token_id=PAD)
 

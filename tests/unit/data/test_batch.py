@@ -33,7 +33,7 @@ def test_collate_counts_targets_over_all_rows() -> None:
     assert batch.sample_ids.tolist() == [0, 100, 700]
     assert (batch.num_maskable.item(), batch.num_document_tokens.item()) == (39, 39)
     assert batch.num_forward_tokens.item() == row_forward_tokens(geometry, [13, 6]) + row_forward_tokens(geometry, [20])
-    assert batch.num_pieces.tolist() == [2, 0, 1]
+    assert batch.num_segments.tolist() == [2, 0, 1]
     assert batch.to("cpu").input_ids.equal(batch.input_ids)
 
 
@@ -57,13 +57,12 @@ def test_rows_taken_apart_are_the_rows_that_were_joined(rows: list[Row]) -> None
 
 def test_targets_know_their_document_and_view(rows: list[Row]) -> None:
     batch = collate(rows)
-    tokens = [
-        (piece, view, token) for piece, n in enumerate([13, 6, 20, 1, 2, 3]) for view in (1, 2) for token in range(n)
-    ]
+    lengths = enumerate([13, 6, 20, 1, 2, 3])
+    tokens = [(segment, view, token) for segment, n in lengths for view in (1, 2) for token in range(n)]
     is_masked = torch.cat([torch.from_numpy(row.is_masked[row.roles[:, 2] > 0]) for row in rows])
     expected = [name for name, masked in zip(tokens, is_masked.tolist(), strict=True) if masked]
     positions = batch.position_ids.flatten()[batch.target_positions]
-    found = zip(batch.target_pieces.tolist(), batch.target_views.tolist(), positions.tolist(), strict=True)
+    found = zip(batch.target_segments.tolist(), batch.target_views.tolist(), positions.tolist(), strict=True)
     assert list(found) == expected and len(expected) == 45
 
 
@@ -79,5 +78,5 @@ def test_tokens_taken_in_another_order_keep_their_targets(rows: list[Row]) -> No
     place = {(row, int(token)): index for row in range(4) for index, token in enumerate(order[row, :40])}
     kept = [i for i, position in enumerate(batch.target_positions.tolist()) if divmod(position, 96) in place]
     assert 0 < len(kept) < len(batch.target_ids)
-    for name in ("target_ids", "target_t", "loss_weights", "target_pieces", "target_views"):
+    for name in ("target_ids", "target_t", "loss_weights", "target_segments", "target_views"):
         assert torch.equal(getattr(part, name), getattr(batch, name)[kept]), name

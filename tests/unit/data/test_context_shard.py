@@ -12,7 +12,7 @@ from megatron_dllm.data.context_shard import deal_context, take_context_shard
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
 
-COUNTS = ("row_keys", "sample_ids", "num_pieces", "num_maskable", "num_document_tokens", "num_forward_tokens")
+COUNTS = ("row_keys", "sample_ids", "num_segments", "num_maskable", "num_document_tokens", "num_forward_tokens")
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_targets_point_at_the_same_tokens(batch: Batch, cp_size: int) -> None:
 def test_sums_over_documents_add_up_over_shards(batch: Batch, cp_size: int) -> None:
     def sums(part: Batch) -> torch.Tensor:
         zero = torch.zeros(len(part.sample_ids), dtype=torch.float64)
-        return zero.index_add(0, part.target_pieces, part.loss_weights.double())
+        return zero.index_add(0, part.target_segments, part.loss_weights.double())
 
     shards = [take_context_shard(batch, rank, cp_size) for rank in range(cp_size)]
     torch.testing.assert_close(sum(sums(shard) for shard in shards), sums(batch), rtol=1e-12, atol=0)

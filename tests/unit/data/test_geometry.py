@@ -1,4 +1,4 @@
-"""What a piece costs, in cases worked out by hand."""
+"""What a segment costs, in cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_dllm.config import DataConfig, ScheduleConfig, StageConfig
-from megatron_dllm.data.geometry import RowGeometry, forward_tokens, piece_costs
+from megatron_dllm.data.geometry import RowGeometry, forward_tokens, segment_costs
 from megatron_dllm.data.spans import MASKABLE, MASKED, Spans
 from tests.unit.data.random_spans import random_spans
 
@@ -40,7 +40,7 @@ def geometry(**changes: object) -> RowGeometry:
     ],
 )
 def test_costs_by_hand(changes: dict[str, object], lengths: list[int], expected_costs: list[int]) -> None:
-    assert piece_costs(geometry(**changes), np.array(lengths)).tolist() == expected_costs
+    assert segment_costs(geometry(**changes), np.array(lengths)).tolist() == expected_costs
 
 
 def test_row_grid_by_hand_and_within_its_bound() -> None:
@@ -50,7 +50,7 @@ def test_row_grid_by_hand_and_within_its_bound() -> None:
     # 3 tokens inside one block.
     assert forward_tokens(grid, np.array([3]), np.array([5])).tolist() == [3]
     lengths, starts = np.meshgrid(np.arange(1, 17), np.arange(0, 12))
-    bound = piece_costs(grid, lengths)
+    bound = segment_costs(grid, lengths)
     cost = forward_tokens(grid, lengths, starts)
     assert (cost <= bound).all() and (cost.max(axis=0) == bound.max(axis=0)).all()
 
@@ -63,7 +63,7 @@ def test_row_grid_by_hand_and_within_its_bound() -> None:
         ({"block_size": 0}, r"block_size \(0\) must be positive"),
         ({"num_views": 0}, r"num_views \(0\) must be"),
         ({"objective": "ar", "num_views": 1}, r"num_views \(1\) must be"),
-        ({"row_length": 27}, r"row_length \(27\) must hold the longest piece.*takes 28 tokens"),
+        ({"row_length": 27}, r"row_length \(27\) must hold the longest segment.*takes 28 tokens"),
     ],
 )
 def test_impossible_geometries_are_refused(changes: dict[str, object], message: str) -> None:
@@ -90,9 +90,9 @@ def test_an_answer_behind_a_prompt_costs_its_blocks_and_the_clean_ones_before(
     """A prompt of 1000 tokens and an answer of 200, filled up to the block's end."""
     length, answer = np.array([1216]), Spans.of_lists([[(1000, 1216, MASKABLE)]])
     pruned = geometry(block_size=32, context_length=2048, row_length=6144, num_views=num_views)
-    assert piece_costs(pruned, length, answer).tolist() == [expected_pruned]
-    assert piece_costs(replace(pruned, prune_clean=False), length, answer).tolist() == [num_views * 1216 + 1216]
-    assert piece_costs(pruned, length).tolist() == [expected_full]
+    assert segment_costs(pruned, length, answer).tolist() == [expected_pruned]
+    assert segment_costs(replace(pruned, prune_clean=False), length, answer).tolist() == [num_views * 1216 + 1216]
+    assert segment_costs(pruned, length).tolist() == [expected_full]
 
 
 @pytest.mark.parametrize(
@@ -110,17 +110,17 @@ def test_an_answer_behind_a_prompt_costs_its_blocks_and_the_clean_ones_before(
 )
 def test_costs_of_spans_by_hand(spans: list[tuple[int, int]], expected_cost: int) -> None:
     table = Spans.of_lists([[(start, stop, MASKABLE) for start, stop in spans]])
-    assert piece_costs(geometry(), np.array([13]), table).tolist() == [expected_cost]
+    assert segment_costs(geometry(), np.array([13]), table).tolist() == [expected_cost]
 
 
 def test_hidden_tokens_alone_need_no_block() -> None:
     spans = Spans.of_lists([[(0, 4, MASKED), (5, 6, MASKABLE), (9, 12, MASKED)]])
-    assert piece_costs(geometry(), np.array([13]), spans).tolist() == [4 + 4]
+    assert segment_costs(geometry(), np.array([13]), spans).tolist() == [4 + 4]
 
 
-def test_an_ar_piece_is_its_tokens_whatever_its_spans() -> None:
+def test_an_ar_segment_is_its_tokens_whatever_its_spans() -> None:
     ar = geometry(objective="ar", num_views=0)
-    assert piece_costs(ar, np.array([13]), Spans.of_lists([[(5, 6, MASKABLE)]])).tolist() == [13]
+    assert segment_costs(ar, np.array([13]), Spans.of_lists([[(5, 6, MASKABLE)]])).tolist() == [13]
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -128,6 +128,6 @@ def test_the_row_grid_never_costs_more_than_its_bound(seed: int) -> None:
     lengths = np.random.default_rng(seed).integers(1, 17, 40)
     spans = random_spans(lengths.tolist(), seed)
     grid = geometry(block_origin="row", num_views=2, row_length=64)
-    bound = piece_costs(grid, lengths, spans)
+    bound = segment_costs(grid, lengths, spans)
     for start in range(8):
         assert (forward_tokens(grid, lengths, np.full(40, start), spans) <= bound).all()

@@ -67,13 +67,13 @@ def test_row_holds_the_documents_tokens(dataset: RowDataset) -> None:
     for _ in range(20):
         plan = stream.next(GEOMETRY)
         row = dataset[plan]
-        expected_ids = [DOCUMENTS[d][o + i] for d, o, n, _ in plan.pieces.tolist() for i in range(n)]
+        expected_ids = [DOCUMENTS[d][o + i] for d, o, n, _ in plan.segments.tolist() for i in range(n)]
         noisy = row.roles[:, 2] == 1
         unmasked = ~row.is_masked[noisy]
         assert (row.input_ids[noisy][unmasked] == np.array(expected_ids)[unmasked]).all()
         assert row.target_ids.tolist() == np.array(expected_ids)[~unmasked].tolist()
         offsets = np.cumsum([0, *map(len, DOCUMENTS)])
-        assert row.sample_ids.tolist() == [offsets[d] + o for d, o, _, _ in plan.pieces.tolist()]
+        assert row.sample_ids.tolist() == [offsets[d] + o for d, o, _, _ in plan.segments.tolist()]
 
 
 @pytest.mark.parametrize(("size", "micro_batch_size"), [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2), (8, 1)])
@@ -215,7 +215,7 @@ def test_a_source_of_a_few_lines_is_read_like_a_corpus(num_workers: int) -> None
     steps = take(dataset, stream, 2, num_workers=num_workers)
     batches = [batch for step in steps for batch in step.micro_batches]
     for batch in batches:
-        documents = batch.sample_ids[batch.target_pieces] // 1000
+        documents = batch.sample_ids[batch.target_segments] // 1000
         assert torch.equal(batch.target_ids, 100 + documents) and len(documents)
         positions = batch.position_ids.flatten()[batch.target_positions]
         assert (positions >= (8 + documents % 7) // 2).all()
@@ -236,7 +236,7 @@ def test_spans_beside_a_corpus_say_what_carries_a_loss(write_corpus: Callable[..
     for _ in range(20):
         plan = stream.next(GEOMETRY)
         row = dataset[plan]
-        expected = [k for d, o, n, _ in plan.pieces.tolist() for k in expected_kinds(spans, d, lengths[d])[o : o + n]]
+        expected = [k for d, o, n, _ in plan.segments.tolist() for k in expected_kinds(spans, d, lengths[d])[o : o + n]]
         assert row.num_maskable == expected.count(MASKABLE) > 0
         num_maskable += row.num_maskable
     assert num_maskable < sum(lengths)

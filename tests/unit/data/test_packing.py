@@ -19,9 +19,9 @@ from megatron_dllm.data.packing import (
     assign_rows,
     estimate_fill,
     row_forward_tokens,
-    split_pieces,
+    split_segments,
 )
-from megatron_dllm.data.spans import MASKABLE, MASKED, Spans, piece_spans
+from megatron_dllm.data.spans import MASKABLE, MASKED, Spans, segment_spans
 from tests.unit.data.random_spans import expected_kinds, random_spans
 
 GEOMETRIES = [
@@ -50,15 +50,15 @@ def epoch_of_plans(stream: RowStream, geometry: RowGeometry) -> list[RowPlan]:
 
 def covered_tokens(plans: list[RowPlan], num_documents: int) -> list[tuple[int, int]]:
     """Every (document, token) that the plans hold, as often as they hold it."""
-    spans = [(d, o, n) for plan in plans for d, o, n, _ in plan.pieces.tolist()]
+    spans = [(d, o, n) for plan in plans for d, o, n, _ in plan.segments.tolist()]
     return sorted((d, o + i) for d, o, n in spans for i in range(n))
 
 
 def test_documents_are_cut_at_multiples_of_the_context() -> None:
-    pieces = np.array([[7, 0, 10, 0], [8, 0, 0, 1], [9, 0, 4, 2], [5, 4, 3, 9]])
-    expected_pieces = [[7, 0, 4, 0], [7, 4, 4, 0], [7, 8, 2, 0], [9, 0, 4, 2], [5, 4, 3, 9]]
-    assert split_pieces(pieces, 4).tolist() == expected_pieces
-    assert split_pieces(np.zeros((0, 4), dtype=np.int64), 4).shape == (0, 4)
+    segments = np.array([[7, 0, 10, 0], [8, 0, 0, 1], [9, 0, 4, 2], [5, 4, 3, 9]])
+    expected_segments = [[7, 0, 4, 0], [7, 4, 4, 0], [7, 8, 2, 0], [9, 0, 4, 2], [5, 4, 3, 9]]
+    assert split_segments(segments, 4).tolist() == expected_segments
+    assert split_segments(np.zeros((0, 4), dtype=np.int64), 4).shape == (0, 4)
 
 
 def test_best_fit_by_hand() -> None:
@@ -79,18 +79,18 @@ def test_every_token_of_an_epoch_is_in_one_row(geometry: RowGeometry) -> None:
     expected_tokens = [(d, i) for d, n in enumerate(lengths.tolist()) for i in range(n)]
     assert covered_tokens(plans, 100) == expected_tokens
     for plan in plans:
-        assert row_forward_tokens(geometry, plan.pieces[:, LENGTH]) <= geometry.row_length
-        assert (plan.pieces[:, OFFSET] % geometry.context_length == 0).all()
-    ordinals = np.sort(np.concatenate([plan.pieces[:, ORDINAL] for plan in plans]))
+        assert row_forward_tokens(geometry, plan.segments[:, LENGTH]) <= geometry.row_length
+        assert (plan.segments[:, OFFSET] % geometry.context_length == 0).all()
+    ordinals = np.sort(np.concatenate([plan.segments[:, ORDINAL] for plan in plans]))
     np.testing.assert_array_equal(ordinals, np.arange(len(ordinals)))
 
 
-def test_ordinals_count_pieces_in_shuffled_order_whatever_the_geometry_and_chunk() -> None:
+def test_ordinals_count_segments_in_shuffled_order_whatever_the_geometry_and_chunk() -> None:
     lengths = random_lengths(60)
     orders = []
     for geometry, chunk in [(GEOMETRIES[0], 7), (GEOMETRIES[7], 7), (GEOMETRIES[3], 60)]:
-        pieces = np.concatenate([p.pieces for p in epoch_of_plans(RowStream(lengths, 5, chunk), geometry)])
-        orders.append(pieces[np.argsort(pieces[:, ORDINAL])].tolist())
+        segments = np.concatenate([p.segments for p in epoch_of_plans(RowStream(lengths, 5, chunk), geometry)])
+        orders.append(segments[np.argsort(segments[:, ORDINAL])].tolist())
     assert orders[0] == orders[1] == orders[2]
 
 
@@ -101,7 +101,7 @@ def test_epochs_have_different_orders_and_seeds_too() -> None:
         stream = RowStream(lengths, seed, chunk=10)
         plans = [stream.next(GEOMETRIES[7]) for _ in range(25 * (epoch + 1))][-25:]
         assert {plan.epoch for plan in plans} == {epoch}
-        return [d for plan in plans for d in plan.pieces[:, DOCUMENT].tolist()]
+        return [d for plan in plans for d in plan.segments[:, DOCUMENT].tolist()]
 
     orders = [order(1, 0), order(1, 1), order(2, 0)]
     assert all(sorted(o) == list(range(50)) for o in orders)
@@ -112,7 +112,7 @@ def test_epochs_have_different_orders_and_seeds_too() -> None:
 def test_without_shuffling_documents_keep_their_order() -> None:
     lengths = np.full(20, 16, dtype=np.int32)
     plans = epoch_of_plans(RowStream(lengths, seed=1, chunk=8, shuffle=False), GEOMETRIES[7])
-    assert [d for plan in plans for d in plan.pieces[:, DOCUMENT].tolist()] == list(range(20))
+    assert [d for plan in plans for d in plan.segments[:, DOCUMENT].tolist()] == list(range(20))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -130,7 +130,7 @@ def test_saving_anywhere_and_changing_geometry_anywhere_loses_and_repeats_nothin
             broken = RowStream(lengths, seed, chunk=25)
             broken.load_state_dict(state)
         plan = broken.next(geometry)
-        np.testing.assert_array_equal(plan.pieces, expected_plan.pieces)
+        np.testing.assert_array_equal(plan.segments, expected_plan.segments)
         assert plan.epoch == expected_plan.epoch
         if plan.epoch == 2:
             break
@@ -146,7 +146,7 @@ def test_looking_at_another_geometry_without_taking_a_row_changes_nothing() -> N
     for _ in range(30):
         expected_plan = expected_stream.next(GEOMETRIES[0])
         stream._rows_left(GEOMETRIES[3])
-        np.testing.assert_array_equal(stream.next(GEOMETRIES[0]).pieces, expected_plan.pieces)
+        np.testing.assert_array_equal(stream.next(GEOMETRIES[0]).segments, expected_plan.segments)
 
 
 @pytest.mark.parametrize("context_length", [8, 10, 24])
@@ -155,7 +155,7 @@ def test_context_length_may_change_in_mid_chunk(context_length: int) -> None:
     stream = RowStream(lengths, 0, chunk=30)
     plans = [stream.next(GEOMETRIES[0]) for _ in range(9)]
     plans += epoch_of_plans(stream, replace(GEOMETRIES[0], context_length=context_length))
-    assert max(plan.pieces[:, LENGTH].max() for plan in plans[9:]) <= context_length
+    assert max(plan.segments[:, LENGTH].max() for plan in plans[9:]) <= context_length
     assert covered_tokens(plans, 60) == [(d, i) for d, n in enumerate(lengths.tolist()) for i in range(n)]
 
 
@@ -198,7 +198,7 @@ def test_copy_goes_its_own_way() -> None:
     other = stream.copy()
     expected_plan = other.next(GEOMETRIES[0])
     assert stream.state_dict() == expected_state
-    np.testing.assert_array_equal(stream.next(GEOMETRIES[0]).pieces, expected_plan.pieces)
+    np.testing.assert_array_equal(stream.next(GEOMETRIES[0]).segments, expected_plan.segments)
 
 
 def test_fill_by_hand() -> None:
@@ -234,12 +234,12 @@ def test_every_token_with_a_loss_is_in_one_row(geometry: RowGeometry) -> None:
     expected = expected_tokens_with_loss(lengths, spans)
     assert len(set(covered)) == len(covered) and set(expected) <= set(covered)
     for plan in plans:
-        of_pieces = piece_spans(spans, plan.pieces)
-        assert of_pieces is not None and (np.diff(of_pieces.maskable().bounds) > 0).all()
-        assert row_forward_tokens(geometry, plan.pieces[:, LENGTH], of_pieces) <= geometry.row_length
+        of_segments = segment_spans(spans, plan.segments)
+        assert of_segments is not None and (np.diff(of_segments.maskable().bounds) > 0).all()
+        assert row_forward_tokens(geometry, plan.segments[:, LENGTH], of_segments) <= geometry.row_length
 
 
-def test_pruned_pieces_fill_fewer_rows() -> None:
+def test_pruned_segments_fill_fewer_rows() -> None:
     lengths = np.full(64, 16)
     answers = Spans.of_lists([[(12, 16, MASKABLE)]] * 64)
     geometry = RowGeometry("block_diffusion", 4, 16, 64, 1)
@@ -256,7 +256,7 @@ def test_spans_over_everything_give_the_rows_of_plain_text(geometry: RowGeometry
     spans = Spans.of_lists([[(0, n, MASKABLE)] for n in lengths.tolist()])
     plain, same = (RowStream(lengths, 3, 17, spans=given) for given in (None, spans))
     for plan, expected_plan in zip(epoch_of_plans(same, geometry), epoch_of_plans(plain, geometry), strict=True):
-        np.testing.assert_array_equal(plan.pieces, expected_plan.pieces)
+        np.testing.assert_array_equal(plan.segments, expected_plan.segments)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -275,7 +275,7 @@ def test_with_spans_saving_and_changing_geometry_anywhere_loses_and_repeats_noth
             broken = RowStream(lengths, seed, 25, spans=spans)
             broken.load_state_dict(state)
         plan = broken.next(geometry)
-        np.testing.assert_array_equal(plan.pieces, expected_plan.pieces)
+        np.testing.assert_array_equal(plan.segments, expected_plan.segments)
         if plan.epoch == 1:
             break
         plans.append(plan)
@@ -314,5 +314,5 @@ def test_a_position_saved_before_shift_was_a_field_continues() -> None:
     del state["emitted"][0]["geometry"]["shift"]
     other = RowStream(lengths, 0, chunk=40)
     other.load_state_dict(state)
-    np.testing.assert_array_equal(other.next(GEOMETRIES[0]).pieces, stream.next(GEOMETRIES[0]).pieces)
+    np.testing.assert_array_equal(other.next(GEOMETRIES[0]).segments, stream.next(GEOMETRIES[0]).segments)
     assert other.state_dict() == stream.state_dict()

@@ -19,7 +19,7 @@ from tests.unit.data.random_spans import random_spans
 def test_block_diffusion_row_by_hand() -> None:
     geometry = RowGeometry("block_diffusion", 2, 8, 16, 1)
     row = make_masked_row([5, 2], geometry, [[0, 1, 0, 0, 1, 1, 0]], epoch=3)
-    # Piece 0: 5 noisy, 4 clean (blocks of 2, 2, 1: the last is not read). Piece 1: one block, no clean copy.
+    # Segment 0: 5 noisy, 4 clean (blocks of 2, 2, 1: the last is not read). Segment 1: one block, no clean copy.
     assert row.input_ids.tolist() == [1, 99, 3, 4, 99, 1, 2, 3, 4, 99, 12] + [PAD] * 5
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1] + [0] * 5
     assert row.roles[:, 0].tolist() == [0] * 9 + [1] * 2 + [-1] * 5
@@ -74,7 +74,7 @@ def test_ar_row_by_hand() -> None:
         [-1, 0, 0],
         [-1, 0, 0],
     ]
-    # The last token of a piece predicts nothing.
+    # The last token of a segment predicts nothing.
     assert row.target_positions.tolist() == [0, 1, 4]
     assert row.target_ids.tolist() == [2, 3, 22]
     assert row.loss_weights.tolist() == [1.0] * 3 and row.target_t.tolist() == [0.0] * 3
@@ -85,18 +85,18 @@ def test_ar_row_by_hand() -> None:
 def test_row_grid_by_hand() -> None:
     geometry = RowGeometry("block_diffusion", 2, 4, 16, 1, block_origin="row")
     row = make_masked_row([3, 4], geometry, [[1, 0, 0, 0, 1, 0, 0]])
-    # Tokens 0..6 of the row in blocks of 2: piece 0 has sizes 2, 1; piece 1 starts in mid-block with 1, 2, 1.
+    # Tokens 0..6 of the row in blocks of 2: segment 0 has sizes 2, 1; segment 1 starts in mid-block with 1, 2, 1.
     assert row.roles[:, 1].tolist() == [0, 0, 1, 0, 0, 1, 2, 2, 3, 1, 2, 2] + [0] * 4
     assert row.roles[:, 2].tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0] + [0] * 4
     assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 2] + [0] * 4
 
 
 @pytest.mark.parametrize("block_origin", ["document", "row"])
-def test_a_row_draws_the_noise_of_its_pieces(block_origin: str) -> None:
+def test_a_row_draws_the_noise_of_its_segments(block_origin: str) -> None:
     geometry = RowGeometry("block_diffusion", 2, 8, 16, 1, block_origin)
     plan, content = make_plan([3, 4], epoch=3, kinds=[1, 1, 1, 0, 1, 1, 1])
     drawn = draw_row_noise(plan, content, geometry, spec(), seed=5)
-    # Block ids count from each piece's first: under the row grid the second piece begins in mid-block.
+    # Block ids count from each segment's first: under the row grid the second segment begins in mid-block.
     second = [0, 0, 1, 1] if block_origin == "document" else [0, 1, 1, 2]
     for sample_id, ordinal, place, block_ids in [(0, 0, slice(0, 3), [0, 0, 1]), (100, 1, slice(3, 7), second)]:
         expected = sample_noise(
@@ -125,7 +125,7 @@ def test_fixed_tokens_carry_no_loss() -> None:
 
 
 def test_pruned_row_by_hand() -> None:
-    """Blocks of 2. Piece 0: prompt of 3, answer of 2, a tail of 3. Piece 1: everything may carry a loss."""
+    """Blocks of 2. Segment 0: prompt of 3, answer of 2, a tail of 3. Segment 1: everything may carry a loss."""
     geometry = RowGeometry("block_diffusion", 2, 8, 24, 2)
     kinds = [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
     row = make_masked_row([8, 3], geometry, [[0, 0, 0, 1] + [0] * 7, [0] * 4 + [1] + [0] * 5 + [1]], kinds=kinds)
@@ -152,7 +152,7 @@ def test_hidden_tokens_are_masked_in_every_view_without_a_loss() -> None:
     assert row.num_maskable == 6
 
 
-def test_row_of_no_pieces_is_padding() -> None:
+def test_row_of_no_segments_is_padding() -> None:
     for geometry, noise in [
         (RowGeometry("ar", 1, 4, 8, 0), None),
         (RowGeometry("block_diffusion", 2, 4, 8, 1), spec()),
@@ -217,8 +217,8 @@ def test_pruned_clean_tokens_are_seen_by_no_noisy_query(block_origin: str, num_v
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES[:4])
-def test_a_piece_has_the_same_noise_in_another_row(geometry: RowGeometry) -> None:
-    def pieces_of(row: Row) -> dict:
+def test_a_segment_has_the_same_noise_in_another_row(geometry: RowGeometry) -> None:
+    def segments_of(row: Row) -> dict:
         """Everything the row says about each sample, by copy."""
         is_target = np.zeros(geometry.row_length)
         is_target[row.target_positions] = row.loss_weights
@@ -226,11 +226,11 @@ def test_a_piece_has_the_same_noise_in_another_row(geometry: RowGeometry) -> Non
         return {int(s): content[:, row.roles[:, 0] == i].tolist() for i, s in enumerate(row.sample_ids)}
 
     noise = spec(geometry.num_views, at_least_one=False)
-    expected_pieces = pieces_of(make_row([13, 9, 6], geometry, noise, sample_ids=[0, 100, 200]))
-    assert pieces_of(make_row([6, 13], geometry, noise, sample_ids=[200, 0])) == {
-        s: expected_pieces[s] for s in (200, 0)
+    expected_segments = segments_of(make_row([13, 9, 6], geometry, noise, sample_ids=[0, 100, 200]))
+    assert segments_of(make_row([6, 13], geometry, noise, sample_ids=[200, 0])) == {
+        s: expected_segments[s] for s in (200, 0)
     }
-    assert pieces_of(make_row([13], geometry, noise, epoch=1, sample_ids=[0]))[0] != expected_pieces[0]
+    assert segments_of(make_row([13], geometry, noise, epoch=1, sample_ids=[0]))[0] != expected_segments[0]
 
 
 @pytest.mark.parametrize("seed", range(6))

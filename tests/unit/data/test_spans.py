@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_dllm.data.spans import MASKABLE, MASKED, Spans, piece_spans
+from megatron_dllm.data.spans import MASKABLE, MASKED, Spans, segment_spans
 from tests.unit.data.random_spans import expected_kinds, random_spans
 
 LENGTHS = [17, 1, 30, 8, 25]
@@ -20,17 +20,17 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pieces_have_the_kinds_of_their_tokens(seed: int) -> None:
+def test_segments_have_the_kinds_of_their_tokens(seed: int) -> None:
     spans = random_spans(LENGTHS, seed)
-    pieces = np.array([[2, 0, 16, 0], [4, 16, 9, 1], [0, 3, 14, 2], [2, 16, 14, 3], [1, 0, 1, 4]])
-    found = piece_spans(spans, pieces)
+    segments = np.array([[2, 0, 16, 0], [4, 16, 9, 1], [0, 3, 14, 2], [2, 16, 14, 3], [1, 0, 1, 4]])
+    found = segment_spans(spans, segments)
     assert found is not None
-    expected = [kind for d, o, n, _ in pieces.tolist() for kind in expected_kinds(spans, d, LENGTHS[d])[o : o + n]]
-    assert found.kinds(pieces[:, 2]).tolist() == expected and any(expected)
+    expected = [kind for d, o, n, _ in segments.tolist() for kind in expected_kinds(spans, d, LENGTHS[d])[o : o + n]]
+    assert found.kinds(segments[:, 2]).tolist() == expected and any(expected)
 
 
 def test_plain_text_has_no_spans() -> None:
-    assert piece_spans(None, np.zeros((1, 4), dtype=np.int64)) is None
+    assert segment_spans(None, np.zeros((1, 4), dtype=np.int64)) is None
 
 
 def test_no_documents_and_documents_without_spans() -> None:

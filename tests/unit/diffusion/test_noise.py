@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_dllm.config import NoiseConfig, StageConfig
-from megatron_dllm.diffusion.noise import NoiseSpec, PieceNoise, _first_masked, sample_noise
+from megatron_dllm.diffusion.noise import NoiseSpec, SegmentNoise, _first_masked, sample_noise
 
 SINGLE = NoiseSpec(
     t_unit="block", is_stratified=True, at_least_one=True, loss_weight="elbo", t_min=0.0, t_max=1.0, num_views=1
@@ -20,7 +20,7 @@ PAIR = replace(SINGLE, num_views=2, view_relation="complementary")
 COUNT = NoiseSpec.for_validation()
 
 
-def draw(spec: NoiseSpec, block_ids, loss_mask=None, **key) -> PieceNoise:
+def draw(spec: NoiseSpec, block_ids, loss_mask=None, **key) -> SegmentNoise:
     block_ids = np.asarray(block_ids, dtype=np.int64)
     loss_mask = np.ones(len(block_ids), bool) if loss_mask is None else np.asarray(loss_mask, dtype=bool)
     key = {"seed": 7, "epoch": 0, "sample_id": 11, "ordinal": 3, "row_key": 5} | key
@@ -58,7 +58,7 @@ def expected_block_elbo(table: np.ndarray, t_min: float, t_max: float) -> float:
     return total
 
 
-def block_losses(noise: PieceNoise, size: int, table: np.ndarray) -> np.ndarray:
+def block_losses(noise: SegmentNoise, size: int, table: np.ndarray) -> np.ndarray:
     """[blocks] sum over views of the weighted NLL of every block."""
     total = np.zeros(noise.is_masked.shape[1] // size)
     for masked, weights in zip(noise.is_masked, noise.loss_weights, strict=True):
@@ -114,7 +114,7 @@ def test_count_noise_has_less_variance_than_bernoulli_noise():
     assert variances[0] < 0.5 * variances[1]
 
 
-def test_units_shared_by_a_piece_are_the_elbo_over_many_samples():
+def test_units_shared_by_a_segment_are_the_elbo_over_many_samples():
     size, table, num_samples = 2, nll_table(2), 4000
     for unit, spread in (("document", "ordinal"), ("row", "row_key")):
         spec = replace(SINGLE, t_unit=unit)
@@ -258,7 +258,7 @@ def test_tokens_outside_the_loss_mask_are_left_alone(spec):
 
 
 def test_weight_counts_only_the_maskable_tokens_of_a_partial_block():
-    # Row grid: the piece starts inside block 7 and ends inside block 9; one token of block 8 is a prompt.
+    # Row grid: the segment starts inside block 7 and ends inside block 9; one token of block 8 is a prompt.
     block_ids, loss_mask = [7, 7, 8, 8, 8, 8, 9], [1, 1, 0, 1, 1, 1, 1]
     noise = draw(SINGLE, block_ids, loss_mask)
     for block, size in ((7, 2), (8, 3), (9, 1)):

@@ -1,4 +1,4 @@
-"""K views of one piece: each is the noise of a single view, and together they estimate the ELBO with less variance."""
+"""K views of one segment: each is the noise of a single view; together they estimate the ELBO with less variance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from megatron_dllm.diffusion.noise import NoiseSpec, PieceNoise, _Blocks, _count_mask, sample_noise
+from megatron_dllm.diffusion.noise import NoiseSpec, SegmentNoise, _Blocks, _count_mask, sample_noise
 from tests.unit.diffusion.test_noise import (
     COUNT,
     PAIR,
@@ -26,11 +26,11 @@ from tests.unit.diffusion.test_noise import (
 RELATIONS = ["independent", "stratified", "complementary"]
 
 
-def view_of(noise: PieceNoise, view: int) -> PieceNoise:
-    return PieceNoise(*(getattr(noise, name)[view : view + 1] for name in ("is_masked", "loss_weights", "t")))
+def view_of(noise: SegmentNoise, view: int) -> SegmentNoise:
+    return SegmentNoise(*(getattr(noise, name)[view : view + 1] for name in ("is_masked", "loss_weights", "t")))
 
 
-def assert_equal(one: PieceNoise, other: PieceNoise) -> None:
+def assert_equal(one: SegmentNoise, other: SegmentNoise) -> None:
     for name in ("is_masked", "loss_weights", "t"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
@@ -96,10 +96,10 @@ def test_stratified_levels_lie_one_in_each_part(num_views: int, unit: str) -> No
 @pytest.mark.parametrize("unit", ["block", "document", "row"])
 def test_levels_of_every_view_are_uniform(relation: str, unit: str) -> None:
     spec = replace(SINGLE, num_views=4, view_relation=relation, t_unit=unit, t_min=0.25, t_max=0.75)
-    keys = [dict(sample_id=i, ordinal=i, row_key=i) for i in range(2000)]
+    keys = [dict(sample_id=i, ordinal=i, row_key=i) for i in range(1000)]
     levels = np.array([draw(spec, blocks_of(1, 2), **key).t[:, 0] for key in keys])
     for view in range(4):
-        np.testing.assert_allclose(np.histogram(levels[:, view], 5, (0.25, 0.75))[0] / 2000, 0.2, atol=0.05)
+        np.testing.assert_allclose(np.histogram(levels[:, view], 5, (0.25, 0.75))[0] / 1000, 0.2, atol=0.05)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 32, 49])

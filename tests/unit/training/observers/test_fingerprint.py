@@ -26,7 +26,7 @@ def _row(batch: Batch, row: int, samples: slice) -> Batch:
     mine = batch.target_positions // length == row
     per_row = {
         name: getattr(batch, name)[row : row + 1]
-        for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys", "num_pieces")
+        for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys", "num_segments")
     }
     per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
     return replace(
