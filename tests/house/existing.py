@@ -23,7 +23,7 @@ FOREIGN_FLAGS = (
 FOREIGN_KEYS = ("trust_remote_code", "torch.load")
 # The file that docs/slurm.md has its reader write.
 READERS_CLUSTER = "cluster=mine"
-HYDRA_FLAGS = ("--multirun", "--help")
+HYDRA_FLAGS = ("--multirun", "--help", "--config-dir", "--config-name")
 TRAINING = ("megatron_dllm.train", "megatron_dllm.evaluate")
 LAUNCHING = ("launch/submit.py", "launch/local.py")
 
