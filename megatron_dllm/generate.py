@@ -228,7 +228,9 @@ def parse_arguments(arguments: Sequence[str]) -> GenerateConfig:
         else:
             texts[key] = value
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    composed = OmegaConf.to_container(compose_dict(others, config_name="generate", schema=GenerateConfig), resolve=True)
+    composed: Any = OmegaConf.to_container(
+        compose_dict(others, config_name="generate", schema=GenerateConfig), resolve=True
+    )
     return GenerateConfig(**(composed | texts))
 
 

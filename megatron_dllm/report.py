@@ -21,7 +21,7 @@ from rich.table import Table
 
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.manifest import read_json
-from megatron_dllm.checkpoint.validation import validation_elbo
+from megatron_dllm.checkpoint.validation import read_validation, validation_elbo
 from megatron_dllm.compose import register_schemas
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.batch import Batch, collate
@@ -110,13 +110,13 @@ def results(
         (elbo, f) for f in folders.list_checkpoints(checkpoints) if (elbo := validation_elbo(f)) is not None
     )
     if ranked:
-        stored = read_json(ranked[0][1] / VALIDATION)
+        stored = read_validation(ranked[0][1]) or {}
         lines.append(
             Result(
                 f"best checkpoint ({ranked[0][1].name})",
                 f"ELBO, block {target}",
                 ranked[0][0],
-                stored["bits_per_byte"].get(target),
+                stored.get("bits_per_byte", {}).get(target),
             )
         )
     if merged is not None:

@@ -61,10 +61,10 @@ def _staged(request: AsyncRequest) -> list[Any]:
     """Files to write, their tensors in host memory."""
     if request.async_fn is None:
         return []
-    return request.preload_fn() if request.preload_fn else request.async_fn_args[1]
+    return list(request.preload_fn() if request.preload_fn else request.async_fn_args[1])
 
 
-def _write(function: Callable[..., None] | None, buckets: list[Any]) -> Written:
+def _write(function: Any, buckets: list[Any]) -> Written:
     written = Written()
     for index, bucket in enumerate(buckets):
         results: queue.Queue[Any] = queue.Queue()
@@ -72,7 +72,7 @@ def _write(function: Callable[..., None] | None, buckets: list[Any]) -> Written:
         count.put(index)
         filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             function.args[0], index, bucket, results, count, use_fsync=True
-        )  # type: ignore[union-attr, arg-type]
+        )
         _, records = results.get_nowait()
         path = Path(bucket[0])
         if isinstance(records, Exception):

@@ -127,8 +127,8 @@ class CheckpointWriter:
                 sharded["optimizer"] = optimizer_state(optimizer, model, is_loading=False)
             try:
                 request = dist_checkpointing.save(sharded, str(temporary), self._strategy, async_sharded_save=True)
-            except (OSError, RuntimeError) as error:  # torch hides what the operating system said
-                raise RuntimeError(f"writing {temporary}: {error}; if the disk is full, {_MAKE_ROOM}") from error
+            except (OSError, RuntimeError) as failed:  # torch hides what the operating system said
+                raise RuntimeError(f"writing {temporary}: {failed}; if the disk is full, {_MAKE_ROOM}") from failed
             assert request is not None, "an asynchronous save must return a request"
             save = _Save(temporary, final, request, meta, state)
             if self._is_async:
@@ -200,8 +200,8 @@ class CheckpointWriter:
         try:
             for finalize in save.request.finalize_fns:
                 finalize()
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"writing {save.temporary}: {error}; if the disk is full, {_MAKE_ROOM}") from error
+        except (OSError, RuntimeError) as failed:
+            raise RuntimeError(f"writing {save.temporary}: {failed}; if the disk is full, {_MAKE_ROOM}") from failed
         parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, written.checksums)
         if self._reads_back:

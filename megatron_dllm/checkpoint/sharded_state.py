@@ -35,7 +35,9 @@ def optimizers(optimizer: MegatronOptimizer) -> list[Any]:
     return [o for o in chained if not getattr(o, "is_stub_optimizer", False)]
 
 
-def optimizer_state(optimizer: MegatronOptimizer, model_sharded_state: dict[str, Any], is_loading: bool) -> dict:
+def optimizer_state(
+    optimizer: MegatronOptimizer, model_sharded_state: dict[str, Any], is_loading: bool
+) -> dict[int, Any]:
     """Sharded moments and main weights. Their keys are global names; the place in the chain is this rank's affair."""
     return {
         i: part.sharded_param_state_fully_reshardable(model_sharded_state, is_loading, dict(_METADATA))

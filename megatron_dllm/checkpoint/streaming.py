@@ -94,7 +94,7 @@ def _read(batch: list[Task], buffers: SimpleQueue[Tensor]) -> tuple[Tensor, list
     needed = sum(_aligned(task.num_elements * task.dtype.itemsize) for task in batch)
     if buffer.numel() < needed:
         buffer = torch.empty(needed, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     pieces: list[Tensor] = []
     begin = 0
     for task in batch:

@@ -225,7 +225,7 @@ def _tensor_position(data: _Slice, chunk: Chunk, dtype: torch.dtype) -> int | No
         data.seek(record.header_offset)
         header = data.read(30)
         names_length = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return chunk.start + record.header_offset + 30 + names_length + offset * dtype.itemsize
+        return chunk.start + record.header_offset + 30 + names_length + int(offset) * dtype.itemsize
 
 
 _STORAGE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "half", torch.float32: "float", torch.float64: "double"}

@@ -178,7 +178,7 @@ def descriptor_of(path: Path, files: dict[Path, int]) -> int:
 
 def read_exactly(descriptor: int, position: int, out: Tensor, what: str) -> None:
     """Fill `out` (contiguous) from a file, or raise ValueError naming `what`."""
-    view = memoryview(out.view(torch.uint8).numpy())
+    view = out.view(torch.uint8).numpy().data
     while view:
         count = os.preadv(descriptor, [view], position)
         if count == 0:
@@ -188,7 +188,7 @@ def read_exactly(descriptor: int, position: int, out: Tensor, what: str) -> None
 
 def write_all(descriptor: int, position: int, data: Tensor) -> None:
     """Write `data` (contiguous) at a position of a file."""
-    view = memoryview(data.view(torch.uint8).numpy())
+    view = data.view(torch.uint8).numpy().data
     while view:
         count = os.pwrite(descriptor, view, position)
         view, position = view[count:], position + count
@@ -210,7 +210,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
             raise ValueError(f"{path} names the shard {file_name!r}; a shard lies in the folder itself.")
         if not (folder / file_name).is_file():
             raise ValueError(f"{path} names the shard {file_name}, which is missing; download it too.")
-    return weight_map
+    return dict(weight_map)
 
 
 def _shard_paths(folder: Path, index: dict[str, str] | None) -> list[Path]:
