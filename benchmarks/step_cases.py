@@ -192,6 +192,8 @@ def _build_row(documents: Documents, views: list[int], is_pruned: bool) -> Tenso
 class _NoAttention:
     """A backend that returns the values unchanged, to measure a step without attention."""
 
+    IS_COMPILED_PER_SHAPE = False
+
     @staticmethod
     def build_plan(query_roles: Tensor, key_roles: Tensor) -> tuple[()]:
         """Nothing to plan, for roles [b, q, 3] and [b, k, 3]."""

@@ -7,10 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.ranks import run_ranks
-from megatron_dllm.model.attention import dense, flex
-from megatron_dllm.model.attention.backends import BACKENDS
+from megatron_dllm.model.attention import dense
 from megatron_dllm.model.attention.inputs import AttentionPlanner
-from tests.unit.model.attention.eager_kernel import run_eagerly
+from tests.unit.model.attention.eager_kernel import small_backends
 from tests.unit.model.attention.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 
 # Name: the rows, whether tokens go to ranks by whole noisy blocks (else at random), the backend, and whether
@@ -53,7 +52,6 @@ def deal(roles: Tensor, size: int, by_block: bool, seed: int) -> Tensor:
 def attend_on_a_rank() -> dict[str, tuple[bool, float]]:
     """Per case, whether only clean keys travelled, and the greatest error of this rank's output and gradients."""
     dist.init_process_group("gloo")
-    flex._run_kernel = run_eagerly  # with gradients on the CPU
     return {name: attend_case(*DEALS[name][:3]) for name in DEALS}
 
 
@@ -82,7 +80,7 @@ def attend_case(case: RoleCase, by_block: bool, backend: str) -> tuple[bool, flo
     layer = RoleAttention(config, 1, AttnMaskType.arbitrary, "self")
     local = [take(tensor).requires_grad_() for tensor in inputs]
     local_roles = roles[rows.unsqueeze(1), places].contiguous()
-    shared = AttentionPlanner(BACKENDS[backend], dist.group.WORLD).prepare(local_roles)
+    shared = AttentionPlanner(small_backends(tile_size=16)[backend], dist.group.WORLD).prepare(local_roles)
     assert shared.exchange is not None
     out = layer(*local, attention_bias=shared).unflatten(-1, (4, 8))
     grads = torch.autograd.grad(out, local, take(grad))

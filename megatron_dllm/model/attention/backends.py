@@ -10,7 +10,13 @@ from megatron_dllm.model.attention import chunked, dense, flex, shared_prefix
 
 
 class Backend(Protocol):
-    """Turns roles into a plan, once per micro-batch, and attends by it, once per layer."""
+    """Turns roles into a plan, once per micro-batch, and attends by it, once per layer.
+
+    Attributes:
+        IS_COMPILED_PER_SHAPE: every other number of queries or keys costs a compilation.
+    """
+
+    IS_COMPILED_PER_SHAPE: bool
 
     def build_plan(self, query_roles: Tensor, key_roles: Tensor) -> Any:
         """The plan of the mask.

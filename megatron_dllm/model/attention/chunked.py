@@ -20,18 +20,21 @@ from megatron_dllm.model.attention.tiles import (
     sort_queries,
 )
 
+IS_COMPILED_PER_SHAPE = False
 TILE_SIZE = 128
 # A tile with more keys than this is computed again in backward instead of keeping its copy of the keys, so
 # that what is kept grows linearly with the row.
 MAX_KEPT_KEYS = 1024
 
 
-def build_plan(query_roles: Tensor, key_roles: Tensor) -> TilePlan:
+def build_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int = TILE_SIZE) -> TilePlan:
     """Tiles of roles [b, q, 3] and [b, k, 3]."""
-    return build_tile_plan(query_roles, key_roles, TILE_SIZE)
+    return build_tile_plan(query_roles, key_roles, tile_size)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: float) -> Tensor:
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: float, max_kept_keys: int = MAX_KEPT_KEYS
+) -> Tensor:
     """Softmax attention over the visible keys.
 
     Args:
@@ -40,6 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: flo
         value: [b, g, k, d].
         plan: see `build_plan`.
         scale: factor on the logits.
+        max_kept_keys: a tile with more keys is computed again in backward.
 
     Returns:
         [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
@@ -56,7 +60,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: TilePlan, scale: flo
     for tile, tile_query in zip(plan.tiles, queries, strict=True):
         inputs = (tile_query, keys[tile.document], values[tile.document], tile, scale)
         num_keys = tile.prefix[1] - tile.prefix[0] + sum(stop - start for start, stop in tile.own)
-        if num_keys > MAX_KEPT_KEYS and torch.is_grad_enabled():
+        if num_keys > max_kept_keys and torch.is_grad_enabled():
             outs.append(checkpoint(_attend_tile, *inputs, use_reentrant=False, preserve_rng_state=False))
         else:
             outs.append(_attend_tile(*inputs))

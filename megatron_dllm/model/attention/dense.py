@@ -7,6 +7,8 @@ from torch import Tensor
 
 from megatron_dllm.diffusion.roles import visible
 
+IS_COMPILED_PER_SHAPE = False
+
 
 def build_plan(query_roles: Tensor, key_roles: Tensor) -> Tensor:
     """The mask [b, 1, q, k] bool of roles [b, q, 3] and [b, k, 3]."""

@@ -27,8 +27,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from megatron_dllm.model.attention import dense
 from megatron_dllm.model.attention.plan import PADDING_CODE, find_intervals
 
+IS_COMPILED_PER_SHAPE = True
 TILE_SIZE = 128
 MAX_SHAPES = 64
+# (query, key, value, block mask, scale) of sorted tokens that fill whole tiles -> output.
+Kernel = Callable[[Tensor, Tensor, Tensor, BlockMask, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class FlexPlan:
     key_order: Tensor | None
 
 
-def build_plan(query_roles: Tensor, key_roles: Tensor) -> FlexPlan:
+def build_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int = TILE_SIZE) -> FlexPlan:
     """The mask of roles [b, q, 3] and [b, k, 3].
 
     Where queries and keys are the same tensor, CUDA rows must be sorted as `data.batch` lays them out: finding
@@ -72,7 +75,7 @@ def build_plan(query_roles: Tensor, key_roles: Tensor) -> FlexPlan:
         query_order = torch.argsort(found.query_codes, dim=-1, stable=True)
         ranges = ranges.gather(2, query_order.expand(4, -1, -1))
     return FlexPlan(
-        block_mask=build_block_mask(ranges, key_roles.shape[1], TILE_SIZE),
+        block_mask=build_block_mask(ranges, key_roles.shape[1], tile_size),
         sees_key=sees_key[:, None, :, None],
         query_order=query_order,
         key_order=None if is_sorted else found.key_order,
@@ -178,7 +181,28 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, scale: float) -> Tensor:
+def run_compiled(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
+    """The kernel, compiled once a shape: the output [b, n, q, d] of sorted tokens that fill whole tiles.
+
+    Args:
+        query: [b, n, q, d].
+        key: [b, g, k, d].
+        value: [b, g, k, d].
+        block_mask: over q and k.
+        scale: factor on the logits.
+
+    Raises:
+        ValueError: on CPU where gradients are asked for.
+    """
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if needs_grad and query.device.type == "cpu":
+        raise ValueError("attention_backend (flex) has no backward on the CPU; use shared_prefix or auto.")
+    return _compiled()(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, scale: float, kernel: Kernel = run_compiled
+) -> Tensor:
     """Softmax attention over the visible keys.
 
     Args:
@@ -187,30 +211,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: FlexPlan, scale: flo
         value: [b, g, k, d].
         plan: see `build_plan`.
         scale: factor on the logits.
+        kernel: computes the sorted tokens.
 
     Returns:
         [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
-
-    Raises:
-        ValueError: on CPU where gradients are asked for.
     """
     num_queries = query.shape[2]
     query_length, key_length = plan.block_mask.seq_lengths
     query = _pad(_reorder(query, plan.query_order), query_length)
     key, value = (_pad(_reorder(tensor, plan.key_order), key_length) for tensor in (key, value))
-    out = _run_kernel(query, key, value, plan.block_mask, scale)[:, :, :num_queries]
+    out = kernel(query, key, value, plan.block_mask, scale)[:, :, :num_queries]
     if plan.query_order is not None:
         index = plan.query_order[:, None, :, None].expand_as(out)
         out = torch.zeros_like(out).scatter(2, index, out)
     return out.masked_fill(~plan.sees_key, 0.0)
-
-
-def _run_kernel(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float) -> Tensor:
-    """[b, n, q, d] of sorted tokens that fill whole tiles."""
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if needs_grad and query.device.type == "cpu":
-        raise ValueError("attention_backend (flex) has no backward on the CPU; use shared_prefix or auto.")
-    return _compiled()(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
 def _reorder(tensor: Tensor, order: Tensor | None) -> Tensor:
@@ -225,13 +239,16 @@ def _pad(tensor: Tensor, length: int) -> Tensor:
     return tensor if tensor.shape[2] == length else F.pad(tensor, (0, 0, 0, length - tensor.shape[2]))
 
 
-def check_gradients(device: torch.device | str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> None:
+def check_gradients(
+    device: torch.device | str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, kernel: Kernel = run_compiled
+) -> None:
     """Run the kernel once, forward and backward, against the dense reference; to be called at start-up.
 
     Args:
         device: a CUDA device.
         dtype: of the model's activations.
         head_dim: of the model.
+        kernel: that is checked.
 
     Raises:
         RuntimeError: if an output or gradient is off by more than rounding explains.
@@ -245,7 +262,7 @@ def check_gradients(device: torch.device | str, dtype: torch.dtype = torch.bfloa
     exact_query, exact_key, exact_value = exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
     grad = grad.to(device, dtype)
     scale = head_dim**-0.5
-    out = attend(query, key, value, build_plan(roles, roles), scale)
+    out = attend(query, key, value, build_plan(roles, roles), scale, kernel)
     expected = dense.attend(exact_query, exact_key, exact_value, dense.build_plan(roles, roles), scale)
     pairs = zip(
         ("output", "dq", "dk", "dv"),

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dllm.model.attention import chunked, flex
+from megatron_dllm.model.attention import chunked
 from megatron_dllm.model.attention.backends import Backend
 from megatron_dllm.model.attention.context_parallel import KeyExchange, gather_roles, plan_exchange
 from megatron_dllm.model.attention.kv_cache import CachedPass
@@ -104,8 +104,8 @@ class AttentionPlanner:
             cached: a pass of the KV cache.
         """
         assert self.context is None or cached is None or self.context.size() == 1, "the KV cache holds whole rows"
-        # The number of keys grows with every block that is decoded: flex would compile each time.
-        backend = chunked if cached is not None and self.backend is flex else self.backend
+        # The number of keys grows with every block that is decoded.
+        backend = chunked if cached is not None and self.backend.IS_COMPILED_PER_SHAPE else self.backend
         exchange, heads, query_roles, key_roles = None, None, roles, roles
         if cached is not None:
             key_roles = cached.key_roles
@@ -135,5 +135,5 @@ def _keep(rows: Tensor, roles: Tensor, key_roles: Tensor, backend: Backend) -> K
         key_roles: [b, k, 3] int32 of the keys.
         backend: plans for them.
     """
-    num_queries = num_selected(len(rows), roles.shape[0] * roles.shape[1], is_rounded=backend is flex)
+    num_queries = num_selected(len(rows), roles.shape[0] * roles.shape[1], is_rounded=backend.IS_COMPILED_PER_SHAPE)
     return KeptQueries(rows, num_queries, backend.build_plan(*select_roles(roles, key_roles, rows, num_queries)))

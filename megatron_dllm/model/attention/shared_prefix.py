@@ -29,6 +29,7 @@ from megatron_dllm.model.attention.tiles import (
     sort_queries,
 )
 
+IS_COMPILED_PER_SHAPE = False
 TILE_SIZE = 64
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -60,9 +61,9 @@ class PiecePlan:
     pieces: tuple[tuple[Span, tuple[Piece, ...]], ...]
 
 
-def build_plan(query_roles: Tensor, key_roles: Tensor) -> PiecePlan:
+def build_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int = TILE_SIZE) -> PiecePlan:
     """Tiles of roles [b, q, 3] and [b, k, 3], cut into pieces."""
-    plan = build_tile_plan(query_roles, key_roles, TILE_SIZE)
+    plan = build_tile_plan(query_roles, key_roles, tile_size)
     starts = [0]
     for size in plan.documents:
         starts.append(starts[-1] + size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_dllm.config import ParallelConfig
 from megatron_dllm.model.attention import flex
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
-from tests.unit.model.attention.eager_kernel import replace_kernel
+from tests.unit.model.attention.eager_kernel import small_backends
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -56,18 +57,15 @@ class WatchWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize("backend", ["dense", "flex"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_only_megatron_core_makes_the_host_wait(recompute: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_megatron_core_makes_the_host_wait(recompute: str, backend: str) -> None:
     from megatron_dllm.model.gpt import build_model
     from megatron_dllm.model.objective import token_loss
-    from megatron_dllm.model.paths import choose_paths
-    from megatron_dllm.parallel.device import DeviceFacts
     from megatron_dllm.parallel.groups import Groups
 
-    replace_kernel(monkeypatch, 16)
     model = tiny_model()
     layout = ParallelConfig(recompute=recompute)
-    paths = choose_paths(model, layout, DeviceFacts.here(), backend)
-    built = build_model(model, layout, Groups.current(), paths=paths).train()
+    built = build_model(model, layout, Groups.current()).train()
+    built.attention = replace(built.attention, backend=small_backends(tile_size=16)[backend])
     batch = tiny_batch(model, [[17, 9], [24]], row_length=56, block_size=4)
     with WatchWaits() as watch:
         token_loss(batch, built(batch, mask_noise_sigma=0.3, noise_seed=5)).total.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from tests.reference_model import random_weights, tiny_model, to_megatron
 from tests.tiny_batch import tiny_batch
-from tests.unit.model.attention.eager_kernel import replace_kernel
+from tests.unit.model.attention.eager_kernel import small_backends
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -26,20 +27,11 @@ BATCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def _build(
-    model: ModelConfig,
-    parallel: ParallelConfig | None = None,
-    backend: str = "auto",
-    training: TrainingConfig | None = None,
-) -> Any:
+def _build(model: ModelConfig, parallel: ParallelConfig | None = None, training: TrainingConfig | None = None) -> Any:
     from megatron_dllm.model.gpt import build_model
-    from megatron_dllm.model.paths import choose_paths
-    from megatron_dllm.parallel.device import DeviceFacts
     from megatron_dllm.parallel.groups import Groups
 
-    parallel = parallel or ParallelConfig()
-    paths = choose_paths(model, parallel, DeviceFacts.here(), backend)
-    built = build_model(model, parallel, Groups.current(), paths=paths, training=training)
+    built = build_model(model, parallel or ParallelConfig(), Groups.current(), training=training)
     built.load_state_dict(to_megatron(model, random_weights(model)), strict=False)
     return built.train()
 
@@ -54,13 +46,12 @@ def _with_gradients(built: Any, batch: Batch) -> tuple[list[Tensor], dict[str, T
 @pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix", "flex"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", BATCHES)
-def test_equals_the_whole_layer_with_gradients(
-    kind: str, recompute: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    replace_kernel(monkeypatch, 16)
+def test_equals_the_whole_layer_with_gradients(kind: str, recompute: str, backend: str) -> None:
     model = tiny_model()
     batch = tiny_batch(model, **BATCHES[kind])
-    (nll, is_correct), got = _with_gradients(_build(model, ParallelConfig(recompute=recompute), backend), batch)
+    built = _build(model, ParallelConfig(recompute=recompute))
+    built.attention = replace(built.attention, backend=small_backends(tile_size=16)[backend])
+    (nll, is_correct), got = _with_gradients(built, batch)
     whole = _build(model, training=TrainingConfig(skip_unused_outputs=False))
     assert not whole.skips_outputs
     (expected_nll, expected_correct), expected = _with_gradients(whole, batch)
@@ -159,26 +150,3 @@ def test_router_load_of_the_last_layer_counts_kept_tokens(recompute: str) -> Non
     totals = load.totals(torch.device("cpu")).sum(-1) / model.moe_router_topk
     masked, clean = float(batch.is_masked.sum()), 50.0
     assert totals.tolist() == [[0.0] * 3, [masked, 50.0 - masked, clean], [masked, 0.0, 0.0]]
-
-
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_masks_and_angles_are_made_once_per_micro_batch(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_dllm.model import gpt
-    from megatron_dllm.model.attention import dense
-
-    calls = {"plan": 0, "angles": 0}
-
-    def count(name: str, function: Any) -> Any:
-        def counted(*args: Any) -> Any:
-            calls[name] += 1
-            return function(*args)
-
-        return counted
-
-    monkeypatch.setattr(dense, "build_plan", count("plan", dense.build_plan))
-    monkeypatch.setattr(gpt, "rotary_angles", count("angles", gpt.rotary_angles))
-    model = tiny_model(num_layers=5)
-    built = _build(model, ParallelConfig(recompute=recompute), "dense")
-    _with_gradients(built, tiny_batch(model, **BATCHES["two rows"]))
-    # One plan for the layers that compute every query, one for the last.
-    assert calls == {"plan": 2, "angles": 1}

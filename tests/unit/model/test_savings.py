@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +26,7 @@ from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import dense
 from tests.reference_model import random_weights, to_megatron
+from tests.unit.model.attention.eager_kernel import Functions
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -75,10 +78,11 @@ def test_needed_operations_are_those_of_the_matrix_products_and_the_visible_pair
     assert needed_flops(model, batch) == 3 * (products.get_total_flops() + attention)
 
 
-def test_a_measured_step_makes_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measured_step_makes_its_mask() -> None:
     model, made = model_config("attention", **SMALL), []
-    plan = dense.build_plan
-    monkeypatch.setattr(dense, "build_plan", lambda *roles: made.append(1) or plan(*roles))
+    counting = Functions("dense", lambda *roles: made.append(1) or dense.build_plan(*roles), dense.attend)
     batch = build_batch(draw_documents(DOCUMENTS, 4, 1, model.vocab_size), BASELINE, model.mask_token_id)
-    run = step(build(model, BASELINE, ParallelConfig()), batch, BASELINE)
+    built = build(model, BASELINE, ParallelConfig())
+    built.attention = replace(built.attention, backend=counting)
+    run = step(built, batch, BASELINE)
     assert float(run()) == float(run()) and len(made) == 2

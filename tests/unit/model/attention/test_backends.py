@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,21 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_dllm.diffusion.roles import visible
-from megatron_dllm.model.attention import chunked, dense, flex, shared_prefix
-from tests.unit.model.attention.eager_kernel import replace_kernel
+from megatron_dllm.model.attention import dense
+from megatron_dllm.model.attention.backends import Backend
+from tests.unit.model.attention.eager_kernel import small_backends
 from tests.unit.model.attention.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 
-BACKENDS = [dense, chunked, shared_prefix, flex]
+BACKENDS = small_backends(tile_size=8)
 SCALE = 0.3
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of a few tokens, so that short rows have many of them and long tiles are computed twice."""
-    monkeypatch.setattr(chunked, "TILE_SIZE", 8)
-    monkeypatch.setattr(chunked, "MAX_KEPT_KEYS", 20)
-    monkeypatch.setattr(shared_prefix, "TILE_SIZE", 8)
-    replace_kernel(monkeypatch, 8)
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -41,7 +31,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -
 
 
 def results(
-    backend: ModuleType, inputs: list[Tensor], grad: Tensor, query_roles: Tensor, key_roles: Tensor
+    backend: Backend, inputs: list[Tensor], grad: Tensor, query_roles: Tensor, key_roles: Tensor
 ) -> tuple[Tensor, ...]:
     out = backend.attend(*inputs, backend.build_plan(query_roles, key_roles), SCALE)
     return out, *torch.autograd.grad(out, inputs, grad)
@@ -56,9 +46,9 @@ def greatest_error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> flo
     return max(float((a - b).detach().abs().max()) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_equals_softmax_over_visible_keys(backend: ModuleType, name: str) -> None:
+def test_equals_softmax_over_visible_keys(backend: Backend, name: str) -> None:
     for seed in range(3):
         roles = draw_roles(CASES[name], seed)
         inputs, grad = draw_inputs(roles, roles, seed=seed)
@@ -68,9 +58,9 @@ def test_equals_softmax_over_visible_keys(backend: ModuleType, name: str) -> Non
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize("name", CASES)
-def test_any_order_and_any_subset_of_queries(backend: ModuleType, name: str) -> None:
+def test_any_order_and_any_subset_of_queries(backend: Backend, name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     roles = draw_roles(CASES[name], 3)
     length = roles.shape[1]
@@ -83,8 +73,8 @@ def test_any_order_and_any_subset_of_queries(backend: ModuleType, name: str) -> 
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
-def test_any_roles_that_the_predicate_accepts(backend: ModuleType) -> None:
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_any_roles_that_the_predicate_accepts(backend: Backend) -> None:
     """Holes in the blocks, negative blocks, documents in any order, queries whose own keys are absent."""
     generator = torch.Generator().manual_seed(4)
     for _ in range(20):
@@ -106,11 +96,11 @@ def test_any_roles_that_the_predicate_accepts(backend: ModuleType) -> None:
         )
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
 def test_precisions_and_query_groups(
-    backend: ModuleType, dtype: torch.dtype, tolerance: float, heads: int, groups: int
+    backend: Backend, dtype: torch.dtype, tolerance: float, heads: int, groups: int
 ) -> None:
     roles = draw_roles(CASES["two views"], 0)
     inputs, grad = draw_inputs(roles, roles, heads=heads, groups=groups, dtype=dtype)
@@ -120,8 +110,8 @@ def test_precisions_and_query_groups(
     assert greatest_error(got, expected_results(exact, grad.double(), roles, roles)) < tolerance
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
-def test_padding_is_exactly_zero_and_has_no_gradient(backend: ModuleType) -> None:
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_padding_is_exactly_zero_and_has_no_gradient(backend: Backend) -> None:
     roles = draw_roles(CASES["one view"], 1)
     is_padding = roles[..., 0] < 0
     assert is_padding.any()
@@ -133,8 +123,8 @@ def test_padding_is_exactly_zero_and_has_no_gradient(backend: ModuleType) -> Non
     assert all((tensor == 0).all() for tensor in results(backend, inputs, grad, all_padding, all_padding))
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
-def test_no_leak_from_hidden_tokens(backend: ModuleType) -> None:
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_no_leak_from_hidden_tokens(backend: Backend) -> None:
     """The gradient of one block's output is exactly 0 at every key that the block does not see."""
     roles = draw_roles(CASES["two views"], 2)
     inputs, grad = draw_inputs(roles, roles, dtype=torch.float32)
@@ -147,8 +137,8 @@ def test_no_leak_from_hidden_tokens(backend: ModuleType) -> None:
             assert torch.equal(has_gradient, mask[:, query])
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda module: module.__name__.split(".")[-1])
-def test_a_wrong_mask_is_noticed(backend: ModuleType) -> None:
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+def test_a_wrong_mask_is_noticed(backend: Backend) -> None:
     """The comparison of these tests fails where one token's block differs by one."""
     roles = draw_roles(CASES["one view"], 0)
     inputs, grad = draw_inputs(roles, roles)
@@ -193,14 +183,14 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("backend", [chunked, shared_prefix], ids=lambda module: module.__name__.split(".")[-1])
-def test_no_tensor_grows_with_the_square_of_the_row(backend: ModuleType) -> None:
+@pytest.mark.parametrize("name", ["chunked", "shared_prefix"])
+def test_no_tensor_grows_with_the_square_of_the_row(name: str) -> None:
     largest = {}
     for length in (512, 1024):
         roles = draw_roles(RoleCase(num_rows=1, row_length=length, max_document=10**6, block_size=8), 0)
         inputs, grad = draw_inputs(roles, roles, heads=1, groups=1)
         with LargestTensor() as seen:
-            results(backend, inputs, grad, roles, roles)
+            results(BACKENDS[name], inputs, grad, roles, roles)
         largest[length] = seen.num_elements
     assert largest[1024] <= 2.1 * largest[512]
     with LargestTensor() as seen:
@@ -208,8 +198,9 @@ def test_no_tensor_grows_with_the_square_of_the_row(backend: ModuleType) -> None
     assert seen.num_elements >= 1024**2
 
 
-@pytest.mark.parametrize("backend", [chunked, shared_prefix], ids=lambda module: module.__name__.split(".")[-1])
-def test_what_is_kept_for_backward_grows_linearly(backend: ModuleType) -> None:
+@pytest.mark.parametrize("name", ["chunked", "shared_prefix"])
+def test_what_is_kept_for_backward_grows_linearly(name: str) -> None:
+    backend = BACKENDS[name]
     kept = {}
     for length in (512, 1024):
         roles = draw_roles(RoleCase(num_rows=1, row_length=length, max_document=10**6, block_size=8), 0)

@@ -10,7 +10,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dllm.model.attention.backends import BACKENDS
+from megatron_dllm.model.attention.backends import BACKENDS, Backend
 from megatron_dllm.model.attention.core import RoleAttention
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import KVCache
@@ -29,9 +29,12 @@ def build_layer(selects_rows: bool = False, **config: object) -> RoleAttention:
     return RoleAttention(settings, 1, AttnMaskType.arbitrary, "self", selects_rows=selects_rows)
 
 
-def attend(backend: str, tensors: list[Tensor], roles: Tensor, rows: Tensor | None = None, **options: Any) -> Tensor:
+def attend(
+    backend: str | Backend, tensors: list[Tensor], roles: Tensor, rows: Tensor | None = None, **options: Any
+) -> Tensor:
     """query, key, value [s, b, n, d] through one layer; with `rows` [R] only their queries."""
-    inputs = AttentionPlanner(BACKENDS[backend]).prepare(roles, rows=rows, **options)
+    planner = AttentionPlanner(BACKENDS[backend] if isinstance(backend, str) else backend)
+    inputs = planner.prepare(roles, rows=rows, **options)
     return build_layer(selects_rows=rows is not None)(*tensors, attention_bias=inputs)
 
 

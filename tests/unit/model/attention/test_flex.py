@@ -33,15 +33,14 @@ def sorted_mask(plan: flex.FlexPlan, query_roles: Tensor, key_roles: Tensor) -> 
 
 @pytest.mark.parametrize("is_shuffled", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_block_mask_equals_the_predicate(monkeypatch: pytest.MonkeyPatch, name: str, is_shuffled: bool) -> None:
-    monkeypatch.setattr(flex, "TILE_SIZE", 16)
+def test_block_mask_equals_the_predicate(name: str, is_shuffled: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for seed in range(4):
         keys = queries = draw_roles(CASES[name], seed)
         if is_shuffled:
             keys = keys[:, torch.randperm(keys.shape[1], generator=generator)]
             queries = keys[:, torch.randperm(keys.shape[1], generator=generator)[:50]]
-        plan = flex.build_plan(queries, keys)
+        plan = flex.build_plan(queries, keys, tile_size=16)
         assert (plan.query_order is None) == (not is_shuffled)
         mask = plan.block_mask
         got = create_mask(mask.mask_mod, len(keys), 1, *mask.seq_lengths, device="cpu")[:, 0]
@@ -94,12 +93,10 @@ def _with_wrong_key_gradient(query: Tensor, key: Tensor, *others: Any) -> Tensor
     return run_eagerly(query, key + 0.05 * (key - key.detach()), *others)
 
 
-def test_start_up_check_notices_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flex, "_run_kernel", run_eagerly)
-    flex.check_gradients("cpu", dtype=torch.float32, head_dim=8)
-    monkeypatch.setattr(flex, "_run_kernel", _with_wrong_key_gradient)
+def test_start_up_check_notices_a_wrong_gradient() -> None:
+    flex.check_gradients("cpu", dtype=torch.float32, head_dim=8, kernel=run_eagerly)
     with pytest.raises(RuntimeError, match=r"\(flex\): dk is off by 5.0e-02"):
-        flex.check_gradients("cpu", dtype=torch.float32, head_dim=8)
+        flex.check_gradients("cpu", dtype=torch.float32, head_dim=8, kernel=_with_wrong_key_gradient)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,4 +1,4 @@
-"""What depends on the roles is derived once per micro-batch, for all layers and every recomputed pass."""
+"""What depends on the roles, and the rotary angles, is made once per micro-batch, for all layers and passes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ ROWS = [[17, 9], [24]]
 
 class _Counting:
     """The reference backend, which counts its calls."""
+
+    IS_COMPILED_PER_SHAPE = False
 
     def __init__(self) -> None:
         self.num_plans = self.num_passes = 0
@@ -43,10 +45,17 @@ def test_plans_are_made_once_per_micro_batch(
     built = build_model(model, ParallelConfig(recompute=recompute), one_rank, training=training).train()
     backend = _Counting()
     built.attention = replace(built.attention, backend=backend)
+    angles: set[int] = set()
+    for layer in built.decoder.layers:
+        layer.register_forward_pre_hook(
+            lambda _, __, kwargs: angles.add(kwargs["rotary_pos_emb"].data_ptr()), with_kwargs=True
+        )
     for index in (1, 2):
         batch = tiny_batch(model, ROWS, row_length=56, block_size=4, seed=index)
+        angles.clear()
         built(batch).nll.sum().backward()
         assert backend.num_plans == index * (2 if skips_outputs else 1)
+        assert len(angles) == 1, "all layers, recomputed or not, turn by the same angles"
         assert backend.num_passes == index * model.num_layers * passes_per_layer
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention.selection import num_selected, select_queries, select_roles
-from tests.unit.model.attention.eager_kernel import replace_kernel
+from tests.unit.model.attention.eager_kernel import small_backends
 from tests.unit.model.attention.random_roles import CASES, draw_roles
 from tests.unit.model.attention.test_core import attend, draw
 
@@ -21,13 +21,12 @@ def _draw_rows(roles: Tensor, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix", "flex"])
-def test_chosen_queries_equal_those_among_all(backend: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    replace_kernel(monkeypatch, 16)
+def test_chosen_queries_equal_those_among_all(backend: str, case: str) -> None:
     roles = draw_roles(CASES[case], 0)
     rows = _draw_rows(roles)
     inputs = [tensor.requires_grad_() for tensor in draw(roles)]
     grad = torch.randn(len(rows), 1, 32, generator=torch.Generator().manual_seed(1))
-    out = attend(backend, inputs, roles, rows)
+    out = attend(small_backends(tile_size=16)[backend], inputs, roles, rows)
     expected = attend("dense", inputs, roles).flatten(0, 1)[rows].unsqueeze(1)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     for got, want in zip(
