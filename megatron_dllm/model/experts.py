@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl, weighted_swiglu, weighted_swiglu_back
+
+# The module, not its functions: without CUDA `host` replaces the compiled ones, whoever imported this before.
+from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
@@ -75,7 +77,7 @@ def grouped_experts(
         [m, h].
     """
     ends = sizes.to(rows.device, non_blocking=True).cumsum(0).int()
-    inner = weighted_bias_swiglu_impl(_GroupedProduct.apply(rows, ends, *first), None, probs)
+    inner = fused_bias_swiglu.weighted_bias_swiglu_impl(_GroupedProduct.apply(rows, ends, *first), None, probs)
     return _GroupedProduct.apply(inner, ends, *second)
 
 
@@ -94,7 +96,7 @@ class _SectionExperts(torch.autograd.Function):
         for up, down, (part, factor, inner_part, out_part) in zip(first, second, sections, strict=True):
             if len(part):
                 torch.mm(part, up.t(), out=inner_part)
-                torch.mm(weighted_swiglu(inner_part, factor), down.t(), out=out_part)
+                torch.mm(fused_bias_swiglu.weighted_swiglu(inner_part, factor), down.t(), out=out_part)
         ctx.save_for_backward(rows, probs, inner, *weights)
         ctx.sizes = sizes
         return out
@@ -117,8 +119,10 @@ class _SectionExperts(torch.autograd.Function):
                 grad_up.zero_()
                 grad_down.zero_()
                 continue
-            torch.mm(grad_part.t(), weighted_swiglu(inner_part, factor), out=grad_down)
-            grad_inner, grad_factor = weighted_swiglu_back(torch.mm(grad_part, down), inner_part, factor)
+            torch.mm(grad_part.t(), fused_bias_swiglu.weighted_swiglu(inner_part, factor), out=grad_down)
+            grad_inner, grad_factor = fused_bias_swiglu.weighted_swiglu_back(
+                torch.mm(grad_part, down), inner_part, factor
+            )
             to_probs.copy_(grad_factor)
             torch.mm(grad_inner, up, out=to_rows)
             torch.mm(grad_inner.t(), part, out=grad_up)
