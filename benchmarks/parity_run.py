@@ -253,7 +253,7 @@ def write_start(layout: Layout, folder: Path, groups: Any) -> None:
         if name.endswith("expert_bias"):
             buffer.copy_(0.05 * torch.randn(buffer.shape, generator=generator))
     name = _start(layout)
-    meta = CheckpointMeta(asdict(config.model), semantics_of(config, config.schedule.stages["ar"]))
+    meta = CheckpointMeta(asdict(config.model), semantics_of(config, config.schedule.stages["only"]))
     written = CheckpointWriter(folder / f"written_{name}", groups.data_context).save(0, engine.chunks, None, meta, {})
     (folder / name).symlink_to(written)
     save_file(gather_weights(engine.chunks)[0], str(folder / f"{name}.safetensors"))
