@@ -27,7 +27,7 @@ check: install
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest tests/unit/test_docs.py
+	$(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_architecture.py
 
 # The tests by what they cost (tests/plugins/tiers.py). A file's tests stay in one process, which keeps its fixtures.
 WORKERS ?= 2
