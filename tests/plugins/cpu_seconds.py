@@ -77,7 +77,9 @@ class CpuSeconds:
         for tier, seconds in self._by_tier.items():
             if seconds:
                 terminalreporter.write_line(f"{seconds:8.1f}  {tier}")
-        terminalreporter.write_line(f"{tree_cpu_seconds():8.1f}  in all, imports and collection included")
+        # With workers of xdist it cannot be told: what they started and did not wait for is gone with them.
+        if not getattr(terminalreporter.config.option, "numprocesses", None):
+            terminalreporter.write_line(f"{tree_cpu_seconds():8.1f}  in all, imports and collection included")
         number = terminalreporter.config.getoption("durations") or 0
         for test, seconds in sorted(self._by_test.items(), key=lambda entry: -entry[1])[:number]:
             terminalreporter.write_line(f"{seconds:8.1f}  {test}")
