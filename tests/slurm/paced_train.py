@@ -19,7 +19,8 @@ RUN = Path(os.environ[RUN_VARIABLE])
 
 
 def publish_when_told() -> None:
-    while (RUN / "hold_save").exists():
+    # Called when a save begins, too; only one whose files are all there is held.
+    while (RUN / "hold_save").exists() and any((RUN / "checkpoints").glob(".*step_*/manifest.json")):
         time.sleep(0.1)
 
 
