@@ -62,7 +62,7 @@ test-transformers4: install
 # These pages and the reference as a site in site/; a link that leads nowhere fails.
 docs: install
 	$(BIN)/pip install --quiet --editable ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Every parallel layout against one rank; writes benchmarks/results/parity.md. Minutes on two free cores.
 parity: install
