@@ -37,7 +37,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 unit: install
 	$(PYTEST) -m fast tests/unit
 
-# These and all that start ranks or programs: five minutes on two cores.
+# These and all that start ranks or programs: a quarter of an hour of CPU.
 test: install
 	$(PYTEST) -m "fast or ranks"
 

@@ -102,9 +102,6 @@ class BatchLoader:
         data_parallel_size: ranks that read different rows.
         num_workers: processes that build rows; 0: this one does.
         num_rows: end after so many rows (validation); rows of padding complete the last step. None: no end.
-
-    Raises:
-        ValueError: where the global batch cannot be dealt evenly.
     """
 
     def __init__(
@@ -119,11 +116,10 @@ class BatchLoader:
         num_workers: int = 0,
         num_rows: int | None = None,
     ) -> None:
-        if global_batch_size < 1 or global_batch_size % (micro_batch_size * data_parallel_size):
-            raise ValueError(
-                f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x data "
-                f"parallel size ({micro_batch_size} x {data_parallel_size})."
-            )
+        assert global_batch_size > 0 and global_batch_size % (micro_batch_size * data_parallel_size) == 0, (
+            f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x data parallel size "
+            f"({micro_batch_size} x {data_parallel_size})"
+        )
         self._dataset, self._stream = dataset, stream
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size

@@ -63,23 +63,20 @@ class NoiseSpec:
     is_count: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a specification that no mask could follow."""
-        if self.t_unit not in T_UNITS:
-            raise ValueError(f"t_unit ({self.t_unit}) is not known; use one of {', '.join(T_UNITS)}.")
-        if self.loss_weight not in LOSS_WEIGHTS:
-            raise ValueError(f"loss_weight ({self.loss_weight}) is not known; use one of {', '.join(LOSS_WEIGHTS)}.")
-        if not 0.0 <= self.t_min <= self.t_max <= 1.0:
-            raise ValueError(f"t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min <= t_max <= 1.")
-        if self.view_relation not in VIEW_RELATIONS:
-            raise ValueError(
-                f"view_relation ({self.view_relation}) is not known; use one of {', '.join(VIEW_RELATIONS)}."
-            )
-        if self.num_views < 1:
-            raise ValueError(f"num_views ({self.num_views}) must be positive; an AR stage has no noise at all.")
-        if self.is_complementary and self.num_views % 2:
-            raise ValueError(f"num_views ({self.num_views}) must be even for complementary views; use 2.")
-        if self.is_count and self.loss_weight != "elbo":
-            raise ValueError(f"loss_weight ({self.loss_weight}) must be elbo with is_count, which measures the ELBO.")
+        """Assert what the configuration has refused: a specification that no mask could follow."""
+        assert self.t_unit in T_UNITS, f"t_unit ({self.t_unit}) is not known"
+        assert self.loss_weight in LOSS_WEIGHTS, f"loss_weight ({self.loss_weight}) is not known"
+        assert 0.0 <= self.t_min <= self.t_max <= 1.0, (
+            f"t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min <= t_max <= 1"
+        )
+        assert self.view_relation in VIEW_RELATIONS, f"view_relation ({self.view_relation}) is not known"
+        assert self.num_views >= 1, f"num_views ({self.num_views}) must be positive"
+        assert not (self.is_complementary and self.num_views % 2), (
+            f"num_views ({self.num_views}) must be even for complementary views"
+        )
+        assert not self.is_count or self.loss_weight == "elbo", (
+            f"loss_weight ({self.loss_weight}) must be elbo with is_count, which measures the ELBO"
+        )
 
     @property
     def is_complementary(self) -> bool:

@@ -166,8 +166,8 @@ def test_loading_leaves_the_random_state_alone(dataset: RowDataset) -> None:
     assert torch.equal(torch.get_rng_state(), expected_state)
 
 
-def test_global_batch_that_cannot_be_dealt_is_refused(dataset: RowDataset) -> None:
-    with pytest.raises(ValueError, match=r"global_batch_size \(8\) must be a multiple of .*\(3 x 1\)"):
+def test_a_global_batch_that_cannot_be_dealt_is_asserted(dataset: RowDataset) -> None:
+    with pytest.raises(AssertionError, match=r"global_batch_size \(8\) must be a multiple of .*\(3 x 1\)"):
         BatchLoader(dataset, new_stream(dataset), global_batch_size=8, micro_batch_size=3)
 
 
