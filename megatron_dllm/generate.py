@@ -131,7 +131,8 @@ def read_prompts(config: GenerateConfig) -> list[str]:
     if not path.is_file():
         raise ValueError(f'prompts_file ({path}) is not a file; name a text file, or .jsonl with a "prompt" a line.')
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # A byte order mark is no text. Lines end at line feeds alone: splitlines() also cuts at U+2028, inside a prompt.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             prompts.append(_json_prompt(line, f"{path}:{number}") if path.suffix == ".jsonl" else line)
     if not prompts:
