@@ -1,4 +1,4 @@
-"""The report of chains that are not the demo's."""
+"""The command: one page, one table, one sentence for a mistake."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.report import results, write_report
+from megatron_dllm.report import main
+from tests.unit.reporting.folders import write_chain
 
 
-def test_a_chain_without_validations_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "convert").mkdir()
-    (tmp_path / "convert" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    with pytest.raises(ValueError, match=r"chain .* has no validation in .*set evaluation.num_tokens"):
-        write_report(tmp_path)
+def test_the_page_lies_in_the_folder_or_where_it_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "no such display")
+    chain = write_chain(tmp_path / "full")
+    assert main([str(chain)]) == main([str(chain), "--output", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == (chain / "report.html").read_text()
+    said = capsys.readouterr().out
+    assert "after decay" in said
+    assert f"report: {chain / 'report.html'}" in said
+    assert sorted(path.name for path in chain.iterdir()) == ["decay", "launch", "report.html", "stable", "warmup"]
 
 
-def test_a_conversion_may_begin_autoregressively(tmp_path: Path) -> None:
-    records = [
-        {"step": 5, "stage": "anneal", "is_stage_end": True, "validation_elbo/ar": 2.0},
-        {"step": 9, "stage": "decay", "is_stage_end": True, "validation_elbo/32": 3.0, "validation_elbo/4": 2.5},
-    ]
-    (line,) = results([], records, tmp_path, None)
-    assert (line.name, line.measure, line.nats) == ("after decay", "ELBO, block 32", 3.0)
+def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith(f"error: folder ({tmp_path}) holds no metrics.jsonl")
+    assert (output.err.count("\n"), output.out, list(tmp_path.iterdir())) == (1, "", [])
