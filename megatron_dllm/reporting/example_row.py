@@ -47,7 +47,7 @@ def example_row(run: Run) -> ExampleRow:
     dataset = RowDataset(
         corpus, geometry, noise, config.run.seed, config.model.mask_token_id, config.model.pad_token_id
     )
-    stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk)
+    stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk, spans=corpus.spans)
     plans = [stream.next(geometry) for _ in range(_ROWS_LOOKED_AT)]
     plan = max(plans, key=lambda plan: int((plan.segments[:, LENGTH] > 2 * stage.block_size).sum()))
     return ExampleRow(
