@@ -105,7 +105,7 @@ class DiffusionGPTModel(GPTModel):
         self.skips_outputs = post_process and isinstance(self.decoder.layers[-1], LastLayer)
 
     def forward(
-        self, batch: Batch, mask_noise_sigma: float = 0.0, noise_seed: int = 0, with_entropy: bool = False
+        self, batch: Batch, mask_noise_sigma: float = 0.0, noise_seed: int = 0, entropy_temperature: float | None = None
     ) -> Tensor | TargetOutputs:
         """Negative log-likelihood of the batch's targets.
 
@@ -114,7 +114,8 @@ class DiffusionGPTModel(GPTModel):
             mask_noise_sigma: noise on the embedding of masked tokens, as a fraction of the mean row norm;
                 only while training.
             noise_seed: seed of that noise; another value per step gives independent noise.
-            with_entropy: also compute the entropy of each prediction.
+            entropy_temperature: also compute the entropy of each prediction at this temperature, and its largest
+                probability; None: neither.
 
         Returns:
             On the last pipeline stage the outputs of the T targets, else the hidden states [s/(cp x tp), b, h] for
@@ -125,7 +126,7 @@ class DiffusionGPTModel(GPTModel):
         if not self.post_process:
             return hidden
         return target_cross_entropy(
-            hidden, self._head_weight(), batch.target_ids, self.tp_group, with_entropy=with_entropy
+            hidden, self._head_weight(), batch.target_ids, self.tp_group, entropy_temperature=entropy_temperature
         )
 
     def logits(

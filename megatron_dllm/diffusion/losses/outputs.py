@@ -14,9 +14,13 @@ class TargetOutputs:
     Attributes:
         nll: [T] fp32 negative log-likelihood of the target, nats.
         is_correct: [T] bool, whether the target is the most likely token; of equal logits the lowest id wins.
-        entropy: [T] fp32 entropy of the predicted distribution, nats; None unless the caller asked for it.
+        entropy: [T] fp32 entropy of the predicted distribution, at the temperature that the caller asked for, nats;
+            None unless it asked.
+        max_probability: [T] fp32 probability of the most likely token at temperature 1, without a gradient; None
+            unless the caller asked for the entropy.
     """
 
     nll: Tensor
     is_correct: Tensor
     entropy: Tensor | None = None
+    max_probability: Tensor | None = None
