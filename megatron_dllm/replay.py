@@ -80,7 +80,7 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
         device = local_device()
         objective = objective_of(config.schedule.stages[record["stage"]], config.noise)
         noise = EmbeddingNoise(**record["embedding_noise"])
-        return record, checkpoint, replay_step(chunks[0], ranks, objective.loss, noise, device)
+        return record, checkpoint, replay_step(chunks[0], ranks, objective, noise, device)
     finally:
         destroy()
 

@@ -10,6 +10,7 @@ copies of them the model sees.
 
 from __future__ import annotations
 
+from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.generate import DecodingConfig, GenerateConfig
 from megatron_dllm.config.model import ModelConfig
@@ -20,6 +21,7 @@ from megatron_dllm.config.train import TrainConfig
 from megatron_dllm.config.training import TrainingConfig
 
 __all__ = [
+    "CapConfig",
     "CheckpointConfig",
     "DataConfig",
     "DecodingConfig",

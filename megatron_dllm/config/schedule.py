@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive, nearest_divisors
 
@@ -41,6 +42,8 @@ class StageConfig:
     # Of several views. stratified: their levels lie one in each part of the range. complementary: pairs with opposite
     # masks (LLaDA2.0 section 5.1).
     view_relation: str = "stratified"
+    # Confidence-aware training beside the NLL (LLaDA2.0 section 5.2).
+    cap: CapConfig = field(default_factory=CapConfig)
     # Whether position i predicts token i + 1; null: what the objective does (ar: true, block_diffusion: false).
     shift: bool | None = None
     # Layout of this stage alone; null: the run's `parallel`. A run ends where the layout changes, and its next start
@@ -90,6 +93,7 @@ class StageConfig:
             f"{prefix}.final_learning_rate (null) is needed with lr_shape {self.lr_shape}; give the last value.",
         )
         self._check_noise(prefix)
+        self.cap.validate(f"{prefix}.cap", self.objective)
 
     def _check_noise(self, prefix: str) -> None:
         """The fields that say how tokens are masked and which of them are predicted where."""

@@ -267,7 +267,7 @@ def _cells(row: StageRow) -> list[str]:
     estimates = ["?" if value is None else f"{value:,}" for value in (row.steps, row.forward_tokens)]
     return [
         stage.name,
-        config.objective,
+        config.objective + (f" + cap {config.cap.coefficient:g}" if config.cap.coefficient else ""),
         f"{config.block_size}",
         *numbers,
         rate,

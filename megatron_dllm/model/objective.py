@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from megatron_dllm.config import NoiseConfig, StageConfig
 from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.losses.cap import LEVEL_MEANS, confidence_levels, right_entropy
 from megatron_dllm.diffusion.losses.nll import weighted_nll
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.step_sums import StepSums, token_sums
@@ -53,12 +55,17 @@ class Objective:
         shift: whether a position predicts the token after it; otherwise its own.
         loss: of a micro-batch and what the model says about its targets; right and finite for 0 targets.
         extra_sums: names of what `loss` puts into `StepSums.extra`, in order.
+        level_means: names of what `loss` puts into `StepSums.level_means`, in order.
+        entropy_temperature: what the model is asked for (see `model.head`): the entropy of its predictions at this
+            temperature, and their largest probability; None: neither.
     """
 
     noise: NoiseSpec | None
     shift: bool
     loss: LossFunction
     extra_sums: tuple[str, ...] = ()
+    level_means: tuple[str, ...] = ()
+    entropy_temperature: float | None = None
 
 
 def token_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
@@ -68,16 +75,39 @@ def token_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
     return MicroLoss(total, batch.num_maskable, sums)
 
 
+def cap_loss(coefficient: float, batch: Batch, outputs: TargetOutputs) -> MicroLoss:
+    """The loss of tokens, and `coefficient` times the entropies of the targets that were guessed right.
+
+    Both are divided by the same number, so the second adds `confidence_loss` to the logged loss.
+    """
+    assert outputs.entropy is not None, "the head was not asked for the entropy"
+    confidence = coefficient * right_entropy(outputs.entropy, outputs.is_correct)
+    total = weighted_nll(outputs.nll, batch.loss_weights) + confidence
+    sums = token_sums(total, batch.num_maskable, outputs.nll, outputs.is_correct, batch.target_t)
+    levels = confidence_levels(outputs, batch.target_t)
+    return MicroLoss(total, batch.num_maskable, sums.with_extra(confidence_loss=confidence).with_level_means(levels))
+
+
 def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     """The objective that a stage of the configuration names.
 
     Args:
-        stage: its objective, shift, loss weight, range of t and views.
+        stage: its objective, shift, loss weight, range of t, views and confidence.
         noise: settings that hold for the whole run.
     """
     if stage.objective == AR:
         return Objective(noise=None, shift=stage.is_shifted, loss=token_loss)
-    return Objective(noise=NoiseSpec.for_stage(noise, stage), shift=stage.is_shifted, loss=token_loss)
+    spec = NoiseSpec.for_stage(noise, stage)
+    if stage.cap.coefficient == 0.0:
+        return Objective(noise=spec, shift=stage.is_shifted, loss=token_loss)
+    return Objective(
+        noise=spec,
+        shift=stage.is_shifted,
+        loss=partial(cap_loss, stage.cap.coefficient),
+        extra_sums=("confidence_loss",),
+        level_means=LEVEL_MEANS,
+        entropy_temperature=stage.cap.temperature,
+    )
 
 
 def validation_objective(name: str) -> Objective:

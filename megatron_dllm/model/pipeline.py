@@ -49,13 +49,14 @@ def _forward_step(
     finish: Callable[[Batch, TargetOutputs], Any],
     noise: EmbeddingNoise,
     observe: Callable[[Batch], None] | None,
+    entropy_temperature: float | None,
     batches: Iterator[Batch],
     model: nn.Module,
 ) -> tuple[Any, Callable[..., Any]]:
     batch = next(batches)
     if observe is not None:
         observe(batch)
-    output = model(batch, mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
+    output = model(batch, mask_noise_sigma=noise.sigma, noise_seed=noise.seed, entropy_temperature=entropy_temperature)
     return output, partial(finish, batch)
 
 
@@ -78,6 +79,7 @@ def _run(
     forward_only: bool,
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
+    entropy_temperature: float | None = None,
 ) -> list[Any]:
     """What `finish` said last of each micro-batch, in order; nothing except on the last pipeline stage."""
     rows, row_length = micro_batches[0].input_ids.shape
@@ -85,7 +87,7 @@ def _run(
     iterators = [iter(local) for _ in chunks]
     forward_backward = get_forward_backward_func()
     found: list[Any] = forward_backward(
-        forward_step_func=partial(_forward_step, finish, noise or EmbeddingNoise(), observe),
+        forward_step_func=partial(_forward_step, finish, noise or EmbeddingNoise(), observe, entropy_temperature),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
         num_microbatches=len(local),
@@ -161,9 +163,17 @@ def run_schedule(
     """
     finish = partial(_local_loss, objective.loss, groups.context.rank() == 0)
     parts: list[StepSums] = _run(
-        chunks, micro_batches, device, groups, finish, forward_only=forward_only, noise=noise, observe=observe
+        chunks,
+        micro_batches,
+        device,
+        groups,
+        finish,
+        forward_only=forward_only,
+        noise=noise,
+        observe=observe,
+        entropy_temperature=objective.entropy_temperature,
     )
-    like = StepSums.zeros(device, objective.extra_sums)
+    like = StepSums.zeros(device, objective.extra_sums, objective.level_means)
     flat = torch.zeros_like(like.flatten())
     if parts and groups.tensor.rank() == 0:
         flat += torch.stack([part.flatten() for part in parts]).sum(0)

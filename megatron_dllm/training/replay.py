@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-from megatron_dllm.model.objective import LossFunction
+from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.files import remove, write_json
@@ -121,14 +121,14 @@ class StepReplay:
 
 
 def replay_step(
-    model: nn.Module, ranks: list[list[Batch]], loss_of: LossFunction, noise: EmbeddingNoise, device: torch.device
+    model: nn.Module, ranks: list[list[Batch]], objective: Objective, noise: EmbeddingNoise, device: torch.device
 ) -> StepReplay:
     """Forward and backward of every row by itself.
 
     Args:
         model: whole, on this one rank, with gradients.
         ranks: micro-batches by data-parallel rank.
-        loss_of: the loss of the step's objective.
+        objective: of the step.
         noise: on masked embeddings, as in the step.
         device: where the model is.
     """
@@ -141,8 +141,13 @@ def replay_step(
                 model.zero_grad(set_to_none=True)
                 with _first_bad_module(model) as bad:
                     local = single.to(device)
-                    outputs = model(local, mask_noise_sigma=noise.sigma, noise_seed=noise.seed)
-                    loss = loss_of(local, outputs).total / denominator
+                    outputs = model(
+                        local,
+                        mask_noise_sigma=noise.sigma,
+                        noise_seed=noise.seed,
+                        entropy_temperature=objective.entropy_temperature,
+                    )
+                    loss = objective.loss(local, outputs).total / denominator
                 torch.autograd.backward(loss)
                 rows.append(
                     _row_replay(

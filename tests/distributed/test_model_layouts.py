@@ -1,5 +1,7 @@
 """Every layout, started from one checkpoint, gives the loss and the gradients of one rank that skips nothing.
 
+The loss is that of confidence-aware training, which uses all that the head says of a target.
+
 Gradients are compared whole: each rank writes its main gradients through the model's own sharded state dict, so
 what is compared has the names and shapes of the undivided model.
 """
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.ranks import run_ranks
-from megatron_dllm.config import ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_dllm.config import CapConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
+from megatron_dllm.model.objective import cap_loss
 from tests.reference_model import random_weights, tiny_model, to_megatron
 from tests.tiny_batch import tiny_batch
 
@@ -29,6 +32,7 @@ PLAIN = {("expert", "allgather"), ("context_expert", "allgather"), ("ulysses", "
 Case = tuple[str, str, str]
 Result = tuple[list[float], dict[str, Tensor]]
 NOISE = dict(mask_noise_sigma=0.4, noise_seed=11)
+CAP = CapConfig(coefficient=2.0, temperature=0.7)
 
 LAYOUTS = {
     "tensor": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2)),
@@ -68,7 +72,8 @@ CASES: list[Case] = [(name, "allgather", "dense" if name == "tensor_only" else "
 
 
 def _model(name: str) -> ModelConfig:
-    return tiny_model(num_layers=4, **MODELS[name])
+    # So few tokens that some are guessed right by chance.
+    return tiny_model(num_layers=4, vocab_size=16, mask_token_id=15, eos_token_id=14, pad_token_id=13, **MODELS[name])
 
 
 def _weights(model: ModelConfig) -> dict[str, Tensor]:
@@ -86,15 +91,16 @@ def _rows(model: ModelConfig) -> list[Batch]:
 
 
 def _loss(batch: Batch, groups: Any, output: TargetOutputs) -> tuple[Tensor, Tensor, Tensor]:
-    nll, is_correct = output.nll, output.is_correct
-    loss = (nll * batch.loss_weights).sum()
-    count = batch.num_maskable if groups.context.rank() == 0 else torch.tensor(0)
-    return loss, count.int(), torch.stack([loss.detach(), nll.detach().sum(), is_correct.sum().float()]).double()
+    found = cap_loss(CAP.coefficient, batch, output)
+    sums, count = found.sums, found.count if groups.context.rank() == 0 else torch.tensor(0)
+    logged = [sums.loss, sums.nll, sums.num_correct, *sums.extra.values()]
+    levels = [table.sum(0) for table in sums.level_means.values()]
+    return found.total, count.int(), torch.cat([torch.stack(logged), *levels])
 
 
 def _forward(groups: Any, batches: Any, model: Any) -> tuple[Any, Any]:
     batch = next(batches)
-    return model(batch, **NOISE), partial(_loss, batch, groups)
+    return model(batch, **NOISE, entropy_temperature=CAP.temperature), partial(_loss, batch, groups)
 
 
 def _chunks(model: ModelConfig, layout: ParallelConfig, groups: Any, skips_outputs: bool = True) -> list[Any]:
@@ -175,7 +181,7 @@ def _run_layout(
 
 
 def _forward_backward(model: ModelConfig, chunks: list[Any], groups: Any) -> Tensor:
-    """Run megatron-core's schedule over this rank's share of the rows; [3] sums of the global batch."""
+    """Run megatron-core's schedule over this rank's share of the rows; [10] sums of the global batch."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -197,7 +203,7 @@ def _forward_backward(model: ModelConfig, chunks: list[Any], groups: Any) -> Ten
         micro_batch_size=1,
         forward_only=False,
     )
-    total = torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64)
+    total = torch.stack(sums).sum(0) if sums else torch.zeros(10, dtype=torch.float64)
     if groups.tensor.rank() > 0:
         total.zero_()
     torch.distributed.all_reduce(total)
@@ -232,6 +238,7 @@ def test_layouts_give_the_loss_and_gradients_of_one_rank(
     for results in run_ranks(_run_cases, world_size, cases, folder):
         for case, (sums, gradients) in zip(cases, results, strict=True):
             expected_sums, expected_gradients = expected[case[2]]
+            assert expected_sums[3] > 0.01 * expected_sums[0], "confidence has no part in the loss"
             assert sums == pytest.approx(expected_sums, rel=1e-5), case
             assert gradients.keys() == expected_gradients.keys(), case
             for key, expected_gradient in expected_gradients.items():

@@ -48,9 +48,23 @@ def bucket_sums(nll: Tensor, is_correct: Tensor, t: Tensor, num_buckets: int) ->
     Returns:
         [num_buckets, 3] float64 (counts stay exact beyond 2^24): columns NLL, COUNT, CORRECT.
     """
+    values = torch.stack([nll.double(), torch.ones_like(nll, dtype=torch.float64), is_correct.double()], dim=-1)
+    return level_sums(values, t, num_buckets)
+
+
+def level_sums(values: Tensor, t: Tensor, num_buckets: int) -> Tensor:
+    """Sums over the targets of each noise level, in the buckets of `bucket_sums`.
+
+    Args:
+        values: [T, c] fp64.
+        t: [T] noise level of the target's block.
+        num_buckets: buckets of [0, 1].
+
+    Returns:
+        [num_buckets, c] fp64.
+    """
     bucket = (t.double() * num_buckets).long().clamp(0, num_buckets - 1)
     is_member = bucket == torch.arange(num_buckets, device=t.device).unsqueeze(-1)
-    values = torch.stack([nll.double(), torch.ones_like(nll, dtype=torch.float64), is_correct.double()], dim=-1)
     return is_member.double() @ values
 
 

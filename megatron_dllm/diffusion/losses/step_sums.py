@@ -25,6 +25,8 @@ class StepSums:
         count: [] what the loss is divided by, once, over the global batch: the maskable tokens.
         buckets: [NUM_BUCKETS, 3] sums per noise level, see `bucket_sums`.
         extra: what an objective adds up beside these, each [] under its own name.
+        level_means: its means per noise level, each [NUM_BUCKETS, 2] under its own name: a sum, and the number that it
+            is divided by once it has been added up.
     """
 
     loss: Tensor
@@ -34,13 +36,15 @@ class StepSums:
     count: Tensor
     buckets: Tensor
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    level_means: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, device: torch.device, extra: Sequence[str] = ()) -> StepSums:
-        """Zeros, for a rank that computes no loss; `extra` names the objective's own sums."""
+    def zeros(cls, device: torch.device, extra: Sequence[str] = (), level_means: Sequence[str] = ()) -> StepSums:
+        """Zeros, for a rank that computes no loss; `extra` and `level_means` name the objective's own sums."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         buckets = torch.zeros(NUM_BUCKETS, 3, dtype=torch.float64, device=device)
-        return cls(zero, zero, zero, zero, zero, buckets, {name: zero for name in extra})
+        means = {name: torch.zeros(NUM_BUCKETS, 2, dtype=torch.float64, device=device) for name in level_means}
+        return cls(zero, zero, zero, zero, zero, buckets, {name: zero for name in extra}, means)
 
     @property
     def mean_loss(self) -> float:
@@ -48,24 +52,31 @@ class StepSums:
         return float(self.loss / self.count.clamp(min=1))
 
     def flatten(self) -> Tensor:
-        """[n] fp64: every sum, in the order of the fields and then of `extra`."""
+        """[n] fp64: every sum, in the order of the fields, and of the names in `extra` and `level_means`."""
         scalars = torch.stack([self.loss, self.nll, self.num_correct, self.num_targets, self.count])
-        return torch.cat([scalars, self.buckets.flatten(), *(value.reshape(1) for value in self.extra.values())])
+        own = [*self.extra.values(), *self.level_means.values()]
+        return torch.cat([scalars, self.buckets.flatten(), *(value.flatten() for value in own)])
 
     def rebuild(self, flat: Tensor) -> StepSums:
         """The inverse of `flatten`.
 
         Args:
-            flat: [n] fp64, flattened sums with the names of this one's `extra`.
+            flat: [n] fp64, flattened sums with the names that this one's `extra` and `level_means` have.
         """
-        scalars, buckets, extra = torch.split(flat, [5, 3 * NUM_BUCKETS, len(self.extra)])
+        sizes = [5, 3 * NUM_BUCKETS, len(self.extra), 2 * NUM_BUCKETS * len(self.level_means)]
+        scalars, buckets, extra, tables = torch.split(flat, sizes)
         loss, nll, num_correct, num_targets, count = scalars.unbind()
         names = dict(zip(self.extra, extra.unbind(), strict=True))
-        return StepSums(loss, nll, num_correct, num_targets, count, buckets.view(NUM_BUCKETS, 3), names)
+        means = dict(zip(self.level_means, tables.view(-1, NUM_BUCKETS, 2).unbind(), strict=True))
+        return StepSums(loss, nll, num_correct, num_targets, count, buckets.view(NUM_BUCKETS, 3), names, means)
 
     def with_extra(self, **sums: Tensor) -> StepSums:
         """These and further named sums, each []."""
         return replace(self, extra={**self.extra, **{name: value.detach().double() for name, value in sums.items()}})
+
+    def with_level_means(self, means: Mapping[str, Tensor]) -> StepSums:
+        """These and further means per noise level, each [NUM_BUCKETS, 2] fp64."""
+        return replace(self, level_means={**self.level_means, **means})
 
 
 @torch.no_grad()

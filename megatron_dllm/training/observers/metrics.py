@@ -20,6 +20,8 @@ from megatron_dllm.training.observers.observer import Observer
 from megatron_dllm.training.reports import StepReport, ValidationReport
 from megatron_dllm.training.step import StepResult
 
+_LEVELS = tuple(f"{index / NUM_BUCKETS:.1f}-{(index + 1) / NUM_BUCKETS:.1f}" for index in range(NUM_BUCKETS))
+
 
 class MetricsWriter(Observer):
     """Writes one record at a time to every sink. `step` counts optimizer steps, in all stages together."""
@@ -139,7 +141,7 @@ def trim_metrics(run_folder: Path, step: int, is_validated: bool = True) -> None
 def step_record(result: StepResult) -> dict[str, float]:
     """Loss, accuracy and the per-t-bucket means of one step; buckets without tokens are left out.
 
-    An objective's own sums appear under their names, divided as the loss is.
+    An objective's own sums appear under their names, divided as the loss is; its means per noise level likewise.
     """
     sums = result.sums
     targets = float(sums.num_targets.clamp(min=1))
@@ -150,12 +152,14 @@ def step_record(result: StepResult) -> dict[str, float]:
         "masked_fraction": targets / float(sums.count.clamp(min=1)),
         "grad_norm": result.grad_norm,
     }
-    for index, (nll, count, correct) in enumerate(sums.buckets.tolist()):
+    for level, (nll, count, correct) in zip(_LEVELS, sums.buckets.tolist(), strict=True):
         if count > 0:
-            low, high = index / NUM_BUCKETS, (index + 1) / NUM_BUCKETS
-            record[f"nll_t/{low:.1f}-{high:.1f}"] = nll / count
-            record[f"accuracy_t/{low:.1f}-{high:.1f}"] = correct / count
+            record[f"nll_t/{level}"] = nll / count
+            record[f"accuracy_t/{level}"] = correct / count
     record |= {name: float(value / sums.count.clamp(min=1)) for name, value in sums.extra.items()}
+    for name, table in sums.level_means.items():
+        levels = zip(_LEVELS, table.tolist(), strict=True)
+        record |= {f"{name}/{level}": value / count for level, (value, count) in levels if count > 0}
     return record
 
 

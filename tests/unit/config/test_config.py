@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from megatron_dllm.config import (
+    CapConfig,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
@@ -317,6 +318,10 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
         (dict(num_views=3, view_relation="complementary"), ("one.num_views (3)", "must be even", "use 4")),
         (dict(view_relation="paired"), ("one.view_relation (paired)", "independent, stratified, complementary")),
         (dict(loss_weight="none"), ("one.loss_weight (none)", "elbo")),
+        (dict(cap=CapConfig(coefficient=-1.0)), ("one.cap.coefficient (-1.0)", "not be negative", "0 turns")),
+        (dict(cap=CapConfig(temperature=0.0)), ("one.cap.temperature (0.0)", "positive", "1 is")),
+        (dict(cap=CapConfig(normalise="correct")), ("one.cap.normalise (correct)", "masked", "divide the coefficient")),
+        (dict(objective="ar", cap=CapConfig(2.0)), ("one.cap.coefficient (2)", "block_diffusion", "set it to 0")),
         (dict(shift=True), ("one.shift (true)", "block_diffusion", "leave it null")),
         (dict(objective="ar", shift=False), ("one.shift (false)", "predicts token i + 1")),
         (

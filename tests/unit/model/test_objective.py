@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from megatron_dllm.config import NoiseConfig, StageConfig
+from megatron_dllm.config import CapConfig, NoiseConfig, StageConfig
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.model.head import target_cross_entropy
 from megatron_dllm.model.objective import Objective, objective_of, token_loss, validation_objective
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
@@ -20,6 +21,14 @@ def test_a_stage_names_its_noise_and_its_targets() -> None:
     noise = NoiseConfig(t_unit="document")
     assert objective_of(STAGE, noise) == Objective(NoiseSpec.for_stage(noise, STAGE), shift=False, loss=token_loss)
     assert objective_of(replace(STAGE, objective="ar"), noise) == Objective(None, shift=True, loss=token_loss)
+
+
+def test_confidence_aware_training_with_coefficient_0_is_the_plain_objective() -> None:
+    """As a value: the same loss function, and nothing more is asked of the model or added up."""
+    noise = NoiseConfig()
+    off = replace(STAGE, cap=CapConfig(coefficient=0.0, temperature=0.5))
+    assert objective_of(off, noise) == objective_of(STAGE, noise)
+    assert objective_of(off, noise).entropy_temperature is None
 
 
 def test_validation_measures_by_counts_and_ar_exactly() -> None:
@@ -40,3 +49,48 @@ def test_the_loss_of_tokens_by_hand() -> None:
     assert found.sums.num_correct == int(is_correct.sum()) and found.sums.num_targets == len(nll)
     found.total.backward()
     assert torch.equal(nll.grad, batch.loss_weights)
+
+
+def _cap_and_plain(is_right: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Total and gradients of hidden states and weight, with a coefficient of 2 and plain, through the real head.
+
+    Args:
+        is_right: whether every second target is the most likely token; otherwise none is.
+    """
+    batch = tiny_batch(tiny_model(), [[17, 9], [24]], row_length=56, block_size=4)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(len(batch.target_ids), 12, generator=generator)
+    weight = torch.randn(96, 12, generator=generator)
+    order = (hidden @ weight.t()).argsort(dim=-1)
+    targets = order[:, 0].clone()
+    if is_right:
+        targets[::2] = order[::2, -1]
+    results = []
+    for coefficient in (2.0, 0.0):
+        objective = objective_of(replace(STAGE, cap=CapConfig(coefficient, temperature=0.5)), NoiseConfig())
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        temperature = objective.entropy_temperature
+        outputs = target_cross_entropy(*leaves, targets, None, entropy_temperature=temperature)
+        found = objective.loss(batch, outputs)
+        assert tuple(found.sums.extra) == objective.extra_sums
+        assert tuple(found.sums.level_means) == objective.level_means
+        results.append([found.total.detach(), *torch.autograd.grad(found.total, leaves)])
+    return results[0], results[1]
+
+
+def test_confidence_loss_adds_the_entropies_of_right_guesses() -> None:
+    (total, of_hidden, _), (plain, of_hidden_plain, _) = _cap_and_plain(is_right=True)
+    batch = tiny_batch(tiny_model(), [[17, 9], [24]], row_length=56, block_size=4)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(len(batch.target_ids), 12, generator=generator).double().requires_grad_()
+    log_p = torch.log_softmax(hidden @ torch.randn(96, 12, generator=generator).double().t() / 0.5, -1)
+    expected = 2.0 * -(log_p.exp() * log_p).sum(-1)[::2].sum()
+    torch.testing.assert_close((total - plain).double(), expected.detach(), rtol=1e-5, atol=0)
+    (expected_gradient,) = torch.autograd.grad(expected, hidden)
+    torch.testing.assert_close((of_hidden - of_hidden_plain).double(), expected_gradient, rtol=1e-4, atol=1e-5)
+    assert torch.equal(of_hidden[1::2], of_hidden_plain[1::2]), "a wrong guess feels nothing"
+
+
+def test_where_nothing_is_right_confidence_changes_no_bit() -> None:
+    for found, expected in zip(*_cap_and_plain(is_right=False), strict=True):
+        assert torch.equal(found, expected)

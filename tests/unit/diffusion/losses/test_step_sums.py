@@ -16,7 +16,8 @@ def sums_of(seed: int, num_targets: int = 20) -> StepSums:
     nll, t = torch.rand(num_targets, generator=generator), torch.rand(num_targets, generator=generator)
     is_correct = torch.rand(num_targets, generator=generator) < 0.3
     sums = token_sums((nll / t).sum(), torch.tensor(3 * num_targets), nll, is_correct, t)
-    return sums.with_extra(entropy=torch.tensor(seed + 0.5), score=torch.tensor(-2.0))
+    sums = sums.with_extra(entropy=torch.tensor(seed + 0.5), score=torch.tensor(-2.0))
+    return sums.with_level_means({"share": torch.rand(NUM_BUCKETS, 2, generator=generator).double()})
 
 
 def test_sums_by_hand() -> None:
@@ -32,11 +33,13 @@ def test_sums_by_hand() -> None:
 
 def test_a_flat_vector_holds_every_sum_and_no_other() -> None:
     sums = sums_of(1)
-    found = StepSums.zeros(torch.device("cpu"), ["entropy", "score"]).rebuild(sums.flatten())
+    found = StepSums.zeros(torch.device("cpu"), ["entropy", "score"], ["share"]).rebuild(sums.flatten())
     assert torch.equal(found.flatten(), sums.flatten())
-    for name in (item.name for item in fields(StepSums) if item.name != "extra"):
+    for name in (item.name for item in fields(StepSums) if item.name not in ("extra", "level_means")):
         assert torch.equal(getattr(found, name), getattr(sums, name)), name
     assert found.extra == sums.extra == {"entropy": 1.5, "score": -2.0}
+    assert list(found.level_means) == ["share"]
+    assert torch.equal(found.level_means["share"], sums.level_means["share"])
 
 
 def test_flat_vectors_add_up_to_the_sums_of_the_whole() -> None:
@@ -46,6 +49,7 @@ def test_flat_vectors_add_up_to_the_sums_of_the_whole() -> None:
     assert found.count == 120 and found.num_targets == 40
     assert found.loss == one.loss + other.loss
     assert torch.equal(found.buckets, one.buckets + other.buckets)
+    assert torch.equal(found.level_means["share"], one.level_means["share"] + other.level_means["share"])
 
 
 def test_other_names_do_not_fit() -> None:

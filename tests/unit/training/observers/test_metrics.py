@@ -54,6 +54,18 @@ def test_the_record_of_a_step_by_hand() -> None:
     }
 
 
+def test_means_per_noise_level_have_their_own_number() -> None:
+    """Unlike other sums of an objective; a level in which there is nothing to divide by is left out."""
+    table = torch.zeros(NUM_BUCKETS, 2, dtype=torch.float64)
+    table[3], table[9] = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
+    sums = sums_of({3: (6.0, 8.0, 4.0)}).with_level_means({"entropy_right_t": table})
+    record = step_record(StepResult(sums, 0.5, is_applied=True))
+    assert {name: value for name, value in record.items() if name.startswith("entropy")} == {
+        "entropy_right_t/0.3-0.4": 0.75,
+        "entropy_right_t/0.9-1.0": 0.0,
+    }
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     writer = MetricsWriter(tmp_path, run_config(tmp_path, "run"))
