@@ -13,6 +13,7 @@ INSTALL = [
     "safetensors>=0.4.3",  # HF weights, read and written without pickle
     "tokenizers>=0.20",  # tokenizing text, training the demo's tokenizer
     "transformers>=4.57",  # tokenizer folders; the exported folder loads through it
+    "jinja2>=3.1",  # chat templates, which transformers renders
     "pyarrow>=16",  # .parquet corpora
     "zstandard>=0.22",  # .zst corpora, with windows of up to 2 GiB
     "rich>=13",  # tables and progress bars

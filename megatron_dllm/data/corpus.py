@@ -22,6 +22,7 @@ from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.spans import Spans
 from megatron_dllm.data.spans_file import read_spans
 from megatron_dllm.data.tokenizer import tokenizer_fingerprint
+from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
 
 _IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
@@ -197,4 +198,10 @@ def _check_description(
         raise ValueError(
             f"data.tokenizer ({tokenizer}) is not the tokenizer that made corpus {prefix} (another "
             "tokenizer.json); tokenize the text again with it."
+        )
+    template = description.get("chat_template_sha256")
+    if tokenizer is not None and template is not None and chat_template_fingerprint(Path(tokenizer)) != template:
+        raise ValueError(
+            f"data.tokenizer ({tokenizer}) has another chat template than corpus {prefix} was made with, or none; "
+            "tokenize the chats again with it, or give the tokenizer that made them."
         )

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dllm.data.chat import chat_of
 from megatron_dllm.data.formats import KNOWN, Layout, layout_of
-from megatron_dllm.data.reading import BadDocumentError, decode_document, read_file
+from megatron_dllm.data.reading import BadDocumentError, decode_document, decode_record, read_file
 
 # Beside a data set's records these describe it.
 _DESCRIPTIONS = ("readme", "license", "licence")
 _NUM_SHOWN = 5
+_TEXT_FILE = "is a text file, which holds no chats"
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Listing:
     left_out: list[str]
 
 
-def list_files(inputs: list[str], text_key: str) -> Listing:
+def list_files(inputs: list[str], text_key: str | None) -> Listing:
     """Files of the inputs, folders walked in sorted order.
 
     Args:
         inputs: files and folders.
-        text_key: key that holds the text: a .json file in a folder that is one object without it is no document.
+        text_key: key that holds the text: a .json file in a folder that is one object without it is no document;
+            None: documents are chats, which no text file holds.
 
     Raises:
         ValueError: an input does not exist, is named twice, holds no file, or is a file of an unknown format; or a
@@ -62,6 +65,8 @@ def list_files(inputs: list[str], text_key: str) -> Listing:
                 f"input ({name}) has an unknown extension, known are {KNOWN}; rename it to .txt if the whole file is "
                 "one document."
             )
+        elif text_key is None and layout_of(path.name) is Layout.TEXT:
+            raise ValueError(f"input ({name}) {_TEXT_FILE}; give .jsonl, .json or .parquet.")
         else:
             files.append(path)
     _check_distinct(files)
@@ -97,9 +102,9 @@ def _nothing_found(name: str, left_out: list[str]) -> str:
     )
 
 
-def _list_folder(folder: Path, text_key: str) -> tuple[list[Path], list[str]]:
+def _list_folder(folder: Path, text_key: str | None) -> tuple[list[Path], list[str]]:
     """(files to read, what is left out) of a folder."""
-    entries = list(_walk(folder))
+    entries = list(_walk(folder, text_key is None))
     records = [path for path, reason in entries if not reason and layout_of(path.name) is not Layout.TEXT]
     described = {parent for path in records for parent in path.parents}
     files, left_out = [], []
@@ -112,7 +117,7 @@ def _list_folder(folder: Path, text_key: str) -> tuple[list[Path], list[str]]:
     return files, left_out
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
+def _walk(folder: Path, has_chats: bool) -> Iterator[tuple[Path, str]]:
     """What lies in a folder, sorted, each with the reason to leave it out ("" for a file to read)."""
     reached: dict[str, Path] = {}  # real path: under which name it was reached
     pending = [folder]
@@ -122,7 +127,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
             yield path, "hidden"
             continue
         _check_exists(path)
-        reason = "" if path.is_dir() else _reason_of_name(path)
+        reason = "" if path.is_dir() else _reason_of_name(path, has_chats)
         earlier = path if reason else reached.setdefault(os.path.realpath(path), path)
         if reason or earlier != path:
             yield path, reason or f"the same as {earlier}"
@@ -132,9 +137,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
             yield path, ""
 
 
-def _reason_of_name(path: Path) -> str:
+def _reason_of_name(path: Path, has_chats: bool) -> str:
     if not path.is_file():
         return "not a regular file"
+    if has_chats and layout_of(path.name) is Layout.TEXT:
+        return _TEXT_FILE
     return "" if layout_of(path.name) else "unknown extension"
 
 
@@ -144,7 +151,7 @@ def _describes(path: Path, described: set[Path]) -> str:
     return "describes the data set beside it" if is_description and path.parent in described else ""
 
 
-def _no_document(path: Path, text_key: str) -> str:
+def _no_document(path: Path, text_key: str | None) -> str:
     """Why a .json file is no document: it is a single value without text, as settings and descriptions are."""
     if layout_of(path.name) is not Layout.JSON:
         return ""
@@ -153,10 +160,14 @@ def _no_document(path: Path, text_key: str) -> str:
     if document is None or document.content is None or next(documents, None) is not None:
         return ""
     try:
-        decode_document(document, text_key)
+        if text_key is None:
+            chat_of(decode_record(document))
+        else:
+            decode_document(document, text_key)
     except BadDocumentError as error:
         is_whole_file = document.source == str(path)  # and not the only element of an array
-        return f"a single JSON value without text: {error}" if is_whole_file and _is_json(document.content) else ""
+        missing = "a chat" if text_key is None else "text"
+        return f"a single JSON value without {missing}: {error}" if is_whole_file and _is_json(document.content) else ""
     return ""
 
 

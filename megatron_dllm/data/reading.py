@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from megatron_dllm.data import cutting
 from megatron_dllm.data.decompression import read_pieces
@@ -56,12 +57,12 @@ class BadDocumentError(ValueError):
     """A document without readable text; says why."""
 
 
-def read_batches(files: list[Path], text_key: str) -> Iterator[RawBatch]:
+def read_batches(files: list[Path], text_key: str | None) -> Iterator[RawBatch]:
     """Cut files into batches of documents, the same batches every time.
 
     Args:
         files: in order, each of a known format (see `formats`).
-        text_key: parquet column that holds the text.
+        text_key: parquet column that holds the text; None: a row as a whole is a document, as of chats.
 
     Raises:
         ValueError: a file cannot be read at all (damaged compression, no such column, an array without an end).
@@ -80,7 +81,7 @@ def read_batches(files: list[Path], text_key: str) -> Iterator[RawBatch]:
         yield RawBatch(documents, file_start - passed)
 
 
-def read_file(file: Path, text_key: str) -> Iterator[tuple[RawDocument, int]]:
+def read_file(file: Path, text_key: str | None) -> Iterator[tuple[RawDocument, int]]:
     """Documents of a file, each with the bytes of the file that have been read so far.
 
     Raises:
@@ -89,7 +90,7 @@ def read_file(file: Path, text_key: str) -> Iterator[tuple[RawDocument, int]]:
     layout = layout_of(file.name)
     assert layout is not None, f"{file} was not listed by list_files"
     if layout is Layout.PARQUET:
-        return _read_parquet(file, text_key)
+        return _read_parquet_rows(file) if text_key is None else _read_parquet(file, text_key)
     if layout is Layout.LINES:
         return _read_many(file, cutting.lines)
     return _read_json(file) if layout is Layout.JSON else _read_whole(file, is_json=False)
@@ -101,22 +102,39 @@ def decode_document(document: RawDocument, text_key: str) -> str:
     Raises:
         BadDocumentError: it is not UTF-8, not a JSON object, has no string under `text_key`, or has no content.
     """
+    text = _decode(document)
+    return _text_of(_parse(text), text_key).removeprefix("\ufeff") if document.is_json else text
+
+
+def decode_record(document: RawDocument) -> dict[str, Any]:
+    """The JSON object that a document is.
+
+    Raises:
+        BadDocumentError: it is not UTF-8, not a JSON object, or has no content.
+    """
+    return _parse(_decode(document))
+
+
+def _decode(document: RawDocument) -> str:
     if document.content is None:
         raise BadDocumentError(document.problem)
     try:
-        text = document.content.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+        return document.content.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadDocumentError(f"not UTF-8 (byte {error.start})") from error
-    return _text_of_json(text, text_key).removeprefix("\ufeff") if document.is_json else text
 
 
-def _text_of_json(line: str, text_key: str) -> str:
+def _parse(line: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadDocumentError(f"not JSON ({error})") from error
     if not isinstance(value, dict):
         raise BadDocumentError(f"a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _text_of(value: dict[str, Any], text_key: str) -> str:
     if text_key not in value:
         keys = [key[:_KEY_LENGTH_SHOWN] for key in sorted(value)[:_KEYS_SHOWN]]
         more = ["..."] * (len(value) > _KEYS_SHOWN)
@@ -194,3 +212,13 @@ def _read_parquet(file: Path, text_key: str) -> Iterator[tuple[RawDocument, int]
         if value is not None and len(value) > LONGEST_DOCUMENT:
             value, problem = None, _TOO_LONG
         yield RawDocument(f"{file}:{row}", value, problem=problem * (value is None)), int(size * share)
+
+
+def _read_parquet_rows(file: Path) -> Iterator[tuple[RawDocument, int]]:
+    from megatron_dllm.data.parquet_chats import read_chat_columns
+
+    size = file.stat().st_size
+    for row, (value, share) in enumerate(read_chat_columns(file, _BATCH_DOCUMENTS), start=1):
+        content = value if len(value) <= LONGEST_DOCUMENT else None
+        problem = _TOO_LONG * (content is None)
+        yield RawDocument(f"{file}:{row}", content, is_json=True, problem=problem), int(size * share)

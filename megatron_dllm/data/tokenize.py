@@ -1,8 +1,12 @@
-"""Tokenizes text into Megatron's .bin/.idx, the documents in the order of the input.
+"""Tokenizes text or chats into Megatron's .bin/.idx, the documents in the order of the input.
 
     python -m megatron_dllm.data.tokenize --input PATH ... --tokenizer DIR --output PREFIX
+    python -m megatron_dllm.data.tokenize --input PATH ... --tokenizer DIR --output PREFIX --kind chat
+    python -m megatron_dllm.data.tokenize --input PATH ... --tokenizer DIR --kind chat --inspect 3
 
-Every document ends in the tokenizer's end-of-text token. Writes PREFIX.bin and PREFIX.idx, and
+A text ends in the tokenizer's end-of-text token. A chat is rendered by the tokenizer's chat template and ends where
+its last answer ends; PREFIX.spans says which tokens the assistant says. `--inspect` shows the first chats with these
+tokens coloured, and writes nothing. Writes PREFIX.bin and PREFIX.idx, and
 PREFIX.json that says from what and with which tokenizer they were made; all under temporary names until
 they are complete. The output does not depend on the number of workers. Documents that cannot be read are
 counted and listed in PREFIX.bad_lines.txt; more of them than `--max_bad_fraction` is an error. What is left out of a
@@ -16,23 +20,26 @@ import logging
 import os
 import sys
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_dllm.data.chat_encoding import OVERLONG, ChatEncoding
+from megatron_dllm.data.chat_view import show_chats
+from megatron_dllm.data.encoding import EncodedBatch, Encoder, Encoding, TextEncoding, join_spans
 from megatron_dllm.data.formats import KNOWN
 from megatron_dllm.data.listing import list_files
-from megatron_dllm.data.reading import BadDocumentError, RawBatch, RawDocument, decode_document, read_batches
+from megatron_dllm.data.reading import RawBatch, RawDocument, read_batches
+from megatron_dllm.data.spans import Spans
+from megatron_dllm.data.spans_file import write_spans
 from megatron_dllm.data.tokenizer import TextTokenizer
 from megatron_dllm.run.files import write_json
 
@@ -44,31 +51,12 @@ logger = logging.getLogger("megatron_dllm.data.tokenize")  # also where this mod
 _NUM_SHOWN = 20
 _BATCHES_PER_WORKER = 4
 _LONGEST_DOCUMENT = 2**31 - 1  # .idx holds lengths as int32
-_OUTPUTS = (".bin", ".idx", ".json")
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """Documents of a batch as tokens, each with its end-of-text token.
-
-    Attributes:
-        tokens: [n] int32 of all documents, one after the other.
-        lengths: [d] tokens of every document.
-        num_bytes: UTF-8 bytes of their text.
-        num_empty: documents without text, left out.
-        bad: `source: reason` of every document that could not be read.
-    """
-
-    tokens: NDArray[np.int32]
-    lengths: list[int]
-    num_bytes: int
-    num_empty: int
-    bad: list[str]
+_OUTPUTS = (".bin", ".idx", ".spans", ".json")
 
 
 @dataclass
 class TokenizeCounts:
-    """What went in and what came out; `num_tokens` includes the end-of-text tokens."""
+    """What went in and what came out; `num_tokens` includes the end-of-text tokens, `tally` is of chats alone."""
 
     num_documents: int = 0
     num_tokens: int = 0
@@ -76,6 +64,17 @@ class TokenizeCounts:
     num_empty_documents: int = 0
     num_bad_lines: int = 0
     max_token_id: int = 0
+    tally: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def num_seen(self) -> int:
+        """Texts or chats that were read."""
+        return self.tally.get("num_chats", self.num_documents) + self.num_empty_documents + self.num_bad_lines
+
+    def described(self) -> dict[str, int]:
+        """All counts by name."""
+        own = {name: value for name, value in vars(self).items() if name != "tally"}
+        return own | self.tally
 
     def add(self, batch: EncodedBatch) -> None:
         """Count one more batch."""
@@ -85,41 +84,22 @@ class TokenizeCounts:
         self.num_empty_documents += batch.num_empty
         self.num_bad_lines += len(batch.bad)
         self.max_token_id = max(self.max_token_id, int(batch.tokens.max(initial=0)))
-
-
-def encode_batch(tokenizer: TextTokenizer, documents: list[RawDocument], text_key: str) -> EncodedBatch:
-    """Decode and tokenize documents; empty and bad ones are left out and counted."""
-    texts, bad, num_empty = [], [], 0
-    for document in documents:
-        try:
-            text = decode_document(document, text_key)
-        except BadDocumentError as error:
-            bad.append(f"{document.source}: {error}")
-            continue
-        if text:
-            texts.append(text)
-        else:
-            num_empty += 1
-    encoded = [[*ids, tokenizer.eos_token_id] for ids in tokenizer.encode(texts)]
-    tokens = np.concatenate([np.zeros(0, np.int32), *[np.array(ids, np.int32) for ids in encoded]])
-    num_bytes = sum(len(text.encode("utf-8")) for text in texts)
-    return EncodedBatch(tokens, [len(ids) for ids in encoded], num_bytes, num_empty, bad)
+        self.tally.update(batch.tally)
 
 
 class _Worker:
     """What a worker process needs, loaded once when it starts."""
 
-    tokenizer: TextTokenizer
-    text_key: str
+    encoder: Encoder
 
     @classmethod
-    def start(cls, folder: str, text_key: str) -> None:
+    def start(cls, encoding: Encoding) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism
-        cls.tokenizer, cls.text_key = TextTokenizer.load(folder), text_key
+        cls.encoder = encoding.load()
 
     @classmethod
     def encode(cls, documents: list[RawDocument]) -> EncodedBatch:
-        return encode_batch(cls.tokenizer, documents, cls.text_key)
+        return cls.encoder.encode(documents)
 
 
 def tokenize_corpus(
@@ -129,6 +109,7 @@ def tokenize_corpus(
     *,
     num_workers: int = 1,
     text_key: str = "text",
+    chats: ChatEncoding | None = None,
     max_bad_fraction: float = 0.01,
     overwrite: bool = False,
 ) -> TokenizeCounts:
@@ -140,6 +121,7 @@ def tokenize_corpus(
         output: prefix of the files to write.
         num_workers: processes that tokenize.
         text_key: key or column that holds the text.
+        chats: the inputs hold chats, which become documents in this way; None: they hold text.
         max_bad_fraction: share of documents that may be unreadable.
         overwrite: replace an existing corpus.
 
@@ -157,20 +139,23 @@ def tokenize_corpus(
     existing = [output + suffix for suffix in _OUTPUTS if os.path.exists(output + suffix)]
     if existing and not overwrite:
         raise ValueError(f"output ({', '.join(existing)}) exists; choose another --output or add --overwrite.")
-    listing = list_files(inputs, text_key)
+    description = _describe_tokenizer(tokenizer, chats)
+    key = None if chats else text_key
+    listing = list_files(inputs, key)
     _note_left_out(listing.left_out)
-    loaded = TextTokenizer.load(tokenizer)
+    encoding = chats or TextEncoding(tokenizer, text_key)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{output}.tmp-{os.getpid()}"
     try:
-        counts = _write(listing.files, tokenizer, loaded, temporary, num_workers, text_key)
+        counts = _write(listing.files, key, encoding, description["vocab_size"], temporary, num_workers)
         _move_bad_lines(temporary, output, counts)
         _check_counts(counts, max_bad_fraction, output)
-        _describe(temporary + ".json", counts, loaded, tokenizer, inputs, listing.left_out)
+        _describe(temporary + ".json", description, counts, inputs, listing.left_out)
         for suffix in reversed(_OUTPUTS):  # .json stands for a complete corpus: first to go, last to come
             Path(output + suffix).unlink(missing_ok=True)
         for suffix in _OUTPUTS:
-            os.replace(temporary + suffix, output + suffix)
+            if suffix != ".spans" or chats:
+                os.replace(temporary + suffix, output + suffix)
     finally:
         for suffix in (*_OUTPUTS, ".bad_lines.txt"):
             Path(temporary + suffix).unlink(missing_ok=True)
@@ -178,12 +163,12 @@ def tokenize_corpus(
 
 
 def _write(
-    files: list[Path], folder: str, tokenizer: TextTokenizer, temporary: str, num_workers: int, text_key: str
+    files: list[Path], text_key: str | None, encoding: Encoding, vocab_size: int, temporary: str, num_workers: int
 ) -> TokenizeCounts:
-    counts = TokenizeCounts()
-    with ProcessPoolExecutor(num_workers, get_context("fork"), _Worker.start, (folder, text_key)) as executor:
+    counts, spans = TokenizeCounts(), list[Spans]()
+    with ProcessPoolExecutor(num_workers, get_context("fork"), _Worker.start, (encoding,)) as executor:
         executor.submit(int).result()  # forks while this process has no other thread
-        builder = _open_builder(temporary + ".bin", tokenizer.vocab_size)
+        builder = _open_builder(temporary + ".bin", vocab_size)
         with (
             open(temporary + ".bad_lines.txt", "w", encoding="utf-8", errors="backslashreplace") as bad_lines,
             _progress() as progress,
@@ -194,8 +179,11 @@ def _write(
                 _append(builder, encoded)
                 _note_bad(bad_lines, encoded.bad, counts.num_bad_lines)
                 counts.add(encoded)
+                spans += [encoded.spans] if encoded.spans is not None else []
                 progress.update(task, advance=raw.num_input_bytes, tokens=counts.num_tokens)
     builder.finalize(temporary + ".idx")
+    if spans:
+        write_spans(Path(temporary + ".spans"), join_spans(spans))
     return counts
 
 
@@ -268,12 +256,17 @@ def _move_bad_lines(temporary: str, output: str, counts: TokenizeCounts) -> None
 
 
 def _check_counts(counts: TokenizeCounts, max_bad_fraction: float, output: str) -> None:
-    num_seen = counts.num_documents + counts.num_empty_documents + counts.num_bad_lines
+    num_seen = counts.num_seen
     if counts.num_bad_lines > max_bad_fraction * num_seen:
         raise ValueError(
             f"bad documents ({counts.num_bad_lines} of {num_seen}) are more than max_bad_fraction "
             f"({max_bad_fraction}) allows; all are listed in {output}.bad_lines.txt: "
             "repair them or raise --max_bad_fraction."
+        )
+    if counts.num_documents == 0 and counts.tally:
+        raise ValueError(
+            f"the input ({num_seen} chats, {counts.num_bad_lines} of them bad) holds no document to train on; "
+            f"{counts.tally['num_overlong_dropped']} were longer than max_length: give more chats or a larger one."
         )
     if counts.num_documents == 0:
         raise ValueError(
@@ -281,9 +274,9 @@ def _check_counts(counts: TokenizeCounts, max_bad_fraction: float, output: str) 
         )
 
 
-def _describe(
-    path: str, counts: TokenizeCounts, tokenizer: TextTokenizer, folder: str, inputs: list[str], left_out: list[str]
-) -> None:
+def _describe_tokenizer(folder: str, chats: ChatEncoding | None) -> dict[str, Any]:
+    """What a corpus says of its tokenizer and of how chats became documents; refuses a folder that lacks either."""
+    tokenizer = TextTokenizer.load(folder)
     description = {
         "format": 1,
         "tokenizer": os.path.abspath(folder),
@@ -291,11 +284,19 @@ def _describe(
         "vocab_size": tokenizer.vocab_size,
         "eos_token_id": tokenizer.eos_token_id,
         "mask_token_id": tokenizer.mask_token_id,
-        **vars(counts),
-        "sources": [os.path.abspath(name) for name in inputs],
-        "left_out": left_out,
     }
-    write_json(Path(path), description, indent=2)
+    if chats is None:
+        return description
+    chats.validate()
+    settings = {"max_length": chats.max_length, "overlong": chats.overlong}
+    return description | {"kind": "chat", "chat_template_sha256": chats.load().template.fingerprint, **settings}
+
+
+def _describe(
+    path: str, tokenizer: dict[str, Any], counts: TokenizeCounts, inputs: list[str], left_out: list[str]
+) -> None:
+    sources = {"sources": [os.path.abspath(name) for name in inputs], "left_out": left_out}
+    write_json(Path(path), tokenizer | counts.described() | sources, indent=2)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -307,34 +308,68 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--input", nargs="+", required=True, help=f"files or folders: {KNOWN}")
     parser.add_argument("--tokenizer", required=True, help="folder of a HF fast tokenizer")
-    parser.add_argument("--output", required=True, help="prefix of the files to write")
+    parser.add_argument("--output", help="prefix of the files to write")
+    parser.add_argument("--kind", choices=("text", "chat"), default="text", help="what the documents are")
     parser.add_argument("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenizing processes")
     parser.add_argument("--text_key", default="text", help="JSON key or parquet column of the text")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of unreadable documents allowed")
+    parser.add_argument("--max_length", type=int, help="most tokens of a chat; the stage's context_length")
+    parser.add_argument("--overlong", choices=OVERLONG, help="what happens to longer chats (default: drop)")
+    parser.add_argument("--inspect", type=int, metavar="N", help="show N chats and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logger.setLevel(logging.INFO)
     try:
+        chats = _chats_of(options)
+        if options.inspect is not None and chats:
+            show_chats(list_files(options.input, None).files, chats, options.inspect)
+            return 0
         counts = tokenize_corpus(
             options.input,
             options.tokenizer,
             options.output,
             num_workers=options.num_workers,
             text_key=options.text_key,
+            chats=chats,
             max_bad_fraction=options.max_bad_fraction,
             overwrite=options.overwrite,
         )
     except (ValueError, OSError, BrokenProcessPool) as error:
         logger.error("%s", error)
         return 1
+    _report(options.output, counts)
+    return 0
+
+
+def _chats_of(options: argparse.Namespace) -> ChatEncoding | None:
+    """How chats become documents, None for text; refuses options that do not go together."""
+    if options.output is None and options.inspect is None:
+        raise ValueError("output (none) must be a prefix of the files to write; add --output.")
+    if options.kind == "chat":
+        return ChatEncoding(options.tokenizer, options.max_length, options.overlong or "drop")
+    for name in ("max_length", "overlong", "inspect"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name} ({getattr(options, name)}) is for chats alone; add --kind chat or leave it out.")
+    return None
+
+
+def _report(output: str, counts: TokenizeCounts) -> None:
+    written = ".bin, .idx, .spans and .json" if counts.tally else ".bin, .idx and .json"
     logger.info(
-        f"wrote {options.output}.bin, .idx and .json: {counts.num_documents:,} documents, "
+        f"wrote {output}{written}: {counts.num_documents:,} documents, "
         f"{counts.num_tokens:,} tokens, {counts.num_bytes:,} bytes of text "
         f"({counts.num_bytes / counts.num_tokens:.2f} a token); left out "
         f"{counts.num_empty_documents:,} empty and {counts.num_bad_lines:,} bad documents"
     )
-    return 0
+    if counts.tally:
+        tally = counts.tally
+        logger.info(
+            f"of {tally['num_chats']:,} chats {tally['num_split_chats']:,} became several documents, as the template "
+            f"renders their earlier turns in another way; {tally['num_overlong_dropped']:,} documents were too long "
+            f"and dropped, {tally['num_overlong_truncated']:,} truncated; {tally['num_supervised_tokens']:,} tokens "
+            f"({tally['num_supervised_tokens'] / counts.num_tokens:.1%}) carry a loss"
+        )
 
 
 if __name__ == "__main__":

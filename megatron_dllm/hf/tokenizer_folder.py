@@ -36,6 +36,32 @@ def fingerprint(folder: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
+def chat_template(folder: Path) -> str | None:
+    """The text of a folder's chat template (jinja), None without one; of several that have names, the default.
+
+    Raises:
+        ValueError: a file that may hold it is not JSON.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = _read_json(folder / name).get("chat_template")
+        if isinstance(found, list):
+            found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        if isinstance(found, dict):
+            found = found.get("default")
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def chat_template_fingerprint(folder: Path) -> str | None:
+    """SHA-256 of a folder's chat template, None without one."""
+    text = chat_template(folder)
+    return None if text is None else hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
 class TokenizerFiles:
     """What the JSON files of a tokenizer say."""
 

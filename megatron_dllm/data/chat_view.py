@@ -1,0 +1,60 @@
+"""Chats on the screen as the model will see them: what it reads, and what it learns to say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from megatron_dllm.data.chat_encoding import ChatEncoder, ChatEncoding
+from megatron_dllm.data.chat_template import ChatDocument
+from megatron_dllm.data.reading import BadDocumentError, read_batches
+
+_PROMPT, _SUPERVISED, _BAD = "dim", "bold green", "red"
+
+
+def show_chats(files: list[Path], chats: ChatEncoding, num_chats: int, console: Console | None = None) -> None:
+    """Print the first chats of some files; a bad one with the reason why it is bad.
+
+    Args:
+        files: of chats, in order.
+        chats: how they become documents; shown whole, whatever `max_length` is.
+        num_chats: how many.
+        console: where to; None: standard output.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or `num_chats` is below 1.
+    """
+    if num_chats < 1:
+        raise ValueError(f"inspect ({num_chats}) must be at least 1.")
+    encoder, console = chats.load(), console or Console()
+    console.print(Text.assemble(("prompt", _PROMPT), "   ", ("[supervised]", _SUPERVISED)))
+    for source, content in islice(_chats(files, encoder), num_chats):
+        if isinstance(content, BadDocumentError):
+            console.print(Text(f"{source}: {content}", _BAD), soft_wrap=True)
+            continue
+        for number, document in enumerate(content, start=1):
+            console.rule(f"{source}, document {number} of {len(content)}, {len(document.ids)} tokens", align="left")
+            console.print(_coloured(document, encoder), soft_wrap=True)
+
+
+def _chats(files: list[Path], encoder: ChatEncoder) -> Iterator[tuple[str, list[ChatDocument] | BadDocumentError]]:
+    for batch in read_batches(files, None):
+        for document in batch.documents:
+            try:
+                yield document.source, encoder.documents(document)
+            except BadDocumentError as error:
+                yield document.source, error
+
+
+def _coloured(document: ChatDocument, encoder: ChatEncoder) -> Text:
+    """A document as text; brackets mark what is supervised where there are no colours."""
+    text, done = Text(), 0
+    for start, stop, _ in document.spans:
+        text.append(encoder.decode(document.ids[done:start]), _PROMPT)
+        text.append(f"[{encoder.decode(document.ids[start:stop])}]", _SUPERVISED)
+        done = stop
+    return text.append(encoder.decode(document.ids[done:]), _PROMPT)
