@@ -41,7 +41,7 @@ unit: install
 test: install
 	$(PYTEST) -m "fast or ranks"
 
-# What takes more than a minute of CPU, or compiles.
+# What takes some twenty seconds of CPU or more, or compiles.
 test-slow: install
 	$(PYTEST) -m "slow and not slurm"
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from examples.corpus import ROOT
 
 
@@ -30,6 +32,7 @@ def test_both_ways_of_decoding_an_export_give_the_same_tokens() -> None:
     assert "the same tokens" in _run("examples.decode_export", "--max_new_tokens", "16")
 
 
+@pytest.mark.slow
 def test_the_loss_on_own_text_falls(tmp_path: Path) -> None:
     output = _run("examples.own_text", "--output", str(tmp_path / "run"))
     losses = [float(line.split()[3]) for line in output.splitlines() if line.startswith("step")]

@@ -149,6 +149,7 @@ def _begin_with(config: TrainConfig, other: TrainConfig, after: int) -> None:
     shutil.copy(checkpoints_of(other).parent / "metrics.jsonl", checkpoints_of(config).parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [pytest.param(PP2_VIRTUAL, id="PP2 virtual"), pytest.param(TP2_EP2, id="TP2 EP2")])
 def test_a_model_parallel_run_equals_one_rank_and_itself(
     folder: Path, unbroken_one: TrainConfig, layout: ParallelConfig
@@ -164,6 +165,7 @@ def test_a_model_parallel_run_equals_one_rank_and_itself(
     _assert_equal(config, unbroken)
 
 
+@pytest.mark.slow
 def test_a_bf16_run_continues_with_its_fp32_weights_past_an_altered_description(folder: Path) -> None:
     layout = ParallelConfig(precision="bf16")
     unbroken, config = (run_config(folder, name, layout, checkpoint=KEEP_ALL) for name in ("bf16", "bf16_continued"))
@@ -181,6 +183,7 @@ def test_a_bf16_run_continues_with_its_fp32_weights_past_an_altered_description(
     assert tensors["optimizer.state.param.output_layer.weight"].dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_run_moves_through_all_layouts(folder: Path, unbroken_one: TrainConfig) -> None:
     """Two steps in each: TP, TP x EP, virtual pipeline, CP, PP x EP, data parallel; then one rank to the end."""
     config = run_config(folder, "moving")

@@ -2,7 +2,7 @@
 
     fast   in this process alone, nothing compiled: tests/unit
     ranks  gloo ranks or other processes: tests/distributed, tests/golden, tests/integration
-    slow   more than a minute of CPU, or compiles
+    slow   some twenty seconds of CPU or more, or compiles
     slurm  needs a real SLURM: tests/slurm; those that another test covers more briefly are slow too
 
 A test's folder gives its tier; a mark of its own (@pytest.mark.ranks, @pytest.mark.slow) goes before.
