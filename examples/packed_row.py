@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from examples.corpus import documents_of, make_corpus
 from megatron_dllm.compose import compose_train_config
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.report import example_row
+from megatron_dllm.reporting.example_row import row_of
 from megatron_dllm.reporting.pictures import mask_picture
 
 CONTEXT_LENGTH = 64
@@ -64,12 +64,12 @@ def main(words: list[str] | None = None) -> int:
         overrides += settings(arguments.block_size, arguments.two_views)
         config = compose_train_config(["experiment=own_text", *overrides])
         config.validate(world_size=1)
-        batch, title = example_row(config)
+        row = row_of(config, config.data.train)
         tokenizer = Tokenizer.from_file(f"{folder}/tokenizer/tokenizer.json")
     console = Console()
-    console.print(token_table(batch, tokenizer))
-    arguments.output.write_bytes(mask_picture(batch, title))
-    console.print(f"{title}; its mask: {arguments.output}", soft_wrap=True)
+    console.print(token_table(row.batch, tokenizer))
+    arguments.output.write_bytes(mask_picture(row.batch))
+    console.print(f"{row.caption}; its mask: {arguments.output}", soft_wrap=True)
     return 0
 
 

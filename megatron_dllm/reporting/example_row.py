@@ -38,11 +38,20 @@ def example_row(run: Run) -> ExampleRow:
             long for a picture; says which.
     """
     config = _typed(run)
+    return row_of(config, str(_base_folder(run) / config.data.train))
+
+
+def row_of(config: TrainConfig, corpus_prefix: str) -> ExampleRow:
+    """A row of the last stage of a configuration, from a corpus.
+
+    Raises:
+        ValueError: the corpus is not there, or the row is too long for a picture.
+    """
     stage = list(config.schedule.stages.values())[-1]
     geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
     if geometry.row_length > _LONGEST_ROW:
         raise ValueError(f"its rows ({geometry.row_length} tokens) are longer than a picture shows ({_LONGEST_ROW})")
-    corpus = Corpus(str(_base_folder(run) / config.data.train), config.model)
+    corpus = Corpus(corpus_prefix, config.model)
     noise = None if stage.objective == "ar" else NoiseSpec.for_stage(config.noise, stage)
     dataset = RowDataset(
         corpus, geometry, noise, config.run.seed, config.model.mask_token_id, config.model.pad_token_id
