@@ -11,10 +11,10 @@ import pytest
 
 
 def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of this session; the first who asks makes it, the others wait for that.
+    """The folder `name` of this test run; the first who asks makes it, the others wait for that.
 
     Args:
-        factory: pytest's folders of this session.
+        factory: pytest's folders of this test run.
         name: of the folder, one for each `make`.
         make: fills the folder. A test that changes something in it must copy it first.
     """
