@@ -18,7 +18,7 @@ from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.config.command_line import typed_words
+from megatron_dllm.config.command_line import null_part, typed_words
 from megatron_dllm.config.recipe_source import RECIPES, recipe_names, register
 
 
@@ -109,6 +109,14 @@ def compose_dict(
             return compose(config_name=config_name, overrides=typed_words(schema, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, overrides, recipes, schema)) from error
+    except (AssertionError, AttributeError) as error:  # how OmegaConf meets a value inside a group that is null
+        inside = (null_part(schema, word.partition("=")[0].lstrip("+")) for word in overrides)
+        part = next((name for name in inside if name), None)
+        if part is None:
+            raise
+        raise ValueError(
+            f"{part} (null) has no values that a command line could change; give it in a recipe."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         place = " ".join(str(error).split())
         raise ValueError(f"a recipe is not YAML: {place}; correct that place.") from error

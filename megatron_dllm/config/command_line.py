@@ -37,6 +37,24 @@ def type_of_key(schema: type, key: str) -> Any:
     return _without_null(hint)
 
 
+def null_part(schema: type, key: str) -> str | None:
+    """The first part of a dotted key that is a whole group of values and may be null, as a stage's layout; or None."""
+    parts = key.split(".")
+    hint: Any = schema
+    for index, part in enumerate(parts):
+        bare = _without_null(hint)
+        if bare is not hint and is_dataclass(bare):
+            return ".".join(parts[:index])
+        hint = (
+            get_args(bare)[1]
+            if get_origin(bare) is dict
+            else get_type_hints(bare).get(part)
+            if is_dataclass(bare)
+            else None
+        )
+    return key if _without_null(hint) is not hint and is_dataclass(_without_null(hint)) else None
+
+
 def _without_null(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         present = [part for part in get_args(hint) if part is not type(None)]

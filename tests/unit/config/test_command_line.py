@@ -65,3 +65,9 @@ def test_the_type_of_a_key() -> None:
 def test_an_unknown_key_is_still_explained() -> None:
     with pytest.raises(ValueError, match=r"did you mean data\.train"):
         compose_dict(["data.trian=/a"])
+
+
+@pytest.mark.parametrize("value", ["parallel.precision=fp32", "parallel={precision: fp32}"])
+def test_a_value_inside_a_group_that_is_null_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"schedule\.stages\.warmup_1\.parallel \(null\) has no values .* in a recipe"):
+        compose_train_config(["experiment=tiny_convert", "run.name=x", f"schedule.stages.warmup_1.{value}"])
