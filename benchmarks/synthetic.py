@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.hf.config_json import to_hf_config
+from megatron_dllm.hf.export_config import to_hf_config
 from megatron_dllm.hf.name_table import is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 

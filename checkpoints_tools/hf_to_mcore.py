@@ -25,7 +25,8 @@ from megatron_dllm.checkpoint.output_folder import output_folder
 from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.hf.config_json import DEFAULT_BLOCK_SIZE, SourceConfig, read_hf_config
+from megatron_dllm.hf.architectures import DEFAULT_BLOCK_SIZE
+from megatron_dllm.hf.config_json import SourceConfig, read_hf_config
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.hf.special_tokens import settle_special_tokens

@@ -27,7 +27,8 @@ from megatron_dllm.checkpoint.stored_model import StoredModel, open_checkpoint
 from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.hf.config_json import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCHITECTURES, MODELING_FILES, to_hf_config
+from megatron_dllm.hf.architectures import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCHITECTURES, MODELING_FILES
+from megatron_dllm.hf.export_config import to_hf_config
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer

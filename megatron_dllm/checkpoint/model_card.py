@@ -8,7 +8,7 @@ from typing import Any
 from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.checkpoint.stored_model import StoredModel
 from megatron_dllm.checkpoint.validation import read_validation
-from megatron_dllm.hf.config_json import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES
+from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES
 from megatron_dllm.run.names import CHECKPOINTS, CONFIG
 
 PROVENANCE = "provenance.json"

@@ -24,7 +24,7 @@ from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.config import CheckpointConfig, DecodingConfig, ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
-from megatron_dllm.hf.config_json import to_hf_config
+from megatron_dllm.hf.export_config import to_hf_config
 from megatron_dllm.hf.name_table import is_fp32
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
