@@ -20,7 +20,7 @@ from checkpoints_tools.command import main_guard
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.model_tensors import model_keys
 from megatron_dllm.checkpoint.stored_model import open_checkpoint
-from megatron_dllm.checkpoint.validation import read_validation
+from megatron_dllm.checkpoint.validation import read_validation, to_json
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import read_hf_config
 from megatron_dllm.hf.name_table import key_aliases
@@ -103,7 +103,7 @@ def _describe_torch_dist(folder: Path) -> dict[str, Any]:
         "bytes_on_disk": _bytes_on_disk(folder),
     }
     validation = read_validation(folder)
-    return description | ({"validation": validation} if validation else {})
+    return description | ({"validation": to_json(validation)} if validation else {})
 
 
 def _sizes(model: ModelConfig, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from megatron_dllm.checkpoint.merging.averaging import WEIGHTS, merge_weights
 from megatron_dllm.checkpoint.merging.inputs import MergeInput, check_alike, open_input
 from megatron_dllm.checkpoint.merging.stream import merge_into
 from megatron_dllm.checkpoint.meta import read_meta
+from megatron_dllm.checkpoint.ranking import METRICS, rank
 from megatron_dllm.checkpoint.validation import read_validation, validation_elbo
 from megatron_dllm.run.code_version import commit
 from megatron_dllm.run.names import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
-METRICS = ("elbo", "bits_per_byte")
 FORMATS = ("auto", "torch_dist", "hf")
 
 
@@ -33,8 +33,8 @@ def choose(
 ) -> tuple[list[Path], dict[str, Any]]:
     """The k best checkpoints of a run, oldest first.
 
-    Candidates share the contract (objective, block size) of the run's last checkpoint; one whose metric is not a
-    finite number is none.
+    Candidates share the contract (objective, block size) of the run's last checkpoint. Those whose metric is not a
+    finite number, or was measured under other conditions than the last one's (text, tokens, noise), stay out.
 
     Args:
         run: run folder.
@@ -62,41 +62,31 @@ def choose(
         )
     candidates = alike[-last_n:] if last_n else alike
     validations = {folder: found for folder in candidates if (found := read_validation(folder)) is not None}
-    if block_size is None and validations:
-        block_size = validations[max(validations)]["target_block_size"]
-    ranking = _rank(validations, metric, block_size)
+    ranking = rank(validations, metric, block_size)
+    for folder, reason in ranking.left_out.items():
+        logger.warning("%s stays out: %s", folder.name, reason)
+    conditions = ranking.reference.conditions if ranking.reference else None
     choice = {
         "run": str(run.absolute()),
         "metric": metric,
-        "block_size": block_size,
+        "block_size": ranking.block_size,
+        "conditions": asdict(conditions) if conditions else None,
         "last_n": last_n,
-        "ranking": [{"checkpoint": folder.name, metric: score} for score, folder in ranking],
+        "ranking": [{"checkpoint": folder.name, metric: score} for score, folder in ranking.scores],
     }
     if last_n and k >= len(candidates) == last_n:
         logger.info("all of the last %d checkpoints", last_n)
         return candidates, choice
-    for number, (score, folder) in enumerate(ranking):
+    for number, (score, folder) in enumerate(ranking.scores):
         logger.info("%s %2d. %s  %s %.5f", "*" if number < k else " ", number + 1, folder.name, metric, score)
-    if len(ranking) < k:
+    if len(ranking.scores) < k:
+        example = next((f"; {folder.name} stays out: {why}" for folder, why in ranking.left_out.items()), "")
         raise ValueError(
             f"k ({k}) must not exceed the checkpoints of {run} with {metric} in validation.json "
-            f"({len(ranking)} of {len(candidates)}); lower k, evaluate more checkpoints, or list them "
-            "with --checkpoints."
+            f"({len(ranking.scores)} of {len(candidates)}){example}; lower k, evaluate more checkpoints alike, or "
+            "list them with --checkpoints."
         )
-    return sorted(folder for _, folder in ranking[:k]), choice
-
-
-def _rank(validations: dict[Path, dict[str, Any]], metric: str, block_size: int | None) -> list[tuple[float, Path]]:
-    """Checkpoints with their metric, the best first."""
-    scores = [
-        (float(value), folder)
-        for folder, found in validations.items()
-        if (value := found[metric].get(str(block_size))) is not None
-    ]
-    for score, folder in scores:
-        if not math.isfinite(score):
-            logger.warning("%s stays out: its %s is %s", folder.name, metric, score)
-    return sorted(item for item in scores if math.isfinite(item[0]))
+    return sorted(folder for _, folder in ranking.scores[:k]), choice
 
 
 def merge(

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.identity import check_grid
-from megatron_dllm.checkpoint.validation import write_validation
+from megatron_dllm.checkpoint.validation import Validation, write_validation
 from megatron_dllm.compose import prepare_command_line, register_schemas, to_train_config
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.recipe_source import RECIPES
@@ -28,8 +28,8 @@ from megatron_dllm.run.place import is_rank_zero, world_size
 log = logging.getLogger(__name__)
 
 
-def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
-    """Load `checkpoint.load` and measure it; returns what validation.json holds.
+def evaluate_checkpoint(config: TrainConfig) -> Validation:
+    """Load `checkpoint.load`, measure it, and write validation.json beside it.
 
     Raises:
         ValueError: nothing to load, no validation rows, or a checkpoint of another model.
@@ -68,7 +68,7 @@ def evaluate_checkpoint(config: TrainConfig) -> dict[str, Any]:
         load_weights(folder, chunks, config.checkpoint.verify)
         device = local_device()
         names = [AR] if not stored.is_diffusion else [str(size) for size in config.evaluation.block_sizes]
-        result = evaluate(chunks, config, groups, corpus, names, device).to_json()
+        result = evaluate(chunks, config, groups, corpus, names, device)
         if is_rank_zero():
             write_validation(folder, result)
     finally:
@@ -85,8 +85,8 @@ def _main(config: Any) -> None:
         sys.exit(2)
     if is_rank_zero():
         table = Table("block size", "nats/token", "bits/byte")
-        for name, value in result["elbo"].items():
-            bits = result["bits_per_byte"].get(name)
+        for name, value in result.nats_per_token.items():
+            bits = result.bits_per_byte.get(name)
             table.add_row(name, f"{value:.4f}", "-" if bits is None else f"{bits:.4f}")
         Console().print(table)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.checkpoint.stored_model import StoredModel
-from megatron_dllm.checkpoint.validation import read_validation
+from megatron_dllm.checkpoint.validation import Validation, read_validation
 from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES
 from megatron_dllm.run.names import CHECKPOINTS, CONFIG
 
@@ -109,13 +109,13 @@ def _provenance(checkpoint: Path) -> dict[str, Any] | None:
     return provenance
 
 
-def _validation_lines(validation: dict[str, Any] | None) -> list[str]:
+def _validation_lines(validation: Validation | None) -> list[str]:
     if validation is None:
         return []
-    bits = validation["bits_per_byte"]
+    bits = validation.bits_per_byte
     rows = [
         f"| {size} | {value:.4f} | {bits[size]:.4f} |" if size in bits else f"| {size} | {value:.4f} | |"
-        for size, value in sorted(validation["elbo"].items(), key=lambda item: (len(item[0]), item[0]))
+        for size, value in sorted(validation.nats_per_token.items(), key=lambda item: (len(item[0]), item[0]))
     ]
     return ["", "## Validation", "", "| block size | ELBO (nats per token) | bits per byte |", "|---|---|---|", *rows]
 

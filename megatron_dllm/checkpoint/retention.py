@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_dllm.checkpoint.folder import list_checkpoints
 from megatron_dllm.checkpoint.meta import read_meta
-from megatron_dllm.checkpoint.validation import validation_elbo
+from megatron_dllm.checkpoint.validation import Conditions, read_validation
 from megatron_dllm.run.files import remove
 
 log = logging.getLogger(__name__)
@@ -27,17 +27,7 @@ def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -
     complete = list_checkpoints(checkpoints)
     kept = set(complete[-max(keep_last, 1) :])
     metas = {folder: read_meta(folder) for folder in complete}
-    ranked = []
-    for folder in (f for f in complete if metas[f].semantics == metas[complete[-1]].semantics):
-        try:
-            elbo = validation_elbo(folder)
-        except ValueError as error:
-            log.warning("%s stays: %s", folder.name, error)
-            kept.add(folder)
-            continue
-        if elbo is not None and math.isfinite(elbo):
-            ranked.append((elbo, folder))
-    kept |= {f for _, f in sorted(ranked)[:keep_best]}
+    kept |= _best([f for f in complete if metas[f].semantics == metas[complete[-1]].semantics], keep_best)
     deleted = []
     for folder in complete:
         position = metas[folder].position
@@ -48,3 +38,26 @@ def retire(checkpoints: Path, keep_last: int, keep_best: int, keep_every: int) -
         remove(folder)
         deleted.append(folder)
     return deleted
+
+
+def _best(folders: list[Path], keep_best: int) -> set[Path]:
+    """The best of each kind of measurement, and those whose measurement cannot be read.
+
+    A measurement on other text or at another target block size has nothing to say about the others: whoever changes
+    it in the middle of a run keeps the best of both kinds.
+    """
+    kept: set[Path] = set()
+    kinds: dict[tuple[Conditions | None, int | None], list[tuple[float, Path]]] = {}
+    for folder in folders:
+        try:
+            validation = read_validation(folder)
+        except ValueError as error:
+            log.warning("%s stays: %s", folder.name, error)
+            kept.add(folder)
+            continue
+        if validation is not None and validation.elbo is not None and math.isfinite(validation.elbo):
+            kind = (validation.conditions, validation.target_block_size)
+            kinds.setdefault(kind, []).append((validation.elbo, folder))
+    for measured in kinds.values():
+        kept |= {folder for _, folder in sorted(measured)[:keep_best]}
+    return kept

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,46 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from megatron_dllm.checkpoint.validation import Validation
 from megatron_dllm.config import StageConfig, TrainConfig
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, RowDataset
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.data.source import Source
+from megatron_dllm.evaluation.conditions import SEED, conditions_of
 from megatron_dllm.model.objective import AR, Objective, validation_objective
 from megatron_dllm.model.pipeline import run_schedule
 from megatron_dllm.parallel.groups import Groups
 
-_SEED = 0
-
 
 class EvaluationStopped(Exception):
     """Asked to stop between two batches."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Nats per token at each block size ("ar" for the AR objective), over `num_tokens` document tokens."""
-
-    nats_per_token: dict[str, float]
-    tokens_per_byte: float | None
-    num_tokens: int
-    target_block_size: int
-
-    @property
-    def bits_per_byte(self) -> dict[str, float]:
-        """The same in bits per byte of UTF-8 text, comparable between tokenizers; empty if bytes are unknown."""
-        if self.tokens_per_byte is None:
-            return {}
-        return {name: nats * self.tokens_per_byte / math.log(2.0) for name, nats in self.nats_per_token.items()}
-
-    def to_json(self) -> dict[str, object]:
-        """What is written beside a checkpoint as validation.json."""
-        return {
-            "elbo": self.nats_per_token,
-            "bits_per_byte": self.bits_per_byte,
-            "target_block_size": self.target_block_size,
-            "num_tokens": self.num_tokens,
-        }
 
 
 def validation_names(config: TrainConfig, stage: StageConfig) -> list[str]:
@@ -120,9 +93,16 @@ def evaluate(
     finally:
         for chunk, training in zip(chunks, was_training, strict=True):
             chunk.train(training)
-    tokens_per_byte = corpus.num_tokens / corpus.num_bytes if corpus.num_bytes else None
-    target = AR if names == [AR] else str(config.evaluation.block_sizes[0])
-    return Validation(nats, tokens_per_byte, int(lengths.sum()), 0 if target == AR else int(target))
+    target = 0 if names == [AR] else config.evaluation.block_sizes[0]
+    conditions = conditions_of(config, corpus, int(lengths.sum()))
+    return Validation(nats, _bits_per_byte(nats, corpus), target, conditions)
+
+
+def _bits_per_byte(nats: dict[str, float], corpus: Source) -> dict[str, float]:
+    if not corpus.num_bytes:
+        return {}
+    tokens_per_byte = corpus.num_tokens / corpus.num_bytes
+    return {name: value * tokens_per_byte / math.log(2.0) for name, value in nats.items()}
 
 
 def validation_lengths(document_lengths: NDArray[Any], num_tokens: int) -> NDArray[np.int64]:
@@ -130,7 +110,7 @@ def validation_lengths(document_lengths: NDArray[Any], num_tokens: int) -> NDArr
 
     Whole documents in an order drawn once from a fixed seed, until they hold `num_tokens` tokens (or all do).
     """
-    order = np.random.default_rng(_SEED).permutation(len(document_lengths))
+    order = np.random.default_rng(SEED).permutation(len(document_lengths))
     total = np.cumsum(np.asarray(document_lengths, dtype=np.int64)[order])
     chosen = order[: int(np.searchsorted(total, num_tokens)) + 1]
     lengths = np.zeros(len(document_lengths), dtype=np.int64)
@@ -155,10 +135,8 @@ def _loader(
     # As many micro-batches at a time as pipeline stages keep them busy, and virtual stages take no fewer; rows of
     # padding fill them up.
     num_micro_batches = config.parallel.pipeline_model_parallel_size
-    dataset = RowDataset(
-        corpus, geometry, objective.noise, _SEED, config.model.mask_token_id, config.model.pad_token_id
-    )
-    stream = RowStream(lengths, _SEED, config.data.packing_chunk, shuffle=False, spans=corpus.spans)
+    dataset = RowDataset(corpus, geometry, objective.noise, SEED, config.model.mask_token_id, config.model.pad_token_id)
+    stream = RowStream(lengths, SEED, config.data.packing_chunk, shuffle=False, spans=corpus.spans)
     return BatchLoader(
         dataset,
         stream,

@@ -202,7 +202,7 @@ def _validation_figure(track: Track, history: History, lines: Sequence[Result]) 
     checkpoints, ar_nll = {}, None
     if not track.is_autoregressive and track is history.tracks[-1]:
         found = {folder.name: read_validation(folder) for folder in history.checkpoints}
-        checkpoints = {name: validation["elbo"] for name, validation in found.items() if validation}
+        checkpoints = {name: dict(validation.nats_per_token) for name, validation in found.items() if validation}
     if not track.is_autoregressive:
         ar_nll = next((line.nats for line in lines if line.measure == "exact NLL"), None)
     stars = f" Stars: {', '.join(checkpoints)}." if checkpoints else ""

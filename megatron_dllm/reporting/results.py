@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_dllm.checkpoint.folder import list_checkpoints
-from megatron_dllm.checkpoint.validation import read_validation, validation_elbo
+from megatron_dllm.checkpoint.ranking import rank
+from megatron_dllm.checkpoint.validation import Validation, read_validation
 from megatron_dllm.reporting.history import History, Track
 from megatron_dllm.reporting.records import Record, number
 from megatron_dllm.run.names import CHECKPOINTS
@@ -24,16 +25,19 @@ class Result:
         measure: what was measured.
         nats: per token.
         bits: per byte of UTF-8 text; NaN where the bytes are not known.
+        note: what makes the line incomparable with the others.
     """
 
     name: str
     measure: str
     nats: float
     bits: float
+    note: str = ""
 
     def cells(self) -> list[str]:
         """The line as text."""
-        return [self.name, self.measure, f"{self.nats:.4f}", "-" if math.isnan(self.bits) else f"{self.bits:.4f}"]
+        measure = f"{self.measure} ({self.note})" if self.note else self.measure
+        return [self.name, measure, f"{self.nats:.4f}", "-" if math.isnan(self.bits) else f"{self.bits:.4f}"]
 
 
 def results(history: History) -> list[Result]:
@@ -43,9 +47,16 @@ def results(history: History) -> list[Result]:
     for track in history.tracks:
         prefix = f"{track.name}: " if len(converted) > 1 else ""
         lines += [_base(track)] if track.is_autoregressive else _of_track(track, prefix)
+    reference = rank(_validations(converted[-1])).reference if converted else None
     for folder in history.checkpoints:
-        lines += _of_checkpoint(folder, folder.name)
+        lines += _of_checkpoint(folder, folder.name, reference)
     return lines
+
+
+def _validations(track: Track) -> dict[Path, Validation]:
+    """By checkpoint, the newest last, what the runs of a track measured of those that are still there."""
+    folders = [folder for run in track.runs for folder in list_checkpoints(run.folder / CHECKPOINTS)]
+    return {folder: found for folder in folders if (found := read_validation(folder)) is not None}
 
 
 def target_size(records: list[Record]) -> str | None:
@@ -77,19 +88,27 @@ def _of_track(track: Track, prefix: str) -> list[Result]:
             lines.append(
                 _line(prefix + ("before training" if is_start else f"after {record.get('stage')}"), size, record)
             )
-    evaluated = [f for run in track.runs for f in list_checkpoints(run.folder / CHECKPOINTS)]
-    ranked = [(elbo, f) for f in evaluated if (elbo := validation_elbo(f)) is not None]
-    if ranked:
-        best = min(ranked)[1]
-        lines += _of_checkpoint(best, f"{prefix}best checkpoint ({best.name})")
+    ranked = rank(_validations(track))
+    if ranked.scores:
+        best = ranked.scores[0][1]
+        lines += _of_checkpoint(best, f"{prefix}best checkpoint ({best.name})", None)
     return lines
 
 
-def _of_checkpoint(folder: Path, name: str) -> list[Result]:
+def _of_checkpoint(folder: Path, name: str, reference: Validation | None) -> list[Result]:
+    """The line of a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        name: that the line has.
+        reference: the measurement that it is read beside; None: any.
+    """
     validation = read_validation(folder)
     if validation is None:
         return []
-    size = str(validation["target_block_size"] or "ar")
-    if size not in validation["elbo"]:
+    size = str(validation.target_block_size or "ar")
+    if size not in validation.nats_per_token:
         return []
-    return [Result(name, _measure(size), validation["elbo"][size], number(validation["bits_per_byte"].get(size)))]
+    note = validation.difference(reference) if reference is not None else ""
+    bits = number(validation.bits_per_byte.get(size))
+    return [Result(name, _measure(size), validation.nats_per_token[size], bits, note)]

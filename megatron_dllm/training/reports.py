@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_dllm.checkpoint.validation import Validation
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.block_schedule import Stage
-from megatron_dllm.evaluation.elbo import Validation
 from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.training.step import StepResult
 

@@ -11,10 +11,9 @@ import torch.distributed as dist
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, read_meta
 from megatron_dllm.checkpoint.retention import retire
 from megatron_dllm.checkpoint.saving import CheckpointWriter
-from megatron_dllm.checkpoint.validation import write_validation
+from megatron_dllm.checkpoint.validation import Validation, write_validation
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
-from megatron_dllm.evaluation.elbo import Validation
 from megatron_dllm.run.names import TOKENIZER, VALIDATION
 from megatron_dllm.training.engine import Engine, gathered_parameters
 from megatron_dllm.training.observers.observer import Observer
@@ -138,4 +137,4 @@ class Saver:
 
 def _write_validation(folder: Path, validation: Validation) -> None:
     if dist.get_rank() == 0:
-        write_validation(folder, validation.to_json())
+        write_validation(folder, validation)

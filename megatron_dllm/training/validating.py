@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_dllm.checkpoint.validation import Validation
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.source import Source
 from megatron_dllm.diffusion.block_schedule import Stage
-from megatron_dllm.evaluation.elbo import EvaluationStopped, Validation, evaluate, validation_names
+from megatron_dllm.evaluation.elbo import EvaluationStopped, evaluate, validation_names
 from megatron_dllm.training.engine import Engine
 from megatron_dllm.training.observers.observer import Observer
 from megatron_dllm.training.reports import ValidationReport

@@ -8,9 +8,10 @@ from pathlib import Path
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.manifest import write_manifest
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Semantics, write_meta
+from megatron_dllm.checkpoint.validation import Conditions, Validation, write_validation
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.run.files import TEMPORARY_PREFIX, write_json
-from megatron_dllm.run.names import STATE, VALIDATION
+from megatron_dllm.run.names import STATE
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -25,6 +26,8 @@ MODEL = ModelConfig(
     pad_token_id=1,
 )
 
+CONDITIONS = Conditions("lengths:1", 100, 64, "document", "by counts", "fp32")
+
 
 def make_checkpoint(
     checkpoints: Path,
@@ -34,6 +37,7 @@ def make_checkpoint(
     block_size: int = 32,
     shift: bool = False,
     save_number: int | None = None,
+    conditions: Conditions | None = None,
 ) -> Path:
     """A checkpoint as the writer leaves it, one small file for the tensors."""
     final = folders.step_folder(checkpoints, step)
@@ -49,7 +53,7 @@ def make_checkpoint(
     write_manifest(temporary, {})
     folders.publish(temporary, final)
     if elbo is not None:
-        write_json(final / VALIDATION, {"elbo": {"32": elbo}, "target_block_size": 32})
+        write_validation(final, Validation({"32": elbo}, {}, 32, conditions))
     return final
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_dllm.checkpoint.retention import retire
+from megatron_dllm.checkpoint.validation import Validation, write_validation
 from megatron_dllm.run.names import MANIFEST, VALIDATION
-from tests.unit.checkpoint.small_checkpoint import make_checkpoint, steps_in
+from tests.unit.checkpoint.small_checkpoint import CONDITIONS, make_checkpoint, steps_in
 
 
 def test_the_last_ones_stay(tmp_path: Path) -> None:
@@ -32,6 +34,19 @@ def test_the_best_are_chosen_among_those_that_can_be_merged(tmp_path: Path) -> N
         make_checkpoint(tmp_path, step, elbo, block_size=block_size)
     retire(tmp_path, keep_last=1, keep_best=2, keep_every=0)
     assert steps_in(tmp_path) == [30, 40, 50]
+
+
+def test_the_best_of_each_kind_of_measurement_stay(tmp_path: Path) -> None:
+    """Validations on other text or at another target block size say nothing about the ones before."""
+    other = replace(CONDITIONS, corpus="lengths:2")
+    for step, elbo, conditions in (
+        *((10, 3.0, CONDITIONS), (20, 2.0, CONDITIONS), (30, 9.0, other), (40, 8.0, other)),
+        *((50, 7.0, None), (60, 5.0, CONDITIONS), (70, 9.5, other)),
+    ):
+        make_checkpoint(tmp_path, step, elbo, conditions=conditions)
+    write_validation(tmp_path / "step_0000060", Validation({"32": 5.0, "4": 6.0}, {}, 4, CONDITIONS))
+    retire(tmp_path, keep_last=1, keep_best=1, keep_every=0)
+    assert steps_in(tmp_path) == [20, 40, 50, 60, 70]
 
 
 def test_multiples_and_stage_ends_stay(tmp_path: Path) -> None:

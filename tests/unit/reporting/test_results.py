@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_dllm.checkpoint.validation import Validation, write_validation
 from megatron_dllm.reporting.history import read_history
 from megatron_dllm.reporting.results import results, target_size
+from tests.unit.checkpoint.small_checkpoint import CONDITIONS, make_checkpoint
 from tests.unit.reporting.folders import training_record, validation_record, write_chain, write_run
 
 
@@ -35,6 +38,22 @@ def test_a_chain_from_its_base_to_its_merge(tmp_path: Path) -> None:
         ]
     )
     assert found[-1][0] == "merged"
+
+
+def test_what_was_measured_otherwise_says_so(tmp_path: Path) -> None:
+    chain = tmp_path / "full"
+    run = write_run(chain / "run", [training_record(4), validation_record(8, 3.0)])
+    other = replace(CONDITIONS, num_tokens=7)
+    for step, elbo, conditions in ((10, 1.0, other), (20, 2.0, CONDITIONS), (30, 3.0, CONDITIONS)):
+        make_checkpoint(run / "checkpoints", step, elbo, conditions=conditions)
+    for name, conditions in (("alike", CONDITIONS), ("unlike", other)):
+        folder = make_checkpoint(chain / name, 1)
+        write_validation(folder, Validation({"32": 0.5}, {}, 32, conditions))
+        folder.rename(chain / f"merged_{name}")
+    cells = {line.name: line.cells()[1:3] for line in results(read_history(chain))}
+    assert cells["best checkpoint (step_0000020)"] == ["ELBO, block 32", "2.0000"]
+    assert cells["merged_alike"] == ["ELBO, block 32", "0.5000"]
+    assert cells["merged_unlike"] == ["ELBO, block 32 (num_tokens 7, not 100)", "0.5000"]
 
 
 def test_a_conversion_may_begin_autoregressively(tmp_path: Path) -> None:

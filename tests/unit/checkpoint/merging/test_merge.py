@@ -19,10 +19,12 @@ from megatron_dllm.checkpoint.merging import stream as merge_stream
 from megatron_dllm.checkpoint.meta import read_meta, write_meta
 from megatron_dllm.checkpoint.stored_model import open_checkpoint, read_stored_model
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
+from megatron_dllm.checkpoint.validation import read_validation, write_validation
 from megatron_dllm.hf.name_table import key_aliases
 from megatron_dllm.run.files import write_json
 from megatron_dllm.run.names import VALIDATION
 from tests.tiny_models import LING, left_in, seal
+from tests.unit.checkpoint.small_checkpoint import CONDITIONS
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -170,6 +172,23 @@ def test_what_is_not_finite_is_not_the_best(make_checkpoint, tmp_path: Path, cap
     assert [folder.name for folder in choose(run, 2)[0]] == ["step_0000000", "step_0000002"]
     assert "step_0000001 stays out: its elbo is nan" in caplog.text
     with pytest.raises(ValueError, match=r"k \(3\) must not exceed .*\(2 of 4\)"):
+        choose(run, 3)
+
+
+def test_only_what_was_measured_alike_is_compared(
+    make_checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = _run(tmp_path, make_checkpoint, [2.5, 1.0, 3.0])
+    for step, num_tokens in ((0, 100), (1, 20), (2, 100)):
+        folder = run / "checkpoints" / f"step_{step:07d}"
+        found = read_validation(folder)
+        assert found is not None
+        write_validation(folder, replace(found, conditions=replace(CONDITIONS, num_tokens=num_tokens)))
+    chosen, choice = choose(run, 2)
+    assert [folder.name for folder in chosen] == ["step_0000000", "step_0000002"]
+    assert choice["conditions"]["num_tokens"] == 100
+    assert "step_0000001 stays out: it was measured unlike step_0000002: num_tokens 20, not 100" in caplog.text
+    with pytest.raises(ValueError, match=r"k \(3\) .*\(2 of 3\); step_0000001 stays out: .*num_tokens 20, not 100"):
         choose(run, 3)
 
 

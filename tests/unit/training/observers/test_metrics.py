@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from benchmarks.tiny_run import run_config
+from megatron_dllm.checkpoint.validation import Validation
 from megatron_dllm.diffusion.block_schedule import BlockSchedule
 from megatron_dllm.diffusion.losses.step_sums import NUM_BUCKETS, StepSums
-from megatron_dllm.evaluation.elbo import Validation
 from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.training.observers.metrics import MetricsWriter, step_record, trim_metrics
 from megatron_dllm.training.reports import StepReport, ValidationReport
@@ -71,7 +71,7 @@ def folder(tmp_path: Path) -> Path:
     writer = MetricsWriter(tmp_path, run_config(tmp_path, "run"))
     writer.after_step(report_of(is_logged=False), {})
     writer.after_step(report_of(is_logged=True), {"data_fingerprint": "abc"})
-    validation = Validation({"32": 2.0}, tokens_per_byte=None, num_tokens=300, target_block_size=32)
+    validation = Validation({"32": 2.0}, target_block_size=32)
     writer.after_validation(ValidationReport(report_of(True).stage, 7, 1000, True, validation))
     writer.close()
     return tmp_path
