@@ -132,7 +132,10 @@ def decide_start(
 
 
 def _check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> None:
-    """Refuse documents that are too few for a stage's rows or a validation's."""
+    """Refuse documents that are damaged, or too few for a stage's rows or a validation's."""
+    for source in (sources.train, sources.validation):
+        if source is not None:
+            source.verify()
     for stage in schedule.stages:
         check_fills_a_row(sources.train, RowGeometry.of_stage(stage.config, config.schedule, config.data))
     held_out = sources.validation
