@@ -40,6 +40,14 @@ def write_json(path: Path, value: Any, *, indent: int = 1, sort_keys: bool = Fal
     write_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii) + "\n")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a file, in a single write; a line that another writer left half-way ends before it."""
+    with open(path, "a+b", buffering=0) as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        is_torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * is_torn + line.encode() + b"\n")
+
+
 def read_json(path: Path, remedy: str) -> Any:
     """Read a JSON file.
 
