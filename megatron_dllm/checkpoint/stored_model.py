@@ -49,11 +49,16 @@ def read_stored_model(folder: Path) -> StoredModel:
     """Read contract.json.
 
     Raises:
-        ValueError: it is missing, damaged, of another format, or names a field we do not know.
+        ValueError: it is missing, damaged, of another format, or names a field or size we do not know.
     """
     meta = read_meta(folder)
     place = f"{folder / CONTRACT}: model."
-    return StoredModel(folder, read_fields(ModelConfig, meta.model, place, ignored=_TRAINING_SETTINGS), meta)
+    model = read_fields(ModelConfig, meta.model, place, ignored=_TRAINING_SETTINGS)
+    try:
+        model.validate()
+    except ValueError as error:
+        raise ValueError(f"{folder / CONTRACT}: {error}") from None
+    return StoredModel(folder, model, meta)
 
 
 def open_checkpoint(folder: Path) -> tuple[StoredModel, TorchDistReader]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from omegaconf import MISSING
@@ -10,6 +11,22 @@ from megatron_dllm.config.rules import check, check_choice, check_positive
 
 FAMILIES = ("bailing_moe", "llada2_moe", "qwen3_moe", "sdar_moe", "qwen3")
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
+# What megatron-core's router computes its scores in.
+ROUTER_DTYPES = ("fp32", "fp64")
+# Far above any published model: a larger number is a mistake, and would be noticed only after names for it were made.
+_LARGEST = {
+    "num_layers": 1024,
+    "hidden_size": 2**20,
+    "ffn_hidden_size": 2**22,
+    "num_attention_heads": 2**14,
+    "num_query_groups": 2**14,
+    "kv_channels": 2**14,
+    "vocab_size": 2**24,
+    "max_position_embeddings": 2**31,
+}
+_LARGEST_OF_EXPERTS = {"num_moe_experts": 2**14, "moe_ffn_hidden_size": 2**22, "moe_router_topk": 2**14}
+# Experts of all layers together; the largest published models have some 25,000.
+_MOST_EXPERTS = 2**17
 
 
 @dataclass
@@ -59,16 +76,8 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise ValueError if sizes contradict each other, or if megatron-core would compute something else than HF."""
         check_choice("model.family", self.family, FAMILIES)
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-            "kv_channels",
-            "vocab_size",
-        ):
-            check_positive(f"model.{name}", getattr(self, name))
+        for name, largest in _LARGEST.items():
+            self._check_size(name, largest)
         check(
             self.num_attention_heads % self.num_query_groups == 0,
             f"model.num_query_groups ({self.num_query_groups}) must divide num_attention_heads "
@@ -78,6 +87,13 @@ class ModelConfig:
             0.0 < self.rotary_percent <= 1.0,
             f"model.rotary_percent ({self.rotary_percent}) must lie in (0, 1]; it is HF's partial_rotary_factor.",
         )
+        rotated = int(self.kv_channels * self.rotary_percent)
+        check(
+            rotated > 0 and rotated % 2 == 0,
+            f"model.kv_channels ({self.kv_channels}) x rotary_percent ({self.rotary_percent}) = {rotated} must be even "
+            "and at least 2; rotary embedding turns features in pairs.",
+        )
+        self._validate_numbers()
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             check(
@@ -90,23 +106,64 @@ class ModelConfig:
             f"model.mask_token_id ({self.mask_token_id}) equals eos_token_id; "
             "the mask token must be a token of its own.",
         )
+        check(
+            self.num_moe_experts >= 0,
+            f"model.num_moe_experts ({self.num_moe_experts}) must not be negative; 0 makes a dense model.",
+        )
         if self.is_moe:
             self._validate_moe()
 
+    def _check_size(self, name: str, largest: int) -> None:
+        value = getattr(self, name)
+        check_positive(f"model.{name}", value)
+        check(
+            value <= largest,
+            f"model.{name} ({value}) must not exceed {largest}; no published model comes near it: correct the value.",
+        )
+
+    def _validate_numbers(self) -> None:
+        for name, low, high in (
+            ("layernorm_epsilon", 0.0, 1.0),
+            ("rotary_base", 1.0, math.inf),
+            ("moe_router_topk_scaling_factor", 0.0, math.inf),
+        ):
+            value = getattr(self, name)
+            check(
+                low < value < high,
+                f"model.{name} ({value}) must lie between {low:g} and {high:g}; take it from the model's config.json.",
+            )
+        check(
+            0.0 <= self.init_method_std < math.inf,
+            f"model.init_method_std ({self.init_method_std}) must be a number of at least 0.",
+        )
+
     def _validate_moe(self) -> None:
+        for name, largest in _LARGEST_OF_EXPERTS.items():
+            self._check_size(name, largest)
+        check(
+            self.num_layers * self.num_moe_experts <= _MOST_EXPERTS,
+            f"model.num_moe_experts ({self.num_moe_experts}) x num_layers ({self.num_layers}) must not exceed "
+            f"{_MOST_EXPERTS}; no published model comes near it: correct the values.",
+        )
+        check(
+            0 <= self.moe_shared_expert_intermediate_size <= _LARGEST["ffn_hidden_size"],
+            f"model.moe_shared_expert_intermediate_size ({self.moe_shared_expert_intermediate_size}) must lie in "
+            f"[0, {_LARGEST['ffn_hidden_size']}]; 0 means no shared experts.",
+        )
+        check_choice("model.moe_router_dtype", self.moe_router_dtype, ROUTER_DTYPES)
         check_choice("model.moe_router_score_function", self.moe_router_score_function, SCORE_FUNCTIONS)
         check(
             0 <= self.num_dense_layers < self.num_layers,
             f"model.num_dense_layers ({self.num_dense_layers}) must lie in [0, num_layers) = "
             f"[0, {self.num_layers}); for a dense model set num_moe_experts to 0.",
         )
-        check_positive("model.moe_ffn_hidden_size", self.moe_ffn_hidden_size)
         check(
             0 < self.moe_router_topk <= self.num_moe_experts,
             f"model.moe_router_topk ({self.moe_router_topk}) must lie in [1, num_moe_experts] = "
             f"[1, {self.num_moe_experts}].",
         )
         if self.moe_router_num_groups:
+            check_positive("model.moe_router_num_groups", self.moe_router_num_groups)
             check(
                 self.num_moe_experts % self.moe_router_num_groups == 0,
                 f"model.moe_router_num_groups ({self.moe_router_num_groups}) must divide num_moe_experts "

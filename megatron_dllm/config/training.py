@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_dllm.config.rules import check, check_choice
@@ -30,7 +31,7 @@ class TrainingConfig:
         check_choice("training.attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         for name in ("mask_embedding_noise", "moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff"):
             value = getattr(self, name)
-            check(value >= 0.0, f"training.{name} ({value}) must not be negative; 0 turns it off.")
+            check(0.0 <= value < math.inf, f"training.{name} ({value}) must be a number of at least 0; 0 turns it off.")
         check(
             self.mask_embedding_noise == 0.0 or self.mask_embedding_noise_steps > 0,
             f"training.mask_embedding_noise_steps ({self.mask_embedding_noise_steps}) must be positive with "

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dllm.run.files import write_json
+from megatron_dllm.run.files import parse_json, read_json_object, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -58,6 +58,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: the file is truncated, or its header is not one of a safetensors file.
     """
+    if not path.is_file():
+        what = f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else "is no file"
+        raise ValueError(f"{path} {what}; download it again.")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -68,8 +71,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 "bytes; download or write it again."
             )
         try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            header = parse_json(file.read(length))
+        except ValueError as error:
             raise ValueError(
                 f"{path} has a corrupt safetensors header ({error}); download or write it again."
             ) from error
@@ -198,13 +201,14 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     path = folder / INDEX_NAME
     if not path.exists():
         return None
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-        is_index = all(isinstance(file_name, str) for file_name in weight_map.values())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no safetensors index ({error!r}); download it again.") from error
-    if not is_index:
-        raise ValueError(f"{path} is no safetensors index (a shard's name is no text); download it again.")
+    weight_map = read_json_object(path, "download it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file_name, str) for file_name in weight_map.values()):
+        raise ValueError(f"{path} is no safetensors index (weight_map names no shards); download it again.")
+    if (folder / SINGLE_NAME).is_file() and SINGLE_NAME not in weight_map.values():
+        raise ValueError(
+            f"{folder / SINGLE_NAME} lies beside {path.name}, which names other files: transformers would read the "
+            "former; keep one set of shards in the folder."
+        )
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
             raise ValueError(f"{path} names the shard {file_name!r}; a shard lies in the folder itself.")

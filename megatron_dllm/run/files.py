@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,24 @@ def write_json(path: Path, value: Any, *, indent: int = 1, sort_keys: bool = Fal
     write_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii) + "\n")
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add one line to a file, in a single write; a line that another writer left half-way ends before it."""
-    with open(path, "a+b", buffering=0) as file:
-        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-        is_torn = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * is_torn + line.encode() + b"\n")
+def parse_json(text: str | bytes) -> Any:
+    """JSON whose objects name nothing twice: of two values, readers would take one or the other.
+
+    Raises:
+        ValueError: it is not JSON, names something twice, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return found
 
 
 def read_json(path: Path, remedy: str) -> Any:
@@ -57,11 +70,11 @@ def read_json(path: Path, remedy: str) -> Any:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file is not JSON.
+        ValueError: the file is not JSON, or names something twice.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged (no JSON: {error}); {remedy}.") from None
 
 

@@ -35,6 +35,7 @@ def test_what_is_written_now_holds_the_model_alone(tmp_path: Path) -> None:
         ({"colour": "red"}, r"contract\.json: model\.colour is not known to this version"),
         ({"num_layers": "2"}, r"model\.num_layers \('2'\) must be of type int"),
         ({"rotary_base": True}, r"model\.rotary_base \(True\) must be of type float"),
+        ({"num_layers": 10**9}, r"contract\.json: model\.num_layers \(1000000000\) must not exceed 1024"),
     ],
 )
 def test_a_model_of_another_shape_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:

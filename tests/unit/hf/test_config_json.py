@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.hf.config_json import from_hf_config
+from megatron_dllm.hf.config_json import from_hf_config, read_hf_config
 from tests.unit.hf.test_name_table import LING_FLASH, LING_MINI
 
 PUBLISHED_LING_MINI = {
@@ -178,6 +180,27 @@ def test_softmax_before_top_k_where_probabilities_are_not_normalised() -> None:
         ({"moe_shared_expert_intermediate_size": 700}, "moe_shared_expert_intermediate_size"),
         ({"router_dtype": "bf16"}, "router_dtype"),
         ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"moe_router_dtype": "bf16", "router_dtype": None}, r"router_dtype \('bf16'\)"),
+        ({"layer_types": ["sliding_attention"] * 20}, "layer_types"),
+        ({"rms_norm_eps": -1e-6}, r"layernorm_epsilon \(-1e-06\)"),
+        ({"rms_norm_eps": float("nan")}, r"rms_norm_eps \(nan\) must be a finite number"),
+        ({"rope_theta": float("inf")}, r"rope_theta \(inf\)"),
+        ({"rope_theta": 10**400}, r"rope_theta \(1000"),
+        ({"rope_theta": 0.0}, r"rotary_base \(0.0\)"),
+        ({"routed_scaling_factor": -2.5}, r"moe_router_topk_scaling_factor \(-2.5\)"),
+        ({"router_aux_loss_coef": -0.1}, r"router_aux_loss_coef \(-0.1\)"),
+        ({"initializer_range": "0.02"}, r"initializer_range \('0.02'\)"),
+        ({"num_hidden_layers": 10**9}, r"num_layers \(1000000000\) must not exceed 1024"),
+        ({"num_experts": 10**9}, r"num_moe_experts \(1000000000\) must not exceed 16384"),
+        ({"num_experts": 16384}, r"num_moe_experts \(16384\) x num_layers \(20\) must not exceed 131072"),
+        ({"num_experts": 0}, r"num_experts \(0\) must be at least 1"),
+        ({"vocab_size": 10**12}, r"vocab_size \(1000000000000\)"),
+        ({"num_shared_experts": -1}, r"moe_shared_expert_intermediate_size \(-512\)"),
+        ({"num_shared_experts": 10**9}, "moe_shared_expert_intermediate_size"),
+        ({"n_group": -8}, r"moe_router_num_groups \(-8\)"),
+        ({"head_dim": 0}, r"kv_channels \(0\)"),
+        ({"head_dim": 127, "rotary_dim": None}, r"kv_channels \(127\) x rotary_percent \(0.5\) = 63 must be even"),
+        ({"max_position_embeddings": -1}, r"max_position_embeddings \(-1\)"),
     ],
 )
 def test_refuses_by_name_what_it_cannot_express(change: dict[str, object], named: str) -> None:
@@ -185,7 +208,27 @@ def test_refuses_by_name_what_it_cannot_express(change: dict[str, object], named
         from_hf_config(PUBLISHED_LING_MINI | change)
 
 
-@pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}, {"type": "default", "rope_theta": 1e4}])
+@pytest.mark.parametrize("size", [0, -1, 32.0, "32", True, 10**9])
+def test_a_block_length_counts_tokens_of_the_context(size: object) -> None:
+    config = PUBLISHED_LING_MINI | {"model_type": "llada2_moe", "architectures": ["LLaDA2MoeModelLM"]}
+    assert from_hf_config(config | {"block_length": 16}).block_size == 16
+    assert from_hf_config(config).block_size is None
+    with pytest.raises(ValueError, match=r"block_length \("):
+        from_hf_config(config | {"block_length": size})
+
+
+def test_the_files_of_a_folder_agree_on_the_tokens_that_end_a_text(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED_LING_MINI))
+    stops = tmp_path / "generation_config.json"
+    for agreeing in (156892, [156895, 156892], None):
+        stops.write_text(json.dumps({"eos_token_id": agreeing}))
+        assert read_hf_config(tmp_path).model.eos_token_id == 156892
+    stops.write_text(json.dumps({"eos_token_id": [156895, 3]}))
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id \(156892\) and .*generation_config\.json: eos_"):
+        read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("scaling", [None, {}, {"rope_type": "default"}, {"type": "default", "rope_theta": 6e5}])
 def test_unscaled_rope_may_be_said_in_any_way(scaling: object) -> None:
     assert from_hf_config(PUBLISHED_LING_MINI | {"rope_scaling": scaling, "rope_parameters": scaling})
 
@@ -198,6 +241,10 @@ def test_unscaled_rope_may_be_said_in_any_way(scaling: object) -> None:
         ({"mlp_only_layers": [[0]]}, "mlp_only_layers"),
         ({"norm_topk_prob": None}, "norm_topk_prob"),
         ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_only_layers": [0, 0]}, "mlp_only_layers"),
+        ({"mlp_only_layers": [False]}, "mlp_only_layers"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )
 def test_refuses_qwen3_variants_by_name(change: dict[str, object], named: str) -> None:

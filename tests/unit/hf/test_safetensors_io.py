@@ -128,7 +128,7 @@ def test_headers_of_another_shape_are_refused(tmp_path: Path, header: object) ->
 @pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": "a"}])
 def test_indices_of_another_shape_are_refused(tmp_path: Path, index: object) -> None:
     (tmp_path / INDEX_NAME).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"{INDEX_NAME} is no safetensors index"):
+    with pytest.raises(ValueError, match=rf"{INDEX_NAME} is (no safetensors index|damaged)"):
         SafetensorsFolder(tmp_path)
 
 

@@ -1,0 +1,250 @@
+"""The sizes of a model from its config.json, of every family; what our model cannot express is refused by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_dllm.config import ModelConfig
+from megatron_dllm.hf.config_meaning import has_full_attention
+from megatron_dllm.hf.config_values import ConfigValues, brief
+
+# Settings that change the function and that our model does not have: key -> the only value we can express.
+_MUST_BE = {
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "norm_head": False,
+    "norm_softmax": False,
+    "num_nextn_predict_layers": 0,
+    "hidden_act": "silu",
+    "use_rmsnorm": True,
+    "quantization_config": None,
+    "expert_capacity": None,
+    "router_dtype": "fp32",
+}
+_REMEDY = {
+    "num_nextn_predict_layers": "export the checkpoint without its multi-token-prediction layers",
+    "quantization_config": "dequantize it first",
+}
+# Numbers that only training reads, which is configured elsewhere; a negative one says that the file is damaged.
+_NOT_NEGATIVE = (
+    "initializer_range",
+    "router_aux_loss_coef",
+    "attention_dropout",
+    "embedding_dropout",
+    "output_dropout",
+)
+
+
+def read_sizes(reader: ConfigValues, family: str) -> ModelConfig:
+    """The model that a config.json describes.
+
+    Args:
+        reader: of the file.
+        family: one of config.model.FAMILIES.
+
+    Returns:
+        The sizes; token ids as the file states them, -1 if it does not.
+
+    Raises:
+        ValueError: a value is missing, of another type or size, or asks for what our model does not have.
+    """
+    _refuse_what_we_lack(reader)
+    model = _common(reader, family)
+    if family in ("bailing_moe", "llada2_moe"):
+        model = _bailing(reader, model)
+    else:
+        model = _qwen3(reader, model)
+    try:
+        # Everything but the token ids, which may still come from the tokenizer.
+        replace(model, mask_token_id=0, eos_token_id=1, pad_token_id=1).validate()
+    except ValueError as error:
+        raise ValueError(f"{reader.source}: {error}") from error
+    return model
+
+
+def refuse_scaled_rope(config: dict[str, Any], source: str) -> None:
+    """Refuse rotary embedding that is stretched to longer contexts.
+
+    Args:
+        config: the parsed file.
+        source: its name, for errors.
+
+    Raises:
+        ValueError: naming the key and the kind of scaling.
+    """
+    reader = ConfigValues(config, source)
+    for key in ("rope_scaling", "rope_parameters"):
+        kind = _rope_kind(reader.get(key, {}, dict))
+        if kind != "default":
+            raise ValueError(
+                f"{source}: {key} ({kind}) must be null: our rotary embedding is unscaled; "
+                "use the checkpoint of the native context length."
+            )
+
+
+def _rope_kind(parameters: dict[str, Any]) -> str:
+    """The kind of RoPE scaling; "default" means none. A setting without a kind may only hold the basics."""
+    kinds = [str(parameters[name]) for name in ("rope_type", "type") if parameters.get(name) is not None]
+    if kinds:
+        return next((kind for kind in kinds if kind != "default"), "default")
+    return "default" if parameters.keys() <= {"rope_theta", "partial_rotary_factor"} else brief(parameters)
+
+
+def _refuse_what_we_lack(reader: ConfigValues) -> None:
+    for key, only in _MUST_BE.items():
+        value = reader.values.get(key, only)
+        if value != only:
+            remedy = _REMEDY.get(key, "it would change the results silently, so the model is not converted")
+            raise ValueError(
+                f"{reader.source}: {key} ({brief(value)}) must be {only}: our model has nothing else; {remedy}."
+            )
+    layer_types = reader.get("layer_types", None, list)
+    if not has_full_attention(layer_types):
+        raise ValueError(
+            f"{reader.source}: layer_types ({brief(layer_types)}) must all be full_attention: our model has no windows."
+        )
+    for key in _NOT_NEGATIVE:
+        if (value := reader.get(key, 0.0, float)) < 0:
+            raise ValueError(f"{reader.source}: {key} ({value}) must not be negative; the file is damaged.")
+
+
+def _common(reader: ConfigValues, family: str) -> ModelConfig:
+    heads = reader.need("num_attention_heads")
+    hidden = reader.need("hidden_size")
+    theta = reader.get("rope_theta", None, float)
+    if theta is None:
+        raise ValueError(
+            f"{reader.source} lacks rope_theta; checkpoints of one model differ in it, so it is not guessed."
+        )
+    return ModelConfig(
+        family=family,
+        num_layers=_num_layers(reader),
+        hidden_size=hidden,
+        ffn_hidden_size=reader.need("intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=reader.need("num_key_value_heads"),
+        kv_channels=reader.get("head_dim", hidden // max(heads, 1)),
+        vocab_size=reader.need("vocab_size"),
+        max_position_embeddings=reader.need("max_position_embeddings"),
+        layernorm_epsilon=reader.need("rms_norm_eps", float),
+        rotary_base=theta,
+        rotary_percent=1.0,
+        tie_word_embeddings=reader.get("tie_word_embeddings", False, bool),
+        init_method_std=reader.get("initializer_range", 0.02, float),
+        mask_token_id=reader.token_id("mask_token_id"),
+        eos_token_id=reader.token_id("eos_token_id"),
+        pad_token_id=reader.token_id("pad_token_id"),
+    )
+
+
+def _num_layers(reader: ConfigValues) -> int:
+    num_layers = int(reader.need("num_hidden_layers"))
+    layer_types = reader.get("layer_types", None, list)
+    if layer_types is not None and len(layer_types) != num_layers:
+        raise ValueError(
+            f"{reader.source}: num_hidden_layers ({num_layers}) and layer_types ({len(layer_types)} of them) differ; "
+            "correct whichever is wrong."
+        )
+    return num_layers
+
+
+def _rotary_percent(reader: ConfigValues, kv_channels: int) -> float | None:
+    """Share of a head's features that are rotated, by partial_rotary_factor, or by rotary_dim as Ling-1T gives it."""
+    factor, count = reader.get("partial_rotary_factor", None, float), reader.get("rotary_dim", None)
+    if factor is None:
+        return None if count is None else count / max(kv_channels, 1)
+    if count is not None and count != int(factor * kv_channels):
+        raise ValueError(
+            f"{reader.source}: rotary_dim ({count}) and partial_rotary_factor ({factor}) of {kv_channels} features a "
+            "head differ; correct whichever is wrong."
+        )
+    return float(factor)
+
+
+def _bailing(reader: ConfigValues, model: ModelConfig) -> ModelConfig:
+    score_function = reader.get("score_function", "sigmoid", str)
+    is_normalised = reader.get("norm_topk_prob", True, bool)
+    if score_function != "sigmoid" or not is_normalised:
+        raise ValueError(
+            f"{reader.source}: score_function ({score_function}) and norm_topk_prob ({is_normalised}) must be sigmoid "
+            "and true: our router normalises sigmoid scores."
+        )
+    factor = _rotary_percent(reader, model.kv_channels)
+    num_groups = reader.get("n_group", 0)
+    return replace(
+        model,
+        qk_layernorm=reader.get("use_qk_norm", True, bool),
+        rotary_percent=reader.need("partial_rotary_factor", float) if factor is None else factor,
+        num_dense_layers=reader.need("first_k_dense_replace"),
+        num_moe_experts=_num_experts(reader),
+        moe_ffn_hidden_size=reader.need("moe_intermediate_size"),
+        moe_shared_expert_intermediate_size=_shared_size(reader),
+        moe_router_topk=reader.need("num_experts_per_tok"),
+        moe_router_num_groups=num_groups if num_groups != 1 else 0,
+        moe_router_group_topk=reader.get("topk_group", 0) if num_groups > 1 else 0,
+        moe_router_topk_scaling_factor=reader.need("routed_scaling_factor", float),
+        moe_router_score_function="sigmoid",
+        moe_router_pre_softmax=False,
+        moe_router_dtype="fp32",
+        moe_router_enable_expert_bias=reader.get("moe_router_enable_expert_bias", True, bool),
+    )
+
+
+def _num_experts(reader: ConfigValues) -> int:
+    number = int(reader.need("num_experts"))
+    if number < 1:
+        raise ValueError(
+            f"{reader.source}: num_experts ({number}) must be at least 1 in a mixture of experts; correct it as the "
+            "model's authors gave it."
+        )
+    return number
+
+
+def _shared_size(reader: ConfigValues) -> int:
+    """Features of all shared experts together."""
+    number, size = int(reader.get("num_shared_experts", 0)), int(reader.need("moe_intermediate_size"))
+    stated = reader.get("moe_shared_expert_intermediate_size", None)
+    if number and stated is not None and stated not in (number * size, size):
+        raise ValueError(
+            f"{reader.source}: moe_shared_expert_intermediate_size ({stated}) contradicts "
+            f"num_shared_experts x moe_intermediate_size ({number * size}); correct whichever is wrong."
+        )
+    return number * size
+
+
+def _qwen3(reader: ConfigValues, model: ModelConfig) -> ModelConfig:
+    if _rotary_percent(reader, model.kv_channels) not in (None, 1.0):
+        raise ValueError(
+            f"{reader.source}: partial_rotary_factor and rotary_dim must cover the whole head ({model.kv_channels} "
+            f"features) in a {model.family}; correct them as the model's authors gave them."
+        )
+    return model if model.family == "qwen3" else _qwen3_moe(reader, model)
+
+
+def _qwen3_moe(reader: ConfigValues, model: ModelConfig) -> ModelConfig:
+    step = reader.get("decoder_sparse_step", 1)
+    if step != 1:
+        raise ValueError(
+            f"{reader.source}: decoder_sparse_step ({step}) must be 1: "
+            "our model has dense layers only below its mixture-of-experts layers."
+        )
+    dense = reader.get("mlp_only_layers", [], list)
+    if any(type(layer) is not int for layer in dense) or sorted(dense) != list(range(len(dense))):
+        raise ValueError(
+            f"{reader.source}: mlp_only_layers ({brief(dense)}) must be the lowest layers: our model has dense "
+            "layers only below its mixture-of-experts layers."
+        )
+    return replace(
+        model,
+        num_dense_layers=len(dense),
+        num_moe_experts=_num_experts(reader),
+        moe_ffn_hidden_size=reader.need("moe_intermediate_size"),
+        moe_router_topk=reader.need("num_experts_per_tok"),
+        moe_router_score_function="softmax",
+        moe_router_pre_softmax=not reader.need("norm_topk_prob", bool),
+        moe_router_enable_expert_bias=False,
+    )
