@@ -10,7 +10,7 @@ import torch
 
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.export_config import to_hf_config
-from megatron_dllm.hf.name_table import is_fp32, weight_map
+from megatron_dllm.hf.name_table import EACH, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 
 _PIECE = 1 << 24
@@ -24,7 +24,7 @@ def write_synthetic(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    has_stacked_experts: bool = False,
+    experts: str = EACH,
 ) -> None:
     """Write config.json and safetensors; no tokenizer.
 
@@ -35,11 +35,11 @@ def write_synthetic(
         dtype: of everything but expert_bias.
         seed: of the weights.
         max_shard_bytes: of the files.
-        has_stacked_experts: one tensor for all experts of a layer.
+        experts: how the folder keeps them, see hf/name_table.py.
     """
     folder.mkdir(parents=True)
     architecture = architecture or model.family
-    names = weight_map(model, architecture, has_stacked_experts)
+    names = weight_map(model, architecture, experts)
     tensors = {name: (torch.float32 if is_fp32(name) else dtype, shape) for name, shape in names.hf_shapes.items()}
     writer = SafetensorsWriter(folder, tensors, max_shard_bytes)
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TensorTable, TorchDistInput, open_input
 from megatron_dllm.checkpoint.streaming import split_rows
 from megatron_dllm.hf.config_json import read_hf_config
-from megatron_dllm.hf.name_table import weight_map
+from megatron_dllm.hf.name_table import experts_form, weight_map
 from megatron_dllm.run.names import CONTRACT
 
 _PIECE_BYTES = 32 * 1024**2
@@ -141,8 +141,7 @@ def _across(
 ) -> tuple[tuple[TensorTable, TensorTable], Iterator[_Unit]]:
     """A torch_dist checkpoint beside a Hugging Face folder, in the names of the latter."""
     model = dist.stored.model
-    has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in hf.tensors)
-    names = weight_map(model, read_hf_config(hf.folder).model.family, has_stacked_experts)
+    names = weight_map(model, read_hf_config(hf.folder).model.family, experts_form(hf.tensors))
     pieces = [
         piece
         for piece in names.pieces

@@ -27,8 +27,8 @@ from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.architectures import DEFAULT_BLOCK_SIZE
 from megatron_dllm.hf.config_json import SourceConfig, read_hf_config
-from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
-from megatron_dllm.hf.safetensors_io import SafetensorsFolder
+from megatron_dllm.hf.model_folder import ModelFolder, open_model_folder
+from megatron_dllm.hf.name_table import is_fp32
 from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer
 from megatron_dllm.run.names import TOKENIZER
@@ -53,21 +53,18 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
     if not files.exists:
         logger.warning("%s has no tokenizer files; the checkpoint will have none either", files.folder)
     model = settle_special_tokens(source.model, files, mask_token_id)
-    folder = SafetensorsFolder(hf)
-    has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in folder.tensors)
-    names = weight_map(model, has_stacked_experts=has_stacked_experts)
-    dtypes = _check_tensors(folder, names, model)
-    total_bytes = sum(tensor.num_bytes for name, tensor in folder.tensors.items() if name in names.hf_shapes)
-    with output_folder(output, total_bytes) as temporary:
+    folder = open_model_folder(hf, model)
+    dtypes = _dtypes(folder)
+    with output_folder(output, folder.num_bytes) as temporary:
         writer = TorchDistWriter(temporary)
         try:
-            for key, shape in names.mcore_shapes.items():
+            for key, shape in folder.names.mcore_shapes.items():
                 writer.add(key, dtypes[key], shape)
-            run(_tasks(folder, names, writer), total_bytes, "hf_to_mcore")
+            run(_tasks(folder, writer), folder.num_bytes, "hf_to_mcore")
             checksums = finish_tensors(writer, model)
         finally:
             writer.abandon()
-            folder.close()
+            folder.source.close()
         if files.exists:
             (temporary / TOKENIZER).mkdir()
             copy_tokenizer(files, temporary / TOKENIZER, model.mask_token_id, model.vocab_size)
@@ -75,65 +72,33 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
         write_manifest(temporary, checksums)
 
 
-def _check_tensors(folder: SafetensorsFolder, names: WeightMap, model: ModelConfig) -> dict[str, torch.dtype]:
-    """Compare the folder's tensors with the model's; returns the dtype of every megatron tensor."""
-    expected = names.hf_shapes
-    missing = [name for name in expected if name not in folder.tensors]
-    if missing:
-        raise ValueError(
-            f"{folder.folder}: tensor {missing[0]} and {len(missing) - 1} more are missing (found "
-            f"{len(folder.tensors)} of {len(expected)}); the folder is incomplete or config.json is "
-            "another model's."
-        )
-    extra = [name for name in folder.tensors if name not in expected]
-    if extra:
-        tensor = folder.tensors[extra[0]]
-        remedy = (
-            "it is tied to the embedding: set tie_word_embeddings to false or remove it"
-            if extra[0] == "lm_head.weight"
-            else "our model has no place for it, so it would be lost"
-        )
-        raise ValueError(
-            f"{tensor.path}: tensor {extra[0]} ({list(tensor.shape)}) and {len(extra) - 1} more are not "
-            f"part of a {model.family} with this config.json; {remedy}."
-        )
+def _dtypes(folder: ModelFolder) -> dict[str, torch.dtype]:
+    """The dtype of every megatron tensor: that of its parts, which must have one; expert_bias is fp32."""
     dtypes: dict[str, torch.dtype] = {}
-    for name, shape in expected.items():
-        tensor = folder.tensors[name]
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{tensor.path}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
-                f"{list(shape)}; one of the two belongs to another model."
-            )
-        if is_fp32(name) and tensor.dtype != torch.float32:
+    for piece in folder.names.pieces:
+        tensor = folder.tensors[piece.hf_name]
+        if is_fp32(piece.hf_name) and tensor.dtype != torch.float32:
             logger.warning(
-                "%s: %s is stored as %s; what was lost by rounding it is lost", tensor.path, name, tensor.dtype
+                "%s: %s is stored as %s; what was lost by rounding it is lost", tensor.path, piece.hf_name, tensor.dtype
             )
-    for piece in names.pieces:
-        stored = folder.tensors[piece.hf_name].dtype
-        if not stored.is_floating_point:
-            raise ValueError(
-                f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}; "
-                "weights must be floating point: dequantize the checkpoint first."
-            )
-        dtype = torch.float32 if is_fp32(piece.hf_name) else stored
+        dtype = torch.float32 if is_fp32(piece.hf_name) else tensor.dtype
         if dtypes.setdefault(piece.mcore_key, dtype) != dtype:
             raise ValueError(
-                f"{folder.tensors[piece.hf_name].path}: tensor {piece.hf_name} has dtype {stored}, "
+                f"{tensor.path}: tensor {piece.hf_name} has dtype {tensor.dtype}, "
                 f"others of {piece.mcore_key} have {dtypes[piece.mcore_key]}; store them alike."
             )
     return dtypes
 
 
-def _tasks(folder: SafetensorsFolder, names: WeightMap, writer: TorchDistWriter) -> Iterator[Task]:
-    for piece in names.pieces:
-        dtype = folder.tensors[piece.hf_name].dtype
-        for first, offsets, sizes in split_rows(piece.offsets, piece.sizes, MAX_PIECE_BYTES // dtype.itemsize):
+def _tasks(folder: ModelFolder, writer: TorchDistWriter) -> Iterator[Task]:
+    for piece in folder.names.pieces:
+        tensor = folder.tensors[piece.hf_name]
+        for first, offsets, sizes in split_rows(piece.offsets, piece.sizes, MAX_PIECE_BYTES // tensor.dtype.itemsize):
             yield Task(
-                f"{folder.tensors[piece.hf_name].path}: {piece.hf_name}",
+                f"{tensor.path}: {piece.hf_name}",
                 prod(sizes),
-                dtype,
-                partial(folder.read, piece.hf_name, piece.hf_start + first),
+                tensor.dtype,
+                partial(folder.source.read, piece.hf_name, piece.hf_start + first),
                 partial(_write, writer, piece.mcore_key, offsets, sizes),
             )
 

@@ -6,12 +6,12 @@ of whole rows, the interleaved query-key-value matrix included, so the map of a 
 ever computed with, and a round trip is exact because there is nothing in it that could round.
 
 Sizes are written as letters: V vocabulary, H hidden, D head dim, NH heads, NG query groups, I dense
-MLP, M expert MLP, S shared expert MLP, E experts. `{l}` is the layer, `{e}` the expert.
+MLP, M expert MLP, 2M its gate and up, S shared expert MLP, E experts. `{l}` is the layer, `{e}` the expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -19,6 +19,9 @@ from megatron_dllm.config import ModelConfig
 
 # How the rows of the HF tensor lie in the megatron tensor.
 WHOLE, GATE, UP, QUERY, KEY, VALUE = "whole", "gate", "up", "query", "key", "value"
+# How the HF side keeps a layer's experts: each in tensors of its own, all of them stacked in one tensor per projection,
+# or stacked with the rows of gate and up in one tensor.
+EACH, STACKED, FUSED = "each", "stacked", "fused"
 
 # Families whose tensors carry the same names and shapes.
 NAMES_OF_FAMILY = {
@@ -78,6 +81,12 @@ _STACKED_EXPERTS = (
     Rule("model.layers.{l}.mlp.experts.up_proj", _EXPERTS_FC1, "E M H", UP, "moe"),
     Rule("model.layers.{l}.mlp.experts.down_proj", _EXPERTS_FC2, "E H M", when="moe"),
 )
+# transformers 5 in memory, and on disk with save_original_format=False: an expert's gate rows, then its up rows.
+_FUSED_EXPERTS = (
+    Rule("model.layers.{l}.mlp.experts.gate_up_proj", _EXPERTS_FC1, "E 2M H", when="moe"),
+    Rule("model.layers.{l}.mlp.experts.down_proj", _EXPERTS_FC2, "E H M", when="moe"),
+)
+_EXPERTS_IN = {EACH: _EXPERTS, STACKED: _STACKED_EXPERTS, FUSED: _FUSED_EXPERTS}
 _BAILING = (
     Rule("model.word_embeddings.weight", "embedding.word_embeddings.weight", "V H", when="model"),
     *_COMMON,
@@ -113,12 +122,7 @@ _QWEN3 = (
     Rule("model.layers.{l}.self_attn.k_norm.weight", _LAYER + "self_attention.k_layernorm.weight", "D", when="norms"),
     Rule("model.layers.{l}.self_attn.o_proj.weight", _LAYER + "self_attention.linear_proj.weight", "H Q"),
 )
-TABLES = {
-    ("bailing", False): _BAILING + _EXPERTS,
-    ("bailing", True): _BAILING + _STACKED_EXPERTS,
-    ("qwen3", False): _QWEN3 + _EXPERTS,
-    ("qwen3", True): _QWEN3 + _STACKED_EXPERTS,
-}
+TABLES = {"bailing": _BAILING, "qwen3": _QWEN3}
 
 
 @dataclass(frozen=True)
@@ -157,19 +161,29 @@ class WeightMap:
     pieces: tuple[Piece, ...]
 
 
-def weight_map(model: ModelConfig, architecture: str | None = None, has_stacked_experts: bool = False) -> WeightMap:
+def experts_form(hf_names: Iterable[str]) -> str:
+    """How a folder with these tensors keeps its experts: EACH, STACKED or FUSED; EACH where it has none."""
+    forms = {"gate_proj": STACKED, "gate_up_proj": FUSED}
+    for name in hf_names:
+        prefix, _, last = name.rpartition(".")
+        if last in forms and prefix.endswith(".mlp.experts"):
+            return forms[last]
+    return EACH
+
+
+def weight_map(model: ModelConfig, architecture: str | None = None, experts: str = EACH) -> WeightMap:
     """Build the map of one model.
 
     Args:
         model: the sizes.
         architecture: family whose HF names are used; None: the model's own.
-        has_stacked_experts: HF side keeps all experts of a layer in one tensor per projection.
+        experts: how the HF side keeps them: EACH, STACKED or FUSED.
     """
     letters = _letters(model)
     hf_shapes: dict[str, tuple[int, ...]] = {}
     mcore_shapes: dict[str, tuple[int, ...]] = {}
     pieces: list[Piece] = []
-    table = TABLES[NAMES_OF_FAMILY[architecture or model.family], has_stacked_experts]
+    table = TABLES[NAMES_OF_FAMILY[architecture or model.family]] + _EXPERTS_IN[experts]
     for rule, layer, expert in _instances(model, table):
         hf_name = rule.hf.format(l=layer, e=expert)
         hf_shapes[hf_name] = tuple(letters[letter] for letter in rule.shape.split())
@@ -232,6 +246,7 @@ def _letters(model: ModelConfig) -> dict[str, int]:
         "QKV": (heads + 2 * groups) * head_dim,
         "I": model.ffn_hidden_size,
         "M": model.moe_ffn_hidden_size,
+        "2M": 2 * model.moe_ffn_hidden_size,
         "S": model.moe_shared_expert_intermediate_size,
         "E": model.num_moe_experts,
     }

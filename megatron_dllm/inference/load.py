@@ -15,8 +15,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from torch import Tensor
 
 from megatron_dllm.checkpoint.loading import load_weights
+from megatron_dllm.checkpoint.streaming import check_finite
 from megatron_dllm.config import ParallelConfig
-from megatron_dllm.hf.name_table import Piece, weight_map
+from megatron_dllm.hf.model_folder import open_model_folder
+from megatron_dllm.hf.name_table import Piece
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.inference.source import CheckpointSource
 from megatron_dllm.model.attention.kv_cache import KVCache
@@ -78,23 +80,9 @@ def load_hf_weights(folder: Path, model: DiffusionGPTModel) -> None:
         model: as built, its precision stays.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape.
+        ValueError: a tensor is missing, unknown, of another shape, or holds NaN or Inf.
     """
-    sizes = model.model_config
-    source = SafetensorsFolder(folder)
-    has_stacked_experts = any(name.endswith(".mlp.experts.gate_proj") for name in source.tensors)
-    table = weight_map(sizes, has_stacked_experts=has_stacked_experts)
-    stored = {name: tensor.shape for name, tensor in source.tensors.items()}
-    differing = sorted(
-        name for name in stored.keys() | table.hf_shapes.keys() if stored.get(name) != table.hf_shapes.get(name)
-    )
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{folder}: {len(differing)} tensors do not fit its config.json; {name} is "
-            f"{stored.get(name)}, expected {table.hf_shapes.get(name)}. The folder is of another model, "
-            "or incomplete."
-        )
+    source = open_model_folder(folder, model.model_config)
     targets: dict[str, list[ShardedTensor]] = defaultdict(list)
     state = model.sharded_state_dict()
     apply_factories(state)
@@ -103,9 +91,9 @@ def load_hf_weights(folder: Path, model: DiffusionGPTModel) -> None:
             targets[value.key].append(value)
     num_missing = sum(target.data.numel() for parts in targets.values() for target in parts)
     with torch.no_grad():
-        for piece in table.pieces:
-            num_missing -= _copy_piece(source, piece, targets[piece.mcore_key])
-    source.close()
+        for piece in source.names.pieces:
+            num_missing -= _copy_piece(source.source, piece, targets[piece.mcore_key])
+    source.source.close()
     assert num_missing == 0, f"{num_missing} elements of the model have no counterpart in the weight map"
 
 
@@ -113,6 +101,7 @@ def _copy_piece(source: SafetensorsFolder, piece: Piece, targets: list[ShardedTe
     """Copy one piece into the parts of its tensor that this rank holds; returns the number of elements."""
     values = torch.empty(piece.num_elements, dtype=source.tensors[piece.hf_name].dtype)
     source.read(piece.hf_name, piece.hf_start, values)
+    check_finite(values, f"{source.tensors[piece.hf_name].path}: {piece.hf_name}")
     values = values.view(piece.sizes)
     num_copied = 0
     for target in targets:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.hf.name_table import extra_state_keys, key_aliases, weight_map
+from megatron_dllm.hf.name_table import EACH, FUSED, STACKED, experts_form, extra_state_keys, key_aliases, weight_map
 from tests.tiny_models import LING, MODELS, QWEN3_MOE
 
 LING_MINI = ModelConfig(
@@ -55,16 +55,22 @@ def test_has_the_published_number_of_tensors_and_parameters(
     assert sum(prod(shape) for shape in names.mcore_shapes.values()) == num_elements
 
 
-@pytest.mark.parametrize("is_stacked", [False, True])
+@pytest.mark.parametrize("experts", [EACH, STACKED, FUSED])
 @pytest.mark.parametrize("name", MODELS)
-def test_covers_every_element_of_both_sides_once(name: str, is_stacked: bool) -> None:
-    names = weight_map(MODELS[name], has_stacked_experts=is_stacked)
+def test_covers_every_element_of_both_sides_once(name: str, experts: str) -> None:
+    names = weight_map(MODELS[name], experts=experts)
     hf = {key: torch.zeros(prod(shape), dtype=torch.int32) for key, shape in names.hf_shapes.items()}
     mcore = {key: torch.zeros(shape, dtype=torch.int32) for key, shape in names.mcore_shapes.items()}
     for piece in names.pieces:
         hf[piece.hf_name][piece.hf_start : piece.hf_start + piece.num_elements] += 1
         mcore[piece.mcore_key][tuple(slice(a, a + n) for a, n in zip(piece.offsets, piece.sizes, strict=True))] += 1
     assert all(bool((count == 1).all()) for count in [*hf.values(), *mcore.values()])
+
+
+@pytest.mark.parametrize("experts", [EACH, STACKED, FUSED])
+def test_names_say_how_experts_are_kept(experts: str) -> None:
+    assert experts_form(weight_map(LING, experts=experts).hf_shapes) == experts
+    assert experts_form(weight_map(MODELS["qwen3"], experts=experts).hf_shapes) == EACH
 
 
 def _to_mcore(model: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
