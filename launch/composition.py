@@ -179,19 +179,19 @@ def _resolve(
             raise ValueError(f"job {name}: {error}") from error
         train.run.validate()
         run_folder = Path(train.run.root) / train.run.name
-        text = frozen_yaml(composed)
+        text = frozen_yaml(train)
     upstream = [job.digest for job in earlier if job.name in after]
     content = json.dumps([arguments, text, upstream])
     digest = hashlib.sha256(content.encode()).hexdigest()
     return Job(name, spec, after, arguments, train, text, run_folder, digest)
 
 
-def frozen_yaml(composed: Any) -> str:
+def frozen_yaml(config: TrainConfig) -> str:
     """The resolved configuration as a primary Hydra config: values only, still bound to the schema.
 
     Hydra's own settings are taken along, so that a rerun from the frozen file also writes no `outputs/` folders.
     """
     hydra = OmegaConf.to_container(OmegaConf.load(RECIPES / "train.yaml")).get("hydra", {})  # type: ignore[union-attr]
     defaults = ["train_schema", "_self_", {"override hydra/job_logging": "none"}]
-    frozen = {"defaults": defaults, **OmegaConf.to_container(composed, resolve=True), "hydra": hydra}  # type: ignore[dict-item]
+    frozen = {"defaults": defaults, **OmegaConf.to_container(OmegaConf.structured(config)), "hydra": hydra}  # type: ignore[dict-item]
     return OmegaConf.to_yaml(frozen)

@@ -17,15 +17,17 @@ from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_dllm.checkpoint.brought import open_config, settled
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.command_line import null_part, typed_words
+from megatron_dllm.config.fitting import fitted
 from megatron_dllm.config.recipe_source import RECIPES, recipe_names, register
 
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra; recipes/train.yaml starts from `train_schema`."""
     register()
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    ConfigStore.instance().store(name="train_schema", node=open_config())
 
 
 def schema_keys(schema: type, prefix: str = "") -> list[str]:
@@ -125,16 +127,20 @@ def compose_dict(
 def to_train_config(config: Any) -> TrainConfig:
     """Turn a composed DictConfig into the dataclass; where the DictConfig ends.
 
+    What the recipes leave open is taken from the checkpoint here (`checkpoint.brought`), and the schedule is fitted to
+    the model (`config.fitting`), for every command alike.
+
     Raises:
-        ValueError: a required value is missing, named with its full key.
+        ValueError: a required value is missing, named with its full key, or differs from the checkpoint that brings it.
     """
     try:
-        result = OmegaConf.to_object(config)
+        result = OmegaConf.to_object(settled(config))
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error)
         raise ValueError(f"{key} is required and has no value; set it in the recipe or on the command line.") from error
     if not isinstance(result, TrainConfig):
         raise ValueError("The configuration does not start from train_schema; begin its defaults with it.")
+    result.schedule = fitted(result.schedule, result.model.max_position_embeddings)
     return result
 
 

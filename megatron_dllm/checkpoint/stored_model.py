@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_dllm.checkpoint.manifest import check_complete
 from megatron_dllm.checkpoint.meta import CheckpointMeta, read_meta
-from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.checkpoint.typed import read_fields
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.run.names import CONTRACT
+
+if TYPE_CHECKING:
+    from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 
 # Training settings that earlier versions kept among the model's fields. They are not part of what the weights mean.
 _TRAINING_SETTINGS = (
@@ -67,6 +70,9 @@ def open_checkpoint(folder: Path) -> tuple[StoredModel, TorchDistReader]:
     Raises:
         ValueError: naming the file that is missing, truncated or altered.
     """
+    # torch takes seconds to import, and the launcher, which reads models alone, need not have it.
+    from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
+
     stored = read_stored_model(folder)
     check_complete(folder)
     return stored, TorchDistReader(folder)

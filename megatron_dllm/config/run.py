@@ -9,6 +9,8 @@ from omegaconf import MISSING
 from megatron_dllm.config.rules import check, check_choice, check_name, check_positive, nearest_divisors
 
 NON_FINITE_ACTIONS = ("stop", "skip")
+# Held-out tokens that are measured where a recipe names the corpus and not their number.
+HELD_OUT_TOKENS = 2_000_000
 
 
 @dataclass
@@ -66,7 +68,7 @@ class OptimizerConfig:
 class CheckpointConfig:
     """What is saved, when, and what a run starts from."""
 
-    # Start from these weights (a torch_dist checkpoint folder); null: random weights.
+    # Start from these weights (a torch_dist checkpoint folder or a run folder); null: random weights.
     load: str | None = None
     # Continue from the run folder's latest checkpoint if there is one.
     resume: bool = True
@@ -103,7 +105,8 @@ class EvaluationConfig:
 
     # Block sizes at which the ELBO is measured; the first is the target that ranks checkpoints.
     block_sizes: list[int] = field(default_factory=lambda: [32])
-    # Document tokens of held-out text, the same whole documents at every block size; 0: no validation.
+    # Document tokens of held-out text, the same whole documents at every block size; 0: no validation. A recipe that
+    # leaves it out measures 2 million where it names data.validation.
     num_tokens: int = 0
     micro_batch_size: int = 1
 

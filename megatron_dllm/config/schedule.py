@@ -133,7 +133,20 @@ class ScheduleConfig:
     context_length: int = MISSING
     # Tokens the model sees in a row (noisy, clean and padding); null: 2 x context_length.
     row_length: int | None = None
+    # By name, in the order in which they are trained.
     stages: dict[str, StageConfig] = field(default_factory=dict)
+    # Document tokens of all stages together: each keeps its share, and its lr_warmup_tokens change with it. Null: as
+    # the stages say.
+    num_tokens: int | None = None
+    # Peak learning rate of every stage; null: as the stages say.
+    learning_rate: float | None = None
+    # Rows of an optimizer step of every stage; null: as the stages say.
+    global_batch_size: int | None = None
+    # Rows of a forward pass on one rank of every stage; null: as the stages say.
+    micro_batch_size: int | None = None
+    # Where the model's max_position_embeddings is below context_length: lower context_length to the largest power of
+    # two within it and row_length in proportion, and leave out stages of larger blocks.
+    is_fitted_to_model: bool = False
 
     @property
     def tokens_per_row(self) -> int:
@@ -143,6 +156,11 @@ class ScheduleConfig:
     def validate(self) -> None:
         """Raise ValueError for stages that cannot be packed into the rows."""
         check_positive("schedule.context_length", self.context_length)
+        for key in ("num_tokens", "learning_rate", "global_batch_size", "micro_batch_size"):
+            value = getattr(self, key)
+            check(
+                value is None or value > 0, f"schedule.{key} ({value}) must be positive; null leaves it to the stages."
+            )
         check(len(self.stages) > 0, "schedule.stages ({}) must name at least one stage; choose a schedule group.")
         counts = {name: stage.world_size for name, stage in self.stages.items()}
         silent = [name for name, count in counts.items() if count is None]

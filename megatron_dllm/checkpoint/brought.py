@@ -1,0 +1,106 @@
+"""What a checkpoint brings to a run: the model and the tokenizer, where the recipes leave them open.
+
+Reads contract.json alone, one small file; whether the checkpoint is whole is looked at when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+from megatron_dllm.checkpoint.folder import step_folders
+from megatron_dllm.checkpoint.stored_model import StoredModel, read_stored_model
+from megatron_dllm.config import EvaluationConfig, ModelConfig, TrainConfig
+from megatron_dllm.config.run import HELD_OUT_TOKENS
+from megatron_dllm.run.names import CHECKPOINTS, CONTRACT
+
+# A field without a default has ??? in its place.
+_DEFAULTS = {field.name: field.default for field in fields(ModelConfig)}
+_REQUIRED = [name for name, default in _DEFAULTS.items() if default == MISSING]
+
+
+def open_config() -> TrainConfig:
+    """The schema that recipes are composed onto: what `settled` fills in has no value yet, so a value was stated."""
+    model = ModelConfig(**dict.fromkeys(_DEFAULTS, MISSING))
+    return TrainConfig(model=model, evaluation=EvaluationConfig(num_tokens=MISSING))
+
+
+def settled(composed: Any) -> Any:
+    """A composed configuration with what it leaves open filled in.
+
+    A model whose sizes are not all stated (model=checkpoint) is that of `checkpoint.load`, which then brings the
+    tokenizer too unless another is named. Of a run that goes on, the run's own checkpoint stands in for a
+    `checkpoint.load` that is gone. Other fields that a recipe leaves out have their defaults.
+
+    Args:
+        composed: DictConfig made from `open_config`; it is not changed.
+
+    Raises:
+        ValueError: the model is open and there is no checkpoint to bring it, or a field that is stated differs from
+            the checkpoint's.
+    """
+    config = deepcopy(composed)
+    model = config.model
+    open_fields = [name for name in _DEFAULTS if OmegaConf.is_missing(model, name)]
+    if set(_REQUIRED) <= set(open_fields) or (config.checkpoint.load and set(_REQUIRED) & set(open_fields)):
+        stored = _stored_model(config)
+        _fill(model, stored, open_fields)
+        if config.data.tokenizer is None and stored.tokenizer is not None:
+            config.data.tokenizer = str(stored.tokenizer)
+    for name in open_fields:
+        if OmegaConf.is_missing(model, name):
+            model[name] = _DEFAULTS[name]
+    if OmegaConf.is_missing(config.evaluation, "num_tokens"):
+        config.evaluation.num_tokens = HELD_OUT_TOKENS if config.data.validation else 0
+    return config
+
+
+def _stored_model(config: Any) -> StoredModel:
+    """The model that the run starts from."""
+    load = config.checkpoint.load
+    if not load:
+        raise ValueError(
+            "checkpoint.load (null) must name the checkpoint that brings the model (model=checkpoint); give it, or "
+            "choose a model recipe."
+        )
+    places = [Path(load), Path(load) / CHECKPOINTS]
+    if not OmegaConf.is_missing(config.run, "name"):
+        places.append(Path(config.run.root) / config.run.name / CHECKPOINTS)
+    folder = _first_with_contract(places)
+    if folder is None:
+        is_hf = (Path(load) / "config.json").is_file()
+        remedy = (
+            f"convert this Hugging Face folder first: python -m checkpoints_tools.hf_to_mcore --hf {load} --output DIR"
+            if is_hf
+            else "give a converted checkpoint, a run folder or one of its step_* folders; where another job has yet to "
+            "make it, choose a model recipe"
+        )
+        raise ValueError(
+            f"checkpoint.load ({load}) must be a checkpoint, which brings the model (model=checkpoint); {remedy}."
+        )
+    return read_stored_model(folder)
+
+
+def _first_with_contract(places: Iterable[Path]) -> Path | None:
+    """The first of these folders that is a checkpoint, or else holds some, of which it is the newest."""
+    for place in places:
+        for folder in (place, *reversed(step_folders(place))):
+            if (folder / CONTRACT).is_file():
+                return folder
+    return None
+
+
+def _fill(model: Any, stored: StoredModel, open_fields: list[str]) -> None:
+    for name, value in asdict(stored.model).items():
+        if name in open_fields:
+            model[name] = value
+        elif model[name] != value:
+            raise ValueError(
+                f"model.{name} ({model[name]}) differs from the checkpoint {stored.folder} ({value}), which brings the "
+                "model; leave it out, or choose the checkpoint that it belongs to."
+            )
