@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.spans import Spans
 from megatron_dllm.data.spans_file import read_spans
-from megatron_dllm.data.tokenizer import tokenizer_fingerprint
+from megatron_dllm.data.tokenizer import known_fingerprints
 from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
 
 _IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
@@ -194,10 +194,10 @@ def _check_description(
                 "tokenize the text with the model's own tokenizer, or correct the model's id."
             )
     fingerprint = description.get("tokenizer_fingerprint")
-    if tokenizer is not None and fingerprint is not None and tokenizer_fingerprint(tokenizer) != fingerprint:
+    if tokenizer is not None and fingerprint is not None and fingerprint not in known_fingerprints(tokenizer):
         raise ValueError(
-            f"data.tokenizer ({tokenizer}) is not the tokenizer that made corpus {prefix} (another "
-            "tokenizer.json); tokenize the text again with it."
+            f"data.tokenizer ({tokenizer}) is not the tokenizer that made corpus {prefix} (it encodes text in another "
+            "way); tokenize the text again with it."
         )
     template = description.get("chat_template_sha256")
     if tokenizer is not None and template is not None and chat_template_fingerprint(Path(tokenizer)) != template:

@@ -9,19 +9,29 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from megatron_dllm.hf.encoding_fingerprint import encoding_fingerprint
 from megatron_dllm.hf.tokenizer_folder import MASK_TEXTS, TokenizerFiles, fingerprint
 
 
 def tokenizer_fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a tokenizer folder's tokenizer.json: equal for equal tokenizers, wherever they lie.
+    """Hash of how a tokenizer folder encodes text: equal with and without a mask token, wherever the folder lies.
 
     Raises:
         ValueError: the folder has no tokenizer.json.
     """
-    found = fingerprint(Path(folder))
+    found = encoding_fingerprint(Path(folder))
     if found is None:
         raise ValueError(f"tokenizer ({folder}) must be a folder with a tokenizer.json (a HF fast tokenizer).")
     return found
+
+
+def known_fingerprints(folder: str | Path) -> set[str | None]:
+    """What a corpus made with this tokenizer may say of it: the above, or a hash of tokenizer.json by earlier versions.
+
+    Raises:
+        ValueError: the folder has no tokenizer.json.
+    """
+    return {tokenizer_fingerprint(folder), fingerprint(Path(folder))}
 
 
 def load_tokenizer(files: TokenizerFiles, description: dict[str, Any] | None = None) -> Tokenizer:
@@ -51,7 +61,7 @@ class TextTokenizer:
     tokens never come from text.
 
     Attributes:
-        fingerprint: of tokenizer.json.
+        fingerprint: of how it encodes text.
         vocab_size: largest token id + 1, special tokens included.
         eos_token_id: ends every document.
         mask_token_id: None where the tokenizer has none.

@@ -7,15 +7,13 @@ the way out.
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import replace
 
 from megatron_dllm.config import ModelConfig
+from megatron_dllm.hf.encoding_fingerprint import PLACEHOLDER
 from megatron_dllm.hf.tokenizer_folder import RESERVED_MASK_IDS, TokenizerFiles
 
 logger = logging.getLogger(__name__)
-# A token nobody has given a meaning yet.
-_PLACEHOLDER = re.compile(r"reserved|unused|placeholder|extra_\d|dummy", re.IGNORECASE)
 
 
 def settle_special_tokens(model: ModelConfig, files: TokenizerFiles, mask_token_id: int | None = None) -> ModelConfig:
@@ -100,7 +98,7 @@ def settle_mask_id(files: TokenizerFiles, vocab_size: int, stated: int, wanted: 
             f"{files.texts[own]}); serving would mask with the wrong token: use one id in both."
         )
     text = files.texts.get(mask_id)
-    if text is not None and own != mask_id and not _PLACEHOLDER.search(text):
+    if text is not None and own != mask_id and not PLACEHOLDER.search(text):
         raise ValueError(
             f"mask_token_id ({mask_id}) is {text} in the tokenizer of {files.folder}, which gives it "
             "another meaning; convert from the base model, or give --tokenizer with one whose mask token "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import struct
@@ -122,9 +124,12 @@ def test_description_that_contradicts_the_model(
 def test_another_tokenizer(write_corpus: Callable[..., str], model: ModelConfig, tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text(name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {name: 0}}}))
     prefix = write_corpus(DOCUMENTS, description={"tokenizer_fingerprint": tokenizer_fingerprint(tmp_path / "one")})
     Corpus(prefix, model, tokenizer=str(tmp_path / "one"))
+    earlier = hashlib.sha256((tmp_path / "one" / "tokenizer.json").read_bytes()).hexdigest()
+    of_earlier_versions = write_corpus(DOCUMENTS, "earlier", description={"tokenizer_fingerprint": earlier})
+    Corpus(of_earlier_versions, model, tokenizer=str(tmp_path / "one"))
     with pytest.raises(ValueError, match=r"data.tokenizer \(.*other\) is not the tokenizer that made corpus"):
         Corpus(prefix, model, tokenizer=str(tmp_path / "other"))
     with pytest.raises(ValueError, match=r"tokenizer \(.*none\) must be a folder with a tokenizer.json"):
