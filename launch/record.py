@@ -34,12 +34,8 @@ def read_json(path: Path) -> Any:
 
 def append_event(job_folder: Path, kind: str, **details: Any) -> None:
     """Add one line to the job's events, in a single write."""
-    line = json.dumps({"time": round(time.time(), 3), "event": kind, **details}) + "\n"
-    with open(job_folder / "events.jsonl", "a+b", buffering=0) as file:
-        # A line that its writer left half-way must not take this one along.
-        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-        is_torn = file.read(1) not in (b"", b"\n")
-        file.write(b"\n" * is_torn + line.encode())
+    line = json.dumps({"time": round(time.time(), 3), "event": kind, **details})
+    files.append_line(job_folder / "events.jsonl", line)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

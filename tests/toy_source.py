@@ -21,12 +21,17 @@ class ToySource:
     name = "toy"
     spans = None
     num_bytes = None
+    fingerprint = "toy"
+    chat_template = None
 
     def __init__(self) -> None:
         self.document_lengths: NDArray[np.int32] = np.array(
             [5 + (11 * document) % 35 for document in range(NUM_DOCUMENTS)], dtype=np.int32
         )
         self.num_tokens = int(self.document_lengths.sum())
+
+    def verify(self) -> None:
+        """Nothing can be damaged."""
 
     def read(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
         """[length] int64 tokens from `offset` on."""

@@ -1,16 +1,15 @@
 """A tokenized corpus on disk: Megatron's PREFIX.bin and PREFIX.idx, and PREFIX.json that says what they are.
 
-PREFIX.spans, where there is one, says which tokens may carry a loss; without it all of them may.
+PREFIX.spans, where there is one, says which tokens may carry a loss; without it all of them may. PREFIX.sums has
+checksums of all these files.
 
-Whatever is wrong with the files is a ValueError when the corpus is opened, or, for the tokens
-themselves, when a segment is read: nothing here reads the whole corpus.
+Whatever is wrong with the files is a ValueError when the corpus is opened or verified, or, for the tokens themselves,
+when a segment is read. Opening takes the same time whatever the size; verifying reads the index, and not the tokens.
 """
 
 from __future__ import annotations
 
-import json
-import struct
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,21 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from numpy.typing import NDArray
 
 from megatron_dllm.config import ModelConfig
+from megatron_dllm.data.index_file import check_files, check_index
 from megatron_dllm.data.spans import Spans
 from megatron_dllm.data.spans_file import read_spans
+from megatron_dllm.data.sums_file import Sums, content_fingerprint, read_sums, sampled_fingerprint
 from megatron_dllm.data.tokenizer import known_fingerprints
 from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
+from megatron_dllm.run.files import read_json_object
 
-_IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
-_IDX_MAGIC = b"MMIDIDX\x00\x00"
+_PAGES_LOOKED_AT = 1024  # of .bin, before a run starts
+# What is read of PREFIX.json, where it is there.
+_DESCRIBED: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("num_tokens", "num_bytes", "max_token_id"), (int,)),
+    **dict.fromkeys(("eos_token_id", "mask_token_id"), (int, type(None))),
+    **dict.fromkeys(("tokenizer_fingerprint", "chat_template_sha256", "fingerprint"), (str, type(None))),
+}
 
 
 class Corpus:
@@ -41,6 +48,7 @@ class Corpus:
         num_tokens: tokens of all documents together.
         spans: of every document, memory-mapped; None where there is no PREFIX.spans.
         num_bytes: UTF-8 bytes of the text they came from; None where PREFIX.json is missing.
+        chat_template: SHA-256 of the template that rendered the chats; None for text.
 
     Raises:
         ValueError: where a file is missing, cut off, empty, or made with another tokenizer.
@@ -48,8 +56,9 @@ class Corpus:
 
     def __init__(self, prefix: str, model: ModelConfig, tokenizer: str | None = None) -> None:
         self.prefix = prefix
+        self._opened_with = (prefix, model, tokenizer)
         self._vocab_size, self._mask_token_id = model.vocab_size, model.mask_token_id
-        _check_files(prefix)
+        check_files(prefix)
         self._index = IndexedDataset(prefix)
         self._token_bytes: int = DType.size(self._index.index.dtype)
         self.document_lengths: NDArray[np.int32] = self._index.sequence_lengths
@@ -58,19 +67,57 @@ class Corpus:
         self.num_tokens = Path(prefix + ".bin").stat().st_size // self._token_bytes
         description = _read_description(prefix)
         self.num_bytes: int | None = description.get("num_bytes")
+        self.chat_template: str | None = description.get("chat_template_sha256")
         _check_description(prefix, description, model, tokenizer, self.num_tokens)
+        self._sums = read_sums(prefix)
+        self._bin: NDArray[np.uint8] = np.memmap(prefix + ".bin", mode="r", dtype=np.uint8)
+        self._stated_fingerprint = _stated_fingerprint(prefix, description, self._sums)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the files are opened again: mapped memory is not copied."""
+        return type(self), self._opened_with
 
     @property
     def name(self) -> str:
         """The prefix."""
         return self.prefix
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this content from any other; from a sample of it where none was recorded when it was written."""
+        return self._stated_fingerprint or sampled_fingerprint(self.prefix)
+
+    def verify(self) -> None:
+        """Look for damage before a run starts, on one rank: it takes time with the number of documents.
+
+        Lengths are compared with pointers, .idx and .spans with all of their checksums, .bin with some of its own:
+        the others are compared when they are read. Without PREFIX.sums, a recorded fingerprint is computed anew.
+
+        Raises:
+            ValueError: naming the file and place.
+        """
+        check_index(self.prefix)
+        if self._sums is None:
+            if self._stated_fingerprint not in (None, content_fingerprint(self.prefix)):
+                raise ValueError(
+                    f"corpus {self.prefix} differs from the fingerprint in {self.prefix}.json: it was damaged or "
+                    "changed after it was written; copy or tokenize it again."
+                )
+            return
+        for suffix, of_file in self._sums.files.items():
+            of_file.check_some(_PAGES_LOOKED_AT if suffix == ".bin" else len(of_file.checksums))
+
     def read(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
         """[length] int64 tokens of a document from `offset` on; only these are read.
 
         Raises:
-            ValueError: where one of them is outside the model's vocabulary, or is the mask token.
+            ValueError: where one of them is outside the model's vocabulary, or is the mask token, or the file was
+                damaged there.
         """
+        if self._sums is not None:
+            start = self._first_byte(document) + offset * self._token_bytes
+            of_file = self._sums.files[".bin"]
+            of_file.check(self._bin, of_file.pages_of(start, start + length * self._token_bytes))
         tokens: NDArray[np.int64] = self._index.get(document, offset, length).astype(np.int64)
         wrong = (tokens < 0) | (tokens >= self._vocab_size) | (tokens == self._mask_token_id)
         if wrong.any():
@@ -88,86 +135,43 @@ class Corpus:
 
     def sample_id(self, document: int, offset: int) -> int:
         """Place of a token in the whole corpus: a number that identifies the segment that begins there."""
+        return self._first_byte(document) // self._token_bytes + offset
+
+    def _first_byte(self, document: int) -> int:
         first_byte: int = self._index.index.sequence_pointers[document].item()
-        return first_byte // self._token_bytes + offset
-
-
-@dataclass(frozen=True)
-class _Header:
-    token_bytes: int
-    num_sequences: int
-    num_boundaries: int
-
-    @property
-    def file_size(self) -> int:
-        """Bytes of the .idx file: lengths, pointers and document boundaries behind the header."""
-        return _IDX_HEADER.size + self.num_sequences * (4 + 8) + self.num_boundaries * 8
-
-
-def _read_header(path: Path) -> _Header:
-    with path.open("rb") as file:
-        raw = file.read(_IDX_HEADER.size)
-    if len(raw) < _IDX_HEADER.size or not raw.startswith(_IDX_MAGIC):
-        raise ValueError(f"{path} ({len(raw)} bytes of header) must be a Megatron index; tokenize the corpus again.")
-    _, version, code, num_sequences, num_boundaries = _IDX_HEADER.unpack(raw)
-    names = {dtype.value: dtype.name for dtype in DType}
-    if version != 1 or "int" not in names.get(code, ""):
-        raise ValueError(
-            f"{path} (version {version}, dtype code {code}) must be a version 1 index of integers; "
-            "tokenize the corpus again."
-        )
-    return _Header(DType.size(code), num_sequences, num_boundaries)
-
-
-def _check_files(prefix: str) -> None:
-    paths = {suffix: Path(prefix + suffix) for suffix in (".bin", ".idx")}
-    for path in paths.values():
-        if not path.is_file():
-            raise ValueError(
-                f"corpus {prefix} has no {path.name}; give the prefix, without suffix, that "
-                "python -m megatron_dllm.data.tokenize wrote (--output)."
-            )
-    header = _read_header(paths[".idx"])
-    idx_size, bin_size = (paths[suffix].stat().st_size for suffix in (".idx", ".bin"))
-    if idx_size != header.file_size:
-        raise ValueError(
-            f"{paths['.idx']} ({idx_size} bytes) must have {header.file_size} bytes for its "
-            f"{header.num_sequences} documents; it is cut off or damaged: tokenize or copy it again."
-        )
-    if header.num_sequences == 0 or bin_size == 0:
-        raise ValueError(
-            f"corpus {prefix} ({header.num_sequences} documents, {bin_size} bytes) is empty; tokenize text that is not."
-        )
-    if header.num_boundaries != header.num_sequences + 1:
-        raise ValueError(
-            f"corpus {prefix} ({header.num_sequences} sequences in {header.num_boundaries - 1} documents) "
-            "must have one sequence a document; tokenize it without splitting sentences."
-        )
-    expected = _end_of_last_sequence(paths[".idx"], header)
-    if bin_size != expected:
-        raise ValueError(
-            f"{paths['.bin']} ({bin_size} bytes) must have the {expected} bytes that its .idx names; "
-            "it is cut off or belongs to another index: tokenize or copy it again."
-        )
-
-
-def _end_of_last_sequence(path: Path, header: _Header) -> int:
-    last = header.num_sequences - 1
-    index = np.memmap(path, mode="r", dtype=np.uint8, offset=0)
-    lengths_end = _IDX_HEADER.size + 4 * header.num_sequences
-    length = index[_IDX_HEADER.size + 4 * last : lengths_end].view(np.int32)[0]
-    pointer = index[lengths_end + 8 * last : lengths_end + 8 * header.num_sequences].view(np.int64)[0]
-    return int(pointer) + int(length) * header.token_bytes
+        return first_byte
 
 
 def _read_description(prefix: str) -> dict[str, Any]:
     path = Path(prefix + ".json")
     if not path.is_file():
         return {}
-    description = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(description, dict):
-        raise ValueError(f"{path} ({type(description).__name__}) must hold a JSON object; tokenize the corpus again.")
+    remedy = "copy the corpus again, or tokenize the text again"
+    description = read_json_object(path, remedy)
+    for name, kinds in _DESCRIBED.items():
+        if name in description and type(description[name]) not in kinds:
+            raise ValueError(f"{path}: {name} ({description[name]!r}) must be of type {kinds[0].__name__}; {remedy}.")
     return description
+
+
+def recorded_fingerprint(prefix: str) -> str | None:
+    """The fingerprint that was recorded when a corpus was written, if one was.
+
+    Raises:
+        ValueError: PREFIX.sums or PREFIX.json is damaged, or they are of different runs.
+    """
+    return _stated_fingerprint(prefix, _read_description(prefix), read_sums(prefix))
+
+
+def _stated_fingerprint(prefix: str, description: dict[str, Any], sums: Sums | None) -> str | None:
+    stated: str | None = description.get("fingerprint")
+    of_sums = None if sums is None else sums.fingerprint
+    if of_sums is not None and stated not in (None, of_sums):
+        raise ValueError(
+            f"{prefix}.sums (fingerprint {of_sums[:12]}) must be of the same run as {prefix}.json (fingerprint "
+            f"{str(stated)[:12]}); copy or tokenize the corpus again."
+        )
+    return of_sums or stated
 
 
 def _check_description(

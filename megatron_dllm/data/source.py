@@ -38,6 +38,17 @@ class Source(Protocol):
     def num_bytes(self) -> int | None:
         """UTF-8 bytes of the text they came from, where that is known: bits per byte follow from it."""
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells this content from any other: a run goes on with the same one."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """SHA-256 of the template that rendered the chats; None for other documents."""
+
+    def verify(self) -> None:
+        """Raise ValueError where what is read would be damaged; on one rank, before a run starts."""
+
     def read(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
         """[length] int64 tokens of a document from `offset` on."""
 

@@ -6,7 +6,7 @@
 
 A text ends in the tokenizer's end-of-text token. A chat is rendered by the tokenizer's chat template and ends where
 its last answer ends; PREFIX.spans says which tokens the assistant says. `--inspect` shows the first chats with these
-tokens coloured, and writes nothing. Writes PREFIX.bin and PREFIX.idx, and
+tokens coloured, and writes nothing. Writes PREFIX.bin and PREFIX.idx, PREFIX.sums with their checksums, and
 PREFIX.json that says from what and with which tokenizer they were made; all under temporary names until
 they are complete. The output does not depend on the number of workers. Documents that cannot be read are
 counted and listed in PREFIX.bad_lines.txt; more of them than `--max_bad_fraction` is an error. What is left out of a
@@ -40,6 +40,7 @@ from megatron_dllm.data.listing import list_files
 from megatron_dllm.data.reading import RawBatch, RawDocument, read_batches
 from megatron_dllm.data.spans import Spans
 from megatron_dllm.data.spans_file import write_spans
+from megatron_dllm.data.sums_file import write_sums
 from megatron_dllm.data.tokenizer import TextTokenizer
 from megatron_dllm.run.files import write_json
 
@@ -51,7 +52,7 @@ logger = logging.getLogger("megatron_dllm.data.tokenize")  # also where this mod
 _NUM_SHOWN = 20
 _BATCHES_PER_WORKER = 4
 _LONGEST_DOCUMENT = 2**31 - 1  # .idx holds lengths as int32
-_OUTPUTS = (".bin", ".idx", ".spans", ".json")
+_OUTPUTS = (".bin", ".idx", ".spans", ".sums", ".json")
 
 
 @dataclass
@@ -150,6 +151,7 @@ def tokenize_corpus(
         counts = _write(listing.files, key, encoding, description["vocab_size"], temporary, num_workers)
         _move_bad_lines(temporary, output, counts)
         _check_counts(counts, max_bad_fraction, output)
+        description |= {"fingerprint": write_sums(temporary)}
         _describe(temporary + ".json", description, counts, inputs, listing.left_out)
         for suffix in reversed(_OUTPUTS):  # .json stands for a complete corpus: first to go, last to come
             Path(output + suffix).unlink(missing_ok=True)
@@ -355,7 +357,7 @@ def _chats_of(options: argparse.Namespace) -> ChatEncoding | None:
 
 
 def _report(output: str, counts: TokenizeCounts) -> None:
-    written = ".bin, .idx, .spans and .json" if counts.tally else ".bin, .idx and .json"
+    written = ".bin, .idx, .spans, .sums and .json" if counts.tally else ".bin, .idx, .sums and .json"
     logger.info(
         f"wrote {output}{written}: {counts.num_documents:,} documents, "
         f"{counts.num_tokens:,} tokens, {counts.num_bytes:,} bytes of text "

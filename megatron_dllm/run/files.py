@@ -61,6 +61,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add one line to a file, in a single write; a line that another writer left half-way ends before it."""
+    with open(path, "a+b", buffering=0) as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+        is_torn = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * is_torn + line.encode() + b"\n")
+
+
 def read_json(path: Path, remedy: str) -> Any:
     """Read a JSON file.
 

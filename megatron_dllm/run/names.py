@@ -2,6 +2,7 @@
 
 RUN/config.yaml       the configuration of the newest start
 RUN/git.txt           the code that ran: the commit, and what was changed since
+RUN/starts.jsonl      a line for every start, see run/history.py
 RUN/metrics.jsonl     a record of every logged step and validation
 RUN/checkpoints/      see checkpoint/folder.py
 RUN/tokenizer/        the tokenizer that made the corpus
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 CONFIG = "config.yaml"
 CODE_STATE = "git.txt"
+STARTS = "starts.jsonl"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"

@@ -55,6 +55,10 @@ class Trainer:
         if run.stop.agreed(run.device):
             _say("asked to stop before the first step")
             return EXIT_PREEMPTED
+        if run.resumed_from is not None and run.schedule.is_finished(self.state.consumed_tokens):
+            _say(
+                f"{run.config.run.name} has finished its schedule at step {self.state.step}: there is nothing to train"
+            )
         while not run.schedule.is_finished(self.state.consumed_tokens):
             stage = run.schedule.stage_at(self.state.consumed_tokens)
             num_ranks = dist.get_world_size()

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.saving import CheckpointWriter
@@ -17,16 +16,18 @@ from megatron_dllm.data.packing import RowStream
 from megatron_dllm.parallel.agreement import raise_together
 from megatron_dllm.parallel.device import local_device
 from megatron_dllm.parallel.groups import Groups
-from megatron_dllm.run.code_version import code_state
-from megatron_dllm.run.files import copy_folder, write_text
+from megatron_dllm.run.code_version import code_state, commit
+from megatron_dllm.run.files import copy_folder
+from megatron_dllm.run.history import record_start, replace_records
 from megatron_dllm.run.lease import Lease, LeaseLost
-from megatron_dllm.run.names import CODE_STATE, CONFIG, TOKENIZER, VALIDATION
+from megatron_dllm.run.names import TOKENIZER, VALIDATION
 from megatron_dllm.training.loading import load_start
 from megatron_dllm.training.loop import Trainer
 from megatron_dllm.training.observers.metrics import trim_metrics
 from megatron_dllm.training.observers.progress import print_stage_table
 from megatron_dllm.training.observers.standard import Setting
 from megatron_dllm.training.parts import Parts
+from megatron_dllm.training.past import as_yaml
 from megatron_dllm.training.run import Run
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.saving import Saver
@@ -150,7 +151,7 @@ def _prepare_folder(config: TrainConfig, start: Start) -> None:
         tokenizer = checkpoints.parent / TOKENIZER
         if config.data.tokenizer and not tokenizer.exists():
             copy_folder(Path(config.data.tokenizer), tokenizer)
-        for text in start.warnings:
+        for text in (*start.warnings, *(f"{change} (changed since the start before)" for change in start.changes)):
             log.warning("%s", text)
         print_stage_table(config, start)
     dist.barrier()
@@ -166,5 +167,15 @@ def _write_run_files(given_config: TrainConfig, start: Start, run_folder: Path) 
         trim_metrics(run_folder, -1)  # of a start that ended before its first checkpoint
     else:
         trim_metrics(run_folder, resume.state.step, (resume.folder / VALIDATION).is_file())
-    write_text(run_folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(given_config)))
-    write_text(run_folder / CODE_STATE, code_state())
+    position = resume.stored.position if resume is not None else None
+    is_finished = position is not None and start.schedule.is_finished(position.consumed_tokens)
+    record_start(
+        run_folder,
+        start.changes,
+        commit=commit(),
+        world_size=dist.get_world_size(),
+        step=position.step if position is not None else 0,
+        is_finished=is_finished,
+    )
+    if not is_finished:  # a start that trains nothing leaves the records of those that did
+        replace_records(run_folder, as_yaml(given_config), code_state())

@@ -23,7 +23,9 @@ from megatron_dllm.data.source import check_fills_a_row
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, StageRow, stage_table
 from megatron_dllm.evaluation.elbo import validation_geometry, validation_names
 from megatron_dllm.model.objective import objective_of
+from megatron_dllm.run.history import Change
 from megatron_dllm.run.names import CHECKPOINTS
+from megatron_dllm.training.past import changes_since, check_place, check_trained, read_past
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.sources import Sources
 
@@ -57,6 +59,7 @@ class Start:
         passed_over: newer checkpoints that are damaged, and why.
         table: what each stage will do, with steps estimated by packing the first documents.
         num_corpus_tokens: of the training documents.
+        changes: of the configuration since the start before.
         warnings: to be said once.
     """
 
@@ -67,6 +70,7 @@ class Start:
     passed_over: Mapping[Path, str]
     table: tuple[StageRow, ...]
     num_corpus_tokens: int
+    changes: tuple[Change, ...]
     warnings: tuple[str, ...]
 
 
@@ -114,8 +118,12 @@ def decide_start(
     schedule = BlockSchedule.from_config(config.schedule)
     _check_sources(config, schedule, sources)
     resume, damaged = _find_resume(config, dict(passed_over or {}))
+    past = read_past(run_checkpoints(config).parent)
     if resume is not None:
         _check_position(config, resume, sources)
+        check_place(schedule, resume.stored.position, resume.folder)
+        if past is not None:
+            check_trained(past, schedule, resume.stored.position)
     next_stage = _next_stage(schedule, resume)
     if world_size is not None and next_stage is not None:
         _check_world_size(next_stage, world_size)
@@ -127,12 +135,16 @@ def decide_start(
         passed_over=damaged,
         table=tuple(stage_table(schedule, _estimates(config, schedule, sources))),
         num_corpus_tokens=sources.train.num_tokens,
+        changes=changes_since(past, config),
         warnings=tuple(schedule.warnings()),
     )
 
 
 def _check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> None:
-    """Refuse documents that are too few for a stage's rows or a validation's."""
+    """Refuse documents that are damaged, or too few for a stage's rows or a validation's."""
+    for source in (sources.train, sources.validation):
+        if source is not None:
+            source.verify()
     for stage in schedule.stages:
         check_fills_a_row(sources.train, RowGeometry.of_stage(stage.config, config.schedule, config.data))
     held_out = sources.validation

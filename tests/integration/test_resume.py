@@ -36,7 +36,7 @@ from megatron_dllm.config import (
     TrainConfig,
 )
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
-from megatron_dllm.run.names import STATE, VALIDATION
+from megatron_dllm.run.names import CONFIG, METRICS, STARTS, STATE, VALIDATION
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2)
 TP2_EP2 = ParallelConfig(
@@ -277,6 +277,30 @@ def test_a_refused_start_leaves_the_configuration_of_the_run(unbroken_one: Train
     with pytest.raises(RuntimeError, match=r"stages.decay: block_size \(4\) differs .*the run's own schedule"):
         train_ranks(1, replace(unbroken_one, schedule=replace(unbroken_one.schedule, stages=stages)))
     assert path.read_text() == expected
+
+
+def test_a_finished_run_trains_nothing_and_keeps_its_past(unbroken_one: TrainConfig) -> None:
+    run = checkpoints_of(unbroken_one).parent
+    expected = [(run / name).read_text() for name in (CONFIG, METRICS)]
+    stages = {**STAGES, "decay": replace(STAGES["decay"], learning_rate=1e-5)}
+    changed = replace(unbroken_one, schedule=replace(unbroken_one.schedule, stages=stages))
+    assert train_ranks(1, changed) == [0]
+    assert [(run / name).read_text() for name in (CONFIG, METRICS)] == expected
+    starts = [json.loads(line) for line in (run / STARTS).read_text().splitlines()]
+    assert [start["is_finished"] for start in starts] == [False, True]
+    assert starts[1]["changes"] == {"schedule.stages.decay.learning_rate": [3e-3, 1e-5]}
+
+
+def test_a_changed_value_is_recorded_beside_the_earlier_one(folder: Path) -> None:
+    config = run_config(folder, "changed")
+    assert train_ranks(1, config, 2) == [EXIT_PREEMPTED]
+    run = checkpoints_of(config).parent
+    before = (run / CONFIG).read_text()
+    assert train_ranks(1, replace(config, logging=replace(config.logging, interval_steps=2)), 2) == [EXIT_PREEMPTED]
+    assert (run / "config_0001.yaml").read_text() == before != (run / CONFIG).read_text()
+    first, second = (json.loads(line) for line in (run / STARTS).read_text().splitlines())
+    assert (first["step"], first["changes"]) == (0, {})
+    assert (second["step"], second["changes"]) == (2, {"logging.interval_steps": [1, 2]})
 
 
 def _train_on_slow_rows(config: TrainConfig) -> int:

@@ -17,8 +17,13 @@ from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.source import check_fills_a_row
+from megatron_dllm.data.spans import Spans
+from megatron_dllm.data.spans_file import write_spans
+from megatron_dllm.data.sums_file import sampled_fingerprint, write_sums
 from megatron_dllm.data.tokenizer import tokenizer_fingerprint
 from tests.unit.data.conftest import EOS, MASK, random_documents
+from tests.unit.data.test_sums_file import DOCUMENTS as LONG
+from tests.unit.data.test_sums_file import flip
 
 DOCUMENTS = [[5, 6, 7, EOS], [8, EOS], [9, 10, 11, 12, 13, EOS]]
 
@@ -150,3 +155,69 @@ def test_random_documents_come_back(write_corpus: Callable[..., str], model: Mod
     corpus = Corpus(write_corpus(documents), model)
     for index, expected_tokens in enumerate(documents):
         assert corpus.read(index, 0, len(expected_tokens)).tolist() == expected_tokens
+
+
+# --- what was recorded when it was written ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".spans", ".sums"])
+def test_a_changed_bit_is_found_before_a_run_starts(
+    write_corpus: Callable[..., str], model: ModelConfig, suffix: str
+) -> None:
+    prefix = write_corpus(DOCUMENTS)
+    write_spans(Path(prefix + ".spans"), Spans.of_lists([[(0, 2, 1)], [], [(1, 3, 1), (4, 5, 2)]]))
+    Path(prefix + ".json").write_text(f'{{"fingerprint": "{write_sums(prefix)}"}}')
+    Corpus(prefix, model).verify()
+    path = Path(prefix + suffix)
+    for place in range(path.stat().st_size):
+        flip(path, place)
+        with pytest.raises(ValueError):
+            Corpus(prefix, model).verify()
+        flip(path, place)
+    Corpus(prefix, model).verify()
+
+
+def test_damage_that_comes_later_is_found_where_it_is_read(
+    write_corpus: Callable[..., str], model: ModelConfig
+) -> None:
+    prefix = write_corpus(LONG)
+    write_sums(prefix)
+    corpus = Corpus(prefix, model)
+    corpus.verify()
+    with open(prefix + ".bin", "r+b") as file:
+        file.seek(2 * 4000)
+        file.write(b"\x09\x00" if LONG[1][0] != 9 else b"\x08\x00")
+    assert corpus.read(4, 0, 9).tolist() == LONG[4][:9]
+    with pytest.raises(ValueError, match=r"corpus.bin \(bytes 0 to 16383\) differs from its checksum"):
+        corpus.read(1, 0, 9)
+
+
+def test_without_sums_a_recorded_fingerprint_is_compared(write_corpus: Callable[..., str], model: ModelConfig) -> None:
+    prefix = write_corpus(DOCUMENTS, description={})
+    fingerprint = write_sums(prefix)
+    assert Corpus(prefix, model).fingerprint == fingerprint
+    Path(prefix + ".json").write_text(f'{{"fingerprint": "{fingerprint}"}}')
+    Path(prefix + ".sums").unlink()
+    Corpus(prefix, model).verify()
+    assert Corpus(prefix, model).fingerprint == fingerprint
+    flip(Path(prefix + ".bin"), 3)
+    with pytest.raises(ValueError, match=r"differs from the fingerprint in .*corpus.json"):
+        Corpus(prefix, model).verify()
+
+
+def test_sums_of_another_run(write_corpus: Callable[..., str], model: ModelConfig) -> None:
+    prefix = write_corpus(DOCUMENTS, description={"fingerprint": "0" * 64})
+    write_sums(prefix)
+    with pytest.raises(ValueError, match=r"corpus.sums \(fingerprint .*\) must be of the same run as .*corpus.json"):
+        Corpus(prefix, model)
+
+
+def test_a_corpus_of_which_nothing_was_recorded(write_corpus: Callable[..., str], model: ModelConfig) -> None:
+    corpus = Corpus(write_corpus(DOCUMENTS), model)
+    corpus.verify()
+    assert corpus.fingerprint == sampled_fingerprint(corpus.prefix) and corpus.chat_template is None
+
+
+def test_a_description_of_wrong_types(write_corpus: Callable[..., str], model: ModelConfig) -> None:
+    with pytest.raises(ValueError, match=r"corpus.json: num_tokens \('12'\) must be of type int"):
+        Corpus(write_corpus(DOCUMENTS, description={"num_tokens": "12"}), model)

@@ -74,7 +74,7 @@ def test_documents_come_back_and_are_described(tokenizer_folder: str, jsonl: Pat
     }
     assert {name: description[name] for name in expected} == expected
     assert (counts.num_documents, counts.num_tokens) == (8, expected["num_tokens"])
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.bin", "out.idx", "out.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.bin", "out.idx", "out.json", "out.sums"]
 
 
 @pytest.mark.ranks
@@ -179,7 +179,9 @@ def test_existing_output_is_kept(tokenizer_folder: str, jsonl: Path, tmp_path: P
     prefix = str(tmp_path / "out")
     tokenize_corpus([str(jsonl)], tokenizer_folder, prefix)
     expected_bytes = Path(prefix + ".bin").read_bytes()
-    with pytest.raises(ValueError, match=r"out.bin, .*out.idx, .*out.json\) exists; choose another --output or add"):
+    with pytest.raises(
+        ValueError, match=r"out.bin, .*out.idx, .*out.sums, .*out.json\) exists; choose another --output or add"
+    ):
         tokenize_corpus([str(jsonl)], tokenizer_folder, prefix)
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"the input \(1 documents, 1 of them empty\) holds no text"):

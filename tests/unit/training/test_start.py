@@ -12,6 +12,8 @@ from benchmarks.tiny_run import STAGES, run_config, write_corpus
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import CheckpointConfig, EvaluationConfig, ParallelConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.run.names import CONFIG
+from megatron_dllm.training.past import as_yaml
 from megatron_dllm.training.sources import Sources
 from megatron_dllm.training.start import Start, decide_start
 from tests.distributed.test_start import write_checkpoint
@@ -84,6 +86,21 @@ def test_a_position_in_other_rows_is_refused(config: TrainConfig) -> None:
     write_checkpoint(config, 3)
     with pytest.raises(ValueError, match=r"seed \(5\) differs from the saved data position's \(1234\)"):
         decide(replace(config, run=replace(config.run, seed=5)))
+
+
+def test_a_stage_that_is_over_stays_as_it_was(config: TrainConfig) -> None:
+    folder = write_checkpoint(config, 3)
+    now = with_stage(config, "warmup", block_size=8)
+    (folder.parents[1] / CONFIG).write_text(as_yaml(config))
+    with pytest.raises(ValueError, match=r"warmup: block_size \(8\) differs from the checkpoint"):
+        decide(now)
+    assert decide(config).changes == ()
+    longer = with_stage(config, "warmup", num_tokens=1000)
+    assert [str(change) for change in decide(longer).changes] == ["schedule.stages.warmup.num_tokens: 900 -> 1000"]
+    with pytest.raises(ValueError, match=r"warmup lies between 0 and 300 tokens, the checkpoint"):
+        decide(
+            with_stage(config, "warmup", num_tokens=300, global_batch_size=1, micro_batch_size=1, lr_warmup_tokens=0)
+        )
 
 
 def test_settings_without_effect_are_told_with_the_decision(config: TrainConfig) -> None:
