@@ -2,6 +2,8 @@
 
     python -m megatron_dllm.generate checkpoint=DIR prompt="Once upon a time" [key=value ...]
     python -m megatron_dllm.generate checkpoint=DIR prompts_file=prompts.jsonl output=texts.jsonl
+    python -m megatron_dllm.generate checkpoint=DIR messages='[{"role": "user", "content": "Hi"}]'
+    python -m megatron_dllm.generate checkpoint=DIR chats_file=chats.jsonl output=answers.jsonl
 
 DIR is an HF folder, a run folder or one torch_dist checkpoint. Keys and defaults: `config.GenerateConfig`;
 `--help` lists them. The text goes to standard output, everything else to standard error.
@@ -30,14 +32,16 @@ from tokenizers import Tokenizer
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import GenerateConfig
 from megatron_dllm.data.tokenizer import load_tokenizer
-from megatron_dllm.diffusion.decode import Generation, check_prompt, decode
+from megatron_dllm.diffusion.decode import decode
+from megatron_dllm.diffusion.generation import Generation
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
-from megatron_dllm.inference.source import CheckpointSource, read_source
+from megatron_dllm.inference.prompts import Prompt, encode_requests, read_requests
+from megatron_dllm.inference.source import read_source
 from megatron_dllm.run.files import write_text
 from megatron_dllm.run.place import world_size
 
 log = logging.getLogger(__name__)
-_AS_TYPED = ("checkpoint", "prompt", "prompts_file", "output", "tokenizer")
+_AS_TYPED = ("checkpoint", "prompt", "prompts_file", "messages", "chats_file", "output", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,16 @@ class PromptResult:
     """One prompt and what came of it.
 
     Attributes:
+        prompt: as text; a chat's is what its template makes of it.
         generation: tokens and numbers of forward passes, see `diffusion.decode`.
+        token_texts: text of each generated token, special ones included.
         seconds: wall time of decoding, loading not included.
     """
 
     prompt: str
     text: str
     generation: Generation
+    token_texts: list[str]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,6 +68,7 @@ class PromptResult:
             "prompt": self.prompt,
             "text": self.text,
             **asdict(generation),
+            "token_texts": self.token_texts,
             "num_generated_tokens": len(generation.generated_ids),
             "num_denoising_forwards": generation.num_denoising_forwards,
             "tokens_per_forward": generation.tokens_per_forward,
@@ -84,12 +92,12 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
         )
     if config.temperature == 0.0 and (config.top_p < 1.0 or config.top_k > 0):
         log.warning("top_p and top_k have no effect at temperature 0; set a temperature to sample.")
-    prompts = read_prompts(config)
+    requests = read_requests(config)
     if config.output is not None and Path(config.output).exists():
         raise ValueError(f"output ({config.output}) exists; nothing is overwritten: name a new file.")
     source = read_source(config)
     tokenizer = load_tokenizer(TokenizerFiles(source.tokenizer))
-    prompt_ids = encode_prompts(tokenizer, prompts, source)
+    prompts, contract = encode_requests(requests, tokenizer, source)
     # megatron-core takes seconds to import, which a wrong key or an empty file should not cost.
     from megatron_dllm.host import prepare_host
 
@@ -104,74 +112,19 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
         for index in track(range(len(prompts)), "decoding", console=Console(stderr=True), transient=True):
             start = time.perf_counter()
             generation = decode(
-                CachedForward(model),
-                prompt_ids[index],
-                replace(config, seed=config.seed + index),
-                source.contract,
-                device,
+                CachedForward(model), prompts[index].ids, replace(config, seed=config.seed + index), contract, device
             )
             seconds = time.perf_counter() - start
-            text = tokenizer.decode(generation.generated_ids, skip_special_tokens=True)
-            results.append(PromptResult(prompts[index], text, generation, seconds))
+            results.append(_result(prompts[index], generation, tokenizer, seconds))
     if config.output is not None:
         write_results(Path(config.output), results)
     return results
 
 
-def read_prompts(config: GenerateConfig) -> list[str]:
-    """The prompts that the configuration names.
-
-    Raises:
-        ValueError: the file is missing, holds no prompt, or a line that is none; with its number.
-    """
-    if config.prompt is not None:
-        return [config.prompt]
-    assert config.prompts_file is not None, "validate() asks for one of prompt and prompts_file"
-    path = Path(config.prompts_file)
-    if not path.is_file():
-        raise ValueError(f'prompts_file ({path}) is not a file; name a text file, or .jsonl with a "prompt" a line.')
-    prompts = []
-    # A byte order mark is no text. Lines end at line feeds alone: splitlines() also cuts at U+2028, inside a prompt.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if line.strip():
-            prompts.append(_json_prompt(line, f"{path}:{number}") if path.suffix == ".jsonl" else line)
-    if not prompts:
-        raise ValueError(f"prompts_file ({path}) holds no prompt; write one a line.")
-    return prompts
-
-
-def _json_prompt(line: str, place: str) -> str:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{place} is no JSON ({error}); write an object with "prompt" a line.') from None
-    prompt = value.get("prompt") if isinstance(value, dict) else None
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f'{place} ({line[:80]}) must be an object with a non-empty text "prompt".')
-    return prompt
-
-
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], source: CheckpointSource) -> list[list[int]]:
-    """Token ids of every prompt. None is added, but special tokens that stand in the text (chat markers) count as such.
-
-    Raises:
-        ValueError: naming the prompt that cannot be decoded, before any is.
-    """
-    vocab_size = source.model.vocab_size
-    encoded = []
-    for number, prompt in enumerate(prompts, start=1):
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-        if ids and max(ids) >= vocab_size:
-            raise ValueError(
-                f"tokenizer ({source.tokenizer}) gives token {max(ids)}, the model's vocabulary ends at "
-                f"{vocab_size - 1}; name the tokenizer that belongs to the checkpoint."
-            )
-        try:
-            check_prompt(ids, source.contract)
-        except ValueError as error:
-            raise ValueError(f"prompt {number} of {len(prompts)} ({prompt[:40]!r}): {error}") from None
-        encoded.append(ids)
-    return encoded
+def _result(prompt: Prompt, generation: Generation, tokenizer: Tokenizer, seconds: float) -> PromptResult:
+    text = tokenizer.decode(generation.generated_ids, skip_special_tokens=True)
+    token_texts = [tokenizer.decode([token], skip_special_tokens=False) for token in generation.generated_ids]
+    return PromptResult(prompt.text, text, generation, token_texts, seconds)
 
 
 def write_results(path: Path, results: Sequence[PromptResult]) -> None:

@@ -10,6 +10,8 @@ from megatron_dllm.config.parallel import PRECISIONS
 from megatron_dllm.config.rules import check, check_choice, check_positive
 from megatron_dllm.config.training import ATTENTION_BACKENDS
 
+REQUESTS = ("prompt", "prompts_file", "messages", "chats_file")
+
 
 @dataclass
 class DecodingConfig:
@@ -48,9 +50,12 @@ class GenerateConfig(DecodingConfig):
 
     # An HF folder, a run folder, its checkpoints folder, or one torch_dist checkpoint folder.
     checkpoint: str = MISSING
-    # Exactly one of the two: a text, or a file with one prompt a line (.jsonl: an object with "prompt" a line).
+    # Exactly one of the four: a text; a file with one prompt a line (.jsonl: an object with "prompt" a line); a chat as
+    # a JSON list of messages; a .jsonl file with one chat a line. An answer that a chat ends with is left out.
     prompt: str | None = None
     prompts_file: str | None = None
+    messages: str | None = None
+    chats_file: str | None = None
     # JSON lines, one for each prompt; the file must not exist yet.
     output: str | None = None
     # Null: the one that lies beside the weights.
@@ -67,9 +72,10 @@ class GenerateConfig(DecodingConfig):
         """Raise ValueError where the request is incomplete or contradicts itself; files are checked when opened."""
         super().validate()
         check(self.checkpoint not in ("", MISSING), "checkpoint (not given) is required: name an HF or a run folder.")
+        given = {name: getattr(self, name) for name in REQUESTS if getattr(self, name) is not None}
         check(
-            (self.prompt is None) != (self.prompts_file is None),
-            f"prompt ({self.prompt!r}) and prompts_file ({self.prompts_file!r}): give exactly one of the two.",
+            len(given) == 1,
+            f"{', '.join(REQUESTS)} ({', '.join(given) or 'none is given'}): give exactly one of the four.",
         )
         check(self.prompt != "", "prompt ('') is empty; give at least one token to continue from.")
         for name in ("block_size", "context_length"):

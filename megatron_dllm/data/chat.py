@@ -59,16 +59,38 @@ def chat_of(record: dict[str, Any]) -> Chat:
     Raises:
         BadDocumentError: the record is no chat, or one that nothing can be learned from; says why.
     """
+    chat = _chat(record)
+    if not chat.answers:
+        raise BadDocumentError(f"no assistant message among its {len(chat.messages)}")
+    if chat.answers[0] == 0:
+        raise BadDocumentError("begins with the assistant, which answers nothing")
+    return chat
+
+
+def question_of(record: dict[str, Any]) -> Chat:
+    """The chat that a record holds, up to where the assistant is to speak: without an answer that it ends with.
+
+    Raises:
+        BadDocumentError: the record is no chat, or nobody asks for an answer; says why.
+    """
+    if not isinstance(record, dict):
+        raise BadDocumentError(f"is a {type(record).__name__}, not an object")
+    chat = _chat(record)
+    messages = list(chat.messages)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not any(message["role"] in ("user", "tool") for message in messages):
+        raise BadDocumentError(f"no message of the user before an answer among its {len(chat.messages)}")
+    return Chat(messages, chat.tools)
+
+
+def _chat(record: dict[str, Any]) -> Chat:
+    """The messages and tools of a record."""
     messages = [_message(item, number) for number, item in enumerate(_items(record), start=1)]
     system = record.get("system")
     if system and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(system, "system")})
-    chat = Chat(messages, _tools(record.get("tools")))
-    if not chat.answers:
-        raise BadDocumentError(f"no assistant message among its {len(messages)}")
-    if chat.answers[0] == 0:
-        raise BadDocumentError("begins with the assistant, which answers nothing")
-    return chat
+    return Chat(messages, _tools(record.get("tools")))
 
 
 def _items(record: dict[str, Any]) -> list[Any]:

@@ -115,6 +115,24 @@ class ChatTemplate:
             documents.append(answer)
         return documents
 
+    def prompt(self, chat: Chat) -> str:
+        """The text that a server gives the model when the assistant is to speak.
+
+        Raises:
+            BadDocumentError: this chat cannot be rendered; says why.
+        """
+        self._check_texts(chat)
+        return self.render(chat.messages, chat.tools, is_prompt=True)
+
+    def end_of_turn(self) -> int:
+        """The token that ends what the assistant says.
+
+        Raises:
+            ValueError: the template ends it with no special token.
+        """
+        chat = Chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+        return self.documents(chat)[-1].ids[-1]
+
     def render(self, messages: list[Message], tools: list[dict[str, Any]] | None, is_prompt: bool) -> str:
         """The text of messages, with the beginning of an answer where it is a prompt."""
         return self._render(messages, tools, is_prompt)[0]

@@ -12,7 +12,7 @@ decoding, where prompt and continuation are one block and nothing is ever commit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_dllm.config import DecodingConfig
+from megatron_dllm.diffusion.generation import Generation, Text
+from megatron_dllm.diffusion.prediction import accept, predict
 from megatron_dllm.diffusion.roles import BLOCK, CLEAN_VIEW, VIEW
 
 NOISY_VIEW = 1
-STOP_EOS, STOP_MAX_NEW_TOKENS, STOP_CONTEXT_LENGTH = "eos", "max_new_tokens", "context_length"
 
 
 class Forward(Protocol):
@@ -73,34 +74,6 @@ class DecodingContract:
             )
 
 
-@dataclass(frozen=True)
-class Generation:
-    """The result of decoding one prompt.
-
-    Attributes:
-        generated_ids: tokens after the prompt, the first eos included, cut at max_new_tokens.
-        stop_reason: "eos", "max_new_tokens" or "context_length".
-        steps_per_block: denoising passes of each generated block, in order.
-        num_commit_forwards: passes that only stored clean keys and values: one for the prompt's whole
-            blocks if there are any, one after each generated block that another block follows.
-    """
-
-    generated_ids: list[int]
-    stop_reason: str
-    steps_per_block: list[int]
-    num_commit_forwards: int
-
-    @property
-    def num_denoising_forwards(self) -> int:
-        """Passes that predicted masked tokens."""
-        return sum(self.steps_per_block)
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Generated tokens per denoising pass (TPF). Tokens that were cut off and commit passes do not count."""
-        return len(self.generated_ids) / self.num_denoising_forwards
-
-
 def decode(
     forward: Forward,
     prompt_ids: Sequence[int],
@@ -123,36 +96,54 @@ def decode(
         ValueError: an impossible setting, or a prompt that is empty, too long or holds the mask token;
             logits that are not finite.
     """
+    return decode_together(forward, [prompt_ids], config, contract, device)[0]
+
+
+def decode_together(
+    forward: Forward,
+    prompts: Sequence[Sequence[int]],
+    config: DecodingConfig,
+    contract: DecodingContract,
+    device: torch.device | str = "cpu",
+) -> list[Generation]:
+    """Continue several prompts in the same passes; each text is what the prompt alone would give.
+
+    A finished text stays in the passes until the last one has finished, so texts of like length go well together.
+
+    Args:
+        forward: the model, with an empty cache.
+        prompts: token ids of the prompts; all have the same number of whole blocks (len // block_size). The one with
+            index i is sampled with seed + i.
+        config: threshold, sampling and length.
+        contract: block grid and special tokens of the checkpoint.
+        device: where the tensors given to `forward` live.
+
+    Raises:
+        ValueError: as `decode`.
+    """
     config.validate()
     contract.validate()
-    check_prompt(prompt_ids, contract)
-    generator = torch.Generator(device=device).manual_seed(config.seed)
-    block_size, context_length = contract.block_size, contract.context_length
-    ids, steps_per_block, num_commits = list(prompt_ids), [], 0
-    limit = min(len(prompt_ids) + config.max_new_tokens, context_length)
-    num_whole = len(ids) // block_size * block_size
-    if num_whole:
-        _commit(forward, ids[:num_whole], 0, block_size, device)
-        num_commits += 1
+    for prompt_ids in prompts:
+        check_prompt(prompt_ids, contract)
+    block_size = contract.block_size
+    (num_whole,) = {len(prompt_ids) // block_size for prompt_ids in prompts}
+    texts = [Text.begin(prompt_ids, config.max_new_tokens, contract.context_length) for prompt_ids in prompts]
+    generators = [torch.Generator(device=device).manual_seed(config.seed + index) for index in range(len(prompts))]
+    start = num_whole * block_size
+    if start:
+        whole = torch.tensor([text.ids[:start] for text in texts], dtype=torch.int64, device=device)
+        _commit(forward, whole, 0, block_size, texts)
     while True:
-        start = len(ids) // block_size * block_size
-        end = min(start + block_size, context_length)
-        known = ids[start:]
-        block = torch.tensor(known + [contract.mask_token_id] * (end - len(ids)), dtype=torch.int64, device=device)
-        is_masked = torch.arange(end - start, device=device) >= len(known)
-        steps_per_block.append(_denoise(forward, block, is_masked, start, config, contract, generator))
-        new_ids = block[len(known) :].tolist()
-        ids += new_ids
-        if len(ids) >= limit or _first_eos(new_ids, contract.eos_token_ids) is not None:
-            break
-        _commit(forward, ids[start:end], start, block_size, device)
-        num_commits += 1
-    generated_ids = ids[len(prompt_ids) : limit]
-    stop_reason = STOP_CONTEXT_LENGTH if limit < len(prompt_ids) + config.max_new_tokens else STOP_MAX_NEW_TOKENS
-    eos = _first_eos(generated_ids, contract.eos_token_ids)
-    if eos is not None:
-        generated_ids, stop_reason = generated_ids[: eos + 1], STOP_EOS
-    return Generation(generated_ids, stop_reason, steps_per_block, num_commits)
+        end = min(start + block_size, contract.context_length)
+        block, is_masked = _open_block(texts, start, end, contract.mask_token_id, device)
+        passes = _denoise(forward, block, is_masked, start, config, contract, generators)
+        for text, row, row_passes in zip(texts, block.tolist(), passes.tolist(), strict=True):
+            if not text.is_finished:
+                text.add_block(row, row_passes, start, contract.eos_token_ids)
+        if all(text.is_finished for text in texts):
+            return [text.generation(contract.eos_token_ids) for text in texts]
+        _commit(forward, block, start, block_size, texts)
+        start = end
 
 
 def check_prompt(prompt_ids: Sequence[int], contract: DecodingContract) -> None:
@@ -171,22 +162,32 @@ def check_prompt(prompt_ids: Sequence[int], contract: DecodingContract) -> None:
         )
 
 
-def _first_eos(ids: Iterable[int], eos_token_ids: tuple[int, ...]) -> int | None:
-    return next((i for i, token in enumerate(ids) if token in eos_token_ids), None)
-
-
-def _places(start: int, length: int, block_size: int, view: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """position_ids [1, n] and roles [1, n, 3] of `length` tokens from position `start`."""
-    position_ids = torch.arange(start, start + length, device=device).unsqueeze(0)
-    roles = torch.zeros(1, length, 3, dtype=torch.int32, device=device)
+def _places(start: int, ids: Tensor, block_size: int, view: int) -> tuple[Tensor, Tensor]:
+    """position_ids [b, n] and roles [b, n, 3] of the tokens `ids` [b, n], which begin at position `start`."""
+    position_ids = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
+    roles = torch.zeros(*ids.shape, 3, dtype=torch.int32, device=ids.device)
     roles[..., BLOCK] = position_ids // block_size
     roles[..., VIEW] = view
     return position_ids, roles
 
 
-def _commit(forward: Forward, ids: list[int], start: int, block_size: int, device: torch.device | str) -> None:
-    position_ids, roles = _places(start, len(ids), block_size, CLEAN_VIEW, device)
-    forward(torch.tensor([ids], dtype=torch.int64, device=device), position_ids, roles, commit=True)
+def _commit(forward: Forward, ids: Tensor, start: int, block_size: int, texts: Sequence[Text]) -> None:
+    """Store the clean tokens `ids` [b, n] from position `start`; counts the pass for the texts that need it."""
+    position_ids, roles = _places(start, ids, block_size, CLEAN_VIEW)
+    forward(ids, position_ids, roles, commit=True)
+    for text in texts:
+        text.num_commits += not text.is_finished
+
+
+def _open_block(
+    texts: Sequence[Text], start: int, end: int, mask_token_id: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Ids [b, n] of the block from `start` to `end`, and [b, n] which are to be found; none of a finished text."""
+    known = [[] if text.is_finished else text.ids[start:] for text in texts]
+    rows = [ids + [mask_token_id] * (end - start - len(ids)) for ids in known]
+    num_known = [end - start if text.is_finished else len(ids) for text, ids in zip(texts, known, strict=True)]
+    block = torch.tensor(rows, dtype=torch.int64, device=device)
+    return block, torch.arange(end - start, device=device) >= torch.tensor(num_known, device=device).unsqueeze(1)
 
 
 def _denoise(
@@ -196,86 +197,33 @@ def _denoise(
     start: int,
     config: DecodingConfig,
     contract: DecodingContract,
-    generator: torch.Generator,
-) -> int:
-    """Fill the masked tokens of `block` [n] in place; returns the number of passes it took."""
-    position_ids, roles = _places(start, len(block), contract.block_size, NOISY_VIEW, block.device)
-    num_steps = 0
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Fill the masked tokens of a block in place.
+
+    Args:
+        forward: the model.
+        block: [b, n] int64 tokens, the mask token where they are to be found; filled in place.
+        is_masked: [b, n] bool, which are to be found; all False afterwards.
+        start: position of the block.
+        config: threshold and sampling.
+        contract: block grid and special tokens.
+        generators: of each row's samples.
+
+    Returns:
+        [b, n] int64 pass that accepted a token, from 1 on; 0 where it was known.
+    """
+    position_ids, roles = _places(start, block, contract.block_size, NOISY_VIEW)
+    passes = torch.zeros_like(block)
     while bool(is_masked.any()):
-        logits = forward(block.unsqueeze(0), position_ids, roles, commit=False)
+        logits = forward(block, position_ids, roles, commit=False)
         assert logits is not None, "a forward that commits nothing must return logits"
-        places = is_masked.nonzero().squeeze(1)
-        token_ids, confidence = predict(logits[0, places], contract.mask_token_id, config, generator)
-        is_accepted = accept(confidence, config.threshold, config.min_tokens_per_step)
-        block[places[is_accepted]] = token_ids[is_accepted]
-        is_masked = is_masked.index_fill(0, places[is_accepted], False)
-        num_steps += 1
-    return num_steps
-
-
-def predict(
-    logits: Tensor, mask_token_id: int, config: DecodingConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Choose a token for every masked position.
-
-    The confidence is the model's own probability of the chosen token, over the whole vocabulary and at
-    temperature 1, also when sampling: so a threshold means the same whatever the sampling options, and
-    a small top_k does not make every token look certain. The mask token keeps its share of the
-    probability, as in SGLang, but is never chosen.
-
-    Args:
-        logits: [m, v] of the masked positions.
-        mask_token_id: never predicted.
-        config: temperature, top_p and top_k.
-        generator: source of randomness, on the device of the logits.
-
-    Returns:
-        [m] int64 token ids, and [m] fp32 confidence.
-
-    Raises:
-        ValueError: a probability is not a number.
-    """
-    logits = logits.float()
-    probabilities = torch.softmax(logits, dim=1)
-    if not bool(torch.isfinite(probabilities).all()):
-        raise ValueError(
-            "logits (nan or inf) must be finite; the checkpoint has broken weights or overflows in its "
-            "precision: compare with precision=fp32."
-        )
-    candidates = logits.index_fill(1, torch.tensor([mask_token_id], device=logits.device), float("-inf"))
-    if config.temperature == 0.0:
-        token_ids = candidates.argmax(dim=1)
-    else:
-        token_ids = _sample(candidates / config.temperature, config.top_p, config.top_k, generator)
-    return token_ids, probabilities.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-
-
-def _sample(logits: Tensor, top_p: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """Draw one token per row of `logits` [m, v] among its top_k and the smallest set with probability top_p."""
-    ordered, order = logits.sort(dim=1, descending=True, stable=True)
-    if top_k:
-        ordered[:, top_k:] = float("-inf")
-    probabilities = torch.softmax(ordered, dim=1)
-    if top_p < 1.0:
-        before = probabilities.cumsum(dim=1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    rank = torch.multinomial(probabilities, 1, generator=generator)
-    return order.gather(1, rank).squeeze(1)
-
-
-def accept(confidence: Tensor, threshold: float, min_tokens: int) -> Tensor:
-    """Which predictions to keep: all above the threshold, and at least the `min_tokens` most probable.
-
-    Args:
-        confidence: [m] probability of each predicted token.
-        threshold: keep every prediction that is more probable.
-        min_tokens: kept even below the threshold; of equal ones the leftmost first.
-
-    Returns:
-        [m] bool.
-    """
-    is_accepted = confidence > threshold
-    if int(is_accepted.sum()) < min_tokens:
-        best = confidence.argsort(descending=True, stable=True)[:min_tokens]
-        is_accepted[best] = True
-    return is_accepted
+        number = int(passes.max()) + 1
+        for row in is_masked.any(dim=1).nonzero().squeeze(1).tolist():
+            places = is_masked[row].nonzero().squeeze(1)
+            token_ids, confidence = predict(logits[row, places], contract.mask_token_id, config, generators[row])
+            is_accepted = accept(confidence, config.threshold, config.min_tokens_per_step)
+            block[row, places[is_accepted]] = token_ids[is_accepted]
+            is_masked[row, places[is_accepted]] = False
+            passes[row, places[is_accepted]] = number
+    return passes

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.ranks import run_ranks
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
 from megatron_dllm.config import DecodingConfig, GenerateConfig, ModelConfig, ParallelConfig
-from megatron_dllm.diffusion.decode import DecodingContract, decode
+from megatron_dllm.diffusion.decode import DecodingContract, decode, decode_together
 from megatron_dllm.generate import PromptResult, generate, parse_arguments
 from tests.integration.tiny_chain import run_module
 
@@ -195,6 +195,47 @@ def test_hf_folder_gives_the_text_of_the_torch_dist_checkpoint(
     assert len({result.text for result in results}) == 3
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}a {% endif %}{{ m.content }}<|pad|>{% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
+
+
+def test_chats_are_answered_up_to_the_end_of_the_turn(one_rank: None, tmp_path: Path) -> None:
+    from checkpoints_tools.mcore_to_hf import convert
+
+    run = save_run(tmp_path / "run", MODEL)
+    (run / "tokenizer" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    convert(run, tmp_path / "hf")
+    chats = [[{"role": "user", "content": text}] for text in ("the cat", "who", "once upon", "there was a dog")]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    config = replace(SETTINGS, chats_file=str(tmp_path / "chats.jsonl"), max_new_tokens=60)
+    results = generate(replace(config, checkpoint=str(run)))
+    assert [result.prompt for result in results] == [f"{chat[0]['content']}{PAD}a " for chat in chats]
+    assert without_time(generate(replace(config, checkpoint=str(tmp_path / "hf")))) == without_time(results)
+    ends = [result.generation.generated_ids[-1] for result in results if result.generation.stop_reason == "eos"]
+    assert 1 in ends, "no answer ends with the token that ends a turn"
+    for result in results:
+        assert not {0, 1} & set(result.generation.generated_ids[:-1])
+        assert [VOCAB[token] for token in result.generation.generated_ids] == result.token_texts
+        assert len(result.to_dict()["accepted_in_pass"]) == len(result.token_texts)
+    alone = generate(replace(SETTINGS, checkpoint=str(run), messages=json.dumps(chats[0]), max_new_tokens=60))
+    assert without_time(alone) == without_time(results[:1])
+
+
+def test_prompts_decoded_together_give_the_texts_of_each_alone(one_rank: Any, run: Path) -> None:
+    from megatron_dllm.inference.load import CachedForward, load_model
+    from megatron_dllm.inference.source import read_source
+
+    model = load_model(read_source(replace(SETTINGS, checkpoint=str(run), prompt="x")), one_rank, "fp32", "auto")
+    contract = DecodingContract(8, 64, MODEL.mask_token_id, (0, 1, 17))
+    config = DecodingConfig(threshold=0.5, max_new_tokens=30)
+    prompts = [list(range(3, 3 + length)) for length in (8, 11, 15, 13)]
+    expected = [decode(CachedForward(model), prompt, config, contract) for prompt in prompts]
+    assert decode_together(CachedForward(model), prompts, config, contract) == expected
+    assert len({len(generation.steps_per_block) for generation in expected}) > 1, "all texts end at once"
+
+
 def test_step_folder_and_run_folder_are_the_same_checkpoint(run: Path) -> None:
     config = replace(SETTINGS, prompt="the cat")
     expected = generate(replace(config, checkpoint=str(run)))
@@ -250,8 +291,8 @@ def test_autoregressive_checkpoint_is_refused(one_rank: None, tmp_path: Path) ->
         ({"prompt": "a", "tokenizer": "/nope"}, r"tokenizer \(/nope\) has no tokenizer\.json"),
         ({"prompt": "a", "checkpoint": "/nope"}, r"checkpoint \(/nope\) is not a folder"),
         ({"prompts_file": "/nope"}, r"prompts_file \(/nope\) is not a file"),
-        ({"prompt": "a", "prompts_file": "/nope"}, r"exactly one of the two"),
-        ({}, r"exactly one of the two"),
+        ({"prompt": "a", "prompts_file": "/nope"}, r"\(prompt, prompts_file\): give exactly one of the four"),
+        ({}, r"\(none is given\): give exactly one of the four"),
         ({"prompt": "a", "block_size": 0}, r"block_size \(0\) must be positive"),
         ({"prompt": "a", "attention_backend": "magic"}, r"attention_backend \(magic\) is not known"),
         ({"prompt": "a", "precision": "fp8"}, r"precision \(fp8\) is not known"),
@@ -265,7 +306,7 @@ def test_what_a_user_gets_wrong_is_a_value_error(run: Path, options: dict[str, o
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r":2 is no JSON"),
+        ("{", r":2 \(\{\) is no JSON"),
         ('"a"', r":2 .* must be an object"),
         ('{"prompt": ""}', r":2 .* non-empty"),
         ('{"text": "a"}', r":2 .* must be an object"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dllm.data.chat import Chat, chat_of
+from megatron_dllm.data.chat import Chat, chat_of, question_of
 from megatron_dllm.data.reading import BadDocumentError
 
 HI = {"role": "user", "content": "Hi"}
@@ -77,3 +77,25 @@ def test_a_function_call_of_sharegpt() -> None:
 def test_what_is_no_chat_says_why(record: dict, message: str) -> None:
     with pytest.raises(BadDocumentError, match=message):
         chat_of(record)
+
+
+SYSTEM = {"role": "system", "content": "Be brief"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([HI], [HI]),
+        ([HI, HELLO], [HI]),
+        ([SYSTEM, HI, HELLO, HI, HELLO, HELLO], [SYSTEM, HI, HELLO, HI]),
+        ([HI, HELLO | {"tool_calls": [CALL]}, {"role": "tool", "content": "3"}], None),
+    ],
+)
+def test_a_question_ends_where_the_assistant_is_to_speak(messages: list[dict], expected: list[dict] | None) -> None:
+    assert question_of({"messages": messages}).messages == (messages if expected is None else expected)
+
+
+@pytest.mark.parametrize("messages", [[], [HELLO], [SYSTEM], [SYSTEM, HELLO]])
+def test_a_chat_in_which_nobody_asks_is_no_question(messages: list[dict]) -> None:
+    with pytest.raises(BadDocumentError, match=rf"no message of the user .* among its {len(messages)}"):
+        question_of({"messages": messages})

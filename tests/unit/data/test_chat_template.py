@@ -170,3 +170,17 @@ def test_the_mask_id_of_serving_is_known_by_the_size_of_the_vocabulary(tmp_path:
     description["added_tokens"] += [{**description["added_tokens"][0], **token} for token in tokens]
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     assert 156895 in ChatTemplate.load(str(tmp_path)).mask_ids
+
+
+@pytest.mark.parametrize("template", [CHATML, REASONING, GENERATION])
+def test_a_prompt_is_what_a_server_gives_and_the_end_of_a_turn_is_known(tmp_path: Path, template: str) -> None:
+    loaded = load(tmp_path, template)
+    asked = Chat(chat(PLAIN).messages[:3])
+    ids = loaded.tokenizer.encode(loaded.prompt(asked), add_special_tokens=False).ids
+    assert ids == expected_prompt(loaded, asked, 3)
+    assert loaded.tokenizer.id_to_token(loaded.end_of_turn()) == "<|im_end|>"
+
+
+def test_a_prompt_must_not_write_special_tokens(tmp_path: Path) -> None:
+    with pytest.raises(BadDocumentError, match=r"message 1 holds <\|im_end\|>"):
+        load(tmp_path, CHATML).prompt(Chat([{"role": "user", "content": "a<|im_end|>"}]))

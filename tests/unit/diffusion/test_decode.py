@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_dllm.config import DecodingConfig
-from megatron_dllm.diffusion.decode import DecodingContract, Generation, accept, decode, predict
+from megatron_dllm.diffusion.decode import DecodingContract, decode, decode_together
+from megatron_dllm.diffusion.generation import Generation
 from megatron_dllm.diffusion.roles import visible
 
 VOCAB, HIDDEN, MAX_LENGTH = 23, 16, 64
@@ -196,11 +198,49 @@ def test_counts_of_passes() -> None:
     assert result.tokens_per_forward == 17 / sum(result.steps_per_block)
 
 
+class TogetherForward:
+    """Several prompts in one pass, each computed by itself."""
+
+    def __init__(self, model: ToyModel, num_texts: int) -> None:
+        self.rows = [CachedForward(model) for _ in range(num_texts)]
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
+        parts = [
+            row(input_ids[i : i + 1], position_ids[i : i + 1], roles[i : i + 1], commit)
+            for i, row in enumerate(self.rows)
+        ]
+        return None if commit else torch.cat([part for part in parts if part is not None])
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}])
+def test_texts_decoded_together_are_those_of_their_prompts_alone(options: dict[str, float]) -> None:
+    prompts = [[*PROMPT, 6], [1, *PROMPT, 6], [8] * 11, [EOS] * 10]
+    config = replace(DecodingConfig(max_new_tokens=26, threshold=0.6), **options)
+    contract = replace(CONTRACT, eos_token_ids=(EOS, 12), context_length=30)
+    model = ToyModel(1, sharpness=4.0)
+    expected = [
+        decode(CachedForward(model), prompt, replace(config, seed=config.seed + index), contract)
+        for index, prompt in enumerate(prompts)
+    ]
+    assert decode_together(TogetherForward(model, len(prompts)), prompts, config, contract) == expected
+    assert len({len(generation.steps_per_block) for generation in expected}) > 1, "all texts end at once"
+
+
+def test_every_token_knows_the_pass_that_accepted_it() -> None:
+    result, _ = run(max_new_tokens=17)
+    firsts = [0, *itertools.accumulate(result.steps_per_block)]
+    for position, accepted in enumerate(result.accepted_in_pass, start=len(PROMPT)):
+        block = position // 4 - len(PROMPT) // 4
+        assert firsts[block] < accepted <= firsts[block + 1]
+    assert set(result.accepted_in_pass) == set(range(1, result.num_denoising_forwards + 1))
+    assert result.accepted_in_pass != sorted(result.accepted_in_pass), "the model is sure from left to right"
+
+
 def test_tokens_per_forward_counts_what_is_kept() -> None:
     forward = ScriptedForward({8: (EOS, 0.99)})
     result = decode(forward, [1] * 4, DecodingConfig(max_new_tokens=16), replace(CONTRACT, eos_token_ids=(EOS,)))
     # Two blocks, one pass each; 5 of the 8 tokens survive the eos.
-    assert result == Generation([7, 7, 7, 7, EOS], "eos", [1, 1], 2)
+    assert result == Generation([7, 7, 7, 7, EOS], "eos", [1, 1], 2, [1, 1, 1, 1, 2])
     assert result.tokens_per_forward == 5 / 2
 
 
@@ -218,36 +258,16 @@ def test_threshold_accepts_above_and_falls_back_to_the_most_probable() -> None:
     assert result.steps_per_block == [3]
 
 
-def test_accept_rules_by_hand() -> None:
-    confidence = torch.tensor([0.5, 0.95, 0.7, 0.95])
-    assert accept(confidence, 0.6, 1).tolist() == [False, True, True, True]
-    assert accept(confidence, 0.95, 1).tolist() == [False, True, False, False]  # not above; the leftmost of equals
-    assert accept(confidence, 0.95, 3).tolist() == [False, True, True, True]
-    assert accept(confidence, 0.6, 4).tolist() == [True] * 4
-    assert accept(confidence, 1.0, 9).tolist() == [True] * 4
-
-
 def test_min_tokens_per_step_bounds_the_number_of_steps() -> None:
     result, _ = run(block_size=8, prompt=[1] * 8, threshold=1.0, min_tokens_per_step=3, max_new_tokens=16)
     assert result.steps_per_block == [3, 3]
-
-
-def test_mask_token_is_never_generated_and_keeps_its_probability() -> None:
-    logits = torch.zeros(1, VOCAB)
-    logits[0, MASK], logits[0, 5] = 10.0, 2.0
-    token, confidence = predict(logits, MASK, DecodingConfig(), torch.Generator())
-    assert token.item() == 5
-    assert confidence.item() == pytest.approx(math.exp(2) / (math.exp(10) + math.exp(2) + VOCAB - 2), rel=1e-5)
-    for seed in range(20):
-        token, _ = predict(logits, MASK, DecodingConfig(temperature=1.0), torch.Generator().manual_seed(seed))
-        assert token.item() != MASK
 
 
 @pytest.mark.parametrize("eos", [EOS, OTHER_EOS])
 def test_eos_ends_the_text_at_its_first_place_once_the_block_is_finished(eos: int) -> None:
     forward = ScriptedForward({6: (eos, 0.99), 5: (3, 0.4), 7: (EOS, 0.99)})
     result = decode(forward, [9] * 5, DecodingConfig(), replace(CONTRACT, eos_token_ids=(EOS, OTHER_EOS)))
-    assert result == Generation([3, eos], "eos", [2], 1)
+    assert result == Generation([3, eos], "eos", [2], 1, [2, 1])
     assert forward.num_commits == 1  # the prompt; nothing reads the last block
 
 
@@ -287,25 +307,6 @@ def test_sampling_is_reproducible_by_seed() -> None:
 def test_narrow_sampling_is_greedy(options: dict[str, float]) -> None:
     sampled, _ = run(**{"temperature": 1.0, **options})
     assert sampled == run()[0]
-
-
-def test_sampling_follows_the_filtered_distribution() -> None:
-    probabilities = torch.full((VOCAB,), 1e-9)
-    probabilities[:4] = torch.tensor([0.1, 0.4, 0.3, 0.2])
-    logits = probabilities.log().repeat(4000, 1)
-
-    def frequencies(**options: float) -> Tensor:
-        config = replace(DecodingConfig(temperature=1.0), **options)
-        tokens, confidence = predict(logits, MASK, config, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(confidence, (probabilities / probabilities.sum())[tokens])
-        return torch.bincount(tokens, minlength=VOCAB)[:4] / 4000
-
-    close = {"atol": 0.03, "rtol": 0.0}
-    torch.testing.assert_close(frequencies(), torch.tensor([0.1, 0.4, 0.3, 0.2]), **close)
-    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([0.0, 4 / 7, 3 / 7, 0.0]), **close)
-    torch.testing.assert_close(frequencies(top_p=0.75), torch.tensor([0.0, 4 / 9, 3 / 9, 2 / 9]), **close)
-    torch.testing.assert_close(frequencies(top_p=0.65), torch.tensor([0.0, 4 / 7, 3 / 7, 0.0]), **close)
-    torch.testing.assert_close(frequencies(temperature=0.5), torch.tensor([1.0, 16.0, 9.0, 4.0]) / 30, **close)
 
 
 @pytest.mark.parametrize(
