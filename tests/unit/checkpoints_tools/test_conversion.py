@@ -147,24 +147,29 @@ def test_dtype_of_the_export(checkpoint: Path, hf: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture", "expected_class", "has_code"),
+    ("family", "architecture", "expected_class", "code"),
     [
-        ("bailing_moe", None, "BailingMoeV2ForCausalLM", False),
-        ("bailing_moe", "llada2_moe", "LLaDA2MoeModelLM", True),
-        ("llada2_moe", None, "LLaDA2MoeModelLM", True),
-        ("qwen3_moe", "sdar_moe", "SDARMoeForCausalLM", False),
-        ("sdar_moe", None, "SDARMoeForCausalLM", False),
-        ("sdar_moe", "qwen3_moe", "Qwen3MoeForCausalLM", False),
+        ("bailing_moe", None, "BailingMoeV2ForCausalLM", None),
+        ("bailing_moe", "llada2_moe", "LLaDA2MoeModelLM", "llada2_moe"),
+        ("llada2_moe", None, "LLaDA2MoeModelLM", "llada2_moe"),
+        ("qwen3_moe", None, "Qwen3MoeForCausalLM", None),
+        ("qwen3_moe", "sdar_moe", "SDARMoeForCausalLM", "sdar"),
+        ("sdar_moe", None, "SDARMoeForCausalLM", "sdar"),
+        ("qwen3", None, "Qwen3ForCausalLM", None),
+        ("qwen3 tied", "sdar", "SDARForCausalLM", "sdar"),
+        ("sdar", None, "SDARForCausalLM", "sdar"),
     ],
 )
 def test_architectures(
-    family: str, architecture: str | None, expected_class: str, has_code: bool, tmp_path: Path
+    family: str, architecture: str | None, expected_class: str, code: str | None, tmp_path: Path
 ) -> None:
     write_synthetic(tmp_path / "hf", MODELS[family])
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", architecture)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [expected_class]
-    assert (tmp_path / "out" / "modeling_llada2_moe.py").exists() == has_code
+    shared = {f"block_diffusion_{part}.py" for part in ("generation", "layers", "model")}
+    expected_code = {f"configuration_{code}.py", f"modeling_{code}.py", *shared} if code else set()
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == expected_code
     assert expected_class in (tmp_path / "out" / "README.md").read_text()
 
 
