@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from megatron_dllm.checkpoint.manifest import damaged_files, read_json
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
+from megatron_dllm.compose import compose_train_config
 from megatron_dllm.hf.safetensors_io import INDEX_NAME, SafetensorsFolder
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.run.names import MANIFEST
@@ -381,7 +383,15 @@ def test_the_mask_token_enters_with_the_tokenizer(
     (hf / "config.json").write_text(json.dumps(config | {"mask_token_id": 5}))
     assert convert("refused") == 2
     assert "mask_token_id (5) is <|role_end|>" in capsys.readouterr().err
-    assert convert("mcore", "--tokenizer", str(tmp_path / "base")) == 0
+    assert convert("my model", "--tokenizer", str(tmp_path / "base")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tokenize, train = ([*shlex.split(line)] for line in lines[1:])
+    assert lines[0].startswith("next") and len(lines) == 3
+    assert tokenize[2] == "megatron_dllm.data.tokenize" and str(tmp_path / "my model" / "tokenizer") in tokenize
+    words = train[train.index("experiment=convert") :]
+    assert words == ["experiment=convert", f"checkpoint.load={tmp_path / 'my model'}", "data.train=CORPUS"]
+    assert compose_train_config(words).model == read_stored_model(tmp_path / "my model").model
+    (tmp_path / "my model").rename(tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back")
     for folder in (tmp_path / "mcore" / "tokenizer", tmp_path / "back"):
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
