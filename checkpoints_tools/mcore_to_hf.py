@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.command import main_guard
+from megatron_dllm.checkpoint.comparing import compared
 from megatron_dllm.checkpoint.folder import resolve_checkpoint
 from megatron_dllm.checkpoint.model_card import model_card
 from megatron_dllm.checkpoint.model_tensors import model_keys
@@ -95,7 +96,8 @@ def convert(
         writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
         try:
             read_bytes = sum(prod(shape) * stored[key].itemsize for key, shape in names.mcore_shapes.items())
-            run(_tasks(reader, names, keys, stored, tensors, writer), read_bytes, "mcore_to_hf")
+            with compared([checkpoint]):
+                run(_tasks(reader, names, keys, stored, tensors, writer), read_bytes, "mcore_to_hf")
             writer.close()
         finally:
             writer.abandon()

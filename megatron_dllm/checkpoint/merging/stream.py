@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from megatron_dllm.checkpoint.comparing import compared
 from megatron_dllm.checkpoint.manifest import write_manifest
 from megatron_dllm.checkpoint.merging.averaging import weighted_mean
 from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TorchDistInput
@@ -92,12 +93,9 @@ def _merge_torch_dist(
     try:
         for key in boxes:
             writer.add(key, *last.tensors[key])
-        run(
-            mean.tasks(boxes, lambda key, first, offsets, sizes: partial(_write_box, writer, key, offsets, sizes)),
-            total_bytes,
-            "merge",
-            _NUM_READERS,
-        )
+        tasks = mean.tasks(boxes, lambda key, first, offsets, sizes: partial(_write_box, writer, key, offsets, sizes))
+        with compared([item.folder for item in inputs]):
+            run(tasks, total_bytes, "merge", _NUM_READERS)
         checksums = finish_tensors(writer, last.stored.model)
     finally:
         writer.abandon()

@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.synthetic import write_synthetic
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
+from checkpoints_tools.compare import compare
+from checkpoints_tools.merge_topk import merge
 from megatron_dllm.checkpoint import output_folder
 from megatron_dllm.checkpoint.manifest import damaged_files, read_json
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
@@ -321,19 +323,41 @@ def test_json_of_another_shape_is_named(name: str, content: object, hf: Path, ch
     assert left_in(tmp_path) == {"hf", "checkpoint"}
 
 
-def test_nan_in_a_checkpoint(tmp_path: Path, make_checkpoint) -> None:
-    folder = make_checkpoint("poisoned", 0)
+def _poison_checkpoint(folder: Path, value: float) -> str:
+    """Write a number into the head of a checkpoint without telling its manifest; returns the file's name."""
     reader = TorchDistReader(folder)
     chunk = reader.metadata.tensors["output_layer.weight"].chunks[0]
     out = torch.empty(40 * 24, dtype=torch.bfloat16)
     reader.read("output_layer.weight", (0, 0), (40, 24), out)
+    reader.close()
     data = bytearray((folder / chunk.file_name).read_bytes())
     place = data.index(out.view(torch.uint8).numpy().tobytes(), chunk.start)
-    data[place : place + 2] = torch.tensor([float("nan")]).bfloat16().view(torch.uint8).numpy().tobytes()
+    data[place : place + 2] = torch.tensor([value]).bfloat16().view(torch.uint8).numpy().tobytes()
     (folder / chunk.file_name).write_bytes(data)
+    return chunk.file_name
+
+
+def test_nan_in_a_checkpoint(tmp_path: Path, make_checkpoint) -> None:
+    folder = make_checkpoint("poisoned", 0)
+    _poison_checkpoint(folder, float("nan"))
+    seal(folder)
     with pytest.raises(ValueError, match=r"poisoned: output_layer\.weight holds 1 NaN"):
         mcore_to_hf.convert(folder, tmp_path / "out")
     assert left_in(tmp_path) == {"poisoned", "poisoned_hf"}
+
+
+@pytest.mark.parametrize("value", [1.5, float("nan")])
+def test_a_changed_byte_is_no_export(tmp_path: Path, make_checkpoint, value: float) -> None:
+    """The number is as good as any: only the checksum knows. Of a NaN it says where it comes from."""
+    folder = make_checkpoint("changed", 0)
+    name = _poison_checkpoint(folder, value)
+    with pytest.raises(ValueError, match=rf"changed/{name} does not have the checksum it was written with; choose"):
+        mcore_to_hf.convert(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"changed/{name} does not have the checksum"):
+        compare(folder, tmp_path / "changed_hf")
+    with pytest.raises(ValueError, match=rf"changed/{name} does not have the checksum"):
+        merge([make_checkpoint("whole", 1), folder], tmp_path / "out")
+    assert left_in(tmp_path) == {"changed", "changed_hf", "whole", "whole_hf"}
 
 
 @pytest.mark.ranks
