@@ -3,8 +3,8 @@
     python -m megatron_dllm.evaluation.tasks.chats --output DIR [--num_train 5000] [--num_held_out 60]
 
 writes DIR/train.jsonl and DIR/held_out.jsonl: a chat a line, a question and its right answer, with the name of its
-task. The numbers are those of each task; a task that has fewer questions gives all it has. No question is in both files,
-as its text decides in which it may be. The same settings write the same bytes.
+task. The numbers are those of each task; a task that has fewer questions gives all it has. No question is in both
+files, as its text decides in which it may be. The same settings write the same bytes.
 """
 
 from __future__ import annotations
