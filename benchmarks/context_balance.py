@@ -18,7 +18,8 @@ import torch
 from benchmarks.record import RESULTS, machine, write_results
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import LENGTH, RowStream
-from megatron_dllm.data.row import Row, RowContent, build_row
+from megatron_dllm.data.row import Row, build_row
+from megatron_dllm.data.row_tokens import RowContent
 from megatron_dllm.diffusion.context_deal import deal_row, load_ratio
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.diffusion.roles import visible_keys

@@ -152,6 +152,7 @@ def _loader(config: TrainConfig, groups: Any) -> Iterator[Any]:
         config.run.seed,
         config.model.mask_token_id,
         config.model.pad_token_id,
+        config.model.eos_token_id,
     )
     stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk, spans=corpus.spans)
     return iter(

@@ -168,7 +168,9 @@ def build_batch(documents: Documents, variant: Variant, mask_token_id: int, mult
         row_keys=torch.arange(len(rows)),
         sample_ids=starts.repeat(len(rows)),
         num_segments=torch.full((len(rows),), len(starts)),
+        is_fill=torch.zeros(len(targets), dtype=torch.bool),
         num_maskable=torch.tensor(total * len(views)),
+        num_answers=torch.tensor(len(documents.lengths) * len(views)),
         num_document_tokens=torch.tensor(total),
         num_forward_tokens=torch.tensor(int((table[..., 1] >= 0).sum())),
     )

@@ -31,6 +31,8 @@ def wanted_ranks(stages: Sequence[dict[str, Any]], run_folder: Path) -> int | No
     consumed = (state or {}).get("consumed_tokens", 0)
     end = 0
     for stage in stages:
+        if stage["world_size"] is None:  # then no stage gives one; tokens may be null, where epochs count
+            return None
         end += stage["num_tokens"]
         if consumed < end:
             ranks: int | None = stage["world_size"]

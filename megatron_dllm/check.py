@@ -24,7 +24,7 @@ def problem_of(folder: Path, has_inputs: bool) -> str | None:
         config = compose_train_config([], "config", folder.absolute())
         if has_inputs:
             decide_start(config, None, Sources(config))
-        else:
+        elif all(stage.num_tokens is not None for stage in config.schedule.stages.values()):
             BlockSchedule.from_config(config.schedule)
     except ValueError as error:
         return str(error)

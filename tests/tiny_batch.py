@@ -64,7 +64,9 @@ def tiny_batch(
         num_segments=torch.tensor([len(lengths) for lengths in rows]),
         row_keys=torch.arange(b) * 7919 + 13,
         sample_ids=torch.arange(sum(len(row) for row in rows)),
+        is_fill=torch.zeros(len(targets), dtype=torch.bool),
         num_maskable=torch.tensor(len(targets)),
+        num_answers=torch.tensor(sum(len(row) for row in rows)),
         num_document_tokens=torch.tensor(sum(sum(row) for row in rows)),
         num_forward_tokens=torch.tensor(int((roles[..., 0] >= 0).sum())),
     )

@@ -17,6 +17,7 @@ from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, RunConfig
 from megatron_dllm.config.schedule import ScheduleConfig, StageConfig
+from megatron_dllm.config.sft import SftConfig
 from megatron_dllm.config.train import TrainConfig
 from megatron_dllm.config.training import TrainingConfig
 
@@ -34,6 +35,7 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
+    "SftConfig",
     "StageConfig",
     "TrainConfig",
     "TrainingConfig",

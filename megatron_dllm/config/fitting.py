@@ -49,12 +49,22 @@ def _with_common_values(stage: StageConfig, schedule: ScheduleConfig) -> StageCo
 
 def _scaled(stages: dict[str, StageConfig], num_tokens: int) -> dict[str, StageConfig]:
     """The stages with `num_tokens` in all, each its share; the warmup of a learning rate shrinks or grows with it."""
-    total = sum(stage.num_tokens for stage in stages.values())
+    sizes = {name: _tokens_of(name, stage, num_tokens) for name, stage in stages.items()}
+    total = sum(sizes.values())
     scaled, before, end = {}, 0, 0
     for name, stage in stages.items():
-        end += stage.num_tokens
+        end += sizes[name]
         tokens = end * num_tokens // total - before * num_tokens // total
         before = end
-        warmup = stage.lr_warmup_tokens * tokens // stage.num_tokens
+        warmup = stage.lr_warmup_tokens * tokens // sizes[name]
         scaled[name] = replace(stage, num_tokens=tokens, lr_warmup_tokens=warmup)
     return scaled
+
+
+def _tokens_of(name: str, stage: StageConfig, num_tokens: int) -> int:
+    if stage.num_tokens is None:
+        raise ValueError(
+            f"schedule.num_tokens ({num_tokens}) is shared out among stages that give their tokens, and stage {name} "
+            f"gives num_epochs ({stage.num_epochs}); change schedule.stages.{name}.num_epochs instead."
+        )
+    return stage.num_tokens

@@ -9,6 +9,7 @@ from omegaconf import MISSING
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive, nearest_divisors
+from megatron_dllm.config.sft import SftConfig
 
 LOSS_WEIGHTS = ("elbo", "uniform", "realised")
 LR_SHAPES = ("constant", "linear", "cosine")
@@ -23,7 +24,9 @@ class StageConfig:
     objective: str = "block_diffusion"
     # Tokens denoised together; `block_size == context_length` is the MDLM stage (no clean copy).
     block_size: int = 1
-    num_tokens: int = MISSING
+    # Length of the stage: document tokens, or passes over data.train. Give one of them.
+    num_tokens: int | None = None
+    num_epochs: float | None = None
     global_batch_size: int = MISSING
     micro_batch_size: int = 1
     learning_rate: float = MISSING
@@ -31,6 +34,8 @@ class StageConfig:
     final_learning_rate: float | None = None
     lr_shape: str = "constant"
     lr_warmup_tokens: int = 0
+    # The same as a share of the stage, for a stage whose tokens are not known beforehand. Give one of the two.
+    lr_warmup_share: float = 0.0
     t_min: float = 0.001
     t_max: float = 1.0
     # Weight of a masked token's NLL: elbo (1/t: a bound), uniform (1), realised (block size / masked tokens).
@@ -44,6 +49,8 @@ class StageConfig:
     view_relation: str = "stratified"
     # Confidence-aware training beside the NLL (LLaDA2.0 section 5.2).
     cap: CapConfig = field(default_factory=CapConfig)
+    # Supervised fine-tuning on chats (LLaDA2.0 section 5.1); null: whatever may carry a loss is trained as it stands.
+    sft: SftConfig | None = None
     # Whether position i predicts token i + 1; null: what the objective does (ar: true, block_diffusion: false).
     shift: bool | None = None
     # Layout of this stage alone; null: the run's `parallel`. A run ends where the layout changes, and its next start
@@ -72,7 +79,8 @@ class StageConfig:
         prefix = f"schedule.stages.{name}"
         check_choice(f"{prefix}.objective", self.objective, OBJECTIVES)
         check_choice(f"{prefix}.lr_shape", self.lr_shape, LR_SHAPES)
-        for key in ("block_size", "num_tokens", "global_batch_size", "micro_batch_size", "learning_rate"):
+        self._check_length(prefix)
+        for key in ("block_size", "global_batch_size", "micro_batch_size", "learning_rate"):
             check_positive(f"{prefix}.{key}", getattr(self, key))
         check(
             self.final_learning_rate is None or self.final_learning_rate >= 0.0,
@@ -94,6 +102,33 @@ class StageConfig:
         )
         self._check_noise(prefix)
         self.cap.validate(f"{prefix}.cap", self.objective)
+        if self.sft is not None:
+            self.sft.validate(prefix, self.objective, self.cap.coefficient)
+
+    def _check_length(self, prefix: str) -> None:
+        """The fields that say how long the stage and its warmup last."""
+        check(
+            (self.num_tokens is None) != (self.num_epochs is None),
+            f"{prefix}.num_tokens ({self.num_tokens}) and num_epochs ({self.num_epochs}) must not both be "
+            f"{'null' if self.num_tokens is None else 'given'}: a stage lasts so many document tokens, or so many "
+            "passes over data.train; give one of them.",
+        )
+        check_positive(f"{prefix}.num_tokens", 1 if self.num_tokens is None else self.num_tokens)
+        check_positive(f"{prefix}.num_epochs", 1 if self.num_epochs is None else self.num_epochs)
+        check(
+            self.num_epochs is None or self.world_size is None,
+            f"{prefix}.num_epochs ({self.num_epochs}) must be null with world_size ({self.world_size}): who starts the "
+            "ranks has to know in which stage the run stands; give num_tokens.",
+        )
+        check(
+            0.0 <= self.lr_warmup_share < 1.0,
+            f"{prefix}.lr_warmup_share ({self.lr_warmup_share}) must lie in [0, 1); the warmup ends inside its stage.",
+        )
+        check(
+            not (self.lr_warmup_share and self.lr_warmup_tokens),
+            f"{prefix}.lr_warmup_tokens ({self.lr_warmup_tokens}) and lr_warmup_share ({self.lr_warmup_share}) are the "
+            "same in two units, so one of them must be 0; set it to 0.",
+        )
 
     def _check_noise(self, prefix: str) -> None:
         """The fields that say how tokens are masked and which of them are predicted where."""

@@ -52,7 +52,15 @@ class TrainConfig:
             f"model.max_position_embeddings ({self.model.max_position_embeddings}).",
         )
         for name, stage in self.schedule.stages.items():
+            self._check_block_grid(name, stage)
             self._validate_stage_layout(name, stage, world_size)
+
+    def _check_block_grid(self, name: str, stage: StageConfig) -> None:
+        check(
+            stage.sft is None or self.data.block_origin == "document",
+            f"data.block_origin ({self.data.block_origin}) must be document for schedule.stages.{name}.sft: a server "
+            "counts the blocks of a chat from its beginning.",
+        )
 
     def layout_of(self, stage: StageConfig) -> ParallelConfig:
         """The parallel layout in which a stage runs."""

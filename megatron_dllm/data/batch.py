@@ -59,8 +59,10 @@ class Batch:
         target_ids: [T] int64, the token to be predicted there.
         target_t: [T] fp32, noise level of the target's block (0 in AR).
         loss_weights: [T] fp32, e.g. 1/t for the ELBO.
+        is_fill: [T] bool, whether the target is an end-of-text token behind an answer (see `data.noisy_blocks`).
         num_maskable: [] int64, tokens that could have carried a loss: the denominator.
-        num_document_tokens: [] int64, tokens of the corpus consumed (each once, whatever its copies).
+        num_answers: [] int64, answers that could have carried a loss, once for each view; of text, its segments.
+        num_document_tokens: [] int64, tokens of the corpus consumed, and of the fill (each once, whatever its copies).
         num_forward_tokens: [] int64, tokens the model sees, padding not counted.
     """
 
@@ -75,7 +77,9 @@ class Batch:
     target_ids: Tensor = field(metadata=_TARGET | _DIGESTED)
     target_t: Tensor = field(metadata=_TARGET | _DIGESTED)
     loss_weights: Tensor = field(metadata=_TARGET | _DIGESTED)
+    is_fill: Tensor = field(metadata=_TARGET)
     num_maskable: Tensor = field(metadata=_TOTAL)
+    num_answers: Tensor = field(metadata=_TOTAL)
     num_document_tokens: Tensor = field(metadata=_TOTAL)
     num_forward_tokens: Tensor = field(metadata=_TOTAL)
 
@@ -91,7 +95,7 @@ class Batch:
 
     @property
     def target_views(self) -> Tensor:
-        """[T] int64, the view each target lies in: 1..K, or 0 in AR."""
+        """[T] int64, the view each target lies in: 1..K, beyond that for further copies of a block, or 0 in AR."""
         return self._target_roles[:, VIEW].long()
 
     @property

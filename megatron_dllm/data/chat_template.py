@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 
 from megatron_dllm.data.chat import Chat, Message
 from megatron_dllm.data.reading import BadDocumentError
-from megatron_dllm.data.spans import MASKABLE
+from megatron_dllm.data.spans import FIXED, MASKABLE
 from megatron_dllm.data.tokenizer import load_tokenizer
 from megatron_dllm.hf.tokenizer_folder import MASK_TEXTS, RESERVED_MASK_IDS, TokenizerFiles, chat_template
 
@@ -180,10 +180,13 @@ class ChatTemplate:
         return self._encode(full[: parts[-1][1]], len(prompt), parts, where)
 
     def _encode(self, text: str, prompt: int, parts: list[tuple[int, int]], where: str) -> ChatDocument:
-        ids, done, spans = self._ids(text[:prompt]), prompt, []
+        ids, done = self._ids(text[:prompt]), prompt
+        spans: list[tuple[int, int, int]] = []
         for start, stop in parts:
             ids = ids if start == done else self._extend(ids, text, done, start)
             first, ids, done = len(ids), self._extend(ids, text, start, stop), stop
+            if spans and spans[-1][1] < first < len(ids):
+                spans.append((spans[-1][1], first, FIXED))  # the answer goes on behind what is fixed
             if first < len(ids):
                 spans.append((first, len(ids), MASKABLE))
         if not spans:

@@ -12,6 +12,7 @@ from rich.text import Text
 from megatron_dllm.data.chat_encoding import ChatEncoder, ChatEncoding
 from megatron_dllm.data.chat_template import ChatDocument
 from megatron_dllm.data.reading import BadDocumentError, read_batches
+from megatron_dllm.data.spans import FIXED
 
 _PROMPT, _SUPERVISED, _BAD = "dim", "bold green", "red"
 
@@ -53,7 +54,7 @@ def _chats(files: list[Path], encoder: ChatEncoder) -> Iterator[tuple[str, list[
 def _coloured(document: ChatDocument, encoder: ChatEncoder) -> Text:
     """A document as text; brackets mark what is supervised where there are no colours."""
     text, done = Text(), 0
-    for start, stop, _ in document.spans:
+    for start, stop in [(start, stop) for start, stop, kind in document.spans if kind != FIXED]:
         text.append(encoder.decode(document.ids[done:start]), _PROMPT)
         text.append(f"[{encoder.decode(document.ids[start:stop])}]", _SUPERVISED)
         done = stop

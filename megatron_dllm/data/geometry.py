@@ -1,15 +1,6 @@
-"""The geometry of a row in one stage: how its tokens are cut into blocks, and what a segment costs.
+"""The geometry of a row in one stage: how its tokens are cut into blocks, and which copies of them it holds.
 
-A segment of n tokens takes `num_views` noisy copies, and a clean copy of the tokens that some
-later block reads: all but its last block. A segment of one block has no clean copy, so block_size equal
-to context_length is MDLM. An AR segment is its n clean tokens.
-
-Where spans say which tokens may carry a loss, a segment costs less: noisy copies of the blocks that hold such
-a token, and a clean copy of what stands before the last of these blocks. A prompt of 1000 tokens and an
-answer of 216 in blocks of 32 cost 224 + 1184 = 1408 tokens with one view, not 1216 + 1184 = 2400:
-
-    noisy   blocks 31..37, tokens 992..1215: the answer begins inside block 31
-    clean   blocks 0..36,  tokens 0..1183
+What a segment costs under a geometry is computed in `data.costs`.
 """
 
 from __future__ import annotations
@@ -22,7 +13,7 @@ from numpy.typing import NDArray
 from megatron_dllm.config import DataConfig, ScheduleConfig, StageConfig
 from megatron_dllm.config.data import BLOCK_ORIGINS
 from megatron_dllm.config.schedule import OBJECTIVES
-from megatron_dllm.data.spans import START, STOP, Spans
+from megatron_dllm.config.sft import FILLS, TURN_BOUNDARIES
 
 IntArray = NDArray[np.int64]
 
@@ -42,6 +33,9 @@ class RowGeometry:
         prune_clean: whether copies of blocks that no loss needs are left out: of a noisy block without a token that
             may carry one, and of a clean block that no later block of its document with such a token reads.
         shift: whether position i predicts token i + 1; None: what the objective does.
+        fill: "eos" puts trained end-of-text tokens between the end of a turn and the end of its block, see
+            `data.noisy_blocks`; "none" nothing. It concerns sources with spans alone, as turn_boundary does.
+        turn_boundary: what a turn that ends in mid-block sees behind it, see `data.noisy_blocks`.
     """
 
     objective: str
@@ -52,11 +46,15 @@ class RowGeometry:
     block_origin: str = "document"
     prune_clean: bool = True
     shift: bool | None = None
+    fill: str = "none"
+    turn_boundary: str = "all"
 
     def __post_init__(self) -> None:
         # The configuration has refused these; that a validation's rows are long enough shows only here.
         assert self.objective in OBJECTIVES, f"objective ({self.objective}) is not known"
         assert self.block_origin in BLOCK_ORIGINS, f"block_origin ({self.block_origin}) is not known"
+        assert self.fill in FILLS, f"fill ({self.fill}) is not known"
+        assert self.turn_boundary in TURN_BOUNDARIES, f"turn_boundary ({self.turn_boundary}) is not known"
         for name in ("block_size", "context_length", "row_length"):
             assert getattr(self, name) >= 1, f"{name} ({getattr(self, name)}) must be positive"
         is_noisy = self.objective == "block_diffusion"
@@ -64,8 +62,12 @@ class RowGeometry:
             f"num_views ({self.num_views}) must be 0 for ar and positive for block_diffusion"
         )
         assert self.shift in (None, self.objective == "ar"), f"shift ({self.shift}) with objective {self.objective}"
+        has_turns = (self.fill, self.turn_boundary) != ("none", "all")
+        assert not has_turns or (is_noisy and self.block_origin == "document"), (
+            f"fill ({self.fill}) and turn_boundary ({self.turn_boundary}) need block_diffusion on the document's grid"
+        )
         longest = np.array([self.context_length])
-        needed = int(forward_tokens(self, longest, np.zeros(1, dtype=np.int64))[0])
+        needed = self.num_views * self.context_length + int(clean_lengths(self, longest, np.zeros_like(longest))[0])
         if self.row_length < needed:
             raise ValueError(
                 f"row_length ({self.row_length}) must hold the longest segment: context_length "
@@ -85,7 +87,20 @@ class RowGeometry:
             block_origin=data.block_origin,
             prune_clean=data.prune_clean,
             shift=stage.shift,
+            fill="none" if stage.sft is None else stage.sft.fill,
+            turn_boundary="all" if stage.sft is None else stage.sft.turn_boundary,
         )
+
+    def grid_starts(self, starts: IntArray) -> IntArray:
+        """Where the block grid stands at the first token of segments.
+
+        Args:
+            starts: [p] document tokens before each segment in its row.
+
+        Returns:
+            [p] int64 tokens of the grid before each segment: its token i lies in block (this + i) // block_size.
+        """
+        return starts if self.block_origin == "row" else np.zeros_like(starts)
 
 
 def row_starts(lengths: IntArray) -> IntArray:
@@ -93,51 +108,7 @@ def row_starts(lengths: IntArray) -> IntArray:
     return np.cumsum(lengths) - lengths
 
 
-def forward_tokens(geometry: RowGeometry, lengths: IntArray, starts: IntArray, spans: Spans | None = None) -> IntArray:
-    """Tokens that segments take in their row.
-
-    Args:
-        geometry: of the row.
-        lengths: [p] tokens of the segments, each at least 1.
-        starts: [p] document tokens before each segment in its row; they matter only for the row grid.
-        spans: of the segments; None: every token may carry a loss.
-
-    Returns:
-        [p] int64.
-    """
-    if spans is None or geometry.objective == "ar" or not geometry.prune_clean:
-        return geometry.num_views * lengths + _clean_lengths(geometry, lengths, starts)
-    noisy, clean = _needed_lengths(geometry, lengths, starts, spans.maskable())
-    return geometry.num_views * noisy + clean
-
-
-def segment_costs(geometry: RowGeometry, lengths: IntArray, spans: Spans | None = None) -> IntArray:
-    """Tokens that segments take in a row; under the row grid the most they can take, wherever they stand.
-
-    Args:
-        geometry: of the row.
-        lengths: [p] tokens of the segments, each at least 1.
-        spans: of the segments; None: every token may carry a loss.
-
-    Returns:
-        [p] int64.
-    """
-    if geometry.objective == "ar" or geometry.block_origin == "document":
-        return forward_tokens(geometry, lengths, np.zeros_like(lengths), spans)
-    if not geometry.prune_clean:
-        return geometry.num_views * lengths + np.where(lengths > 1, lengths, 0)
-    # In the worst place a block ends right before the last token that may carry a loss.
-    if spans is None:
-        return geometry.num_views * lengths + lengths - 1
-    spans, owner = spans.maskable(), spans.maskable().owner
-    widest = spans.table[:, STOP] - spans.table[:, START] + 2 * (geometry.block_size - 1)
-    noisy = np.minimum(_sums(owner, widest, len(lengths)), lengths)
-    last = np.zeros_like(lengths)
-    np.maximum.at(last, owner, spans.table[:, STOP] - 1)
-    return geometry.num_views * noisy + last
-
-
-def _clean_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) -> IntArray:
+def clean_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) -> IntArray:
     """Clean tokens of segments in which every token may carry a loss.
 
     Args:
@@ -147,55 +118,7 @@ def _clean_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) -
     """
     if geometry.objective == "ar":
         return lengths
-    first = starts % geometry.block_size if geometry.block_origin == "row" else 0
+    first = geometry.grid_starts(starts) % geometry.block_size
     last_block = (first + lengths - 1) % geometry.block_size + 1
     kept = lengths - last_block if geometry.prune_clean else lengths
     return np.where(last_block >= lengths, 0, kept)
-
-
-def _needed_lengths(
-    geometry: RowGeometry, lengths: IntArray, starts: IntArray, spans: Spans
-) -> tuple[IntArray, IntArray]:
-    """Tokens of a noisy view and of the clean copy, where only some tokens may carry a loss.
-
-    Args:
-        geometry: of the row.
-        lengths: [p] tokens of the segments.
-        starts: [p] document tokens before each segment in its row.
-        spans: maskable spans of the segments.
-
-    Returns:
-        [p] and [p] int64.
-    """
-    size, owner = geometry.block_size, spans.owner
-    before = starts % size if geometry.block_origin == "row" else np.zeros_like(lengths)  # tokens of the first block
-    shift = before[owner]
-    # 1 each span's first and last block: with size 4, tokens 6..9 lie in blocks 1..2
-    first, last = (spans.table[:, START] + shift) // size, (spans.table[:, STOP] - 1 + shift) // size
-    # 2 a block that holds the end of one span and the beginning of the next counts once, for the former
-    counted = np.full(len(last), -1)
-    counted[1:] = np.where(owner[1:] == owner[:-1], last[:-1], -1)
-    first = np.maximum(first, counted + 1)
-    # 3 the tokens of these blocks that lie in the segment
-    begin = np.maximum(first * size - shift, 0)
-    noisy = _sums(owner, np.maximum(np.minimum((last + 1) * size - shift, lengths[owner]) - begin, 0), len(lengths))
-    # 4 clean: what stands before the last of these blocks
-    clean = np.zeros_like(lengths)
-    np.maximum.at(clean, owner, last * size - shift)
-    return noisy, clean
-
-
-def _sums(owner: IntArray, values: IntArray, num_segments: int) -> IntArray:
-    """Sums by segment.
-
-    Args:
-        owner: [k] int64 the segment of each value.
-        values: [k] int64.
-        num_segments: p.
-
-    Returns:
-        [p] int64.
-    """
-    sums = np.zeros(num_segments, dtype=np.int64)
-    np.add.at(sums, owner, values)
-    return sums

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_dllm.data.batch import Batch, collate
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.packing import LENGTH, RowPlan, RowStream, row_forward_tokens
-from megatron_dllm.data.row import Row, RowContent, build_row
+from megatron_dllm.data.packing import LENGTH, RowPlan, RowStream, row_document_tokens, row_forward_tokens
+from megatron_dllm.data.row import Row, build_row
+from megatron_dllm.data.row_tokens import RowContent
 from megatron_dllm.data.source import Source, check_fills_a_row
 from megatron_dllm.data.spans import segment_spans
 from megatron_dllm.diffusion.noise import NoiseSpec
@@ -36,6 +37,7 @@ class RowDataset(Dataset[Row]):
         seed: of the noise.
         mask_token_id: replaces masked tokens.
         pad_token_id: fills rows.
+        eos_token_id: fills the last blocks of turns; needed where the geometry asks for it.
     """
 
     source: Source
@@ -44,6 +46,7 @@ class RowDataset(Dataset[Row]):
     seed: int
     mask_token_id: int
     pad_token_id: int
+    eos_token_id: int | None = None
 
     def __post_init__(self) -> None:
         check_fills_a_row(self.source, self.geometry)
@@ -53,11 +56,10 @@ class RowDataset(Dataset[Row]):
         segments = plan.segments.tolist()
         tokens = [self.source.read(document, offset, length) for document, offset, length, _ in segments]
         sample_ids = [self.source.sample_id(document, offset) for document, offset, _, _ in segments]
-        spans = segment_spans(self.source.spans, plan.segments)
         content = RowContent(
             clean_ids=np.concatenate([np.zeros(0, np.int64), *tokens]),
             sample_ids=np.array(sample_ids, dtype=np.int64),
-            kinds=None if spans is None else spans.kinds(plan.segments[:, LENGTH]),
+            spans=segment_spans(self.source.spans, plan.segments),
         )
         return build_row(
             plan,
@@ -67,6 +69,7 @@ class RowDataset(Dataset[Row]):
             seed=self.seed,
             mask_token_id=self.mask_token_id,
             pad_token_id=self.pad_token_id,
+            eos_token_id=self.eos_token_id,
         )
 
 
@@ -155,13 +158,15 @@ class BatchLoader:
             num_rows = self._global_batch_size if rows_left is None else min(rows_left, self._global_batch_size)
             rows = [stream.next(self._dataset.geometry) for _ in range(num_rows)]
             rows += [padding] * (self._global_batch_size - num_rows)
-            document_tokens = sum(int(row.segments[:, LENGTH].sum()) for row in rows)
-            planned.append((stream.state_dict(), document_tokens, sum(map(self._forward_tokens, rows))))
+            counts = np.array([self._count(row) for row in rows])
+            planned.append((stream.state_dict(), *counts.sum(axis=0).tolist()))
             for index in range(self._num_micro_batches):
                 first = (index * self._size + self._rank) * self._micro_batch_size
                 yield rows[first : first + self._micro_batch_size]
             rows_left = None if rows_left is None else rows_left - num_rows
 
-    def _forward_tokens(self, plan: RowPlan) -> int:
+    def _count(self, plan: RowPlan) -> tuple[int, int]:
+        """Document tokens and forward tokens of a row."""
+        lengths, geometry = plan.segments[:, LENGTH], self._dataset.geometry
         spans = segment_spans(self._dataset.source.spans, plan.segments)
-        return row_forward_tokens(self._dataset.geometry, plan.segments[:, LENGTH], spans)
+        return row_document_tokens(geometry, lengths, spans), row_forward_tokens(geometry, lengths, spans)

@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.data.geometry import RowGeometry, forward_tokens, row_starts, segment_costs
+from megatron_dllm.data.costs import document_tokens, forward_tokens, segment_costs
+from megatron_dllm.data.geometry import RowGeometry, row_starts
 from megatron_dllm.data.shuffle import KeyedPermutation
 from megatron_dllm.data.spans import Spans, segment_spans
 
@@ -70,6 +71,19 @@ def split_segments(segments: Segments, context_length: int) -> Segments:
     parts[:, OFFSET] = np.maximum(cuts, np.repeat(starts, num_parts))
     parts[:, LENGTH] = np.minimum(cuts + context_length, np.repeat(ends, num_parts)) - parts[:, OFFSET]
     return parts
+
+
+def trainable_segments(segments: Segments, context_length: int, spans: Spans | None) -> Segments:
+    """[q, 4] parts of segments that fit the context, those left out that hold no token with a loss.
+
+    Args:
+        segments: [p, 4] segments of any length.
+        context_length: longest segment allowed.
+        spans: of all documents of the source; None: plain text.
+    """
+    parts = split_segments(segments, context_length)
+    of_parts = segment_spans(spans, parts)
+    return parts if of_parts is None else parts[np.diff(of_parts.maskable().bounds) > 0]
 
 
 def assign_rows(geometry: RowGeometry, lengths: NDArray[np.int64], spans: Spans | None = None) -> NDArray[np.int64]:
@@ -211,9 +225,9 @@ class RowStream:
         if self._planned is None or self._planned[0] != geometry:
             segments = self._chunk_segments(self._context_length_at_start(geometry))
             for earlier, num_rows in self._emitted:
-                segments = self._cut(segments, earlier.context_length)
+                segments = trainable_segments(segments, earlier.context_length, self._spans)
                 segments = segments[self._rows(segments, earlier) >= num_rows]
-            segments = self._cut(segments, geometry.context_length)
+            segments = trainable_segments(segments, geometry.context_length, self._spans)
             rows = self._rows(segments, geometry)
             order = np.argsort(rows, kind="stable")
             plans = np.split(segments[order], np.cumsum(np.bincount(rows))[:-1]) if len(rows) else []
@@ -233,15 +247,9 @@ class RowStream:
         whole = whole[whole[:, LENGTH] > 0]
         if self._spans is not None:
             self._spans.take(whole[:, DOCUMENT]).check(whole[:, DOCUMENT], whole[:, LENGTH])
-        segments = self._cut(whole, context_length)
+        segments = trainable_segments(whole, context_length, self._spans)
         segments[:, ORDINAL] = self._num_segments_before + np.arange(len(segments))
         return segments
-
-    def _cut(self, segments: Segments, context_length: int) -> Segments:
-        """[q, 4] parts of segments that fit the context, those left out that hold no token with a loss."""
-        parts = split_segments(segments, context_length)
-        spans = segment_spans(self._spans, parts)
-        return parts if spans is None else parts[np.diff(spans.maskable().bounds) > 0]
 
     def _rows(self, segments: Segments, geometry: RowGeometry) -> NDArray[np.int64]:
         return assign_rows(geometry, segments[:, LENGTH], segment_spans(self._spans, segments))
@@ -277,6 +285,17 @@ def row_forward_tokens(
     return int(forward_tokens(geometry, lengths, row_starts(lengths), spans).sum())
 
 
+def row_document_tokens(geometry: RowGeometry, lengths: NDArray[np.int64], spans: Spans | None = None) -> int:
+    """Tokens of a row that progress counts: those of its segments, and of the fill, each once.
+
+    Args:
+        geometry: of the row.
+        lengths: [p] tokens of the segments, in row order.
+        spans: of the segments; None: every token may carry a loss.
+    """
+    return int(document_tokens(geometry, lengths, spans).sum())
+
+
 def estimate_fill(
     document_lengths: NDArray[Any],
     geometry: RowGeometry,
@@ -298,14 +317,15 @@ def estimate_fill(
     """
     documents = min(len(document_lengths), num_chunks * chunk)
     stream = RowStream(document_lengths, seed, chunk, spans=spans)
-    document_tokens = num_forward = num_rows = 0
+    num_document = num_forward = num_rows = 0
     while True:
         plan = stream.next(geometry)
         state = stream.state_dict()
         if num_rows and (state["epoch"] > 0 or state["chunk_index"] * chunk >= documents):
             break
-        document_tokens += int(plan.segments[:, LENGTH].sum())
-        num_forward += row_forward_tokens(geometry, plan.segments[:, LENGTH], segment_spans(spans, plan.segments))
+        lengths, of_segments = plan.segments[:, LENGTH], segment_spans(spans, plan.segments)
+        num_document += row_document_tokens(geometry, lengths, of_segments)
+        num_forward += row_forward_tokens(geometry, lengths, of_segments)
         num_rows += 1
     padding = geometry.row_length - num_forward / num_rows
-    return RowFill(document_tokens / num_rows, num_forward / num_rows, padding)
+    return RowFill(num_document / num_rows, num_forward / num_rows, padding)

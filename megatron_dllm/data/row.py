@@ -7,7 +7,8 @@ clean tokens that some later block reads:
 
 so that a query's visible keys are at most two intervals of the row. An AR segment is its clean tokens.
 Where not every token may carry a loss, noisy blocks without such a token are left out, and the clean
-copy ends before the last block that has one: no target reads what is missing.
+copy ends before the last block that has one: no target reads what is missing. Of K views, further noisy copies of a
+block have the views K + 1 to 2 K, 2 K + 1 to 3 K, ... (see `data.noisy_blocks`), and stand before the clean copy too.
 Padding stands at the end of the row: document -1, the pad token, position 0.
 """
 
@@ -18,16 +19,20 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.data.geometry import RowGeometry, row_starts
-from megatron_dllm.data.packing import LENGTH, ORDINAL, RowPlan
-from megatron_dllm.data.shuffle import mix_key
-from megatron_dllm.data.spans import MASKABLE, MASKED
-from megatron_dllm.diffusion.noise import NoiseSpec, sample_noise
+from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.packing import LENGTH, RowPlan
+from megatron_dllm.data.row_noise import RowNoise, draw_row_noise, row_key
+from megatron_dllm.data.row_tokens import CopyTokens, NoisyTokens, RowContent, RowTokens, collect_tokens
+from megatron_dllm.data.spans import MASKABLE
+from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.diffusion.roles import PADDING_DOC
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+
+# Behind every noisy view, where the clean copy stands.
+_LAST_VIEW = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -48,39 +53,11 @@ class Row:
     target_ids: IntArray
     target_t: FloatArray
     loss_weights: FloatArray
+    is_fill: BoolArray
     num_maskable: int
+    num_answers: int
     num_document_tokens: int
     num_forward_tokens: int
-
-
-@dataclass(frozen=True)
-class RowContent:
-    """The tokens of a row's segments, joined.
-
-    Attributes:
-        clean_ids: [n] int64 tokens of all segments, one segment after the other.
-        sample_ids: [p] int64 sample id of each segment: the corpus position of its first token.
-        kinds: [n] uint8 what each token is, see `data.spans`; None: all are maskable.
-    """
-
-    clean_ids: IntArray
-    sample_ids: IntArray
-    kinds: NDArray[np.uint8] | None = None
-
-
-@dataclass(frozen=True)
-class RowNoise:
-    """The noise of a row's document tokens in every view; row 0 is the clean view, where nothing is masked.
-
-    Attributes:
-        is_masked: [k + 1, n] bool tokens that are masked and carry a loss.
-        loss_weights: [k + 1, n] fp32 weights of these.
-        t: [k + 1, n] fp32 noise levels.
-    """
-
-    is_masked: BoolArray
-    loss_weights: FloatArray
-    t: FloatArray
 
 
 def build_row(
@@ -92,6 +69,7 @@ def build_row(
     seed: int,
     mask_token_id: int,
     pad_token_id: int,
+    eos_token_id: int | None = None,
 ) -> Row:
     """Draw a row's noise and lay it out.
 
@@ -103,40 +81,19 @@ def build_row(
         seed: of the noise.
         mask_token_id: replaces masked tokens.
         pad_token_id: fills the rest of the row.
+        eos_token_id: fills the last blocks of turns; needed where the geometry asks for it.
     """
     num_noise_views = 0 if noise is None else noise.num_views
     assert num_noise_views == geometry.num_views, f"noise of {num_noise_views} views, rows of {geometry.num_views}"
-    drawn = None if noise is None else draw_row_noise(plan, content, geometry, noise, seed)
-    return lay_out_row(plan, content, geometry, drawn, mask_token_id=mask_token_id, pad_token_id=pad_token_id)
-
-
-def draw_row_noise(plan: RowPlan, content: RowContent, geometry: RowGeometry, noise: NoiseSpec, seed: int) -> RowNoise:
-    """The noise of every segment, joined; each segment has its own, whatever lies beside it."""
-    tokens = _SegmentTokens.of(plan, content, geometry)
-    shape = (noise.num_views + 1, len(content.clean_ids))
-    drawn = RowNoise(np.zeros(shape, np.bool_), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-    for segment, (start, length) in enumerate(zip(tokens.starts.tolist(), tokens.lengths.tolist(), strict=True)):
-        span = slice(start, start + length)
-        block_ids = tokens.block_ids[span]
-        segment_noise = sample_noise(
-            noise,
-            seed=seed,
-            epoch=plan.epoch,
-            sample_id=int(content.sample_ids[segment]),
-            ordinal=int(plan.segments[segment, ORDINAL]),
-            row_key=_row_key(plan, content),
-            block_ids=block_ids - block_ids[0],
-            loss_mask=tokens.is_maskable[span],
-        )
-        drawn.is_masked[1:, span] = segment_noise.is_masked
-        drawn.loss_weights[1:, span] = segment_noise.loss_weights
-        drawn.t[1:, span] = segment_noise.t
-    return drawn
+    tokens = collect_tokens(content, plan.segments[:, LENGTH], geometry, eos_token_id)
+    drawn = None if noise is None else draw_row_noise(plan, content, tokens.noisy, noise, seed)
+    return lay_out_row(plan, content, tokens, geometry, drawn, mask_token_id=mask_token_id, pad_token_id=pad_token_id)
 
 
 def lay_out_row(
     plan: RowPlan,
     content: RowContent,
+    tokens: RowTokens,
     geometry: RowGeometry,
     noise: RowNoise | None,
     *,
@@ -147,7 +104,8 @@ def lay_out_row(
 
     Args:
         plan: segments of the row.
-        content: their tokens.
+        content: of the row.
+        tokens: of its copies.
         geometry: of the row.
         noise: which tokens of which view are masked; None for AR.
         mask_token_id: replaces masked tokens.
@@ -156,25 +114,28 @@ def lay_out_row(
     Returns:
         The row. A position of a noisy view predicts its own token; in AR position i predicts token i + 1.
     """
-    tokens = _SegmentTokens.of(plan, content, geometry)
-    source, view = _slots(tokens, geometry)
-    num_forward, length = len(source), geometry.row_length
+    slots = _slots(tokens, geometry)
+    num_forward, length = len(slots.token), geometry.row_length
     assert num_forward <= length, f"segments of {num_forward} tokens in a row of {length}"
-    targets = _next_tokens(tokens, content) if noise is None else _masked_tokens(tokens, content, noise, source, view)
     is_masked = np.zeros(num_forward, np.bool_)
-    if noise is not None:
-        is_masked = noise.is_masked[view, source] | (tokens.is_hidden[source] & (view > 0))
+    if noise is None:
+        kinds = None if content.spans is None else content.spans.kinds(plan.segments[:, LENGTH])
+        targets = _next_tokens(tokens.clean, kinds)
+    else:
+        targets = _masked_tokens(tokens.noisy, noise, slots, geometry.num_views)
+        is_masked[slots.is_noisy] = tokens.noisy.is_hidden[slots.token[slots.is_noisy]]
+        is_masked[targets.positions] = True
     return Row(
         sample_ids=content.sample_ids,
         num_segments=np.array([len(content.sample_ids)], dtype=np.int64),
-        row_keys=np.array([_row_key(plan, content)], dtype=np.int64),
-        input_ids=_padded(np.where(is_masked, mask_token_id, content.clean_ids[source]), length, pad_token_id),
-        position_ids=_padded(tokens.position_ids[source], length, 0),
+        row_keys=np.array([row_key(plan, content)], dtype=np.int64),
+        input_ids=_padded(np.where(is_masked, mask_token_id, slots.take(tokens, "ids")), length, pad_token_id),
+        position_ids=_padded(slots.take(tokens, "position_ids"), length, 0),
         roles=np.stack(
             [
-                _padded(tokens.doc_ids[source], length, PADDING_DOC),
-                _padded(tokens.block_ids[source], length, 0),
-                _padded(view, length, 0),
+                _padded(slots.take(tokens, "segments"), length, PADDING_DOC),
+                _padded(slots.take(tokens, "block_ids"), length, 0),
+                _padded(slots.role_view, length, 0),
             ],
             axis=-1,
         ).astype(np.int32),
@@ -183,71 +144,49 @@ def lay_out_row(
         target_ids=targets.ids,
         target_t=targets.t,
         loss_weights=targets.weights,
+        is_fill=targets.is_fill,
         num_maskable=targets.num_maskable,
-        num_document_tokens=len(content.clean_ids),
+        num_answers=targets.num_answers,
+        num_document_tokens=tokens.num_document_tokens,
         num_forward_tokens=num_forward,
     )
 
 
 @dataclass(frozen=True)
 class _Targets:
-    """Per target ([T]): its slot in the row, token, weight and noise level; and what could have been one."""
+    """Per target ([T]): its slot, token, weight, noise level and whether it is fill; and what could have been one."""
 
     positions: IntArray
     ids: IntArray
     weights: FloatArray
     t: FloatArray
+    is_fill: BoolArray
     num_maskable: int
+    num_answers: int
 
 
 @dataclass(frozen=True)
-class _SegmentTokens:
-    """Per document token of a row ([n], each token once), and per segment ([p]).
+class _Slots:
+    """Per slot of the row, padding apart ([f]): which of the noisy or clean tokens stands there, and in which view.
 
-    `is_noisy` and `is_clean` say which tokens a noisy view and the clean copy hold; `is_hidden` ones show the mask
-    token in every noisy view without being a target.
+    Attributes:
+        token: [f] index into the noisy tokens, or the clean ones where `view` is 0.
+        view: [f] whose noise the token shows; 0 in clean copies.
+        role_view: [f] the view of its role: another one for each copy of a block.
+        is_noisy: [f] whether it is a noisy token.
     """
 
-    lengths: IntArray
-    starts: IntArray
-    doc_ids: IntArray
-    position_ids: IntArray
-    block_ids: IntArray
-    is_maskable: BoolArray
-    is_hidden: BoolArray
+    token: IntArray
+    view: IntArray
+    role_view: IntArray
     is_noisy: BoolArray
-    is_clean: BoolArray
 
-    @classmethod
-    def of(cls, plan: RowPlan, content: RowContent, geometry: RowGeometry) -> _SegmentTokens:
-        lengths = plan.segments[:, LENGTH]
-        starts = row_starts(lengths)
-        num_tokens = len(content.clean_ids)
-        assert num_tokens == lengths.sum(), f"{num_tokens} tokens for segments of {lengths.sum()}"
-        doc_ids = np.repeat(np.arange(len(lengths)), lengths)
-        index = np.arange(num_tokens)
-        position_ids = index - starts[doc_ids]
-        if geometry.objective == "ar":
-            block_ids = position_ids
-        else:
-            block_ids = (index if geometry.block_origin == "row" else position_ids) // geometry.block_size
-        kinds = np.full(num_tokens, MASKABLE, np.uint8) if content.kinds is None else content.kinds
-        is_noisy, is_clean = _needed_copies(doc_ids, block_ids, kinds == MASKABLE, geometry)
-        return cls(
-            lengths=lengths,
-            starts=starts,
-            doc_ids=doc_ids,
-            position_ids=position_ids,
-            block_ids=block_ids,
-            is_maskable=kinds == MASKABLE,
-            is_hidden=kinds == MASKED,
-            is_noisy=is_noisy,
-            is_clean=is_clean,
-        )
-
-
-def _row_key(plan: RowPlan, content: RowContent) -> int:
-    return mix_key(plan.epoch, int(content.sample_ids[0])) if len(content.sample_ids) else 0
+    def take(self, tokens: RowTokens, name: str) -> IntArray:
+        """[f] int64 a field of the tokens that stand in the slots."""
+        values = np.zeros(len(self.token), np.int64)
+        for is_mine, copy in ((self.is_noisy, tokens.noisy), (~self.is_noisy, tokens.clean)):
+            values[is_mine] = getattr(copy, name)[self.token[is_mine]]
+        return values
 
 
 def _padded(values: IntArray, length: int, fill: int) -> IntArray:
@@ -256,76 +195,55 @@ def _padded(values: IntArray, length: int, fill: int) -> IntArray:
     return padded
 
 
-def _needed_copies(
-    doc_ids: IntArray, block_ids: IntArray, is_maskable: BoolArray, geometry: RowGeometry
-) -> tuple[BoolArray, BoolArray]:
-    """Which tokens the noisy views and the clean copy must hold.
+def _slots(tokens: RowTokens, geometry: RowGeometry) -> _Slots:
+    """Where the tokens stand: document by document, view by view, the clean copy last."""
+    noisy, clean, num_views = tokens.noisy, tokens.clean, geometry.num_views
+    num_noisy, num_clean = len(noisy.ids), len(clean.ids)
+    token = np.concatenate([np.tile(np.arange(num_noisy), num_views), np.arange(num_clean)])
+    view = np.repeat([*range(1, num_views + 1), 0], [*[num_noisy] * num_views, num_clean])
+    copies = np.concatenate([np.tile(noisy.copies, num_views), np.zeros(num_clean, np.int64)])
+    # Every copy of a block has a view of its own, so that none of them sees another.
+    role_view = view + num_views * copies
+    segments = np.concatenate([np.tile(noisy.segments, num_views), clean.segments])
+    # Stable: what shares segment and view stays in its order, which is that of the blocks.
+    order = np.lexsort((np.where(view > 0, role_view, _LAST_VIEW), segments))
+    return _Slots(token[order], view[order], role_view[order], view[order] > 0)
+
+
+def _next_tokens(clean: CopyTokens, kinds: NDArray[np.uint8] | None) -> _Targets:
+    """AR: every token predicts its successor in the segment, where that one may carry a loss.
 
     Args:
-        doc_ids: [n] int64 segment of each token.
-        block_ids: [n] int64 its block.
-        is_maskable: [n] bool whether it may carry a loss.
-        geometry: of the row.
-
-    Returns:
-        [n] bool and [n] bool. They agree with `geometry.forward_tokens`, which knows spans alone.
+        clean: tokens of the row.
+        kinds: [n] what each token is, see `data.spans`; None: all are maskable.
     """
-    everything = np.ones(len(doc_ids), np.bool_)
-    if geometry.objective == "ar" or not len(doc_ids):
-        return ~everything, everything
-    # 1 number the blocks of the row: a block ends where the document or the block changes
-    is_first = np.append(True, (np.diff(doc_ids) != 0) | (np.diff(block_ids) != 0))
-    block = np.cumsum(is_first) - 1
-    # 2 a noisy block needs a token that may carry a loss
-    is_noisy = np.bincount(block, is_maskable)[block] > 0 if geometry.prune_clean else everything
-    # 3 a clean block needs a noisy one behind it in its document
-    last = np.full(int(doc_ids[-1]) + 1, -1)
-    np.maximum.at(last, doc_ids[is_noisy], block[is_noisy])
-    if geometry.prune_clean:
-        return is_noisy, block < last[doc_ids]
-    has_several = np.bincount(doc_ids, is_first) > 1
-    return is_noisy, has_several[doc_ids]
-
-
-def _slots(tokens: _SegmentTokens, geometry: RowGeometry) -> tuple[IntArray, IntArray]:
-    """Which document token stands in each slot of the row ([f] index), and in which view ([f])."""
-    views = [*range(1, geometry.num_views + 1), 0]
-    noisy, clean = np.flatnonzero(tokens.is_noisy), np.flatnonzero(tokens.is_clean)
-    source = np.concatenate([*[noisy] * geometry.num_views, clean])
-    view = np.repeat(views, [*[len(noisy)] * geometry.num_views, len(clean)])
-    # View by view over all documents; a stable sort brings each document's views together, in their order.
-    order = np.argsort(tokens.doc_ids[source], kind="stable")
-    return source[order], view[order]
-
-
-def _next_tokens(tokens: _SegmentTokens, content: RowContent) -> _Targets:
-    """AR: every token predicts its successor in the segment, where that one may carry a loss."""
-    has_successor = tokens.position_ids + 1 < tokens.lengths[tokens.doc_ids]
-    positions = np.flatnonzero(has_successor & np.append(tokens.is_maskable[1:], False))
+    is_next = np.append(clean.segments[1:] == clean.segments[:-1], False)[: len(clean.ids)]
+    if kinds is not None:
+        is_next &= np.append(kinds[1:] == MASKABLE, False)[: len(is_next)]
+    positions = np.flatnonzero(is_next)
     count = len(positions)
     return _Targets(
-        positions, content.clean_ids[positions + 1], np.ones(count, np.float32), np.zeros(count, np.float32), count
+        positions,
+        clean.ids[positions + 1],
+        np.ones(count, np.float32),
+        np.zeros(count, np.float32),
+        np.zeros(count, np.bool_),
+        count,
+        len(np.unique(clean.segments[positions])),
     )
 
 
-def _masked_tokens(
-    tokens: _SegmentTokens, content: RowContent, noise: RowNoise, source: IntArray, view: IntArray
-) -> _Targets:
-    """Block diffusion: every masked token predicts itself.
-
-    Args:
-        tokens: of the row.
-        content: of the row.
-        noise: of the row.
-        source: [f] int64 document token of each slot.
-        view: [f] int64 view of each slot.
-    """
-    positions = np.flatnonzero(noise.is_masked[view, source])
-    of_target = view[positions], source[positions]
+def _masked_tokens(noisy: NoisyTokens, noise: RowNoise, slots: _Slots, num_views: int) -> _Targets:
+    """Block diffusion: every masked token predicts itself."""
+    positions = np.flatnonzero(slots.is_noisy)
+    positions = positions[noise.is_masked[slots.view[positions], slots.token[positions]]]
+    of_target = slots.view[positions], slots.token[positions]
     return _Targets(
         positions,
-        content.clean_ids[source[positions]],
+        noisy.ids[of_target[1]],
         noise.loss_weights[of_target],
         noise.t[of_target],
-        (len(noise.is_masked) - 1) * int(tokens.is_maskable.sum()),
+        noisy.is_fill[of_target[1]],
+        num_views * int(noisy.is_maskable.sum()),
+        num_views * len(np.unique(noisy.turns[noisy.is_maskable])),
     )

@@ -6,7 +6,8 @@ A document is fixed context, except where a span says otherwise:
     MASKABLE  may be masked, and carries a loss where it is
     MASKED    shows the mask token in every noisy view, without a loss; the clean copy holds the real token
 
-A source without spans is plain text: every token is maskable.
+Spans that touch each other are one turn (see `data.noisy_blocks`), so a span of fixed tokens stands between two parts
+of one answer. A source without spans is plain text: every token is maskable.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-FIXED, MASKABLE, MASKED = 0, 1, 2
+FIXED, MASKABLE, MASKED = KINDS = 0, 1, 2
 # Columns of a span; its tokens are START..STOP - 1 of the document.
 START, STOP, KIND = 0, 1, 2
 
@@ -116,14 +117,14 @@ class Spans:
         earliest = np.zeros(len(table), dtype=np.int64)
         earliest[1:] = np.where(owner[1:] == owner[:-1], table[:-1, STOP], 0)
         is_right = (earliest <= table[:, START]) & (table[:, START] < table[:, STOP])
-        is_right &= (table[:, STOP] <= lengths[owner]) & np.isin(table[:, KIND], (MASKABLE, MASKED))
+        is_right &= (table[:, STOP] <= lengths[owner]) & np.isin(table[:, KIND], KINDS)
         if not is_right.all():
             wrong = int(np.argmin(is_right))
             start, stop, kind = (int(value) for value in table[wrong])
             raise ValueError(
                 f"span ({start}, {stop}, kind {kind}) of document {int(documents[owner[wrong]])} "
                 f"({int(lengths[owner[wrong]])} tokens) must lie in the document behind the spans before it, with "
-                f"start < stop and kind {MASKABLE} or {MASKED}; write the spans again."
+                f"start < stop and kind {FIXED}, {MASKABLE} or {MASKED}; write the spans again."
             )
 
     def _keep(self, table: NDArray[np.integer], owner: IntArray, is_kept: NDArray[np.bool_]) -> Spans:

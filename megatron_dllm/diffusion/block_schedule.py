@@ -73,11 +73,12 @@ class BlockSchedule:
     stages: tuple[Stage, ...]
 
     @classmethod
-    def from_config(cls, config: ScheduleConfig) -> BlockSchedule:
+    def from_config(cls, config: ScheduleConfig, epoch_tokens: Mapping[str, int] | None = None) -> BlockSchedule:
         """Lay the configured stages end to end.
 
         Args:
             config: a schedule whose own `validate` has passed.
+            epoch_tokens: document tokens of one pass over the corpus, by stage name; needed for stages in epochs.
 
         Returns:
             The schedule.
@@ -88,8 +89,11 @@ class BlockSchedule:
         stages: list[Stage] = []
         start = 0
         for name, stage in config.stages.items():
-            end = start + stage.num_tokens
-            stages.append(Stage(name, len(stages), replace(stage), start, end))
+            num_tokens = _num_tokens(name, stage, epoch_tokens or {})
+            end = start + num_tokens
+            warmup = stage.lr_warmup_tokens or round(stage.lr_warmup_share * num_tokens)
+            resolved = replace(stage, num_tokens=num_tokens, lr_warmup_tokens=warmup)
+            stages.append(Stage(name, len(stages), resolved, start, end))
             start = end
         if not stages:
             raise ValueError("schedule.stages ({}) must name at least one stage; choose a schedule group.")
@@ -164,20 +168,31 @@ class BlockSchedule:
 
     def _check_rates(self) -> None:
         for stage in self.stages:
-            config, prefix = stage.config, f"schedule.stages.{stage.name}"
-            if not 0 <= config.lr_warmup_tokens < config.num_tokens:
+            warmup, num_tokens = stage.config.lr_warmup_tokens, stage.end - stage.start
+            if not 0 <= warmup < num_tokens:
                 raise ValueError(
-                    f"{prefix}.lr_warmup_tokens ({config.lr_warmup_tokens}) must lie in [0, num_tokens) = "
-                    f"[0, {config.num_tokens}); the warmup ends inside its stage: lower it, or "
+                    f"schedule.stages.{stage.name}.lr_warmup_tokens ({warmup}) must lie in [0, num_tokens) = "
+                    f"[0, {num_tokens}); the warmup ends inside its stage: lower it, or "
                     "lengthen the stage."
                 )
+
+
+def _num_tokens(name: str, stage: StageConfig, epoch_tokens: Mapping[str, int]) -> int:
+    """Document tokens of a stage."""
+    if stage.num_tokens is not None:
+        return stage.num_tokens
+    assert stage.num_epochs is not None and name in epoch_tokens, f"stage {name} needs the tokens of an epoch"
+    return max(1, round(stage.num_epochs * epoch_tokens[name]))
 
 
 def max_batch_tokens(stage: StageConfig, tokens_per_row: int) -> int:
     """The most document tokens that one global batch of a stage can hold.
 
-    That is when every row is full and no document stores a clean copy, as documents of one block do not.
+    That is when every row is full and no document stores a clean copy, as documents of one block do not. The prompts of
+    chats have no noisy copies either.
     """
+    if stage.sft is not None:
+        return stage.global_batch_size * tokens_per_row
     return stage.global_batch_size * (tokens_per_row // max(stage.num_noisy_copies, 1))
 
 
@@ -263,11 +278,14 @@ def _cells(row: StageRow) -> list[str]:
     noise = "-" if config.objective == "ar" else f"{config.t_min:g}..{config.t_max:g}"
     if config.num_noisy_copies > 1:
         noise += f" x{config.num_views} {config.view_relation}"
-    numbers = [f"{value:,}" for value in (config.num_tokens, stage.start, stage.end)]
+    tokens = f"{stage.end - stage.start:,}" + (f" = {config.num_epochs:g} epochs" if config.num_epochs else "")
+    numbers = [tokens, f"{stage.start:,}", f"{stage.end:,}"]
     estimates = ["?" if value is None else f"{value:,}" for value in (row.steps, row.forward_tokens)]
     return [
         stage.name,
-        config.objective + (f" + cap {config.cap.coefficient:g}" if config.cap.coefficient else ""),
+        config.objective
+        + (" + sft" if config.sft is not None else "")
+        + (f" + cap {config.cap.coefficient:g}" if config.cap.coefficient else ""),
         f"{config.block_size}",
         *numbers,
         rate,

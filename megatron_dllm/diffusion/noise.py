@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from megatron_dllm.config import NoiseConfig, StageConfig
 from megatron_dllm.config.data import T_UNITS
 from megatron_dllm.config.schedule import LOSS_WEIGHTS, VIEW_RELATIONS
+from megatron_dllm.config.sft import LOSS_PER
 from megatron_dllm.diffusion.draws import Draws, Purpose
 
 IntArray = NDArray[np.int64]
@@ -50,6 +51,8 @@ class NoiseSpec:
         num_views: noisy views of every segment, K.
         view_relation: of K > 1 views, see the module; an even K is needed for "complementary".
         is_count: draw the number of masked tokens of a block uniformly, not t. See `_count_mask`.
+        fill_weight: what the weight of end-of-text tokens that fill a block is multiplied by.
+        loss_per: "token", or "answer": the weights of an answer's tokens are divided by their number.
     """
 
     t_unit: str
@@ -61,6 +64,8 @@ class NoiseSpec:
     num_views: int
     view_relation: str = "stratified"
     is_count: bool = False
+    fill_weight: float = 1.0
+    loss_per: str = "token"
 
     def __post_init__(self) -> None:
         """Assert what the configuration has refused: a specification that no mask could follow."""
@@ -74,6 +79,7 @@ class NoiseSpec:
         assert not (self.is_complementary and self.num_views % 2), (
             f"num_views ({self.num_views}) must be even for complementary views"
         )
+        assert self.loss_per in LOSS_PER, f"loss_per ({self.loss_per}) is not known"
         assert not self.is_count or self.loss_weight == "elbo", (
             f"loss_weight ({self.loss_weight}) must be elbo with is_count, which measures the ELBO"
         )
@@ -82,6 +88,11 @@ class NoiseSpec:
     def is_complementary(self) -> bool:
         """Whether the views come in pairs with opposite masks."""
         return self.view_relation == "complementary"
+
+    @property
+    def scales_tokens(self) -> bool:
+        """Whether weights depend on more than a token's noise."""
+        return self.fill_weight != 1.0 or self.loss_per != "token"
 
     @classmethod
     def for_stage(cls, noise: NoiseConfig, stage: StageConfig) -> NoiseSpec:
@@ -103,6 +114,8 @@ class NoiseSpec:
             t_max=stage.t_max,
             num_views=stage.num_views,
             view_relation=stage.view_relation,
+            fill_weight=1.0 if stage.sft is None else stage.sft.fill_weight,
+            loss_per="token" if stage.sft is None else stage.sft.loss_per,
         )
 
     @classmethod

@@ -30,7 +30,6 @@ NAMES_OF_FAMILY = {
     "qwen3_moe": "qwen3",
     "sdar_moe": "qwen3",
     "qwen3": "qwen3",
-    "sdar": "qwen3",
 }
 
 

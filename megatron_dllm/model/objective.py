@@ -12,7 +12,7 @@ Losses are sums. The division happens once, by the count of the global batch (se
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -56,6 +56,8 @@ class Objective:
         loss: of a micro-batch and what the model says about its targets; right and finite for 0 targets.
         extra_sums: names of what `loss` puts into `StepSums.extra`, in order.
         level_means: names of what `loss` puts into `StepSums.level_means`, in order.
+        ratios: names of what `loss` puts into `StepSums.ratios`, in order.
+        is_per_answer: whether `loss` is a mean over answers, not over tokens.
         entropy_temperature: what the model is asked for (see `model.head`): the entropy of its predictions at this
             temperature, and their largest probability; None: neither.
     """
@@ -65,7 +67,13 @@ class Objective:
     loss: LossFunction
     extra_sums: tuple[str, ...] = ()
     level_means: tuple[str, ...] = ()
+    ratios: tuple[str, ...] = ()
+    is_per_answer: bool = False
     entropy_temperature: float | None = None
+
+    def count(self, batch: Batch) -> Tensor:
+        """[] int64 what a micro-batch adds to the denominator."""
+        return batch.num_answers if self.is_per_answer else batch.num_maskable
 
 
 def token_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
@@ -88,26 +96,42 @@ def cap_loss(coefficient: float, batch: Batch, outputs: TargetOutputs) -> MicroL
     return MicroLoss(total, batch.num_maskable, sums.with_extra(confidence_loss=confidence).with_level_means(levels))
 
 
+def chat_loss(token_loss: LossFunction, is_per_answer: bool, batch: Batch, outputs: TargetOutputs) -> MicroLoss:
+    """A loss of tokens, with what is logged of chats; `is_per_answer` divides it by the number of answers.
+
+    The weights of an answer's tokens are divided by its length where rows are built (`data.row_noise`).
+    """
+    found = token_loss(batch, outputs)
+    num_targets = found.sums.num_targets
+    sums = found.sums.with_ratios(fill_share=(batch.is_fill.sum(), num_targets))
+    if not is_per_answer:
+        return MicroLoss(found.total, found.count, sums)
+    return MicroLoss(found.total, batch.num_answers, replace(sums, count=batch.num_answers.double()))
+
+
 def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     """The objective that a stage of the configuration names.
 
     Args:
-        stage: its objective, shift, loss weight, range of t, views and confidence.
+        stage: its objective, shift, loss weight, range of t, views, confidence and chats.
         noise: settings that hold for the whole run.
     """
     if stage.objective == AR:
         return Objective(noise=None, shift=stage.is_shifted, loss=token_loss)
-    spec = NoiseSpec.for_stage(noise, stage)
-    if stage.cap.coefficient == 0.0:
-        return Objective(noise=spec, shift=stage.is_shifted, loss=token_loss)
-    return Objective(
-        noise=spec,
-        shift=stage.is_shifted,
-        loss=partial(cap_loss, stage.cap.coefficient),
-        extra_sums=("confidence_loss",),
-        level_means=LEVEL_MEANS,
-        entropy_temperature=stage.cap.temperature,
-    )
+    objective = Objective(noise=NoiseSpec.for_stage(noise, stage), shift=stage.is_shifted, loss=token_loss)
+    if stage.cap.coefficient != 0.0:
+        objective = replace(
+            objective,
+            loss=partial(cap_loss, stage.cap.coefficient),
+            extra_sums=("confidence_loss",),
+            level_means=LEVEL_MEANS,
+            entropy_temperature=stage.cap.temperature,
+        )
+    if stage.sft is None:
+        return objective
+    is_per_answer = stage.sft.loss_per == "answer"
+    loss = partial(chat_loss, objective.loss, is_per_answer)
+    return replace(objective, loss=loss, ratios=("fill_share",), is_per_answer=is_per_answer)
 
 
 def validation_objective(name: str) -> Objective:

@@ -41,8 +41,9 @@ def _local_loss(
     Under context parallelism every rank of the group holds a part of the same rows: the first one alone counts.
     """
     found = loss(batch, outputs)
-    owner = int(is_counting)
-    return found.total, (found.count * owner).int(), replace(found.sums, count=found.sums.count * owner)
+    owner, sums = int(is_counting), found.sums
+    sums = replace(sums, count=sums.count * owner, num_maskable=sums.num_maskable * owner)
+    return found.total, (found.count * owner).int(), sums
 
 
 def _forward_step(
@@ -173,7 +174,7 @@ def run_schedule(
         observe=observe,
         entropy_temperature=objective.entropy_temperature,
     )
-    like = StepSums.zeros(device, objective.extra_sums, objective.level_means)
+    like = StepSums.zeros(device, objective.extra_sums, objective.level_means, objective.ratios)
     flat = torch.zeros_like(like.flatten())
     if parts and groups.tensor.rank() == 0:
         flat += torch.stack([part.flatten() for part in parts]).sum(0)

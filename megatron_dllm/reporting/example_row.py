@@ -53,8 +53,9 @@ def row_of(config: TrainConfig, corpus_prefix: str) -> ExampleRow:
         raise ValueError(f"its rows ({geometry.row_length} tokens) are longer than a picture shows ({_LONGEST_ROW})")
     corpus = Corpus(corpus_prefix, config.model)
     noise = None if stage.objective == "ar" else NoiseSpec.for_stage(config.noise, stage)
+    model = config.model
     dataset = RowDataset(
-        corpus, geometry, noise, config.run.seed, config.model.mask_token_id, config.model.pad_token_id
+        corpus, geometry, noise, config.run.seed, model.mask_token_id, model.pad_token_id, model.eos_token_id
     )
     stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk, spans=corpus.spans)
     plans = [stream.next(geometry) for _ in range(_ROWS_LOOKED_AT)]

@@ -102,6 +102,7 @@ class Trainer:
             config.run.seed,
             config.model.mask_token_id,
             config.model.pad_token_id,
+            config.model.eos_token_id,
         )
         loader = BatchLoader(
             dataset,

@@ -109,7 +109,7 @@ def _check_stage(name: str, past: Mapping[str, Any], stage: Stage | None, is_ove
             f"schedule.stages has {now} where the run was trained in {name}: a stage that has been trained cannot be "
             f"removed or moved; {_REMEDY}."
         )
-    for field in (*_KEPT, *(["num_tokens"] if is_over else [])):
+    for field in (*_KEPT, *(["num_tokens", "num_epochs"] if is_over else [])):
         was, now = past.get(field), getattr(stage.config, field)
         if was is not None and was != now:
             raise ValueError(
@@ -119,9 +119,10 @@ def _check_stage(name: str, past: Mapping[str, Any], stage: Stage | None, is_ove
 
 
 def _check_not_shorter(past: Mapping[str, Any], stage: Stage) -> None:
-    was, now = past.get("num_tokens", 0), stage.config.num_tokens
-    if now < was:
-        raise ValueError(
-            f"schedule.stages.{stage.name}.num_tokens ({now}) was {was} when the run was trained, and this stage is "
-            f"over: it may only be made longer; {_REMEDY}."
-        )
+    for field in ("num_tokens", "num_epochs"):
+        was, now = past.get(field), getattr(stage.config, field)
+        if was is not None and now is not None and now < was:
+            raise ValueError(
+                f"schedule.stages.{stage.name}.{field} ({now}) was {was} when the run was trained, and this stage is "
+                f"over: it may only be made longer; {_REMEDY}."
+            )

@@ -132,7 +132,7 @@ def replay_step(
         noise: on masked embeddings, as in the step.
         device: where the model is.
     """
-    denominator = max(sum(int(batch.num_maskable) for rank in ranks for batch in rank), 1)
+    denominator = max(sum(int(objective.count(batch)) for rank in ranks for batch in rank), 1)
     total: dict[str, Tensor] = {}
     rows = []
     for data_rank, batches in enumerate(ranks):

@@ -25,6 +25,7 @@ from megatron_dllm.evaluation.elbo import validation_geometry, validation_names
 from megatron_dllm.model.objective import objective_of
 from megatron_dllm.run.history import Change
 from megatron_dllm.run.names import CHECKPOINTS
+from megatron_dllm.training.epochs import chat_warnings, epoch_tokens
 from megatron_dllm.training.past import changes_since, check_place, check_trained, read_past
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.sources import Sources
@@ -115,7 +116,7 @@ def decide_start(
         ValueError: a schedule, corpus, tokenizer or checkpoint that cannot work, or another number of ranks than the
             next stage asks for, saying why.
     """
-    schedule = BlockSchedule.from_config(config.schedule)
+    schedule = BlockSchedule.from_config(config.schedule, epoch_tokens(config, sources.train))
     _check_sources(config, schedule, sources)
     resume, damaged = _find_resume(config, dict(passed_over or {}))
     past = read_past(run_checkpoints(config).parent)
@@ -136,7 +137,7 @@ def decide_start(
         table=tuple(stage_table(schedule, _estimates(config, schedule, sources))),
         num_corpus_tokens=sources.train.num_tokens,
         changes=changes_since(past, config),
-        warnings=tuple(schedule.warnings()),
+        warnings=(*schedule.warnings(), *chat_warnings(config, sources.train)),
     )
 
 

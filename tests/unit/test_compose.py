@@ -13,7 +13,7 @@ from megatron_dllm.config import TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in (RECIPES / "experiment").glob("*.yaml"))
 # Their model is that of the checkpoint they start from.
-FROM_CHECKPOINT = ("cap", "convert")
+FROM_CHECKPOINT = ("cap", "convert", "sft")
 RANKS = {"llada2_mini": 8, "llada2_flash": 512, "qwen3_30b_a3b": 16}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_dllm.diffusion.roles import BLOCK, CLEAN_VIEW, DOC, VIEW
 
 # A sort code has 63 bits: document, view, block. The clean view takes the highest code of its document.
-BLOCK_BITS, VIEW_BITS, DOC_BITS = 32, 5, 25
+BLOCK_BITS, VIEW_BITS, DOC_BITS = 32, 10, 20
 BLOCK_OFFSET = 2 ** (BLOCK_BITS - 1)
 CLEAN_CODE = 2**VIEW_BITS - 1
 # Padding sorts behind every document and matches none.
@@ -49,7 +49,7 @@ def sort_codes(roles: Tensor) -> Tensor:
     """One int64 per token whose order is (document, view, block), clean view last, padding behind all.
 
     Args:
-        roles: [..., 3] integer roles; documents below 2^25, views in [0, 31), any int32 block.
+        roles: [..., 3] integer roles; documents below 2^20, views in [0, 1023), any int32 block.
 
     Returns:
         [...] int64 codes; every padding token has PADDING_CODE.
@@ -59,7 +59,7 @@ def sort_codes(roles: Tensor) -> Tensor:
     is_in_range = (doc < 2**DOC_BITS) & (view >= 0) & (view < CLEAN_CODE) & (block.abs() < BLOCK_OFFSET)
     torch._assert_async(
         (is_in_range | (doc < 0)).all(),
-        "attention: roles must have doc below 2^25, view in [0, 31) and block within int32",
+        "attention: roles must have doc below 2^20, view in [0, 1023) and block within int32",
     )
     view = torch.where(view == CLEAN_VIEW, CLEAN_CODE, view)
     return torch.where(doc >= 0, _code(doc, view, block + BLOCK_OFFSET), PADDING_CODE)

@@ -109,6 +109,7 @@ def _speed(report: StepReport) -> dict[str, float]:
     return {
         "tokens_per_second": report.num_document_tokens / report.seconds,
         "forward_tokens_per_second": report.num_forward_tokens / report.seconds,
+        "targets_per_second": float(report.result.sums.num_targets) / report.seconds,
         "step_seconds": report.seconds,
         "peak_memory_gib": peak_memory_gib(),
     }
@@ -141,7 +142,8 @@ def trim_metrics(run_folder: Path, step: int, is_validated: bool = True) -> None
 def step_record(result: StepResult) -> dict[str, float]:
     """Loss, accuracy and the per-t-bucket means of one step; buckets without tokens are left out.
 
-    An objective's own sums appear under their names, divided as the loss is; its means per noise level likewise.
+    An objective's own sums appear under their names, divided as the loss is; its ratios, and its means per noise level,
+    by numbers of their own.
     """
     sums = result.sums
     targets = float(sums.num_targets.clamp(min=1))
@@ -149,7 +151,7 @@ def step_record(result: StepResult) -> dict[str, float]:
         "loss": result.loss,
         "masked_nll": float(sums.nll) / targets,
         "masked_accuracy": float(sums.num_correct) / targets,
-        "masked_fraction": targets / float(sums.count.clamp(min=1)),
+        "masked_fraction": targets / float(sums.num_maskable.clamp(min=1)),
         "grad_norm": result.grad_norm,
     }
     for level, (nll, count, correct) in zip(_LEVELS, sums.buckets.tolist(), strict=True):
@@ -157,6 +159,7 @@ def step_record(result: StepResult) -> dict[str, float]:
             record[f"nll_t/{level}"] = nll / count
             record[f"accuracy_t/{level}"] = correct / count
     record |= {name: float(value / sums.count.clamp(min=1)) for name, value in sums.extra.items()}
+    record |= {name: float(pair[0] / pair[1].clamp(min=1)) for name, pair in sums.ratios.items()}
     for name, table in sums.level_means.items():
         levels = zip(_LEVELS, table.tolist(), strict=True)
         record |= {f"{name}/{level}": value / count for level, (value, count) in levels if count > 0}

@@ -21,6 +21,7 @@ from megatron_dllm.config import (
     ParallelConfig,
     RunConfig,
     ScheduleConfig,
+    SftConfig,
     StageConfig,
     TrainConfig,
     TrainingConfig,
@@ -336,6 +337,21 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
             ("t_min, t_max (0.2, 0.7)", "use t_max = 0.8"),
         ),
         (dict(lr_shape="linear"), ("final_learning_rate (null)", "give the last value")),
+        (dict(num_tokens=None), ("one.num_tokens (None) and num_epochs (None) must not both be null", "give one")),
+        (dict(num_epochs=2.0), ("num_epochs (2.0) must not both be given", "give one of them")),
+        (dict(num_tokens=None, num_epochs=-1.0), ("one.num_epochs (-1.0)", "positive")),
+        (dict(num_tokens=None, num_epochs=1.0, world_size=1), ("num_epochs (1.0)", "world_size (1)", "num_tokens")),
+        (dict(lr_warmup_share=1.0), ("one.lr_warmup_share (1.0)", "[0, 1)")),
+        (dict(lr_warmup_share=0.1, lr_warmup_tokens=5), ("lr_warmup_tokens (5)", "lr_warmup_share (0.1)", "to 0")),
+        (dict(sft=SftConfig(fill="pad")), ("one.sft.fill (pad)", "eos, none")),
+        (dict(sft=SftConfig(fill_weight=0.0)), ("one.sft.fill_weight (0.0)", "positive")),
+        (dict(sft=SftConfig(turn_boundary="first")), ("one.sft.turn_boundary (first)", "split_views, mask_later")),
+        (dict(sft=SftConfig(loss_per="chat")), ("one.sft.loss_per (chat)", "token, answer")),
+        (dict(objective="ar", sft=SftConfig()), ("one.sft needs the block_diffusion objective", "is ar", "null")),
+        (
+            dict(sft=SftConfig(loss_per="answer"), cap=CapConfig(2.0)),
+            ("one.cap.coefficient (2)", "sft.loss_per answer", "use loss_per token"),
+        ),
         (dict(lr_shape="linear", final_learning_rate=-1e-4), ("final_learning_rate (-0.0001)", "not be negative")),
     ],
 )
@@ -459,3 +475,10 @@ def test_sizes_of_a_layout() -> None:
     layout = _layout(tp=2, pp=2, cp=2)
     assert layout.model_parallel_size == 8
     assert layout.data_parallel_size(32) == 4
+
+
+def test_chats_need_the_block_grid_of_documents() -> None:
+    schedule = ScheduleConfig(context_length=256, row_length=1024, stages={"one": _stage(sft=SftConfig())})
+    _config(schedule=schedule).validate(1)
+    message = _refusal(lambda: _config(schedule=schedule, data=DataConfig(train="x", block_origin="row")).validate(1))
+    assert "data.block_origin (row) must be document for schedule.stages.one.sft" in message

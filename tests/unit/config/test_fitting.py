@@ -66,3 +66,10 @@ def test_a_value_for_all_stages_must_be_positive(key: str) -> None:
     )  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"schedule\.{key} \(0\) must be positive"):
         fitted(schedule, 8).validate()
+
+
+def test_tokens_are_not_shared_out_among_stages_in_epochs() -> None:
+    stages = {"sft": StageConfig(block_size=4, num_epochs=2.0, global_batch_size=4, learning_rate=1e-3)}
+    schedule = ScheduleConfig(context_length=64, stages=stages, num_tokens=1000)
+    with pytest.raises(ValueError, match=r"schedule.num_tokens \(1000\).*stage sft gives num_epochs \(2.0\)"):
+        fitted(schedule, 64)

@@ -12,7 +12,15 @@ from megatron_dllm.data.context_shard import deal_context, take_context_shard
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
 
-COUNTS = ("row_keys", "sample_ids", "num_segments", "num_maskable", "num_document_tokens", "num_forward_tokens")
+COUNTS = (
+    "row_keys",
+    "sample_ids",
+    "num_segments",
+    "num_maskable",
+    "num_answers",
+    "num_document_tokens",
+    "num_forward_tokens",
+)
 
 
 @pytest.fixture
@@ -43,6 +51,7 @@ def test_shards_together_are_the_batch(batch: Batch, cp_size: int) -> None:
         "target_ids",
         "loss_weights",
         "target_t",
+        "is_fill",
     }
 
 

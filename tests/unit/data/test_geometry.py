@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from megatron_dllm.config import DataConfig, ScheduleConfig, StageConfig
-from megatron_dllm.data.geometry import RowGeometry, forward_tokens, segment_costs
+from megatron_dllm.data.costs import forward_tokens, segment_costs
+from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.spans import MASKABLE, MASKED, Spans
 from tests.unit.data.random_spans import random_spans
 

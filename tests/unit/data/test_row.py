@@ -8,7 +8,9 @@ import torch
 
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import row_forward_tokens
-from megatron_dllm.data.row import Row, draw_row_noise
+from megatron_dllm.data.row import Row
+from megatron_dllm.data.row_noise import draw_row_noise
+from megatron_dllm.data.row_tokens import collect_tokens
 from megatron_dllm.data.shuffle import mix_key
 from megatron_dllm.diffusion.noise import sample_noise
 from megatron_dllm.diffusion.roles import visible
@@ -94,8 +96,9 @@ def test_row_grid_by_hand() -> None:
 @pytest.mark.parametrize("block_origin", ["document", "row"])
 def test_a_row_draws_the_noise_of_its_segments(block_origin: str) -> None:
     geometry = RowGeometry("block_diffusion", 2, 8, 16, 1, block_origin)
-    plan, content = make_plan([3, 4], epoch=3, kinds=[1, 1, 1, 0, 1, 1, 1])
-    drawn = draw_row_noise(plan, content, geometry, spec(), seed=5)
+    plan, content = make_plan([3, 4], epoch=3, kinds=[1, 1, 1, 1, 0, 1, 1])
+    tokens = collect_tokens(content, np.array([3, 4]), geometry, None)
+    drawn = draw_row_noise(plan, content, tokens.noisy, spec(), seed=5)
     # Block ids count from each segment's first: under the row grid the second segment begins in mid-block.
     second = [0, 0, 1, 1] if block_origin == "document" else [0, 1, 1, 2]
     for sample_id, ordinal, place, block_ids in [(0, 0, slice(0, 3), [0, 0, 1]), (100, 1, slice(3, 7), second)]:
@@ -107,7 +110,7 @@ def test_a_row_draws_the_noise_of_its_segments(block_origin: str) -> None:
             ordinal=ordinal,
             row_key=mix_key(3, 0),
             block_ids=np.array(block_ids),
-            loss_mask=np.array([1, 1, 1, 0, 1, 1, 1], bool)[place],
+            loss_mask=np.array([1, 1, 1, 1, 0, 1, 1], bool)[place],
         )
         for name in ("is_masked", "loss_weights", "t"):
             np.testing.assert_array_equal(getattr(drawn, name)[1:, place], getattr(expected, name))
@@ -128,7 +131,8 @@ def test_pruned_row_by_hand() -> None:
     """Blocks of 2. Segment 0: prompt of 3, answer of 2, a tail of 3. Segment 1: everything may carry a loss."""
     geometry = RowGeometry("block_diffusion", 2, 8, 24, 2)
     kinds = [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
-    row = make_masked_row([8, 3], geometry, [[0, 0, 0, 1] + [0] * 7, [0] * 4 + [1] + [0] * 5 + [1]], kinds=kinds)
+    # Masked among the noisy tokens: 3 to 6 of segment 0, then segment 1.
+    row = make_masked_row([8, 3], geometry, [[0, 1] + [0] * 5, [0, 0, 1, 0, 0, 0, 1]], kinds=kinds)
     # Noisy: blocks 1 and 2, twice. Clean: blocks 0 and 1, which block 2 reads. The tail is nowhere.
     first, second = [3, 99, 5, 6, 3, 4, 99, 6, 1, 2, 3, 4], [11, 12, 13, 11, 12, 99, 11, 12]
     assert row.input_ids.tolist() == [*first, *second, *[PAD] * 4]
@@ -142,7 +146,7 @@ def test_pruned_row_by_hand() -> None:
 def test_hidden_tokens_are_masked_in_every_view_without_a_loss() -> None:
     """Kind 2 in a kept block shows the mask token in both views, and the real token in the clean copy."""
     geometry = RowGeometry("block_diffusion", 2, 6, 16, 2)
-    row = make_masked_row([5], geometry, [[0, 1, 0, 0, 0], [1, 0, 0, 0, 1]], kinds=[1, 1, 0, 2, 1])
+    row = make_masked_row([5], geometry, [[0, 1, 0], [1, 0, 1]], kinds=[1, 1, 0, 2, 1])
     # Block 1 holds no maskable token, so it has no noisy copy, hidden token or not.
     assert row.input_ids.tolist() == [1, 99, 5, 99, 2, 99, 1, 2, 3, 4] + [PAD] * 6
     row = make_masked_row([4], geometry, [[1, 0, 1, 0], [0, 1, 0, 0]], kinds=[1, 1, 1, 2])

@@ -6,8 +6,14 @@ import dataclasses
 
 import pytest
 
-from megatron_dllm.config import ScheduleConfig, StageConfig
-from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, format_table, stage_table
+from megatron_dllm.config import ScheduleConfig, SftConfig, StageConfig
+from megatron_dllm.diffusion.block_schedule import (
+    BlockSchedule,
+    RowEstimate,
+    format_table,
+    max_batch_tokens,
+    stage_table,
+)
 
 
 def stage(num_tokens: int, **changes) -> StageConfig:
@@ -271,3 +277,29 @@ def test_table_as_text():
         ],
     ]
     assert len({line.index(cell) for line, cell in zip(lines, ["tokens", "1,000", "1,000"], strict=True)}) == 1
+
+
+# --- epochs -----------------------------------------------------------------------------------------------------
+
+
+def test_epochs_and_a_share_of_warmup_become_tokens():
+    stages = {
+        "text": stage(1000),
+        "chats": stage(None, num_epochs=2.5, lr_warmup_share=0.1, final_learning_rate=0.0, lr_shape="linear"),
+    }
+    config = ScheduleConfig(context_length=8, row_length=16, stages=stages)
+    config.validate()
+    schedule = BlockSchedule.from_config(config, {"chats": 800})
+    chats = schedule.stages[1]
+    assert (chats.start, chats.end, chats.config.num_tokens, chats.config.lr_warmup_tokens) == (1000, 3000, 2000, 200)
+    assert schedule.learning_rate(1100) == pytest.approx(5e-4) and schedule.learning_rate(1200) == 1e-3
+    assert schedule.learning_rate(2100) == pytest.approx(5e-4)
+    lines = format_table(stage_table(schedule)).splitlines()
+    assert "1,000  " in lines[1] and "2,000 = 2.5 epochs" in lines[2] and "epochs" not in lines[1]
+
+
+def test_a_batch_of_chats_may_be_all_prompts():
+    """Of text with two views a batch holds at most 4 x 8 tokens; prompts have no noisy copies."""
+    pair = {"num_views": 2, "view_relation": "complementary", "t_min": 0.2, "t_max": 0.8}
+    assert max_batch_tokens(stage(1000, **pair), 16) == 32
+    assert max_batch_tokens(stage(1000, sft=SftConfig(), **pair), 16) == 64

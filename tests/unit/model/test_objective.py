@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_dllm.config import CapConfig, NoiseConfig, StageConfig
+from megatron_dllm.config import CapConfig, NoiseConfig, SftConfig, StageConfig
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.model.head import target_cross_entropy
@@ -94,3 +94,29 @@ def test_confidence_loss_adds_the_entropies_of_right_guesses() -> None:
 def test_where_nothing_is_right_confidence_changes_no_bit() -> None:
     for found, expected in zip(*_cap_and_plain(is_right=False), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_chats_log_the_share_of_fill_and_may_count_answers() -> None:
+    stage = replace(STAGE, sft=SftConfig())
+    batch = tiny_batch(tiny_model(), [[17, 9], [24]], row_length=56, block_size=4)
+    is_fill = torch.arange(len(batch.target_ids)) < 5
+    batch = replace(batch, is_fill=is_fill, num_maskable=torch.tensor(50), num_answers=torch.tensor(3))
+    nll = torch.ones(len(batch.target_ids))
+    outputs = TargetOutputs(nll, nll > 0)
+    per_token = objective_of(stage, NoiseConfig())
+    found, plain = per_token.loss(batch, outputs), token_loss(batch, outputs)
+    assert found.total == plain.total and found.count == plain.count == per_token.count(batch) == 50
+    assert tuple(found.sums.ratios) == per_token.ratios
+    assert found.sums.ratios["fill_share"].tolist() == [5, len(nll)]
+
+    per_answer = objective_of(replace(stage, sft=SftConfig(loss_per="answer")), NoiseConfig())
+    found = per_answer.loss(batch, outputs)
+    assert found.total == plain.total and found.count == per_answer.count(batch) == 3
+    assert (found.sums.count, found.sums.num_maskable) == (3, 50)
+
+
+def test_confidence_and_chats_go_together() -> None:
+    stage = replace(STAGE, sft=SftConfig(), cap=CapConfig(coefficient=2.0))
+    objective = objective_of(stage, NoiseConfig())
+    assert objective.ratios == ("fill_share",) and objective.extra_sums == ("confidence_loss",)
+    assert objective.entropy_temperature == 1.0

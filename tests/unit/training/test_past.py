@@ -127,3 +127,18 @@ def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"config.yaml is damaged .*; restore it"):
         read_past(tmp_path)
+
+
+@pytest.mark.parametrize("epochs", [1.0, 2.0, 3.0])
+def test_a_stage_in_epochs_that_is_over_may_only_be_made_longer(config: TrainConfig, epochs: float) -> None:
+    def in_epochs(number: float) -> TrainConfig:
+        return with_stages(config, {"decay": replace(STAGES["decay"], num_tokens=None, num_epochs=number)})
+
+    finished = Position(step=18, consumed_tokens=2010, stage="decay", is_stage_end=True)
+    past = yaml.safe_load(as_yaml(in_epochs(2.0)))
+    schedule = BlockSchedule.from_config(in_epochs(epochs).schedule, {"decay": 1000})
+    if epochs >= 2.0:
+        check_trained(past, schedule, finished)
+        return
+    with pytest.raises(ValueError, match=r"decay.num_epochs \(1.0\) was 2.0 .* may only be made longer"):
+        check_trained(past, schedule, finished)

@@ -17,7 +17,8 @@ def sums_of(seed: int, num_targets: int = 20) -> StepSums:
     is_correct = torch.rand(num_targets, generator=generator) < 0.3
     sums = token_sums((nll / t).sum(), torch.tensor(3 * num_targets), nll, is_correct, t)
     sums = sums.with_extra(entropy=torch.tensor(seed + 0.5), score=torch.tensor(-2.0))
-    return sums.with_level_means({"share": torch.rand(NUM_BUCKETS, 2, generator=generator).double()})
+    sums = sums.with_level_means({"share": torch.rand(NUM_BUCKETS, 2, generator=generator).double()})
+    return sums.with_ratios(fill=(torch.tensor(seed), torch.tensor(7)))
 
 
 def test_sums_by_hand() -> None:
@@ -33,12 +34,13 @@ def test_sums_by_hand() -> None:
 
 def test_a_flat_vector_holds_every_sum_and_no_other() -> None:
     sums = sums_of(1)
-    found = StepSums.zeros(torch.device("cpu"), ["entropy", "score"], ["share"]).rebuild(sums.flatten())
+    found = StepSums.zeros(torch.device("cpu"), ["entropy", "score"], ["share"], ["fill"]).rebuild(sums.flatten())
     assert torch.equal(found.flatten(), sums.flatten())
-    for name in (item.name for item in fields(StepSums) if item.name not in ("extra", "level_means")):
+    for name in (item.name for item in fields(StepSums) if item.name not in ("extra", "level_means", "ratios")):
         assert torch.equal(getattr(found, name), getattr(sums, name)), name
     assert found.extra == sums.extra == {"entropy": 1.5, "score": -2.0}
-    assert list(found.level_means) == ["share"]
+    assert list(found.level_means) == ["share"] and list(found.ratios) == ["fill"]
+    assert found.ratios["fill"].tolist() == [1, 7]
     assert torch.equal(found.level_means["share"], sums.level_means["share"])
 
 

@@ -42,6 +42,6 @@ def test_tiles_cover_every_query_once_and_stay_small(name: str) -> None:
 
 
 def test_tokens_with_roles_out_of_range_are_refused() -> None:
-    roles = torch.tensor([[[0, 0, 31]]], dtype=torch.int32)
+    roles = torch.tensor([[[0, 0, 1023]]], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="view in"):
         find_intervals(roles, roles)

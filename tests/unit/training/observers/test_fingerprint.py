@@ -28,7 +28,7 @@ def _row(batch: Batch, row: int, samples: slice) -> Batch:
         name: getattr(batch, name)[row : row + 1]
         for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys", "num_segments")
     }
-    per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t")}
+    per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t", "is_fill")}
     return replace(
         batch,
         **per_row,

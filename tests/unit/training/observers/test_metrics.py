@@ -27,7 +27,7 @@ def sums_of(buckets: dict[int, tuple[float, float, float]], **extra: float) -> S
         table[index] = torch.tensor(row)
     nll, count, correct = table.sum(0)
     named = {name: torch.tensor(value, dtype=torch.float64) for name, value in extra.items()}
-    return StepSums(3 * nll, nll, correct, count, 2 * count, table, named)
+    return StepSums(3 * nll, nll, correct, count, 2 * count, 2 * count, table, named)
 
 
 def report_of(is_logged: bool, **changes: Any) -> StepReport:
