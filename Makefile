@@ -57,7 +57,7 @@ TRANSFORMERS4 := $(abspath $(VENV))/transformers4
 test-transformers4: install
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TRANSFORMERS4) \
 		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
-	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/integration/test_conversion.py
+	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/integration/test_conversion.py tests/integration/test_export.py
 
 # These pages and the reference as a site in site/; a link that leads nowhere fails.
 docs: install

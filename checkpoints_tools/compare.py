@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from checkpoints_tools.command import main_guard
 from megatron_dllm.checkpoint import folder as folders
+from megatron_dllm.checkpoint.comparing import compared
 from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TensorTable, TorchDistInput, open_input
 from megatron_dllm.checkpoint.streaming import split_rows
 from megatron_dllm.hf.config_json import read_hf_config
@@ -98,7 +99,7 @@ def compare(a: Path, b: Path) -> Comparison:
         b: another.
 
     Raises:
-        ValueError: one of them cannot be read.
+        ValueError: one of them cannot be read, or is not as it was written.
     """
     side_a, side_b = _open(a), _open(b)
     try:
@@ -110,7 +111,8 @@ def compare(a: Path, b: Path) -> Comparison:
         else:
             assert isinstance(side_a, HFInput) and isinstance(side_b, TorchDistInput)
             tables, units = _across(side_b, side_a, is_swapped=True)
-        return _compare(*tables, units)
+        with compared([side.folder for side in (side_a, side_b) if isinstance(side, TorchDistInput)]):
+            return _compare(*tables, units)
     finally:
         side_a.close()
         side_b.close()

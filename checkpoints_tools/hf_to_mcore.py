@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -22,6 +23,7 @@ from megatron_dllm.checkpoint.manifest import write_manifest
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Provenance, Semantics, write_meta
 from megatron_dllm.checkpoint.model_tensors import finish_tensors
 from megatron_dllm.checkpoint.output_folder import output_folder
+from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.config import ModelConfig
@@ -120,6 +122,19 @@ def _meta(model: ModelConfig, source: SourceConfig, hf: Path, has_tokenizer: boo
     return CheckpointMeta(asdict(model), semantics, provenance=provenance)
 
 
+def next_commands(output: Path) -> list[str]:
+    """What follows the conversion of an autoregressive model, as a shell takes it; nothing for another model."""
+    stored = read_stored_model(output)
+    if stored.meta.is_diffusion:
+        return []
+    tokenizer = shlex.quote(str(output / TOKENIZER if stored.tokenizer else "TOKENIZER"))
+    load = shlex.quote(f"checkpoint.load={output}")
+    return [
+        f"python -m megatron_dllm.data.tokenize --input TEXT --tokenizer {tokenizer} --output CORPUS",
+        f"torchrun --nproc_per_node NUM_GPUS -m megatron_dllm.train experiment=convert {load} data.train=CORPUS",
+    ]
+
+
 def _mask_token_id(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
@@ -134,6 +149,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with main_guard(parser):
         convert(arguments.hf, arguments.output, arguments.mask_token_id, arguments.tokenizer)
+        commands = next_commands(arguments.output)
+        if commands:
+            print("next, with your text:", *commands, sep="\n    ")
 
 
 if __name__ == "__main__":

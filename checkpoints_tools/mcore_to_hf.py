@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_tools.command import main_guard
+from megatron_dllm.checkpoint.comparing import compared
 from megatron_dllm.checkpoint.folder import resolve_checkpoint
 from megatron_dllm.checkpoint.model_card import model_card
 from megatron_dllm.checkpoint.model_tensors import model_keys
@@ -27,7 +28,12 @@ from megatron_dllm.checkpoint.stored_model import StoredModel, open_checkpoint
 from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.hf.architectures import ARCHITECTURES_OF_FAMILY, DIFFUSION_ARCHITECTURES, MODELING_FILES
+from megatron_dllm.hf.architectures import (
+    ARCHITECTURES_OF_FAMILY,
+    CODE_OF_ARCHITECTURE,
+    DIFFUSION_ARCHITECTURES,
+    MODELING_FILES,
+)
 from megatron_dllm.hf.export_config import to_hf_config
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
@@ -36,8 +42,6 @@ from megatron_dllm.run.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Architectures whose code transformers lacks: the folder carries ours.
-_CODE = {"llada2_moe": ("configuration_llada2_moe.py", "modeling_llada2_moe.py")}
 
 
 def convert(
@@ -92,7 +96,8 @@ def convert(
         writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
         try:
             read_bytes = sum(prod(shape) * stored[key].itemsize for key, shape in names.mcore_shapes.items())
-            run(_tasks(reader, names, keys, stored, tensors, writer), read_bytes, "mcore_to_hf")
+            with compared([checkpoint]):
+                run(_tasks(reader, names, keys, stored, tensors, writer), read_bytes, "mcore_to_hf")
             writer.close()
         finally:
             writer.abandon()
@@ -104,7 +109,7 @@ def convert(
             indent=2,
         )
         copy_tokenizer(files, temporary, model.mask_token_id, model.vocab_size)
-        for name in _CODE.get(architecture, ()):
+        for name in CODE_OF_ARCHITECTURE.get(architecture, ()):
             shutil.copyfile(MODELING_FILES / name, temporary / name)
         write_text(temporary / "README.md", model_card(stored_model, architecture, dtype_name))
 

@@ -16,7 +16,7 @@ from typing import Any
 from checkpoints_tools.command import main_guard
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.merging.averaging import WEIGHTS, merge_weights
-from megatron_dllm.checkpoint.merging.inputs import MergeInput, check_alike, open_input
+from megatron_dllm.checkpoint.merging.inputs import MergeInput, check_alike, open_input, tell_differences
 from megatron_dllm.checkpoint.merging.stream import merge_into
 from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.checkpoint.ranking import METRICS, rank
@@ -113,6 +113,7 @@ def merge(
     inputs: list[MergeInput] = [open_input(folder, input_format) for folder in checkpoints]
     try:
         check_alike(inputs)
+        tell_differences(inputs)
         values = merge_weights(weights, len(inputs))
         provenance = {
             "tool": "merge_topk",

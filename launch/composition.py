@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from launch.chain import Chain, Job, JobSpec, LaunchConfig
 from megatron_dllm.compose import compose_dict, to_train_config
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.config.recipe_source import RECIPES
+from megatron_dllm.config.recipe_source import CONFIG_DIR, RECIPES, recipe_names
 from megatron_dllm.config.rules import check
 
 LAUNCH_KEYS = (
@@ -28,6 +28,8 @@ LAUNCH_KEYS = (
     "requeue",
     "train_module",
 )
+# Modules that read recipes when they run as a tool.
+COMPOSING = ("megatron_dllm.evaluate",)
 
 
 def split_overrides(overrides: list[str]) -> tuple[dict[str, str], list[str], list[str]]:
@@ -88,9 +90,7 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
 
 def _is_chain(name: str, recipes: Path) -> bool:
     """Whether a recipe is a chain rather than a single experiment; refuses one that is neither."""
-    chains, experiments = (
-        sorted(path.stem for path in (recipes / group).glob("*.yaml")) for group in ("chain", "experiment")
-    )
+    chains, experiments = (recipe_names(group, [recipes]) for group in ("chain", "experiment"))
     check(
         name in chains or name in experiments,
         f"experiment ({name!r}) is not a recipe; there are: {', '.join(sorted({*chains, *experiments}))}.",
@@ -170,7 +170,9 @@ def _resolve(
     train: TrainConfig | None = None
     text = ""
     run_folder = None
-    arguments = ("-m", spec.module or config.train_module, *spec.arguments)
+    # A tool that composes recipes itself needs the user's folder too; training gets its configuration frozen.
+    folder = (CONFIG_DIR[0], str(recipes)) if spec.module in COMPOSING and recipes != RECIPES else ()
+    arguments = ("-m", spec.module or config.train_module, *spec.arguments, *folder)
     if spec.experiment is not None:
         try:
             composed = _compose_train(spec.experiment, [*home, *spec.overrides, *train_overrides], recipes)

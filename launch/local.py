@@ -29,7 +29,7 @@ from launch.progress import Progress, progress_of
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE
 from launch.validate import check_chain
 from launch.world import schedule_stages, wanted_ranks
-from megatron_dllm.config.recipe_source import RECIPES
+from megatron_dllm.config.recipe_source import CONFIG_DIR, RECIPES, user_folder
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.run.files import write_json
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
@@ -147,11 +147,13 @@ def main(words: list[str] | None = None) -> int:
         action="store_true",
         help="continue an unfinished job although its configuration has changed since it started",
     )
-    parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of recipes (default: the project's)")
+    parser.add_argument(
+        *CONFIG_DIR, metavar="DIR", default=RECIPES, help="folder of recipes that add to the shipped ones"
+    )
     arguments = parser.parse_intermixed_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        chain = compose_chain(arguments.overrides, arguments.recipes.absolute())
+        chain = compose_chain(arguments.overrides, user_folder(arguments.config_dir))
         problems = check_chain(chain, arguments.allow_changes)
         if problems:
             raise ValueError("\n".join(problems))

@@ -31,7 +31,7 @@ from launch.job import job_script, sbatch_options, supervisor_details
 from launch.progress import Progress, progress_of
 from launch.status import show
 from launch.validate import check_chain
-from megatron_dllm.config.recipe_source import RECIPES
+from megatron_dllm.config.recipe_source import CONFIG_DIR, RECIPES, user_folder
 from megatron_dllm.run.files import write_json
 
 log = logging.getLogger("launch")
@@ -185,7 +185,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: nothing has been submitted, and why.
     """
-    chain = compose_chain(arguments.overrides, arguments.recipes.absolute())
+    chain = compose_chain(arguments.overrides, user_folder(arguments.config_dir))
     if arguments.status:
         print(show(chain.folder))
         return 0
@@ -232,7 +232,9 @@ def main(words: list[str] | None = None) -> int:
         action="store_true",
         help="continue an unfinished job although its configuration has changed since it started",
     )
-    parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of recipes (default: the project's)")
+    parser.add_argument(
+        *CONFIG_DIR, metavar="DIR", default=RECIPES, help="folder of recipes that add to the shipped ones"
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return run(parser.parse_intermixed_args(words))

@@ -30,7 +30,7 @@ log = logging.getLogger("launch")
 ROOT = Path(__file__).resolve().parents[1]
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
 # Arguments of the tools that name what they read.
-_INPUT_OPTIONS = ("--hf", "--checkpoint", "--checkpoints", "--run", "--input", "--tokenizer")
+_INPUT_OPTIONS = ("--hf", "--checkpoint", "--checkpoints", "--run", "--input", "--tokenizer", "--config-dir")
 _INPUT_KEYS = ("checkpoint", "checkpoint.load", "data.train", "data.validation", "data.tokenizer", "prompts_file")
 # sbatch's --output replaces %j and the like, and a container's mounts are separated by commas and colons.
 _SPECIAL = "%,:\\"

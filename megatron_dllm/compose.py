@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_dllm.checkpoint.brought import open_config, settled
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.config.command_line import null_part, typed_words
+from megatron_dllm.config.command_line import entry_of_dict, null_part, type_of_key, typed_words
 from megatron_dllm.config.fitting import fitted
-from megatron_dllm.config.recipe_source import RECIPES, recipe_names, register
+from megatron_dllm.config.recipe_source import RECIPES, recipe_names, register, split_folder
 
 
 def register_schemas() -> None:
@@ -84,6 +84,9 @@ def _explain(error: Exception, overrides: Sequence[str], recipes: Path, schema: 
         key = full_key
     elif key not in names:
         key = next((n for n in names if key in n), key)
+    entry = entry_of_dict(schema, key)
+    if entry is not None and type_of_key(schema, key) is not None:
+        return f"{entry[0]} has no {entry[1]}; +{entry[0]}.{entry[1]}={{...}} adds one, behind those that are there."
     recipe = re.search(r"In '([^']+)'", message)
     if recipe and recipe[1].split("/")[0] == key:
         return (
@@ -149,7 +152,6 @@ def compose_train_config(overrides: Sequence[str], config_name: str = "train", r
     return to_train_config(compose_dict(overrides, config_name, recipes))
 
 
-_FOLDER_FLAGS = ("--config-dir", "-cd")
 _SWEEP_FLAGS = ("--multirun", "-m")
 
 
@@ -164,26 +166,11 @@ def prepare_command_line(arguments: Sequence[str]) -> list[str]:
     """
     is_sweep = any(word in _SWEEP_FLAGS for word in arguments)
     words = typed_words(TrainConfig, arguments, is_sweep)
-    folder, rest = _config_folder(words)
-    if is_sweep or any(word.startswith(("-", "hydra", "+hydra")) for word in rest):
-        return words
     try:
-        compose_dict(rest, recipes=folder or RECIPES)
+        folder, rest = split_folder(words)
+        if is_sweep or any(word.startswith(("-", "hydra", "+hydra")) for word in rest):
+            return words
+        compose_dict(rest, recipes=folder)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     return words
-
-
-def _config_folder(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The folder of recipes that a command line names, and its other words."""
-    rest, folder = list(words), None
-    for index, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag in _FOLDER_FLAGS:
-            folder = Path(value if equals else next(iter(words[index + 1 :]), "")).absolute()
-            rest = [*words[:index], *words[index + (1 if equals else 2) :]]
-            if not folder.is_dir():
-                raise SystemExit(
-                    f"error: {flag} ({folder}) must be a folder of recipes, which adds to the shipped ones."
-                )
-    return folder, rest

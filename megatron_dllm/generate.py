@@ -31,6 +31,7 @@ from tokenizers import Tokenizer
 
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import GenerateConfig
+from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.data.tokenizer import load_tokenizer
 from megatron_dllm.diffusion.decode import decode
 from megatron_dllm.diffusion.generation import Generation
@@ -163,7 +164,7 @@ def show_results(results: Sequence[PromptResult]) -> None:
 
 
 def parse_arguments(arguments: Sequence[str]) -> GenerateConfig:
-    """Compose recipes/generate.yaml with `key=value` arguments.
+    """Compose generate.yaml, of the folder that --config-dir names or the shipped one, with `key=value` arguments.
 
     Texts and paths are taken as they are typed: Hydra's grammar would read commas, brackets and equal signs
     in a prompt, and takes `checkpoint=` for a choice among recipes/checkpoint.
@@ -173,7 +174,8 @@ def parse_arguments(arguments: Sequence[str]) -> GenerateConfig:
     """
     texts: dict[str, str] = {}
     others: list[str] = []
-    for argument in arguments:
+    recipes, words = split_folder(arguments)
+    for argument in words:
         key, equals, value = argument.partition("=")
         if not equals or key not in _AS_TYPED:
             others.append(argument)
@@ -182,9 +184,7 @@ def parse_arguments(arguments: Sequence[str]) -> GenerateConfig:
         else:
             texts[key] = value
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    composed: Any = OmegaConf.to_container(
-        compose_dict(others, config_name="generate", schema=GenerateConfig), resolve=True
-    )
+    composed: Any = OmegaConf.to_container(compose_dict(others, "generate", recipes, GenerateConfig), resolve=True)
     return GenerateConfig(**(composed | texts))
 
 

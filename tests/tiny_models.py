@@ -72,6 +72,7 @@ MODELS = {
     "qwen3_moe": QWEN3_MOE,
     "sdar_moe": replace(QWEN3_MOE, family="sdar_moe"),
     "qwen3": QWEN3,
+    "sdar": replace(QWEN3, family="sdar"),
     "qwen3 tied": replace(QWEN3, tie_word_embeddings=True),
     "two dense layers, two shared experts": replace(LING, num_dense_layers=2, moe_shared_expert_intermediate_size=20),
 }

@@ -6,6 +6,7 @@ Pure standard library: tools read it without torch.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def checksum(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file."""
+def checksum(path: Path, stop: threading.Event | None = None) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file, or of a part of it once `stop` is set."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
+    view = memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0) as stream:
+        while not (stop and stop.is_set()) and (count := stream.readinto(view)):
+            digest.update(view[:count])
+            size += count
     return {"size": size, "sha256": digest.hexdigest()}
 
 
@@ -45,16 +47,23 @@ def payload_files(folder: Path) -> list[str]:
     return sorted(f.name for f in folder.iterdir() if f.is_file() and f.name not in (MANIFEST, VALIDATION))
 
 
-def damaged_files(folder: Path, manifest: dict[str, Any], names: Iterable[str], hash_content: bool = True) -> list[str]:
+def damaged_files(
+    folder: Path,
+    manifest: dict[str, Any],
+    names: Iterable[str],
+    hash_content: bool = True,
+    stop: threading.Event | None = None,
+) -> list[str]:
     """One sentence for each of `names` that is missing, truncated or altered.
 
-    With `hash_content` a file is read and not asked for its size: on a shared file system every question counts.
+    With `hash_content` a file is read and not asked for its size: on a shared file system every question counts. Once
+    `stop` is set, the answer is without meaning and comes soon.
     """
     problems = []
     for name in names:
         path, expected = folder / name, manifest[name]
         try:
-            found = checksum(path) if hash_content else {"size": path.stat().st_size}
+            found = checksum(path, stop) if hash_content else {"size": path.stat().st_size}
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             problems.append(f"{path} is missing")
             continue

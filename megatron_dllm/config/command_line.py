@@ -15,6 +15,8 @@ from decimal import Decimal
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 _EXPONENT = re.compile(r"[+-]?\d[\d_]*(\.\d+)?[eE]\+?\d{1,2}")
+# A number that stands alone in {block_size: 8, num_tokens: 1e9} or [1e3, 4].
+_NUMBER_INSIDE = re.compile(r"(?<=[\[,:\s])" + _EXPONENT.pattern + r"(?=\s*[\],}])")
 _LEFT_ALONE = ("", "null", "???")
 
 
@@ -70,8 +72,24 @@ def quoted(text: str) -> str:
     return f"'{text}{text[len(text) - end :] if end else ''}'"
 
 
+def entry_of_dict(schema: type, key: str) -> tuple[str, str, list[str]] | None:
+    """The dict of named groups that a dotted key lies in, the entry's name, and what follows; None for another key.
+
+    `schedule.stages.extra.num_tokens` is (schedule.stages, extra, [num_tokens]).
+    """
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        hint = type_of_key(schema, ".".join(parts[:end]))
+        if get_origin(hint) is dict and is_dataclass(get_args(hint)[1]):
+            return ".".join(parts[:end]), parts[end], parts[end + 1 :]
+    return None
+
+
 def typed_word(schema: type, word: str, is_sweep: bool = False) -> str:
     """One word of the command line with its value as its key's type wants it; other words stay as they are.
+
+    Hydra cannot add a group to those of a dict, such as a stage to the schedule; it can merge a dict that has one more.
+    So +schedule.stages.extra={block_size: 8} becomes ++schedule.stages={extra: {block_size: 8}}.
 
     Args:
         schema: dataclass of the configuration.
@@ -79,14 +97,33 @@ def typed_word(schema: type, word: str, is_sweep: bool = False) -> str:
         is_sweep: whether a comma separates the values of several runs.
     """
     key, equals, value = word.partition("=")
-    kind = type_of_key(schema, key.lstrip("+")) if equals else None
-    if kind is int and _EXPONENT.fullmatch(value):
-        number = Decimal(value)
-        return f"{key}={int(number)}" if number == int(number) else word
+    name = key.lstrip("+")
+    value = _typed_value(type_of_key(schema, name), value, is_sweep) if equals else value
+    entry = entry_of_dict(schema, name) if equals and key.startswith("+") else None
+    if entry is None:
+        return f"{key}{equals}{value}"
+    group, added, rest = entry
+    return f"++{group}={{{': {'.join([added, *rest])}: {value}{'}' * (len(rest) + 1)}"
+
+
+def _typed_value(kind: Any, value: str, is_sweep: bool) -> str:
+    """A value as Hydra's grammar has to see it, so that a key of this type gets what was typed."""
+    if kind is int:
+        return _whole_number(value)
+    if is_dataclass(kind) or get_origin(kind) in (dict, list):
+        return _NUMBER_INSIDE.sub(lambda match: _whole_number(match[0]), value)
     is_quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
     if kind is not str or value in _LEFT_ALONE or is_quoted or (is_sweep and "," in value):
-        return word
-    return f"{key}={quoted(value)}"
+        return value
+    return quoted(value)
+
+
+def _whole_number(text: str) -> str:
+    """1e9 as 1000000000; other texts as they are."""
+    if not _EXPONENT.fullmatch(text):
+        return text
+    number = Decimal(text)
+    return str(int(number)) if number == int(number) else text
 
 
 def typed_words(schema: type, words: Sequence[str], is_sweep: bool = False) -> list[str]:

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from megatron_dllm.config.rules import check, check_choice, check_positive
 
-FAMILIES = ("bailing_moe", "llada2_moe", "qwen3_moe", "sdar_moe", "qwen3")
+FAMILIES = ("bailing_moe", "llada2_moe", "qwen3_moe", "sdar_moe", "qwen3", "sdar")
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
 # What megatron-core's router computes its scores in.
 ROUTER_DTYPES = ("fp32", "fp64")

@@ -8,6 +8,7 @@ registered by `register`. So a user's folder adds to the shipped recipes instead
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
+from megatron_dllm.config.rules import check
+
 log = logging.getLogger(__name__)
 # In a checkout beside the package; an installed package has them inside.
 _CHECKOUT, _INSTALLED = Path(__file__).resolve().parents[2] / "recipes", Path(__file__).resolve().parents[1] / "recipes"
 RECIPES = _CHECKOUT if (_CHECKOUT / "train.yaml").is_file() else _INSTALLED
+# Hydra's own flag, which every command that reads recipes has.
+CONFIG_DIR = ("--config-dir", "-cd")
 _SHIPPED = "megatron_dllm"
 _FILE = "file://"
 
@@ -57,6 +62,33 @@ class RecipeSearchPath(SearchPathPlugin):
             SearchPathElement(_SHIPPED, f"{RecipeSource.scheme()}://{RECIPES}"),
             *others,
         ]
+
+
+def user_folder(path: str | Path) -> Path:
+    """The folder of recipes that --config-dir names, which adds to the shipped ones.
+
+    Raises:
+        ValueError: it is not a folder.
+    """
+    folder = Path(path).absolute()
+    check(folder.is_dir(), f"--config-dir ({path}) must be a folder of recipes, which adds to the shipped ones.")
+    return folder
+
+
+def split_folder(words: Sequence[str]) -> tuple[Path, list[str]]:
+    """The folder of recipes that a command line names (the shipped ones where it names none), and its other words.
+
+    Raises:
+        ValueError: what it names is not a folder.
+    """
+    folder, rest, others = RECIPES, list[str](), iter(words)
+    for word in others:
+        flag, equals, value = word.partition("=")
+        if flag in CONFIG_DIR:
+            folder = user_folder(value if equals else next(others, ""))
+        else:
+            rest.append(word)
+    return folder, rest
 
 
 def register() -> None:

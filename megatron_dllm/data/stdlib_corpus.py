@@ -3,8 +3,8 @@
     python -m megatron_dllm.data.stdlib_corpus --output DIR
 
 writes DIR/train.jsonl and DIR/validation.jsonl (a document is a .py or .txt file), DIR/tokenizer (a
-byte-level BPE trained on a part of it, as a HF folder) and DIR/corpus.json (what it was made from). A
-second call with the same settings finds it finished and does nothing.
+byte-level BPE trained on a part of it, with a chat template, as a HF folder) and DIR/corpus.json (what
+it was made from). A second call with the same settings finds it finished and does nothing.
 
 Left out are installed packages, compiled files, text that is not UTF-8, `encodings` (character maps) and
 other files that are tables rather than text: fewer than half of their visible characters are letters.
@@ -36,6 +36,13 @@ from megatron_dllm.run.files import read_json_object, write_json
 logger = logging.getLogger(__name__)
 
 EOS_TOKEN, PAD_TOKEN, MASK_TOKEN = "<|endoftext|>", "<|pad|>", "<|mask|>"
+CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+CHAT_TEMPLATE = """\
+{%- for m in messages %}
+{%- if m.role not in ["system", "user", "assistant"] %}{{ raise_exception("unknown role " ~ m.role) }}{% endif %}
+{{- "<|" ~ m.role ~ "|>" ~ m.content ~ "<|end|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|assistant|>" }}{% endif %}"""
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "encodings"}
 _SUFFIXES = {".py", ".txt"}
@@ -89,7 +96,7 @@ def build(
     if vocab_size < _SMALLEST_VOCABULARY:
         raise ValueError(
             f"vocab_size ({vocab_size}) must be at least {_SMALLEST_VOCABULARY}: 256 bytes, "
-            "3 special tokens and some words."
+            "7 special tokens and some words."
         )
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(f"validation_fraction ({validation_fraction}) must lie between 0 and 1.")
@@ -102,7 +109,7 @@ def build(
             f"validation_fraction {validation_fraction}; raise either."
         )
     description = {
-        "format": 1,
+        "format": 2,
         "vocab_size": vocab_size,
         "validation_fraction": validation_fraction,
         "python": sys.version.split()[0],
@@ -124,6 +131,7 @@ def build(
             _write_lines(temporary / f"{name}.jsonl", part)
         training_texts = [text for path, text in documents.items() if not is_held_out[path]]
         save_tokenizer(train_tokenizer(training_texts, vocab_size), temporary / "tokenizer")
+        (temporary / "tokenizer" / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         write_json(temporary / "corpus.json", description, indent=2)
         os.rename(temporary, output)
     finally:
@@ -133,7 +141,7 @@ def build(
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with the three special tokens at ids 0, 1, 2, trained on a sample of the texts."""
+    """Byte-level BPE with the special tokens at ids 0 to 6, trained on a sample of the texts."""
     sample: list[str] = []
     num_bytes = 0
     for text in random.Random(0).sample(texts, len(texts)):
@@ -142,11 +150,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
             break
         sample.append(text)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # A digit is a token, so that numbers can be read and written digit by digit.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOS_TOKEN, PAD_TOKEN, MASK_TOKEN],
+        special_tokens=[EOS_TOKEN, PAD_TOKEN, MASK_TOKEN, *CHAT_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )

@@ -11,6 +11,7 @@ from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, DIFFUSION_ARCHITE
 from megatron_dllm.hf.config_meaning import canonical
 from megatron_dllm.hf.config_sizes import read_sizes, refuse_scaled_rope
 from megatron_dllm.hf.config_values import ConfigValues, brief
+from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE
 from megatron_dllm.run.files import read_json_object
 
 
@@ -39,7 +40,7 @@ def read_hf_config(folder: Path) -> SourceConfig:
     if not path.is_file():
         raise ValueError(f"{path} is missing; name a Hugging Face model folder.")
     config = read_json_object(path, "download it again")
-    path_of_stops = folder / "generation_config.json"
+    path_of_stops = folder / GENERATION_FILE
     if path_of_stops.is_file():
         _check_generation(path, config, path_of_stops)
     return from_hf_config(config, str(path))

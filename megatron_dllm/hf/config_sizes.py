@@ -222,7 +222,7 @@ def _qwen3(reader: ConfigValues, model: ModelConfig) -> ModelConfig:
             f"{reader.source}: partial_rotary_factor and rotary_dim must cover the whole head ({model.kv_channels} "
             f"features) in a {model.family}; correct them as the model's authors gave them."
         )
-    return model if model.family == "qwen3" else _qwen3_moe(reader, model)
+    return model if model.family in ("qwen3", "sdar") else _qwen3_moe(reader, model)
 
 
 def _qwen3_moe(reader: ConfigValues, model: ModelConfig) -> ModelConfig:

@@ -8,6 +8,7 @@ from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.architectures import (
     ARCHITECTURE_CLASS,
     ARCHITECTURES_OF_FAMILY,
+    AUTO_MAP,
     DEFAULT_BLOCK_SIZE,
     DIFFUSION_ARCHITECTURES,
 )
@@ -64,18 +65,17 @@ def to_hf_config(
         config |= _qwen3_keys(model)
     if architecture == "llada2_moe":
         config |= {
-            "auto_map": {
-                "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
-                "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
-                "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
-            },
             "rotary_dim": int(model.kv_channels * model.rotary_percent),
             "norm_head": False,
             "norm_softmax": False,
         }
     if architecture in DIFFUSION_ARCHITECTURES:
         # Not "block_size": in llada2_moe SGLang takes that as a sign of routing by block.
-        config |= {"mask_token_id": model.mask_token_id, "block_length": block_size or DEFAULT_BLOCK_SIZE}
+        config |= {
+            "auto_map": AUTO_MAP[architecture],
+            "mask_token_id": model.mask_token_id,
+            "block_length": block_size or DEFAULT_BLOCK_SIZE,
+        }
     return config
 
 

@@ -30,6 +30,7 @@ NAMES_OF_FAMILY = {
     "qwen3_moe": "qwen3",
     "sdar_moe": "qwen3",
     "qwen3": "qwen3",
+    "sdar": "qwen3",
 }
 
 

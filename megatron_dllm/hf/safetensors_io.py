@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dllm.run.files import parse_json, read_json_object, write_json
+from megatron_dllm.run.files import parse_json, read_json_object, refuse_dead_link, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -58,9 +58,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: the file is truncated, or its header is not one of a safetensors file.
     """
+    refuse_dead_link(path)
     if not path.is_file():
-        what = f"is a link to {path.readlink()}, which does not exist" if path.is_symlink() else "is no file"
-        raise ValueError(f"{path} {what}; download it again.")
+        raise ValueError(f"{path} is no file; download it again.")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -212,6 +212,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
             raise ValueError(f"{path} names the shard {file_name!r}; a shard lies in the folder itself.")
+        refuse_dead_link(folder / file_name)
         if not (folder / file_name).is_file():
             raise ValueError(f"{path} names the shard {file_name}, which is missing; download it too.")
     return dict(weight_map)

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_dllm.run.files import read_json_object, write_json
+from megatron_dllm.run.files import read_json_object, refuse_dead_link, write_json
 
 # The id that serving uses, by the vocabulary's size, and the text SDAR and LLaDA2 give the token.
 RESERVED_MASK_IDS = {157184: (156895, "<|mask|>"), 151936: (151669, "<|MASK|>")}
@@ -28,6 +28,22 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+# From which the end of a document is taken where the tokenizer names none.
+GENERATION_FILE = "generation_config.json"
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """What a copy of a folder's tokenizer consists of: not the weights that lie beside it in a model folder.
+
+    Raises:
+        ValueError: one of them is a link that leads nowhere.
+    """
+    paths = [folder / name for name in (*TOKENIZER_FILES, GENERATION_FILE)]
+    for path in paths:
+        refuse_dead_link(path)
+    return [path for path in paths if path.is_file()]
 
 
 def fingerprint(folder: Path) -> str | None:
@@ -69,13 +85,14 @@ class TokenizerFiles:
         """Read the files; a folder without any is allowed.
 
         Raises:
-            ValueError: a file is not JSON, or does not belong to a tokenizer.
+            ValueError: a file is not JSON, does not belong to a tokenizer, or is a link that leads nowhere.
         """
+        tokenizer_files(folder)
         self.folder = folder
         self.tokenizer = _read_json(folder / TOKENIZER_FILE)
         self.config = _read_json(folder / "tokenizer_config.json")
         self.special = _read_json(folder / "special_tokens_map.json")
-        self.generation = _read_json(folder / "generation_config.json")
+        self.generation = _read_json(folder / GENERATION_FILE)
         try:
             self.ids = self._ids()
         except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -94,7 +111,10 @@ class TokenizerFiles:
         ids = dict(vocabulary) if isinstance(vocabulary, dict) else {text: n for n, (text, *_) in enumerate(vocabulary)}
         ids |= {str(text): int(n) for text, n in _read_json(self.folder / "added_tokens.json").items()}
         ids |= {entry["content"]: int(n) for n, entry in (self.config.get("added_tokens_decoder") or {}).items()}
-        ids |= {entry["content"]: int(entry["id"]) for entry in self.tokenizer.get("added_tokens") or []}
+        ids |= {entry["content"]: entry["id"] for entry in self.tokenizer.get("added_tokens") or []}
+        wrong = next((text for text, n in ids.items() if type(text) is not str or type(n) is not int or n < 0), None)
+        if wrong is not None:
+            raise ValueError(f"token {wrong!r} has the id {ids[wrong]!r}")
         return ids
 
     @property
@@ -148,9 +168,9 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
     Returns:
         Names of the files written.
     """
-    names = [name for name in TOKENIZER_FILES if (files.folder / name).is_file()]
-    for name in names:
-        shutil.copyfile(files.folder / name, target / name)
+    paths = [path for path in tokenizer_files(files.folder) if path.name != GENERATION_FILE]
+    for path in paths:
+        shutil.copyfile(path, target / path.name)
     if files.exists and files.special_id("mask_token") != mask_id:
         if not files.tokenizer:
             raise ValueError(
@@ -160,7 +180,7 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
         own_text = files.texts.get(mask_id) if files.mask_id() == mask_id else None
         text = own_text or RESERVED_MASK_IDS.get(vocab_size, (None, "<|mask|>"))[1]
         _declare_mask(files, target, text, mask_id)
-    return names
+    return [path.name for path in paths]
 
 
 def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) -> None:

@@ -18,7 +18,7 @@ from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILE, TokenizerFiles
 
 HF_CONFIG = "config.json"
 # Block sizes at which serving engines decode an architecture whose config.json names none.
-SERVED_BLOCK_SIZES = {"llada2_moe": 32, "sdar_moe": 4}
+SERVED_BLOCK_SIZES = {"llada2_moe": 32, "sdar_moe": 4, "sdar": 4}
 
 
 @dataclass(frozen=True)

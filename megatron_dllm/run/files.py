@@ -12,6 +12,7 @@ import secrets
 import shutil
 import stat
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +126,24 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder to a path that does not exist yet; it appears there once the copy is complete."""
+def refuse_dead_link(path: Path) -> None:
+    """Raise ValueError where a path is a link that leads nowhere, as in a folder that was downloaded in part."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {path.readlink()}, which does not exist; download it again.")
+
+
+def copy_files(files: Iterable[Path], target: Path) -> None:
+    """Copy the content of files into a new folder, which appears once it is complete.
+
+    Links are followed and permissions are not carried over: the copy depends on nothing and can be deleted.
+
+    Args:
+        files: of different names.
+        target: must not exist.
+    """
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     remove(temporary)
-    shutil.copytree(source, temporary)
+    temporary.mkdir()
+    for path in files:
+        shutil.copyfile(path, temporary / path.name)
     os.replace(temporary, target)

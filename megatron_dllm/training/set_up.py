@@ -13,11 +13,12 @@ from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.saving import CheckpointWriter
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.packing import RowStream
+from megatron_dllm.hf.tokenizer_folder import tokenizer_files
 from megatron_dllm.parallel.agreement import raise_together
 from megatron_dllm.parallel.device import local_device
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.code_version import code_state, commit
-from megatron_dllm.run.files import copy_folder
+from megatron_dllm.run.files import copy_files
 from megatron_dllm.run.history import record_start, replace_records
 from megatron_dllm.run.lease import Lease, LeaseLost
 from megatron_dllm.run.names import TOKENIZER, VALIDATION
@@ -150,7 +151,7 @@ def _prepare_folder(config: TrainConfig, start: Start) -> None:
             log.warning("removed %s, which an interrupted writer left behind", left)
         tokenizer = checkpoints.parent / TOKENIZER
         if config.data.tokenizer and not tokenizer.exists():
-            copy_folder(Path(config.data.tokenizer), tokenizer)
+            copy_files(tokenizer_files(Path(config.data.tokenizer)), tokenizer)
         for text in (*start.warnings, *(f"{change} (changed since the start before)" for change in start.changes)):
             log.warning("%s", text)
         print_stage_table(config, start)

@@ -21,8 +21,8 @@ FOREIGN_FLAGS = (
     *("--index-url",),
 )
 FOREIGN_KEYS = ("trust_remote_code", "torch.load")
-# The file that docs/slurm.md has its reader write.
-READERS_CLUSTER = "cluster=mine"
+# What the files are called that docs have their reader write: recipes/cluster/mine.yaml.
+READERS = "mine"
 HYDRA_FLAGS = ("--multirun", "--help", "--config-dir", "--config-name")
 TRAINING = ("megatron_dllm.train", "megatron_dllm.evaluate")
 LAUNCHING = ("launch/submit.py", "launch/local.py")
@@ -71,6 +71,7 @@ class Existing:
             return None  # Another program's, such as pytest's.
         else:
             known = {*self._flags_of(self.root / self._source(mention.program)), "--help"}
+            known |= {"--config-dir"} if mention.program in LAUNCHING else set()
         return None if mention.name in known else f"{mention.program} has no flag {mention.name}"
 
     def _key(self, mention: Mention, text: Path) -> str | None:
@@ -94,13 +95,13 @@ class Existing:
         if group == "experiment" and mention.program not in TRAINING:
             folders.append(self.root / "recipes" / "chain")
         exists = any((place / f"{name}.yaml").is_file() for place in folders)
-        return None if exists or mention.name == READERS_CLUSTER else f"{mention.name}: {group} has no such recipe"
+        return None if exists or name == READERS else f"{mention.name}: {group} has no such recipe"
 
     def _path(self, mention: Mention, text: Path) -> str | None:
         path, _, function = mention.name.partition("::")
         found = [self.root / path] if (self.root / path).exists() else self._glob(path)
         if not found:
-            return None if path == f"recipes/{READERS_CLUSTER.replace('=', '/')}.yaml" else f"{path} does not exist"
+            return None if path.endswith(f"/{READERS}.yaml") else f"{path} does not exist"
         if function and not re.search(rf"^def {function}\(", found[0].read_text(), re.MULTILINE):
             return f"{path} has no function {function}"
         return None

@@ -193,8 +193,7 @@ def test_exported_generate_stops_like_ours(llada2: tuple[ModelConfig, dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"),
-    [([[95, 3]], "mask token"), ([[1] * 512], "shorter"), ([[1], [2]], "one prompt"), ([[]], "one prompt")],
+    ("prompt", "message"), [([[95, 3]], "mask token"), ([[1] * 512], "shorter"), ([[]], "must be prompts")]
 )
 def test_exported_generate_refuses(
     llada2: tuple[ModelConfig, dict[str, Tensor], Path], prompt: list[list[int]], message: str

@@ -57,7 +57,7 @@ def command(recipes: Path, *words: str) -> list[str]:
         "launch/local.py",
         "experiment=small",
         f"root={recipes.parent}",
-        "--recipes",
+        "--config-dir",
         str(recipes),
         *words,
     ]

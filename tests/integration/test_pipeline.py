@@ -78,7 +78,7 @@ def test_samples_merge_and_report_are_there(demo: Path) -> None:
 
 
 def _launch(recipes: Path, root: Path) -> str:
-    command = [sys.executable, "launch/local.py", "experiment=tiny_demo", f"root={root}", "--recipes", str(recipes)]
+    command = [sys.executable, "launch/local.py", "experiment=tiny_demo", f"root={root}", "--config-dir", str(recipes)]
     done = subprocess.run(
         command,
         cwd=ROOT,

@@ -42,7 +42,7 @@ def test_preemption_saves_and_continues_what_was_submitted(
 ) -> None:
     recipes = tmp_path / "recipes"
     shutil.copytree(RECIPES, recipes)
-    fake_run.submit("--recipes", str(recipes), steps=60, step_seconds=0.2, save_every=10000)
+    fake_run.submit("--config-dir", str(recipes), steps=60, step_seconds=0.2, save_every=10000)
     wait_for(lambda: fake_run.step() > 5, 60, "the first steps")
     # What the job runs is frozen: neither the recipe's new seed nor this checkout reaches its next attempt.
     recipe = recipes / "experiment" / "tiny_base.yaml"
@@ -195,7 +195,9 @@ def test_stages_of_a_schedule_follow_each_other_on_their_own_ranks_in_one_job(
     recipes = tmp_path / "recipes"
     shutil.copytree(RECIPES, recipes)
     (recipes / "schedule" / "stages.yaml").write_text(STAGES)
-    job_id = fake_run.submit("--recipes", str(recipes), "train_module=tests.integration.stage_train", "schedule=stages")
+    job_id = fake_run.submit(
+        "--config-dir", str(recipes), "train_module=tests.integration.stage_train", "schedule=stages"
+    )
     wait_for(fake_run.is_done, 180, "the three stages to finish")
     attempts = fake_run.events("start")
     assert [(event["ranks"], len(event["nodes"])) for event in attempts] == [(4, 2), (1, 1), (2, 1)], fake_run.log()

@@ -148,7 +148,7 @@ def chain_words(cluster: Cluster, root: Path, seconds: float) -> list[str]:
         "experiment=chain",
         f"root={root}",
         *words,
-        "--recipes",
+        "--config-dir",
         str(recipes),
         "cluster.environment.FAKE_STEPS='12'",
         "cluster.environment.FAKE_STEP_SECONDS='0.1'",

@@ -266,7 +266,7 @@ def test_a_chain_of_real_jobs_survives_a_cancelled_one(cluster: Cluster, unbroke
         "cluster.ranks_per_node=2",
         PACED,
         "cluster.environment.OMP_NUM_THREADS='1'",
-        "--recipes",
+        "--config-dir",
         str(recipes),
     ]
     here = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +16,15 @@ from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.checkpoint.model_tensors import model_keys
 from megatron_dllm.checkpoint.stored_model import StoredModel, open_checkpoint
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
+from megatron_dllm.hf.config_meaning import BOOKKEEPING, meaning
+from megatron_dllm.hf.config_values import brief
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
-from megatron_dllm.hf.tokenizer_folder import fingerprint
+from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE, TokenizerFiles, chat_template
+from megatron_dllm.hf.tokenizer_meaning import tokenizer_meaning
 from megatron_dllm.run.names import CONTRACT
 
+logger = logging.getLogger(__name__)
 TensorTable = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-# Of config.json: what may differ between checkpoints of one run.
-_FREE_KEYS = ("transformers_version", "_name_or_path")
 
 
 class MergeInput(ABC):
@@ -44,6 +47,10 @@ class MergeInput(ABC):
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """Settings that must be equal, by name."""
+
+    @abstractmethod
+    def bookkeeping(self) -> dict[str, Any]:
+        """Settings that may differ, by name: those of the last input become the mean's."""
 
     @abstractmethod
     def close(self) -> None:
@@ -69,12 +76,16 @@ class TorchDistInput(MergeInput):
 
     def description(self) -> dict[str, Any]:
         """What the tensors mean, contract and tokenizer."""
-        tokenizer = self.stored.tokenizer
         return {
             **{f"model.{name}": getattr(self.stored.model, name) for name in IDENTITY},
             **{f"contract.{name}": value for name, value in asdict(self.stored.meta.semantics).items()},
-            "tokenizer": fingerprint(tokenizer) if tokenizer else None,
+            **(tokenizer_meaning(self.stored.tokenizer) if self.stored.tokenizer else {}),
         }
+
+    def bookkeeping(self) -> dict[str, Any]:
+        """Settings of the model that its tensors do not depend on, and the chat template."""
+        model = {f"model.{name}": value for name, value in asdict(self.stored.model).items() if name not in IDENTITY}
+        return model | {"chat template": chat_template(self.stored.tokenizer) if self.stored.tokenizer else None}
 
     def close(self) -> None:
         """Close the files."""
@@ -89,18 +100,26 @@ class HFInput(MergeInput):
         self.step = None
         self.reader = SafetensorsFolder(folder)
         self.tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in self.reader.tensors.items()}
+        self._path = folder / "config.json"
+        self._config = read_json(self._path) if self._path.is_file() else {}
 
     def read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
         """See `MergeInput.read`."""
         self.reader.read(name, first, out)
 
     def description(self) -> dict[str, Any]:
-        """config.json and tokenizer."""
-        path = self.folder / "config.json"
-        config = read_json(path) if path.is_file() else {}
+        """What config.json and the tokenizer mean, however they are written."""
         return {
-            **{f"config.{name}": value for name, value in config.items() if name not in _FREE_KEYS},
-            "tokenizer": fingerprint(self.folder),
+            **{f"config.{name}": value for name, value in meaning(self._config, str(self._path)).items()},
+            **tokenizer_meaning(self.folder),
+        }
+
+    def bookkeeping(self) -> dict[str, Any]:
+        """What else config.json says, how text is generated, and the chat template."""
+        return {
+            **{f"config.{name}": self._config.get(name) for name in BOOKKEEPING},
+            GENERATION_FILE: TokenizerFiles(self.folder).generation,
+            "chat template": chat_template(self.folder),
         }
 
     def close(self) -> None:
@@ -144,12 +163,31 @@ def check_alike(inputs: list[MergeInput]) -> None:
 
 def _check_settings(first: MergeInput, other: MergeInput) -> None:
     ours, theirs = first.description(), other.description()
-    for name in sorted(set(ours) | set(theirs)):
-        if ours.get(name) != theirs.get(name):
-            raise ValueError(
-                f"{name} is {ours.get(name)} in {first.folder} and {theirs.get(name)} in {other.folder}; "
-                "only checkpoints of one model, block grid and tokenizer have a mean."
-            )
+    differing = [name for name in sorted(set(ours) | set(theirs)) if ours.get(name) != theirs.get(name)]
+    if differing:
+        name, *more = differing
+        raise ValueError(
+            f"{name} is {brief(ours.get(name))} in {first.folder} and {brief(theirs.get(name))} in {other.folder}"
+            f"{f' (and {len(more)} more differ: {brief(more)})' if more else ''}; "
+            "only checkpoints of one model, block grid and tokenizer have a mean."
+        )
+
+
+def tell_differences(inputs: list[MergeInput]) -> None:
+    """Say which settings differ that may: the mean has those of the last input."""
+    last = inputs[-1]
+    kept = last.bookkeeping()
+    for other in inputs[:-1]:
+        for name, value in other.bookkeeping().items():
+            if value != kept[name]:
+                logger.info(
+                    "%s is %s in %s and %s in %s, from which the mean takes it",
+                    name,
+                    brief(value),
+                    other.folder,
+                    brief(kept[name]),
+                    last.folder,
+                )
 
 
 def _show(entry: tuple[torch.dtype, tuple[int, ...]]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from megatron_dllm.checkpoint.comparing import compared
 from megatron_dllm.checkpoint.manifest import write_manifest
 from megatron_dllm.checkpoint.merging.averaging import weighted_mean
 from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TorchDistInput
@@ -25,12 +26,12 @@ from megatron_dllm.checkpoint.output_folder import output_folder
 from megatron_dllm.checkpoint.streaming import Task, check_finite, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.hf.safetensors_io import SafetensorsWriter
-from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILES
-from megatron_dllm.run.files import write_json, write_text
+from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE, TOKENIZER_FILES, tokenizer_files
+from megatron_dllm.run.files import copy_files, refuse_dead_link, write_json, write_text
 from megatron_dllm.run.names import TOKENIZER
 
 # Of a Hugging Face folder: what belongs to the model beside its weights and its history.
-_COPIED = ("config.json", "generation_config.json", *TOKENIZER_FILES, "*.py", "LICENSE*")
+_COPIED = ("config.json", GENERATION_FILE, *TOKENIZER_FILES, "*.py", "LICENSE*")
 # Per input; all inputs' pieces are in memory at once.
 _PIECE_BYTES = 16 * 1024**2
 # One waits for the disk while the other averages.
@@ -74,8 +75,10 @@ def _merge_hf(
         writer.close()
     finally:
         writer.abandon()
-    for path in sorted(path for pattern in _COPIED for path in last.folder.glob(pattern)):
-        shutil.copyfile(path, folder / path.name)
+    for path in sorted({path for pattern in _COPIED for path in last.folder.glob(pattern)}):
+        refuse_dead_link(path)
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
     write_json(folder / PROVENANCE, provenance)
 
 
@@ -92,18 +95,15 @@ def _merge_torch_dist(
     try:
         for key in boxes:
             writer.add(key, *last.tensors[key])
-        run(
-            mean.tasks(boxes, lambda key, first, offsets, sizes: partial(_write_box, writer, key, offsets, sizes)),
-            total_bytes,
-            "merge",
-            _NUM_READERS,
-        )
+        tasks = mean.tasks(boxes, lambda key, first, offsets, sizes: partial(_write_box, writer, key, offsets, sizes))
+        with compared([item.folder for item in inputs]):
+            run(tasks, total_bytes, "merge", _NUM_READERS)
         checksums = finish_tensors(writer, last.stored.model)
     finally:
         writer.abandon()
     tokenizer, meta = last.stored.tokenizer, last.stored.meta
     if tokenizer is not None:
-        shutil.copytree(tokenizer, folder / TOKENIZER)
+        copy_files(tokenizer_files(tokenizer), folder / TOKENIZER)
     provenance_of_mean = Provenance(tokenizer=TOKENIZER if tokenizer else None, source=meta.provenance.source)
     position = replace(meta.position, is_stage_end=False)
     write_meta(folder, replace(meta, position=position, provenance=provenance_of_mean))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,14 @@ from tokenizers import Tokenizer
 
 from benchmarks.synthetic import write_synthetic
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
+from checkpoints_tools.compare import compare
+from checkpoints_tools.merge_topk import merge
 from megatron_dllm.checkpoint import output_folder
 from megatron_dllm.checkpoint.manifest import damaged_files, read_json
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
+from megatron_dllm.compose import compose_train_config
 from megatron_dllm.hf.safetensors_io import INDEX_NAME, SafetensorsFolder
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.run.names import MANIFEST
@@ -147,24 +151,29 @@ def test_dtype_of_the_export(checkpoint: Path, hf: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "architecture", "expected_class", "has_code"),
+    ("family", "architecture", "expected_class", "code"),
     [
-        ("bailing_moe", None, "BailingMoeV2ForCausalLM", False),
-        ("bailing_moe", "llada2_moe", "LLaDA2MoeModelLM", True),
-        ("llada2_moe", None, "LLaDA2MoeModelLM", True),
-        ("qwen3_moe", "sdar_moe", "SDARMoeForCausalLM", False),
-        ("sdar_moe", None, "SDARMoeForCausalLM", False),
-        ("sdar_moe", "qwen3_moe", "Qwen3MoeForCausalLM", False),
+        ("bailing_moe", None, "BailingMoeV2ForCausalLM", None),
+        ("bailing_moe", "llada2_moe", "LLaDA2MoeModelLM", "llada2_moe"),
+        ("llada2_moe", None, "LLaDA2MoeModelLM", "llada2_moe"),
+        ("qwen3_moe", None, "Qwen3MoeForCausalLM", None),
+        ("qwen3_moe", "sdar_moe", "SDARMoeForCausalLM", "sdar"),
+        ("sdar_moe", None, "SDARMoeForCausalLM", "sdar"),
+        ("qwen3", None, "Qwen3ForCausalLM", None),
+        ("qwen3 tied", "sdar", "SDARForCausalLM", "sdar"),
+        ("sdar", None, "SDARForCausalLM", "sdar"),
     ],
 )
 def test_architectures(
-    family: str, architecture: str | None, expected_class: str, has_code: bool, tmp_path: Path
+    family: str, architecture: str | None, expected_class: str, code: str | None, tmp_path: Path
 ) -> None:
     write_synthetic(tmp_path / "hf", MODELS[family])
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", architecture)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [expected_class]
-    assert (tmp_path / "out" / "modeling_llada2_moe.py").exists() == has_code
+    shared = {f"block_diffusion_{part}.py" for part in ("generation", "layers", "model")}
+    expected_code = {f"configuration_{code}.py", f"modeling_{code}.py", *shared} if code else set()
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == expected_code
     assert expected_class in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -314,19 +323,41 @@ def test_json_of_another_shape_is_named(name: str, content: object, hf: Path, ch
     assert left_in(tmp_path) == {"hf", "checkpoint"}
 
 
-def test_nan_in_a_checkpoint(tmp_path: Path, make_checkpoint) -> None:
-    folder = make_checkpoint("poisoned", 0)
+def _poison_checkpoint(folder: Path, value: float) -> str:
+    """Write a number into the head of a checkpoint without telling its manifest; returns the file's name."""
     reader = TorchDistReader(folder)
     chunk = reader.metadata.tensors["output_layer.weight"].chunks[0]
     out = torch.empty(40 * 24, dtype=torch.bfloat16)
     reader.read("output_layer.weight", (0, 0), (40, 24), out)
+    reader.close()
     data = bytearray((folder / chunk.file_name).read_bytes())
     place = data.index(out.view(torch.uint8).numpy().tobytes(), chunk.start)
-    data[place : place + 2] = torch.tensor([float("nan")]).bfloat16().view(torch.uint8).numpy().tobytes()
+    data[place : place + 2] = torch.tensor([value]).bfloat16().view(torch.uint8).numpy().tobytes()
     (folder / chunk.file_name).write_bytes(data)
+    return chunk.file_name
+
+
+def test_nan_in_a_checkpoint(tmp_path: Path, make_checkpoint) -> None:
+    folder = make_checkpoint("poisoned", 0)
+    _poison_checkpoint(folder, float("nan"))
+    seal(folder)
     with pytest.raises(ValueError, match=r"poisoned: output_layer\.weight holds 1 NaN"):
         mcore_to_hf.convert(folder, tmp_path / "out")
     assert left_in(tmp_path) == {"poisoned", "poisoned_hf"}
+
+
+@pytest.mark.parametrize("value", [1.5, float("nan")])
+def test_a_changed_byte_is_no_export(tmp_path: Path, make_checkpoint, value: float) -> None:
+    """The number is as good as any: only the checksum knows. Of a NaN it says where it comes from."""
+    folder = make_checkpoint("changed", 0)
+    name = _poison_checkpoint(folder, value)
+    with pytest.raises(ValueError, match=rf"changed/{name} does not have the checksum it was written with; choose"):
+        mcore_to_hf.convert(folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=rf"changed/{name} does not have the checksum"):
+        compare(folder, tmp_path / "changed_hf")
+    with pytest.raises(ValueError, match=rf"changed/{name} does not have the checksum"):
+        merge([make_checkpoint("whole", 1), folder], tmp_path / "out")
+    assert left_in(tmp_path) == {"changed", "changed_hf", "whole", "whole_hf"}
 
 
 @pytest.mark.ranks
@@ -376,7 +407,15 @@ def test_the_mask_token_enters_with_the_tokenizer(
     (hf / "config.json").write_text(json.dumps(config | {"mask_token_id": 5}))
     assert convert("refused") == 2
     assert "mask_token_id (5) is <|role_end|>" in capsys.readouterr().err
-    assert convert("mcore", "--tokenizer", str(tmp_path / "base")) == 0
+    assert convert("my model", "--tokenizer", str(tmp_path / "base")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tokenize, train = ([*shlex.split(line)] for line in lines[1:])
+    assert lines[0].startswith("next") and len(lines) == 3
+    assert tokenize[2] == "megatron_dllm.data.tokenize" and str(tmp_path / "my model" / "tokenizer") in tokenize
+    words = train[train.index("experiment=convert") :]
+    assert words == ["experiment=convert", f"checkpoint.load={tmp_path / 'my model'}", "data.train=CORPUS"]
+    assert compose_train_config(words).model == read_stored_model(tmp_path / "my model").model
+    (tmp_path / "my model").rename(tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back")
     for folder in (tmp_path / "mcore" / "tokenizer", tmp_path / "back"):
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -71,3 +71,39 @@ def test_an_unknown_key_is_still_explained() -> None:
 def test_a_value_inside_a_group_that_is_null_is_refused(value: str) -> None:
     with pytest.raises(ValueError, match=r"schedule\.stages\.warmup_1\.parallel \(null\) has no values .* in a recipe"):
         compose_train_config(["experiment=tiny_convert", "run.name=x", f"schedule.stages.warmup_1.{value}"])
+
+
+NEW = "block_size: 8, num_tokens: 1e6, global_batch_size: 4, learning_rate: 1e-4"
+
+
+def _stages(*words: str) -> dict[str, tuple[int, int, float]]:
+    config = compose_train_config(["run.name=x", "data.train=x", "schedule=study_wsd", *words])
+    return {name: (s.block_size, s.num_tokens, s.learning_rate) for name, s in config.schedule.stages.items()}
+
+
+def test_a_stage_is_added_behind_the_others() -> None:
+    before = _stages()
+    assert list(_stages(f"+schedule.stages.extra={{{NEW}}}").items()) == [*before.items(), ("extra", (8, 10**6, 1e-4))]
+    one_by_one = [f"+schedule.stages.extra.{word.replace(': ', '=')}" for word in NEW.split(", ")]
+    assert _stages(*one_by_one) == {**before, "extra": (8, 10**6, 1e-4)}
+    assert _stages(f"++schedule.stages={{a: {{{NEW}}}, b: {{{NEW}}}}}").keys() == {*before, "a", "b"}
+
+
+def test_a_stage_is_changed_and_removed_and_put_back_at_the_end() -> None:
+    longer, back = "schedule.stages.decay_32.num_tokens=7e3", f"+schedule.stages.stable={{{NEW}}}"
+    found = _stages("~schedule.stages.stable", longer, back)
+    assert list(found)[-2:] == ["decay_32", "stable"] and found["decay_32"][1] == 7000
+
+
+def test_a_layout_of_a_stage_is_added_where_there_was_none() -> None:
+    config = compose_train_config(
+        ["run.name=x", "data.train=x", "+schedule.stages.stable.parallel.expert_model_parallel_size=2"]
+    )
+    layout = config.schedule.stages["stable"].parallel
+    assert layout is not None and (layout.expert_model_parallel_size, layout.precision) == (2, "fp32")
+
+
+@pytest.mark.parametrize("word", [f"schedule.stages.extra={{{NEW}}}", "schedule.stages.extra.num_tokens=5"])
+def test_a_stage_that_is_not_there_says_how_to_add_it(word: str) -> None:
+    with pytest.raises(ValueError, match=r"stages has no extra; \+schedule\.stages\.extra=\{\.{3}\} adds one"):
+        _stages(word)

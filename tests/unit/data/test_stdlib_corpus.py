@@ -65,6 +65,24 @@ def test_transformers_loads_the_tokenizer(corpus: Path) -> None:
     assert tokenizer.decode(ids) == text and not {0, 1, 2} & set(ids)
 
 
+def test_the_tokenizer_writes_chats_and_numbers_digit_by_digit(corpus: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    messages = [
+        {"role": "system", "content": "Brief"},
+        {"role": "user", "content": "12+3"},
+        {"role": "assistant", "content": "15"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<|system|>Brief<|end|><|user|>12+3<|end|><|assistant|>15<|end|>"
+    assert tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) == text[:-9]
+    expected = ["<|user|>", *"12+3", "<|end|>", "<|assistant|>", *"15", "<|end|>"]
+    assert tokenizer.tokenize(text)[-len(expected) :] == expected
+    with pytest.raises(Exception, match="unknown role tool"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
+
+
 def test_second_call_does_nothing_and_another_setting_is_refused(corpus: Path) -> None:
     expected_times = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     build(corpus, **SETTINGS)

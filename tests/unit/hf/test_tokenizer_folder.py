@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, fingerprint
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, fingerprint, tokenizer_files
 
 
 def make_tokenizer(folder: Path, added: dict[str, int], mask: str | None = None) -> TokenizerFiles:
@@ -80,6 +80,23 @@ def test_a_tokenizer_that_has_it_is_copied_as_it_is(tmp_path: Path) -> None:
         assert (tmp_path / "target" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
 
 
+def test_a_model_folder_is_no_part_of_its_tokenizer(tmp_path: Path) -> None:
+    """A run keeps its tokenizer; weights beside it may be huge, or links to what was never downloaded."""
+    make_tokenizer(tmp_path / "a", {"<eos>": 3})
+    (tmp_path / "a" / "model-00001-of-00002.safetensors").write_bytes(bytes(100))
+    (tmp_path / "a" / "model.safetensors").symlink_to("../../blobs/none")
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 3}')
+    found = [path.name for path in tokenizer_files(tmp_path / "a")]
+    assert found == ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    (tmp_path / "a" / "tokenizer_config.json").unlink()
+    (tmp_path / "a" / "tokenizer_config.json").symlink_to("../../blobs/none")
+    for read in (tokenizer_files, TokenizerFiles):
+        with pytest.raises(
+            ValueError, match=r"tokenizer_config\.json is a link to \.\./\.\./blobs/none, which does not"
+        ):
+            read(tmp_path / "a")
+
+
 def test_end_of_text_is_the_tokenizer_s_own_token(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "a", {"<eos>": 3})
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
@@ -118,7 +135,14 @@ def test_damaged_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "a" / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
         TokenizerFiles(tmp_path / "a")
-    for content in ({"model": ["BPE"]}, {"model": {"vocab": {}}, "added_tokens": [{"id": 3}]}, {"added_tokens": [5]}):
+    for content in (
+        {"model": {"vocab": {"a": -1}}},
+        {"model": {"vocab": {"a": 0.5}}},
+        {"added_tokens": [{"id": "3", "content": "a"}]},
+        {"model": ["BPE"]},
+        {"model": {"vocab": {}}, "added_tokens": [{"id": 3}]},
+        {"added_tokens": [5]},
+    ):
         (tmp_path / "a" / "tokenizer.json").write_text(json.dumps(content))
         with pytest.raises(ValueError, match=f"{tmp_path / 'a'}: the tokenizer's files"):
             TokenizerFiles(tmp_path / "a")

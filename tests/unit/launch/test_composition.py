@@ -168,3 +168,17 @@ def test_every_cluster_describes_a_job(cluster: str) -> None:
         ]
     )
     assert sbatch_options(chain, chain.jobs[0], Path("/project"))
+
+
+def test_a_folder_with_one_chain_adds_to_the_shipped_recipes(tmp_path: Path) -> None:
+    (tmp_path / "chain").mkdir()
+    (tmp_path / "chain" / "two.yaml").write_text(
+        "# @package _global_\nname: two\njobs:\n  base: {experiment: tiny_base}\n"
+        "  measure: {module: megatron_dllm.evaluate, arguments: [experiment=tiny_base]}\n"
+    )
+    base, measure = compose_chain(["experiment=two", "cluster=h100x8"], tmp_path).jobs
+    assert base.config is not None and "--config-dir" not in base.arguments
+    assert measure.arguments[-3:] == ("experiment=tiny_base", "--config-dir", str(tmp_path))
+    assert compose_chain(["experiment=tiny_base"], tmp_path).jobs[0].config is not None
+    with pytest.raises(ValueError, match=r"experiment \('tow'\) is not a recipe; there are: .*tiny_base, .*two"):
+        compose_chain(["experiment=tow"], tmp_path)

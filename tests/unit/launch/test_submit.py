@@ -48,7 +48,7 @@ def pair(recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
         (tmp_path / name).touch()
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("HOME", str(tmp_path))
-    return ["experiment=pair", "--recipes", str(recipes)]
+    return ["experiment=pair", "--config-dir", str(recipes)]
 
 
 def test_a_refused_job_takes_those_before_it_along(
@@ -125,3 +125,8 @@ def test_status_tells_elbo_and_time_left(pair: list[str], tmp_path: Path, capsys
     # 7600 tokens at 10 a second.
     for text in ("running", "2.5000", "3.2500", "00:12:40", "1 (pause 41 s)"):
         assert text in shown
+
+
+def test_a_folder_of_recipes_that_is_not_there_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    assert submit.main(["experiment=tiny_base", "--config-dir", "none"]) == 2
+    assert "--config-dir (none) must be a folder of recipes, which adds to the shipped ones." in caplog.text

@@ -18,22 +18,48 @@ def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_copied_folder_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    (source / "tokenizer.json").write_text("{}")
+def test_copied_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source.json", tmp_path / "target"
+    source.write_text("{}")
 
     def interrupted(source: Path, target: Path) -> None:
-        target.mkdir()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files.shutil, "copytree", interrupted)
-        files.copy_folder(source, target)
+        patch.setattr(files.shutil, "copyfile", interrupted)
+        files.copy_files([source], target)
     assert not target.exists()
-    files.copy_folder(source, target)
-    assert (target / "tokenizer.json").read_text() == "{}"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+    files.copy_files([source], target)
+    assert (target / "source.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.json", "target"]
+
+
+def test_a_copy_has_neither_links_nor_permissions_of_its_source(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text("{}")
+    (tmp_path / "blob").chmod(0o444)
+    (tmp_path / "link.json").symlink_to("blob")
+    files.copy_files([tmp_path / "link.json"], tmp_path / "target")
+    copy = tmp_path / "target" / "link.json"
+    assert not copy.is_symlink() and copy.read_text() == "{}"
+    assert copy.stat().st_mode & 0o200 and (tmp_path / "target").stat().st_mode & 0o200
+    (tmp_path / "blob").unlink()
+    with pytest.raises(ValueError, match=r"link\.json is a link to blob, which does not exist"):
+        files.refuse_dead_link(tmp_path / "link.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' stands there twice"),
+        ("[" * 100000, "nested too deeply"),
+        ("1" * 5000, "no JSON"),
+        ("{", "no JSON"),
+    ],
+)
+def test_json_that_readers_may_take_differently_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"file\.json is damaged .*{message}.*; ask someone"):
+        files.read_json(tmp_path / "file.json", "ask someone")
 
 
 def test_a_failed_write_keeps_the_old_content_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,18 @@
+"""The command line of generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_dllm.generate import parse_arguments
+
+
+def test_the_user_s_folder_goes_before_the_shipped_settings(tmp_path: Path) -> None:
+    (tmp_path / "generate.yaml").write_text("defaults: [generate_schema, _self_]\nthreshold: 0.5\n")
+    for flag in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+        config = parse_arguments([*flag, "checkpoint=x", "prompt=a --config-dir=b"])
+        assert (config.threshold, config.prompt) == (0.5, "a --config-dir=b")
+    with pytest.raises(ValueError, match=r"--config-dir \(none\) must be a folder of recipes"):
+        parse_arguments(["--config-dir", "none"])
