@@ -22,6 +22,7 @@ from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.command_line import entry_of_dict, null_part, type_of_key, typed_words
 from megatron_dllm.config.fitting import fitted
 from megatron_dllm.config.recipe_source import RECIPES, recipe_names, register, split_folder
+from megatron_dllm.config.rules import check
 
 
 def register_schemas() -> None:
@@ -60,6 +61,51 @@ def _groups(recipes: Path) -> dict[str, list[str]]:
     return {group: recipe_names(group, [recipes]) for group in sorted(groups)}
 
 
+_WORD = re.compile(
+    r"\+{0,2}(?P<key>[A-Za-z_@][\w/@.]*[\w])=(?P<value>.*)|~(?P<left_out>[A-Za-z_][\w/@.]*)(=.*)?", re.DOTALL
+)
+_RECIPES = re.compile(r"\[?\w[\w./-]*(,\s*\w[\w./-]*)*\]?")
+
+
+def _check_words(words: Sequence[str], schema: type, groups: dict[str, list[str]]) -> None:
+    """Refuse what Hydra's grammar would stumble over, a recipe that is no name, and a new key that nothing reads."""
+    for word in words:
+        match = _WORD.fullmatch(word)
+        if match is None or (not word.isascii() and not word.partition("=")[0].isascii()):
+            raise ValueError(f"{word!r} is not a setting; write key=value, without spaces around the equal sign.")
+        key, value = match["key"], match["value"]
+        if key is None or key.startswith(("hydra", "@")):
+            continue
+        if key in groups:
+            is_name = _RECIPES.fullmatch(value) is not None and ".." not in value and value != "null"
+            check(is_name or value.startswith("{"), _not_a_recipe(key, value, groups))
+        elif word.startswith("+") and key.partition("@")[0] not in groups and type_of_key(schema, key) is None:
+            raise ValueError(_not_a_key(key, schema, groups))
+
+
+def _not_a_recipe(group: str, name: str, groups: dict[str, list[str]]) -> str:
+    options = groups.get(group, [])
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.3)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{group} ({name}) is not a recipe; {hint}There are: {', '.join(options) or 'none'}."
+
+
+def _not_a_key(key: str, schema: type, groups: Iterable[str]) -> str:
+    near = _nearest(re.sub(r"(stages|jobs)\.[^.]+\.", r"\1.*.", key), [*schema_keys(schema), *groups])
+    if not near or near == key:
+        return f"{key} is not a key of the configuration; python -m megatron_dllm.train --help names those there are."
+    return f"{key} is not a key of the configuration; did you mean {near.replace('*', 'NAME')}?"
+
+
+def _one_sentence(message: str) -> str:
+    """The first line of what Hydra says; the others are its grammar and where it looked."""
+    line = " ".join(message.strip().splitlines()[0].split()).removeprefix("In 'train': ")
+    unreadable = re.match(r"(?:LexerNoViableAltException:|no viable alternative at input|mismatched input) *(.*)", line)
+    if unreadable:
+        return f"{unreadable[1]} cannot be read; close every bracket and quote, and quote a value that holds them."
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
 def _explain(error: Exception, overrides: Sequence[str], recipes: Path, schema: type) -> str:
     """One sentence for a composition error: what is unknown, and the nearest name that exists."""
     message = str(error)
@@ -69,17 +115,14 @@ def _explain(error: Exception, overrides: Sequence[str], recipes: Path, schema: 
     missing = re.search(r"Could not find '(?P<group>[\w/]+)/(?P<name>[^'/]+)'", message)
     if missing:
         group, name = missing["group"], missing["name"]
-        options = groups.get(group, [])
-        close = difflib.get_close_matches(name, options, n=1, cutoff=0.3)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{group} ({name}) is not a recipe; {hint}There are: {', '.join(options) or 'none'}."
+        return _not_a_recipe(group, name, groups)
     stated = re.search(r"full_key: (\S+)", message)
     full_key = stated[1] if stated else ""
     names = {o.split("=", 1)[0].lstrip("+~") for o in overrides}
     unknown = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' (?:is )?not in", message)
     key = unknown[1] if unknown else ""
     if not key:
-        return message.strip()
+        return _one_sentence(message)
     if full_key.endswith(key):
         key = full_key
     elif key not in names:
@@ -93,10 +136,7 @@ def _explain(error: Exception, overrides: Sequence[str], recipes: Path, schema: 
             f"recipe {recipe[1]} puts its values under {key}, which is not a key of the configuration; begin the "
             "file with the line '# @package _global_'."
         )
-    near = _nearest(re.sub(r"(stages|jobs)\.[^.]+\.", r"\1.*.", key), [*schema_keys(schema), *groups])
-    if not near:
-        return message.strip()
-    return f"{key} is not a key of the configuration; did you mean {near.replace('*', 'NAME')}?"
+    return _not_a_key(key, schema, groups)
 
 
 def compose_dict(
@@ -110,6 +150,7 @@ def compose_dict(
     register_schemas()
     GlobalHydra.instance().clear()
     try:
+        _check_words(overrides, schema, _groups(recipes))
         with initialize_config_dir(str(recipes), version_base="1.3"):
             return compose(config_name=config_name, overrides=typed_words(schema, overrides))
     except (HydraException, OmegaConfBaseException) as error:
@@ -141,6 +182,11 @@ def to_train_config(config: Any) -> TrainConfig:
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or str(error)
         raise ValueError(f"{key} is required and has no value; set it in the recipe or on the command line.") from error
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "the configuration"
+        raise ValueError(f"{key} cannot be resolved: {_one_sentence(str(error))}") from error
+    except RecursionError as error:
+        raise ValueError("a value refers to itself through ${...}; give it in full.") from error
     if not isinstance(result, TrainConfig):
         raise ValueError("The configuration does not start from train_schema; begin its defaults with it.")
     result.schedule = fitted(result.schedule, result.model.max_position_embeddings)
@@ -165,8 +211,8 @@ def prepare_command_line(arguments: Sequence[str]) -> list[str]:
         SystemExit: with that sentence.
     """
     is_sweep = any(word in _SWEEP_FLAGS for word in arguments)
-    words = typed_words(TrainConfig, arguments, is_sweep)
     try:
+        words = typed_words(TrainConfig, arguments, is_sweep)
         folder, rest = split_folder(words)
         if is_sweep or any(word.startswith(("-", "hydra", "+hydra")) for word in rest):
             return words

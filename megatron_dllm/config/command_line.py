@@ -14,9 +14,12 @@ from dataclasses import fields, is_dataclass
 from decimal import Decimal
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from megatron_dllm.config.rules import check
+
 _EXPONENT = re.compile(r"[+-]?\d[\d_]*(\.\d+)?[eE]\+?\d{1,2}")
 # A number that stands alone in {block_size: 8, num_tokens: 1e9} or [1e3, 4].
 _NUMBER_INSIDE = re.compile(r"(?<=[\[,:\s])" + _EXPONENT.pattern + r"(?=\s*[\],}])")
+_TRUTH_VALUES = ("true", "false", "yes", "no", "on", "off", "1", "0", "null", "???")
 _LEFT_ALONE = ("", "null", "???")
 
 
@@ -95,10 +98,16 @@ def typed_word(schema: type, word: str, is_sweep: bool = False) -> str:
         schema: dataclass of the configuration.
         word: `key=value`, perhaps with Hydra's + or ++ before it.
         is_sweep: whether a comma separates the values of several runs.
+
+    Raises:
+        ValueError: a key that is true or false is given something else, which Hydra would take for true.
     """
     key, equals, value = word.partition("=")
     name = key.lstrip("+")
-    value = _typed_value(type_of_key(schema, name), value, is_sweep) if equals else value
+    kind = type_of_key(schema, name) if equals else None
+    if kind is bool and not (is_sweep and "," in value):
+        check(value.lower() in _TRUTH_VALUES, f"{name} ({value}) is yes or no; give true or false.")
+    value = _typed_value(kind, value, is_sweep) if equals else value
     entry = entry_of_dict(schema, name) if equals and key.startswith("+") else None
     if entry is None:
         return f"{key}{equals}{value}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from megatron_dllm.config.parallel import PRECISIONS
-from megatron_dllm.config.rules import check, check_choice, check_positive
+from megatron_dllm.config.rules import check, check_choice, check_positive, check_values
 from megatron_dllm.config.training import ATTENTION_BACKENDS
 
 REQUESTS = ("prompt", "prompts_file", "messages", "chats_file")
@@ -86,3 +86,4 @@ class GenerateConfig(DecodingConfig):
             f"precision ({self.precision}) is not known; use one of {', '.join(PRECISIONS)}, or null.",
         )
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        check_values(self, unbounded=("seed",))

@@ -8,7 +8,14 @@ from omegaconf import MISSING
 
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.parallel import ParallelConfig
-from megatron_dllm.config.rules import check, check_choice, check_positive, nearest_divisors
+from megatron_dllm.config.rules import (
+    LARGEST_LENGTH,
+    check,
+    check_at_most,
+    check_choice,
+    check_positive,
+    nearest_divisors,
+)
 from megatron_dllm.config.sft import SftConfig
 
 LOSS_WEIGHTS = ("elbo", "uniform", "realised")
@@ -82,6 +89,10 @@ class StageConfig:
         self._check_length(prefix)
         for key in ("block_size", "global_batch_size", "micro_batch_size", "learning_rate"):
             check_positive(f"{prefix}.{key}", getattr(self, key))
+        check(
+            self.lr_warmup_tokens >= 0,
+            f"{prefix}.lr_warmup_tokens ({self.lr_warmup_tokens}) must not be negative; 0 starts at learning_rate.",
+        )
         check(
             self.final_learning_rate is None or self.final_learning_rate >= 0.0,
             f"{prefix}.final_learning_rate ({self.final_learning_rate}) must not be negative; 0 is the least.",
@@ -190,7 +201,9 @@ class ScheduleConfig:
 
     def validate(self) -> None:
         """Raise ValueError for stages that cannot be packed into the rows."""
-        check_positive("schedule.context_length", self.context_length)
+        for key, length in (("context_length", self.context_length), ("row_length", self.tokens_per_row)):
+            check_positive(f"schedule.{key}", length)
+            check_at_most(f"schedule.{key}", length, LARGEST_LENGTH)
         for key in ("num_tokens", "learning_rate", "global_batch_size", "micro_batch_size"):
             value = getattr(self, key)
             check(

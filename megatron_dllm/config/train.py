@@ -8,7 +8,7 @@ from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.nearest_layout import as_overrides, nearest_layout
 from megatron_dllm.config.parallel import ParallelConfig
-from megatron_dllm.config.rules import check, check_positive, nearest_multiples
+from megatron_dllm.config.rules import check, check_positive, check_values, nearest_multiples
 from megatron_dllm.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, RunConfig
 from megatron_dllm.config.schedule import ScheduleConfig, StageConfig
 from megatron_dllm.config.training import TrainingConfig
@@ -36,6 +36,7 @@ class TrainConfig:
         Raises:
             ValueError: naming the field, its value, the rule and the remedy.
         """
+        check_values(self, unbounded=("run.seed",))
         self.run.validate()
         self.model.validate()
         self.data.validate()

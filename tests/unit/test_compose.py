@@ -91,3 +91,83 @@ def test_the_command_line_is_checked_before_hydra_runs() -> None:
     with pytest.raises(SystemExit, match="did you mean"):
         prepare_command_line(["experiment=tiny_convert", "model.num_layer=3"])
     assert prepare_command_line(["--config-name", "own", "anything=1"]) == ["--config-name", "own", "anything=1"]
+
+
+BAD_WORDS = [
+    ("=", "is not a setting"),
+    ("x", "is not a setting"),
+    ("run.name", "is not a setting"),
+    ("", "is not a setting"),
+    ("  ", "is not a setting"),
+    ("\n", "is not a setting"),
+    ("\u00e9=1", "is not a setting"),
+    ("run.n\u00e4me=x", "is not a setting"),
+    ("run .name=x", "is not a setting"),
+    ("run.name =x", "is not a setting"),
+    (" run.name=x", "is not a setting"),
+    (".run.name=x", "is not a setting"),
+    ("run.name.=x", "is not a setting"),
+    ("run..name=x", "cannot be read"),
+    ("~run.name", "does not support deletion"),
+    ("+run.x=1", "run.x is not a key"),
+    ("++run.x=1", "run.x is not a key"),
+    ("+optimizer.wieght_decay=0", "did you mean optimizer.weight_decay"),
+    ("+modle.num_layers=3", "did you mean model.num_layers"),
+    ("experiment=", "is not a recipe"),
+    ("experiment=null", "is not a recipe"),
+    ("experiment=[tiny_base,b]", "experiment/b"),
+    ("experiment=../x", "is not a recipe"),
+    ("experiment=/etc/passwd", "is not a recipe"),
+    ("experiment=tiny base", "is not a recipe"),
+    ("model=", "is not a recipe"),
+    ("model=tiny_moe,ling_mini", "Ambiguous value"),
+    ("data=nothing", "is not a recipe"),
+    ("run=5", "run=5"),
+    ("run=null", "run=null"),
+    ("run=abc", "run=abc"),
+    ("run.name.x=1", "run.name.x=1"),
+    ("schedule.stages=5", "schedule.stages=5"),
+    ("schedule.stages=[]", "schedule.stages=\\[\\]"),
+    ("schedule.stages=null", "schedule.stages=null"),
+    ("+schedule.stages.x=5", "schedule.stages.x=5"),
+    ("evaluation.block_sizes=32", "evaluation.block_sizes=32"),
+    ("evaluation.block_sizes=[a]", "could not be converted to Integer"),
+    ("evaluation.block_sizes=[3.5]", "could not be converted to Integer"),
+    ("evaluation.block_sizes=[null]", "evaluation.block_sizes"),
+    ("model.num_layers=[1,2", "cannot be read"),
+    ("model.num_layers={a:1", "cannot be read"),
+    ("model.num_layers=1,2", "Ambiguous value"),
+    ("model.num_layers=0x10", "could not be converted to Integer"),
+    ("model.num_layers=1e400", "could not be converted to Integer"),
+    ("model.num_layers=1e-3", "could not be converted to Integer"),
+    ("model.num_layers=1.5", "could not be converted to Integer"),
+    ("model.num_layers=\uff11\uff12", "cannot be read"),
+    ("model.num_layers=${oc.env:HOME}", "model.num_layers cannot be resolved"),
+    ("model.num_layers=${nope}", "model.num_layers cannot be resolved"),
+    ("model.num_layers=${oc.env:NOT_SET_ANYWHERE}", "NOT_SET_ANYWHERE"),
+    ("model.num_layers=${x", "cannot be read"),
+    ("model.hidden_size=${model.hidden_size}", "model.hidden_size cannot be resolved"),
+    ("run.name=${run.name}", "run.name cannot be resolved"),
+    ("run.root=${foo:1}", "run.root cannot be resolved"),
+    ("run.name='\\'", "cannot be read"),
+    ("optimizer.weight_decay=0,1", "Ambiguous value"),
+    ("optimizer.weight_decay=1e", "could not be converted to Float"),
+    ("optimizer.weight_decay=0.1.2", "could not be converted to Float"),
+    ("checkpoint.resume=maybe", "true or false"),
+    ("checkpoint.resume=2", "true or false"),
+    ("checkpoint.resume=-1", "true or false"),
+    ("checkpoint.resume=null", "checkpoint.resume"),
+    ("data.train=null", "data.train=null"),
+    ("data.train=???", "data.train is required"),
+    ("cluster=laptop", "cluster is not a key"),
+]
+
+
+@pytest.mark.ranks  # most of them compose all recipes
+@pytest.mark.parametrize(("word", "says"), BAD_WORDS, ids=[repr(word) for word, _ in BAD_WORDS])
+def test_a_word_that_cannot_be_read_ends_in_one_sentence(word: str, says: str) -> None:
+    words = [] if word.startswith("experiment") else ["experiment=tiny_base"]
+    words += [text for text in ("data.train=a", "run.name=x") if text.partition("=")[0] != word.partition("=")[0]]
+    with pytest.raises(ValueError, match=says) as caught:
+        compose_train_config([*words, word])
+    assert "\n" not in str(caught.value) and "hydra.cc" not in str(caught.value)
