@@ -1,97 +1,225 @@
-"""Measure the validation ELBO of a checkpoint: a merged one, say, or an old one at other block sizes.
+"""Measure the validation ELBO of a checkpoint: a merged or exported one, say, or an old one at other block sizes.
 
-    python -m megatron_dllm.evaluate experiment=NAME checkpoint.load=DIR [evaluation.block_sizes=[32,4]] ...
+    python -m megatron_dllm.evaluate checkpoint.load=DIR data.validation=PREFIX [key=value ...]
+    torchrun --nproc_per_node N -m megatron_dllm.evaluate ... [parallel.tensor_model_parallel_size=2]
 
-The experiment names model, corpus and rows; it runs on one process or under torchrun. The result is printed and
-written beside the checkpoint as validation.json.
+DIR is a run folder, a torch_dist checkpoint or an HF folder, and brings the model; of an autoregressive one the exact
+NLL is measured. The result is printed and written beside the weights as validation.json, or to a file of yours. Keys
+are those of a training run, and an experiment may be named for its layout and evaluation settings. Most often given,
+with their defaults:
+
+    evaluation.block_sizes=[...]      the checkpoint's own; the first one ranks checkpoints
+    evaluation.num_tokens=2e6         document tokens, whole documents, or the whole corpus
+    evaluation.micro_batch_size=1     rows of a forward pass
+    schedule.context_length=N         the run's; of an HF folder max_position_embeddings, 4096 at most
+    parallel.precision=fp32           the run's; of an HF folder bf16 on a GPU, fp32 without one
+    output=FILE                       instead of validation.json beside the weights
+    overwrite=false                   replace an earlier result
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
+from hydra.core.config_store import ConfigStore
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.checkpoint.identity import check_grid
-from megatron_dllm.checkpoint.validation import Validation, write_validation
-from megatron_dllm.compose import prepare_command_line, register_schemas, to_train_config
-from megatron_dllm.config import TrainConfig
-from megatron_dllm.config.recipe_source import RECIPES
+from megatron_dllm.checkpoint.validation import Validation, read_validation_file, write_validation_file
+from megatron_dllm.compose import compose_dict
+from megatron_dllm.config import RunConfig
+from megatron_dllm.config.evaluate import EvaluateConfig
+from megatron_dllm.config.recipe_source import split_folder
+from megatron_dllm.evaluation.request import Request, open_config, read_request
+from megatron_dllm.run.names import VALIDATION
 from megatron_dllm.run.place import is_rank_zero, world_size
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Measured:
+    """An evaluation that has been made, and where it is to be written."""
+
+    request: Request
+    target: Path
+    validation: Validation
 
 
-def evaluate_checkpoint(config: TrainConfig) -> Validation:
-    """Load `checkpoint.load`, measure it, and write validation.json beside it.
+def compose_words(words: Sequence[str]) -> Any:
+    """Compose recipes/evaluate.yaml with the words of a command line.
 
     Raises:
-        ValueError: nothing to load, no validation rows, or a checkpoint of another model.
+        ValueError: an unknown key, or a value of a wrong type.
     """
-    config.validate(world_size())
-    if not config.checkpoint.load or not config.evaluation.num_tokens or config.data.validation is None:
-        raise ValueError(
-            f"checkpoint.load ({config.checkpoint.load}), evaluation.num_tokens "
-            f"({config.evaluation.num_tokens}) and data.validation ({config.data.validation}) must be "
-            "set: name the checkpoint, how many tokens to measure, and the held-out corpus."
-        )
+    folder, rest = split_folder(words)
+    ConfigStore.instance().store(name="evaluate_schema", node=open_config())
+    return compose_dict(rest, "evaluate", folder, EvaluateConfig)
+
+
+def measure(composed: Any) -> Measured:
+    """Load the checkpoint that the configuration names and measure it (a collective); nothing is written.
+
+    Args:
+        composed: from `compose_words`.
+
+    Raises:
+        ValueError: what `read_request` refuses, a corpus of another model, or a place that cannot be written or has a
+            result.
+    """
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()
     prepare_host()
-
-    from megatron_dllm.checkpoint.identity import check_identity
-    from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.data.corpus import Corpus
-    from megatron_dllm.evaluation.elbo import evaluate
-    from megatron_dllm.model.objective import AR
+    from megatron_dllm.evaluation.elbo import check_corpus, evaluate
     from megatron_dllm.model.paths import choose_paths
     from megatron_dllm.parallel.device import DeviceFacts, local_device
     from megatron_dllm.parallel.groups import destroy, initialize
+    from megatron_dllm.parallel.meeting import meet
     from megatron_dllm.training.engine import build_chunks
 
-    folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
-    stored = check_identity(folder, config.model)
-    check_grid(folder, stored, config.data.block_origin)
-    corpus = Corpus(config.data.validation, config.model, config.data.tokenizer)
+    def decide() -> tuple[Request, Path]:
+        request = read_request(composed, world_size())
+        config = request.config
+        corpus = _open(config, Corpus)
+        corpus.verify()
+        check_corpus(config, corpus, request.names)
+        return request, _open_target(request)
+
+    timeout = composed.run.distributed_timeout_minutes
+    meeting = meet(RunConfig(name="evaluation", distributed_timeout_minutes=timeout))
+    request, target = meeting.decide(decide)
+    config = request.config
     # Refuses what cannot run here.
     choose_paths(config.model, config.parallel, DeviceFacts.here(), config.training.attention_backend)
-    groups = initialize(config.parallel, config.run)
+    groups = initialize(config.parallel, config.run, meeting)
     try:
         chunks = build_chunks(config, groups)
-        load_weights(folder, chunks, config.checkpoint.verify)
-        device = local_device()
-        names = [AR] if not stored.is_diffusion else [str(size) for size in config.evaluation.block_sizes]
-        result = evaluate(chunks, config, groups, corpus, names, device)
-        if is_rank_zero():
-            write_validation(folder, result)
+        _load(request, chunks)
+        corpus = _open(config, Corpus)
+        validation = evaluate(chunks, config, groups, corpus, list(request.names), local_device())
     finally:
         destroy()
-    return result
+    return Measured(request, target, validation)
 
 
-@hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="train")
-def _main(config: Any) -> None:
+def _open(config: EvaluateConfig, corpus: Any) -> Any:
+    return corpus(config.data.validation, config.model, config.data.tokenizer)
+
+
+def _load(request: Request, chunks: Sequence[Any]) -> None:
+    """Put the weights into the local model."""
+    from megatron.core.utils import unwrap_model
+
+    from megatron_dllm.checkpoint.loading import load_weights
+    from megatron_dllm.inference.load import load_hf_weights
+
+    weights = request.weights
+    if not weights.is_hf:
+        load_weights(weights.folder, chunks, request.config.checkpoint.verify)
+        return
+    for chunk in chunks:
+        load_hf_weights(weights.folder, unwrap_model(chunk))
+
+
+def _open_target(request: Request) -> Path:
+    """Where the result goes: a place that can be written and has no result yet, unless that may be replaced.
+
+    Raises:
+        ValueError: saying which of the two it is not.
+    """
+    config = request.config
+    target = Path(config.output) if config.output else request.weights.folder / VALIDATION
+    if target.is_dir():
+        raise ValueError(f"output ({target}) is a folder; name a file.")
+    if target.exists() and not config.overwrite:
+        raise ValueError(
+            f"{target} exists ({_earlier(target)}); nothing is overwritten: give overwrite=true to replace it, or "
+            "output=FILE to write elsewhere."
+        )
     try:
-        result = evaluate_checkpoint(to_train_config(config))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            return target
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be written ({error.strerror}); give output=FILE in another folder."
+        ) from None
+
+
+def _earlier(target: Path) -> str:
+    """What an earlier result came to."""
+    try:
+        found = read_validation_file(target)
+    except ValueError:
+        return "no result of an evaluation"
+    values = ", ".join(f"{name}: {value:.4f}" for name, value in found.nats_per_token.items())
+    return f"nats per token {values}"
+
+
+def show(measured: Measured) -> None:
+    """Print what was measured, on what, and what came of it."""
+    validation, config = measured.validation, measured.request.config
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("block size", "nats/token", "bits/byte")
+    for name, value in validation.nats_per_token.items():
+        bits = validation.bits_per_byte.get(name)
+        label = "autoregressive, exact NLL" if name == "ar" else name
+        table.add_row(label, f"{value:.4f}", "-" if bits is None else f"{bits:.4f}")
+    console.print(table)
+    conditions = validation.conditions
+    assert conditions is not None, "a measurement knows its conditions"
+    console.print(
+        Text(
+            f"{measured.request.weights.folder}: {conditions.num_tokens:,} document tokens of {config.data.validation} "
+            f"({conditions.corpus[:12]}), context length {conditions.context_length}, blocks by {conditions.blocks}, "
+            f"{conditions.precision}"
+        )
+    )
+
+
+def write(measured: Measured) -> None:
+    """Write the result, and say where.
+
+    Raises:
+        ValueError: the disk is full, say; the result has been printed.
+    """
+    try:
+        write_validation_file(measured.target, measured.validation)
+    except OSError as error:
+        raise ValueError(
+            f"{measured.target} could not be written: {error.strerror}; the result stands above."
+        ) from None
+    Console(highlight=False, soft_wrap=True).print(Text(f"written to {measured.target}"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if "-h" in words or "--help" in words:
+        Console(highlight=False, soft_wrap=True).print(Text(str(__doc__)))
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        measured = measure(compose_words(words))
+        if is_rank_zero():
+            show(measured)
+            write(measured)
     except ValueError as error:
-        log.error("%s", error)
-        sys.exit(2)
-    if is_rank_zero():
-        table = Table("block size", "nats/token", "bits/byte")
-        for name, value in result.nats_per_token.items():
-            bits = result.bits_per_byte.get(name)
-            table.add_row(name, f"{value:.4f}", "-" if bits is None else f"{bits:.4f}")
-        Console().print(table)
+        if is_rank_zero():
+            Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
+        else:
+            time.sleep(5.0)  # torchrun ends all ranks with the first: rank 0 speaks before that
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    register_schemas()
-    sys.argv[1:] = prepare_command_line(sys.argv[1:])
-    _main()
+    sys.exit(main())

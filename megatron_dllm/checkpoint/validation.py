@@ -127,7 +127,12 @@ def to_json(validation: Validation) -> dict[str, Any]:
 
 def write_validation(folder: Path, validation: Validation) -> None:
     """Write validation.json of a checkpoint that is there already."""
-    write_json(folder / VALIDATION, to_json(validation), sort_keys=True)
+    write_validation_file(folder / VALIDATION, validation)
+
+
+def write_validation_file(path: Path, validation: Validation) -> None:
+    """Write what an evaluation came to."""
+    write_json(path, to_json(validation), sort_keys=True)
 
 
 def validation_elbo(folder: Path) -> float | None:

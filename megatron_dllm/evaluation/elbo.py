@@ -8,7 +8,7 @@ ELBO over all noise levels without bias and with less variance than drawing t (s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from megatron_dllm.config import StageConfig, TrainConfig
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, RowDataset
 from megatron_dllm.data.packing import RowStream
-from megatron_dllm.data.source import Source
+from megatron_dllm.data.source import Source, check_fills_a_row
 from megatron_dllm.evaluation.conditions import SEED, conditions_of
 from megatron_dllm.model.objective import AR, Objective, validation_objective
 from megatron_dllm.model.pipeline import run_schedule
@@ -49,6 +49,15 @@ def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:
         block_origin=config.data.block_origin,
         prune_clean=config.data.prune_clean,
     )
+
+
+def check_corpus(config: TrainConfig, corpus: Source, names: Iterable[str]) -> None:
+    """Raise ValueError where held-out documents are too few for the rows of an evaluation, naming it."""
+    for name in names:
+        try:
+            check_fills_a_row(corpus, validation_geometry(config, name))
+        except ValueError as error:
+            raise ValueError(f"validation ({name}) cannot run: {error}") from None
 
 
 @torch.no_grad()

@@ -8,17 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dllm.checkpoint.folder import resolve_checkpoint
-from megatron_dllm.checkpoint.stored_model import read_stored_model
+from megatron_dllm.checkpoint.weights_folder import SERVED_BLOCK_SIZES, WeightsFolder, read_weights_folder
 from megatron_dllm.config import GenerateConfig, ModelConfig
 from megatron_dllm.diffusion.decode import DecodingContract
-from megatron_dllm.hf.config_json import read_hf_config
-from megatron_dllm.hf.special_tokens import settle_special_tokens
-from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILE, TokenizerFiles
-
-HF_CONFIG = "config.json"
-# Block sizes at which serving engines decode an architecture whose config.json names none.
-SERVED_BLOCK_SIZES = {"llada2_moe": 32, "sdar_moe": 4, "sdar": 4}
+from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)
@@ -49,45 +42,36 @@ def read_source(config: GenerateConfig) -> CheckpointSource:
     path = Path(config.checkpoint)
     if not path.is_dir():
         raise ValueError(f"checkpoint ({path}) is not a folder; give an HF folder, a run folder or a step_* folder.")
-    is_hf = (path / HF_CONFIG).is_file()
-    folder = path if is_hf else resolve_checkpoint(path)
-    model, block_size, beside = _read_hf(folder) if is_hf else _read_torch_dist(folder)
+    weights = read_weights_folder(path)
+    if not weights.is_diffusion:
+        raise ValueError(_autoregressive(weights))
+    model = weights.model
     longest = model.max_position_embeddings
     if config.context_length is not None and config.context_length > longest:
         raise ValueError(
             f"context_length ({config.context_length}) must not exceed the model's max_position_embeddings ({longest})."
         )
     contract = DecodingContract(
-        block_size=config.block_size or block_size,
+        block_size=config.block_size or weights.block_size,
         context_length=config.context_length or longest,
         mask_token_id=model.mask_token_id,
         eos_token_ids=(model.eos_token_id,),
     )
-    return CheckpointSource(folder, is_hf, model, contract, _find_tokenizer(beside, config.tokenizer))
+    tokenizer = _find_tokenizer(weights.tokenizer, config.tokenizer)
+    return CheckpointSource(weights.folder, weights.is_hf, model, contract, tokenizer)
 
 
-def _read_torch_dist(folder: Path) -> tuple[ModelConfig, int, Path | None]:
-    """Model, block size and tokenizer folder of a torch_dist checkpoint."""
-    stored = read_stored_model(folder)
-    if not stored.meta.is_diffusion:
-        raise ValueError(
-            f"{folder}: contract.shift (true) means that it predicts the next token, autoregressively; "
-            "convert it with megatron_dllm.train before decoding blocks."
+def _autoregressive(weights: WeightsFolder) -> str:
+    """Why such weights are not decoded, and what to do."""
+    if weights.is_hf:
+        return (
+            f"{weights.folder}: model_type ({weights.model.family}) predicts the next token, autoregressively; "
+            f"convert it first, or name a folder of {' or '.join(SERVED_BLOCK_SIZES)}."
         )
-    return stored.model, stored.meta.semantics.block_size, stored.tokenizer
-
-
-def _read_hf(folder: Path) -> tuple[ModelConfig, int, Path | None]:
-    """Model, block size and tokenizer folder of an HF folder."""
-    stored = read_hf_config(folder)
-    model = stored.model
-    if not stored.is_diffusion:
-        raise ValueError(
-            f"{folder}: model_type ({model.family}) predicts the next token, autoregressively; convert it "
-            f"first, or name a folder of {' or '.join(SERVED_BLOCK_SIZES)}."
-        )
-    model = settle_special_tokens(model, TokenizerFiles(folder))
-    return model, stored.block_size or SERVED_BLOCK_SIZES[model.family], folder
+    return (
+        f"{weights.folder}: contract.shift (true) means that it predicts the next token, autoregressively; "
+        "convert it with megatron_dllm.train before decoding blocks."
+    )
 
 
 def _find_tokenizer(beside: Path | None, asked: str | None) -> Path:

@@ -21,7 +21,7 @@ from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream, estimate_fill
 from megatron_dllm.data.source import check_fills_a_row
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, StageRow, stage_table
-from megatron_dllm.evaluation.elbo import validation_geometry, validation_names
+from megatron_dllm.evaluation.elbo import check_corpus, validation_names
 from megatron_dllm.model.objective import objective_of
 from megatron_dllm.run.history import Change
 from megatron_dllm.run.names import CHECKPOINTS
@@ -151,11 +151,8 @@ def _check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Source
     held_out = sources.validation
     if held_out is None:
         return
-    for name in dict.fromkeys(name for stage in schedule.stages for name in validation_names(config, stage.config)):
-        try:
-            check_fills_a_row(held_out, validation_geometry(config, name))
-        except ValueError as error:
-            raise ValueError(f"validation ({name}) cannot run: {error}") from None
+    names = dict.fromkeys(name for stage in schedule.stages for name in validation_names(config, stage.config))
+    check_corpus(config, held_out, names)
 
 
 def _find_resume(config: TrainConfig, passed_over: dict[Path, str]) -> tuple[Resume | None, dict[Path, str]]:

@@ -13,6 +13,7 @@ from launch.chain import LaunchConfig
 from launch.composition import LAUNCH_KEYS
 from megatron_dllm.compose import schema_keys
 from megatron_dllm.config import GenerateConfig, TrainConfig
+from megatron_dllm.config.evaluate import EvaluateConfig
 from tests.house.mentions import FOLDERS, PACKAGE, Mention
 
 # What our pages name of others: flags of torchrun, SLURM and pip; arguments of transformers and torch.
@@ -152,7 +153,14 @@ class Existing:
         generating = set(schema_keys(GenerateConfig))
         return {
             **dict.fromkeys(TRAINING, training),
+            "megatron_dllm.evaluate": {*training, *schema_keys(EvaluateConfig)},
             **dict.fromkeys(LAUNCHING, launching),
             "megatron_dllm.generate": generating,
-            "": {*training, *launching, *generating, *(key.rsplit(".", 1)[-1] for key in launching)},
+            "": {
+                *training,
+                *launching,
+                *generating,
+                *schema_keys(EvaluateConfig),
+                *(key.rsplit(".", 1)[-1] for key in launching),
+            },
         }

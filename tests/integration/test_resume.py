@@ -254,7 +254,6 @@ def test_layouts_of_all_stages_are_checked_at_the_start(folder: Path) -> None:
 
 
 def test_validations_that_cannot_run_are_refused_at_the_start(folder: Path, unbroken_one: TrainConfig) -> None:
-    from megatron_dllm.evaluate import evaluate_checkpoint
     from megatron_dllm.training.sources import Sources
     from megatron_dllm.training.start import decide_start
 
@@ -264,10 +263,6 @@ def test_validations_that_cannot_run_are_refused_at_the_start(folder: Path, unbr
         decide_start(replace(config, schedule=schedule), 1, Sources(config))
     measured = replace(config, schedule=schedule, evaluation=replace(config.evaluation, block_sizes=[32]))
     assert decide_start(measured, 1, Sources(measured)).resume is None
-    load = replace(config.checkpoint, load=str(checkpoints_of(unbroken_one)))
-    other_grid = replace(config, checkpoint=load, data=replace(config.data, block_origin="row"))
-    with pytest.raises(RuntimeError, match=r"data.block_origin \(row\) differs from that of the diffusion weights"):
-        run_ranks(evaluate_checkpoint, 1, other_grid)
 
 
 def test_a_refused_start_leaves_the_configuration_of_the_run(unbroken_one: TrainConfig) -> None:

@@ -62,7 +62,6 @@ def _change(path: Path, values: dict[str, Any]) -> None:
 
 def _shorten_tools(path: Path) -> None:
     """Give the chain's tools less to do. The measuring one reads the project's recipes, not these."""
-    small_model = [f"model.{name}={value}" for name, value in MODEL.items()]
     jobs = OmegaConf.load(path).jobs
     corpus, merge, measure, generate = (
         list(OmegaConf.to_container(jobs[name].arguments, resolve=False))
@@ -71,7 +70,7 @@ def _shorten_tools(path: Path) -> None:
     corpus[corpus.index("--vocab_size") + 1] = str(VOCAB_SIZE)
     corpus += ["--max_bytes", "600000", "--validation_fraction", "0.2"]
     merge[merge.index("--k") + 1] = "2"
-    measure += [f"evaluation.num_tokens={VALIDATION_TOKENS}", *small_model]
+    measure += [f"evaluation.num_tokens={VALIDATION_TOKENS}"]
     generate[generate.index("max_new_tokens=128")] = "max_new_tokens=40"
     arguments = {"corpus": corpus, "merge": merge, "evaluate_merged": measure, "generate": generate}
     _change(path, {f"jobs.{name}.arguments": words for name, words in arguments.items()})

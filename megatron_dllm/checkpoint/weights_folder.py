@@ -1,0 +1,84 @@
+"""What a folder of weights says of its model: a torch_dist checkpoint of a run or a tool, or one of Hugging Face."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_dllm.checkpoint.folder import resolve_checkpoint
+from megatron_dllm.checkpoint.stored_model import read_stored_model
+from megatron_dllm.config import ModelConfig
+from megatron_dllm.hf.config_json import read_hf_config
+from megatron_dllm.hf.special_tokens import settle_special_tokens
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
+
+HF_CONFIG = "config.json"
+# Block sizes at which serving engines decode an architecture whose config.json names none.
+SERVED_BLOCK_SIZES = {"llada2_moe": 32, "sdar_moe": 4, "sdar": 4}
+
+
+@dataclass(frozen=True)
+class WeightsFolder:
+    """A model on disk, without its tensors.
+
+    Attributes:
+        folder: of the weights.
+        is_hf: whether they are those of a Hugging Face folder.
+        model: sizes and special tokens; an autoregressive HF folder may leave token ids open (-1).
+        is_diffusion: position i predicts token i; else token i + 1, autoregressively.
+        block_size: tokens denoised together; 1 for autoregressive models.
+        context_length: of training; None where the folder does not say.
+        block_origin: where blocks begin to count; None where the folder does not say.
+        precision: of the run that wrote it, if a run did.
+        tokenizer: folder of the tokenizer, if there is one.
+    """
+
+    folder: Path
+    is_hf: bool
+    model: ModelConfig
+    is_diffusion: bool
+    block_size: int
+    context_length: int | None
+    block_origin: str | None
+    precision: str | None
+    tokenizer: Path | None
+
+
+def read_weights_folder(path: Path) -> WeightsFolder:
+    """Find out what lies in a folder: of HF, of a run, its checkpoints folder, or one torch_dist checkpoint.
+
+    Raises:
+        ValueError: nothing that can be read as a model does.
+    """
+    if (path / HF_CONFIG).is_file():
+        return _read_hf(path)
+    stored = read_stored_model(resolve_checkpoint(path))
+    semantics = stored.meta.semantics
+    return WeightsFolder(
+        folder=stored.folder,
+        is_hf=False,
+        model=stored.model,
+        is_diffusion=stored.meta.is_diffusion,
+        block_size=semantics.block_size,
+        context_length=semantics.context_length,
+        block_origin=semantics.block_origin,
+        precision=stored.meta.provenance.precision,
+        tokenizer=stored.tokenizer,
+    )
+
+
+def _read_hf(folder: Path) -> WeightsFolder:
+    stored = read_hf_config(folder)
+    files = TokenizerFiles(folder)
+    model = settle_special_tokens(stored.model, files) if stored.is_diffusion else stored.model
+    return WeightsFolder(
+        folder=folder,
+        is_hf=True,
+        model=model,
+        is_diffusion=stored.is_diffusion,
+        block_size=(stored.block_size or SERVED_BLOCK_SIZES[model.family]) if stored.is_diffusion else 1,
+        context_length=None,
+        block_origin=None,
+        precision=None,
+        tokenizer=folder if files.exists else None,
+    )

@@ -1,0 +1,145 @@
+"""What an evaluation will measure: the words of the command line, and from the checkpoint whatever they leave open."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from megatron_dllm.checkpoint.identity import IDENTITY
+from megatron_dllm.checkpoint.weights_folder import WeightsFolder, read_weights_folder
+from megatron_dllm.config import DataConfig, EvaluationConfig, ModelConfig, ParallelConfig, StageConfig
+from megatron_dllm.config.evaluate import LONGEST_CONTEXT, EvaluateConfig
+from megatron_dllm.config.run import HELD_OUT_TOKENS
+from megatron_dllm.hf.special_tokens import settle_special_tokens
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
+from megatron_dllm.model.objective import AR
+from megatron_dllm.parallel.device import DeviceFacts
+
+_STAGE = "evaluation"
+
+
+@dataclass(frozen=True)
+class Request:
+    """An evaluation with nothing left open.
+
+    Attributes:
+        config: validated; its schedule is one stage that stands for the measurement.
+        weights: that are measured.
+        names: block sizes as text, or "ar".
+    """
+
+    config: EvaluateConfig
+    weights: WeightsFolder
+    names: tuple[str, ...]
+
+
+def open_config() -> EvaluateConfig:
+    """The schema that the command line is composed onto: what the checkpoint may fill in has no value yet."""
+    return EvaluateConfig(
+        model=ModelConfig(**dict.fromkeys((field.name for field in fields(ModelConfig)), MISSING)),
+        data=DataConfig(block_origin=MISSING),
+        parallel=ParallelConfig(precision=MISSING),
+        evaluation=EvaluationConfig(block_sizes=MISSING, num_tokens=MISSING),
+    )
+
+
+def read_request(composed: Any, world_size: int) -> Request:
+    """Read the checkpoint, fill in what the command line leaves open, and check the whole.
+
+    Args:
+        composed: DictConfig made from `open_config`; it is not changed.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: checkpoint.load or data.validation is missing, or a value that cannot work or that contradicts the
+            checkpoint.
+    """
+    load, validation = composed.checkpoint.load, composed.data.validation
+    if not load or not validation:
+        raise ValueError(
+            f"checkpoint.load ({load}) and data.validation ({validation}) must be set: name the checkpoint (of a run, "
+            "of a tool, or an HF folder) and the held-out corpus."
+        )
+    if not Path(load).is_dir():
+        raise ValueError(f"checkpoint.load ({load}) is not a folder; give an HF folder, a run or one of its step_*.")
+    weights = read_weights_folder(Path(load))
+    config = _filled(composed, weights, world_size)
+    config.validate(world_size)
+    if not config.evaluation.num_tokens:
+        raise ValueError("evaluation.num_tokens (0) measures nothing; give a number of tokens, or leave it out.")
+    names = [str(size) for size in config.evaluation.block_sizes] if weights.is_diffusion else [AR]
+    return Request(config, weights, tuple(names))
+
+
+def _filled(composed: Any, weights: WeightsFolder, world_size: int) -> EvaluateConfig:
+    config = deepcopy(composed)
+    model = _agreed_model(config.model, weights)
+    _fill(config.model, **asdict(model))
+    context_length = weights.context_length or min(model.max_position_embeddings, LONGEST_CONTEXT)
+    _fill(config.run, name=_STAGE)
+    _fill(config.data, train=config.data.validation, block_origin=weights.block_origin or "document")
+    _fill(config.schedule, context_length=context_length)
+    _fill(config.parallel, precision=weights.precision or ("bf16" if DeviceFacts.here().is_cuda else "fp32"))
+    _fill(config.evaluation, block_sizes=[weights.block_size], num_tokens=HELD_OUT_TOKENS)
+    origin = weights.block_origin or config.data.block_origin
+    if weights.is_diffusion and config.data.block_origin != origin:
+        raise ValueError(
+            f"data.block_origin ({config.data.block_origin}) differs from that of the diffusion weights "
+            f"{weights.folder} ({origin}); leave it out, or give the grid they were trained on."
+        )
+    if config.data.tokenizer is None and weights.tokenizer is not None:
+        config.data.tokenizer = str(weights.tokenizer)
+    # Before the values take part in anything: what is wrong is called by the name that the user gave it.
+    settings: Any = OmegaConf.to_object(config.evaluation)
+    settings.validate(config.schedule.context_length, has_validation=True)
+    config.schedule.stages = {_STAGE: _stage(config, weights, world_size)}
+    try:
+        result = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        raise ValueError(
+            f"{getattr(error, 'full_key', None) or error} is required and has no value; give it."
+        ) from None
+    assert isinstance(result, EvaluateConfig), "the schema is of that class"
+    return result
+
+
+def _fill(section: Any, **values: Any) -> None:
+    """Set values that have none."""
+    for name, value in values.items():
+        if OmegaConf.is_missing(section, name):
+            section[name] = value
+
+
+def _agreed_model(stated: Any, weights: WeightsFolder) -> ModelConfig:
+    """The model of the weights, which the values that a command line or recipe states must not contradict."""
+    model = weights.model
+    mask = None if OmegaConf.is_missing(stated, "mask_token_id") else stated.mask_token_id
+    if weights.is_hf and not weights.is_diffusion:
+        model = settle_special_tokens(model, TokenizerFiles(weights.folder), mask)
+    for name in IDENTITY:
+        value = getattr(model, name)
+        if not OmegaConf.is_missing(stated, name) and stated[name] != value:
+            raise ValueError(
+                f"model.{name} ({stated[name]}) differs from the checkpoint {weights.folder} ({value}); leave it out: "
+                "the checkpoint brings its model."
+            )
+    return model
+
+
+def _stage(config: Any, weights: WeightsFolder, world_size: int) -> StageConfig:
+    """A stage with the rows of the measurement, so that layout and rows are checked as those of training are."""
+    rows = config.evaluation.micro_batch_size
+    virtual = config.parallel.pipeline_model_parallel_size
+    return StageConfig(
+        objective="block_diffusion" if weights.is_diffusion else AR,
+        block_size=config.evaluation.block_sizes[0] if weights.is_diffusion else 1,
+        num_tokens=config.evaluation.num_tokens or 1,
+        global_batch_size=rows * world_size * virtual,
+        micro_batch_size=rows,
+        learning_rate=1.0,
+    )
