@@ -1,0 +1,76 @@
+"""The answers of a checkpoint, measured from the command line: the same as when each question is asked alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_dllm.config import GenerateConfig
+from megatron_dllm.evaluation.answer_scores import TaskScore, read_answer_scores
+from megatron_dllm.evaluation.answers import main
+from megatron_dllm.generate import generate
+from tests.integration.test_generate import CHAT_TEMPLATE, MODEL, save_run
+
+QUESTIONS = ["the cat", "who", "once upon", "there was a dog", "a", "on the mat"]
+
+
+@pytest.fixture(scope="module")
+def run(one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = save_run(tmp_path_factory.mktemp("answers") / "run", MODEL)
+    (run / "tokenizer" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return run
+
+
+def write_chats(path: Path, answers: list[str]) -> Path:
+    """The questions with these answers, in two tasks by turns."""
+    lines = []
+    for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        lines.append(json.dumps({"messages": messages, "task": f"task {number % 2}"}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_scores_are_those_of_every_question_asked_alone(run: Path, tmp_path: Path) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", ["x"] * len(QUESTIONS))
+    config = GenerateConfig(checkpoint=str(run), chats_file=str(chats), threshold=0.6, max_new_tokens=30)
+    alone = generate(config)
+    # What the model says to the first four questions is called right, unless it says nothing.
+    known = [result.text.strip() or "x" if number < 4 else "x" for number, result in enumerate(alone)]
+    is_right = [answer == result.text.strip() for answer, result in zip(known, alone, strict=True)]
+    assert 0 < sum(is_right) < len(QUESTIONS)
+    chats = write_chats(chats, known)
+    output = tmp_path / "answers.json"
+    words = ["--checkpoint", str(run), "--chats", str(chats), "--output", str(output), "--max_new_tokens", "30"]
+    assert main([*words, "--thresholds", "0.6", "1.0", "--batch_size", "2", "--num_shown", "1"]) == 0
+    scores = read_answer_scores(output)
+    expected = {
+        f"task {odd}": TaskScore(
+            num_questions=3,
+            num_right=sum(is_right[odd::2]),
+            num_tokens=sum(len(result.generation.generated_ids) for result in alone[odd::2]),
+            num_forwards=sum(result.generation.num_denoising_forwards for result in alone[odd::2]),
+        )
+        for odd in (0, 1)
+    }
+    assert scores.thresholds[0].tasks == expected
+    assert scores.thresholds[1].all_tasks.num_forwards > scores.thresholds[0].all_tasks.num_forwards
+    assert [answer.question for answer in scores.shown] == QUESTIONS[:2]
+    assert all(len(answer.token_texts) == len(answer.accepted_in_pass) for answer in scores.shown)
+    assert main(words) == 2, "an output that exists is written over"
+
+
+def test_what_is_refused(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    chats = str(write_chats(tmp_path / "chats.jsonl", ["x"] * len(QUESTIONS)))
+    output = str(tmp_path / "new.json")
+    for words, message in (
+        (["--checkpoint", "/nope"], "checkpoint (/nope) is not a folder"),
+        (["--chats", "/nope"], "chats (/nope) is not a file"),
+        (["--thresholds", "1.5"], "threshold (1.5) must lie in (0, 1]"),
+        (["--limit", "0"], "limit (0) must be positive"),
+    ):
+        assert main(["--checkpoint", str(run), "--chats", chats, "--output", output, *words]) == 2
+        assert message in caplog.text
+    assert not Path(output).exists()
