@@ -81,11 +81,19 @@ def settle_mask_id(files: TokenizerFiles, vocab_size: int, stated: int, wanted: 
     reserved = RESERVED_MASK_IDS.get(vocab_size, (None, ""))[0]
     candidates = (wanted, stated if stated >= 0 else None, reserved, own)
     mask_id = next((candidate for candidate in candidates if candidate is not None), None)
+    if mask_id is None and files.exists and files.vocab_size < vocab_size:
+        mask_id = files.vocab_size
+        logger.warning(
+            "neither config.json nor the tokenizer of %s has a mask token: it becomes %d, the first row of the "
+            "embedding that no token has; --mask_token_id takes another",
+            files.folder,
+            mask_id,
+        )
     if mask_id is None:
         raise ValueError(
             "mask_token_id (auto) cannot be found: neither config.json nor the tokenizer of "
-            f"{files.folder} has a mask token; add one to the tokenizer, or give --mask_token_id with "
-            "the id of a reserved token."
+            f"{files.folder} has a mask token, and no row of the embedding is free; add one to the tokenizer, or give "
+            "--mask_token_id with the id of a reserved token."
         )
     if not 0 <= mask_id < vocab_size:
         raise ValueError(

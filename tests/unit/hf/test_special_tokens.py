@@ -43,8 +43,18 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
         settle_mask_id(files, 16, -1, 7)
     with pytest.raises(ValueError, match="no row in the embedding"):
         settle_mask_id(files, 4, -1, None)
+    with pytest.raises(ValueError, match=r"cannot be found.*no row of the embedding is free"):
+        settle_mask_id(make_tokenizer(tmp_path / "b", {"<eos>": 3}), 4, -1, None)
+    (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="cannot be found"):
-        settle_mask_id(make_tokenizer(tmp_path / "b", {"<eos>": 3}), 16, -1, None)
+        settle_mask_id(TokenizerFiles(tmp_path / "none"), 16, -1, None)
+
+
+def test_a_base_model_without_a_mask_token_gives_it_a_row_that_no_token_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert settle_mask_id(make_tokenizer(tmp_path / "a", {"<eos>": 3, "<far>": 9}), 16, -1, None) == 10
+    assert "it becomes 10, the first row of the embedding that no token has" in caplog.text
 
 
 # What config.json of a base model leaves open.
