@@ -29,14 +29,17 @@ from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.architectures import (
+    ARCHITECTURE_CLASS,
     ARCHITECTURES_OF_FAMILY,
     CODE_OF_ARCHITECTURE,
     DIFFUSION_ARCHITECTURES,
     MODELING_FILES,
 )
 from megatron_dllm.hf.export_config import to_hf_config
+from megatron_dllm.hf.export_limits import as_exported, check_architecture
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
+from megatron_dllm.hf.serving import DLLM_CONFIG, SGLANG, dllm_config, sglang_differences
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer
 from megatron_dllm.run.files import write_json, write_text
 
@@ -68,13 +71,8 @@ def convert(
     checkpoint = resolve_checkpoint(checkpoint)
     stored_model, reader = open_checkpoint(checkpoint)
     model, semantics = stored_model.model, stored_model.meta.semantics
-    architecture = architecture or default_architecture(stored_model)
-    if architecture in DIFFUSION_ARCHITECTURES and semantics.shift:
-        logger.warning(
-            "%s predicts the next token (shift), %s serves diffusion models: train it before you serve it",
-            checkpoint,
-            architecture,
-        )
+    architecture = settle_architecture(stored_model, architecture)
+    exported = as_exported(model, architecture)
     names = weight_map(model, architecture)
     keys = _check_keys(reader, names, model)
     stored = {key: reader.metadata.tensors[keys[key]].dtype for key in names.mcore_shapes}
@@ -87,17 +85,24 @@ def convert(
         for piece in names.pieces
     }
     dtype_name = str(next(iter(tensors.values()))[0]).removeprefix("torch.")
-    config = to_hf_config(model, architecture, dtype_name, semantics.block_size)
+    zeros = {
+        name: (torch.float32, shape)
+        for name, shape in weight_map(exported, architecture).hf_shapes.items()
+        if name not in tensors
+    }
+    config = to_hf_config(exported, architecture, dtype_name, semantics.block_size)
     files = TokenizerFiles(tokenizer or stored_model.tokenizer or checkpoint)
     if not files.exists:
         logger.warning("%s names no tokenizer; give --tokenizer for a folder that serves by itself", checkpoint)
-    num_bytes = sum(prod(shape) * kind.itemsize for kind, shape in tensors.values())
+    num_bytes = sum(prod(shape) * kind.itemsize for kind, shape in (tensors | zeros).values())
     with output_folder(output, num_bytes) as temporary:
-        writer = SafetensorsWriter(temporary, tensors, max_shard_bytes)
+        writer = SafetensorsWriter(temporary, tensors | zeros, max_shard_bytes)
         try:
             read_bytes = sum(prod(shape) * stored[key].itemsize for key, shape in names.mcore_shapes.items())
             with compared([checkpoint]):
                 run(_tasks(reader, names, keys, stored, tensors, writer), read_bytes, "mcore_to_hf")
+            for name, (kind, shape) in zeros.items():
+                writer.write(name, 0, torch.zeros(prod(shape), dtype=kind))
             writer.close()
         finally:
             writer.abandon()
@@ -111,16 +116,39 @@ def convert(
         copy_tokenizer(files, temporary, model.mask_token_id, model.vocab_size)
         for name in CODE_OF_ARCHITECTURE.get(architecture, ()):
             shutil.copyfile(MODELING_FILES / name, temporary / name)
+        if architecture in SGLANG:
+            write_text(temporary / DLLM_CONFIG, dllm_config(semantics.block_size))
         write_text(temporary / "README.md", model_card(stored_model, architecture, dtype_name))
 
 
-def default_architecture(stored: StoredModel) -> str:
-    """The first architecture of the family that means what the checkpoint means: next token or same token."""
-    family = stored.model.family
-    choices = ARCHITECTURES_OF_FAMILY[family]
-    return next(
-        (choice for choice in choices if (choice in DIFFUSION_ARCHITECTURES) == stored.meta.is_diffusion), family
-    )
+def settle_architecture(stored: StoredModel, asked: str | None) -> str:
+    """The architecture to write, None asked: the one of the family that means what the checkpoint means.
+
+    Raises:
+        ValueError: an autoregressive class for a model that predicts no next token, or one that cannot hold it.
+    """
+    model, is_diffusion = stored.model, stored.meta.is_diffusion
+    choices = ARCHITECTURES_OF_FAMILY[model.family]
+    own = next(choice for choice in choices if (choice in DIFFUSION_ARCHITECTURES) == is_diffusion)
+    architecture = asked or own
+    check_architecture(model, architecture)
+    if is_diffusion and architecture not in DIFFUSION_ARCHITECTURES:
+        raise ValueError(
+            f"architecture ({architecture}) predicts the next token, {stored.folder} the token of the same place: "
+            f"served as {ARCHITECTURE_CLASS[architecture]} it would answer with noise; use {own}."
+        )
+    if architecture not in SGLANG:
+        return architecture
+    if not is_diffusion:
+        logger.warning(
+            "%s predicts the next token (shift), %s serves diffusion models: train it before you serve it",
+            stored.folder,
+            architecture,
+        )
+    else:
+        for difference in sglang_differences(architecture, stored.meta.semantics.block_size, model.mask_token_id):
+            logger.warning("%s", difference)
+    return architecture
 
 
 def _check_keys(reader: TorchDistReader, names: WeightMap, model: ModelConfig) -> dict[str, str]:

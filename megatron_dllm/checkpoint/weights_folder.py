@@ -9,12 +9,11 @@ from megatron_dllm.checkpoint.folder import resolve_checkpoint
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import read_hf_config
+from megatron_dllm.hf.serving import SGLANG
 from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 
 HF_CONFIG = "config.json"
-# Block sizes at which serving engines decode an architecture whose config.json names none.
-SERVED_BLOCK_SIZES = {"llada2_moe": 32, "sdar_moe": 4, "sdar": 4}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def _read_hf(folder: Path) -> WeightsFolder:
         is_hf=True,
         model=model,
         is_diffusion=stored.is_diffusion,
-        block_size=(stored.block_size or SERVED_BLOCK_SIZES[model.family]) if stored.is_diffusion else 1,
+        block_size=(stored.block_size or SGLANG[model.family].block_size) if stored.is_diffusion else 1,
         context_length=None,
         block_origin=None,
         precision=None,

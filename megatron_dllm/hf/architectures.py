@@ -58,5 +58,3 @@ ARCHITECTURES_OF_FAMILY = {
     "sdar": ("sdar", "qwen3"),
 }
 DIFFUSION_ARCHITECTURES = ("llada2_moe", "sdar_moe", "sdar")
-# Tokens that LLaDA2's and SGLang's decoding denoise together.
-DEFAULT_BLOCK_SIZE = 32

@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.hf.architectures import (
-    ARCHITECTURE_CLASS,
-    ARCHITECTURES_OF_FAMILY,
-    AUTO_MAP,
-    DEFAULT_BLOCK_SIZE,
-    DIFFUSION_ARCHITECTURES,
-)
+from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, AUTO_MAP, DIFFUSION_ARCHITECTURES
+from megatron_dllm.hf.export_limits import check_architecture
+from megatron_dllm.hf.serving import SGLANG
 
 
 def to_hf_config(
@@ -23,16 +19,12 @@ def to_hf_config(
         model: the sizes.
         architecture: one of ARCHITECTURES_OF_FAMILY[model.family].
         dtype_name: "bfloat16" or "float32", what the tensors are stored in.
-        block_size: of a diffusion model.
+        block_size: of a diffusion model; None: the one that SGLang's class has.
 
     Raises:
         ValueError: the architecture cannot carry this model.
     """
-    if architecture not in ARCHITECTURES_OF_FAMILY[model.family]:
-        raise ValueError(
-            f"architecture ({architecture}) has other tensors than a model of family {model.family}; "
-            f"use one of {', '.join(ARCHITECTURES_OF_FAMILY[model.family])}."
-        )
+    check_architecture(model, architecture)
     config = {
         "architectures": [ARCHITECTURE_CLASS[architecture]],
         "model_type": architecture,
@@ -74,7 +66,7 @@ def to_hf_config(
         config |= {
             "auto_map": AUTO_MAP[architecture],
             "mask_token_id": model.mask_token_id,
-            "block_length": block_size or DEFAULT_BLOCK_SIZE,
+            "block_length": block_size or SGLANG[architecture].block_size,
         }
     return config
 

@@ -26,12 +26,13 @@ from megatron_dllm.checkpoint.output_folder import output_folder
 from megatron_dllm.checkpoint.streaming import Task, check_finite, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_write import TorchDistWriter
 from megatron_dllm.hf.safetensors_io import SafetensorsWriter
+from megatron_dllm.hf.serving import DLLM_CONFIG
 from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE, TOKENIZER_FILES, tokenizer_files
 from megatron_dllm.run.files import copy_files, refuse_dead_link, write_json, write_text
 from megatron_dllm.run.names import TOKENIZER
 
 # Of a Hugging Face folder: what belongs to the model beside its weights and its history.
-_COPIED = ("config.json", GENERATION_FILE, *TOKENIZER_FILES, "*.py", "LICENSE*")
+_COPIED = ("config.json", GENERATION_FILE, *TOKENIZER_FILES, "*.py", DLLM_CONFIG, "LICENSE*")
 # Per input; all inputs' pieces are in memory at once.
 _PIECE_BYTES = 16 * 1024**2
 # One waits for the disk while the other averages.

@@ -25,6 +25,7 @@ from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, 
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.compose import compose_train_config
+from megatron_dllm.hf.architectures import ARCHITECTURES_OF_FAMILY
 from megatron_dllm.hf.safetensors_io import INDEX_NAME, SafetensorsFolder
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.run.names import MANIFEST
@@ -175,6 +176,52 @@ def test_architectures(
     expected_code = {f"configuration_{code}.py", f"modeling_{code}.py", *shared} if code else set()
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == expected_code
     assert expected_class in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["llada2_moe", "sdar_moe", "sdar"])
+def test_a_diffusion_model_never_becomes_autoregressive(name: str, tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "hf", MODELS[name])
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    own, autoregressive = ARCHITECTURES_OF_FAMILY[name]
+    with pytest.raises(ValueError, match=rf"architecture \({autoregressive}\) predicts the next token.*; use {own}\."):
+        mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", autoregressive)
+    assert left_in(tmp_path) == {"hf", "mcore"}
+
+
+def test_dense_layers_have_no_place_in_sdar(tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "hf", replace(MODELS["qwen3_moe"], num_dense_layers=1))
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    with pytest.raises(ValueError, match=r"num_dense_layers \(1\) must be 0 in SDARMoeForCausalLM"):
+        mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", "sdar_moe")
+    assert left_in(tmp_path) == {"hf", "mcore"}
+
+
+@pytest.mark.parametrize("architecture", ["llada2_moe", "bailing_moe"])
+def test_a_bias_of_zero_is_written_where_the_class_wants_one(architecture: str, tmp_path: Path) -> None:
+    """SGLang: score_function and correction_bias should be in 2 combination (softmax, None) or (sigmoid, not None)."""
+    write_synthetic(tmp_path / "hf", replace(LING, moe_router_enable_expert_bias=False))
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", architecture, max_shard_bytes=3000)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["moe_router_enable_expert_bias"] is True and config["score_function"] == "sigmoid"
+    # SGLang multiplies the one by the other.
+    assert config["num_shared_experts"] == 1 and "moe_shared_expert_intermediate_size" not in config
+    tensors = {n: t for path in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(path).items()}
+    original = load_file(tmp_path / "hf" / "model.safetensors")
+    added = {f"model.layers.{layer}.mlp.gate.expert_bias" for layer in (1, 2)}
+    assert tensors.keys() - original.keys() == added
+    assert all(tensors[name].dtype == torch.float32 and not tensors[name].any() for name in added)
+    assert all(torch.equal(tensors[name], value) for name, value in original.items())
+
+
+def test_the_export_says_what_sglang_would_not_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_synthetic(tmp_path / "hf", MODELS["sdar"])
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("mask_token_id (2) is not the 151669" in text for text in warned)
+    assert not any("block_size" in text for text in warned)
+    assert (tmp_path / "out" / "dllm_algorithm.yaml").read_text().endswith("block_size: 4\nthreshold: 0.95\n")
 
 
 def _drop(name: str):
