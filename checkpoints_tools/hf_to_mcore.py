@@ -57,6 +57,7 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
     model = settle_special_tokens(source.model, files, mask_token_id)
     folder = open_model_folder(hf, model)
     dtypes = _dtypes(folder)
+    _tell_dtype(hf, source, folder)
     with output_folder(output, folder.num_bytes) as temporary:
         writer = TorchDistWriter(temporary)
         try:
@@ -90,6 +91,14 @@ def _dtypes(folder: ModelFolder) -> dict[str, torch.dtype]:
                 f"others of {piece.mcore_key} have {dtypes[piece.mcore_key]}; store them alike."
             )
     return dtypes
+
+
+def _tell_dtype(hf: Path, source: SourceConfig, folder: ModelFolder) -> None:
+    """Weights stay as they are stored; say so where config.json speaks of another dtype."""
+    kinds = {str(tensor.dtype).removeprefix("torch.") for name, tensor in folder.tensors.items() if not is_fp32(name)}
+    if source.dtype is not None and kinds != {source.dtype}:
+        path, names = hf / "config.json", " and ".join(sorted(kinds))
+        logger.warning("%s: dtype (%s) differs from that of the tensors (%s), which is kept", path, source.dtype, names)
 
 
 def _tasks(folder: ModelFolder, writer: TorchDistWriter) -> Iterator[Task]:

@@ -123,9 +123,9 @@ class ModelConfig:
 
     def _validate_numbers(self) -> None:
         for name, low, high in (
-            ("layernorm_epsilon", 0.0, 1.0),
-            ("rotary_base", 1.0, math.inf),
-            ("moe_router_topk_scaling_factor", 0.0, math.inf),
+            ("layernorm_epsilon", 0.0, 0.1),
+            ("rotary_base", 1.0, 1e12),
+            ("moe_router_topk_scaling_factor", 0.0, 1e6),
         ):
             value = getattr(self, name)
             check(

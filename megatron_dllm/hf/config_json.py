@@ -9,10 +9,10 @@ from typing import Any
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES, FAMILY_OF_MODEL_TYPE
 from megatron_dllm.hf.config_meaning import canonical
-from megatron_dllm.hf.config_sizes import read_sizes, refuse_scaled_rope
+from megatron_dllm.hf.config_sizes import read_dtype, read_sizes, refuse_scaled_rope
 from megatron_dllm.hf.config_values import ConfigValues, brief
 from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE
-from megatron_dllm.run.files import read_json_object
+from megatron_dllm.run.files import read_json_object, refuse_dead_link
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class SourceConfig:
         model: the sizes; token ids as the file states them, -1 if it does not.
         block_size: block size of a diffusion model, or None.
         is_diffusion: position i predicts token i (LLaDA2, SDAR) instead of token i + 1.
+        dtype: in which the file says that the tensors are stored, "bfloat16" for one, or None.
     """
 
     model: ModelConfig
     block_size: int | None
     is_diffusion: bool
+    dtype: str | None
 
 
 def read_hf_config(folder: Path) -> SourceConfig:
@@ -37,6 +39,7 @@ def read_hf_config(folder: Path) -> SourceConfig:
         ValueError: a value is missing, or the model cannot be expressed exactly.
     """
     path = folder / "config.json"
+    refuse_dead_link(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing; name a Hugging Face model folder.")
     config = read_json_object(path, "download it again")
@@ -78,14 +81,14 @@ def from_hf_config(config: dict[str, Any], source: str = "config.json") -> Sourc
     reader = ConfigValues(canonical(config, source), source)
     model = read_sizes(reader, family)
     is_diffusion = family in DIFFUSION_ARCHITECTURES
-    return SourceConfig(
-        model, _block_size(reader, model.max_position_embeddings) if is_diffusion else None, is_diffusion
-    )
+    block_size = _block_size(reader, model.max_position_embeddings) if is_diffusion else None
+    return SourceConfig(model, block_size, is_diffusion, read_dtype(reader))
 
 
 def _family(config: dict[str, Any], source: str) -> str:
     """The family that model_type names, or without one the architecture; both must belong together."""
-    model_type, classes = config.get("model_type"), config.get("architectures") or []
+    model_type, classes = config.get("model_type"), config.get("architectures")
+    classes = [] if classes is None else classes
     if not isinstance(classes, list):
         raise ValueError(f"{source}: architectures ({brief(classes)}) must be a list of names.")
     if model_type is None:

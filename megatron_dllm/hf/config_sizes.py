@@ -29,6 +29,7 @@ _REMEDY = {
     "num_nextn_predict_layers": "export the checkpoint without its multi-token-prediction layers",
     "quantization_config": "dequantize it first",
 }
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Numbers that only training reads, which is configured elsewhere; a negative one says that the file is damaged.
 _NOT_NEGATIVE = (
     "initializer_range",
@@ -64,6 +65,18 @@ def read_sizes(reader: ConfigValues, family: str) -> ModelConfig:
     except ValueError as error:
         raise ValueError(f"{reader.source}: {error}") from error
     return model
+
+
+def read_dtype(reader: ConfigValues) -> str | None:
+    """The dtype that a config.json names, None without one.
+
+    Raises:
+        ValueError: it is none that weights can have here.
+    """
+    name: str | None = reader.get("dtype", None, str)
+    if name is not None and name not in _DTYPES:
+        raise ValueError(f"{reader.source}: dtype ({brief(name)}) must be one of {', '.join(_DTYPES)}.")
+    return name
 
 
 def refuse_scaled_rope(config: dict[str, Any], source: str) -> None:

@@ -61,11 +61,18 @@ class ConfigValues:
         return kind(value)
 
     def token_id(self, key: str) -> int:
-        """A token's id, of a list the first; -1 where the file names none."""
+        """A token's id, of a list the first; -1 where the file names none.
+
+        Raises:
+            ValueError: it is no whole number, or a negative one.
+        """
         value = self.values.get(key)
         if isinstance(value, list):
             value = value[0] if value else None
-        return -1 if value is None else int(self.checked(key, value, int))
+        token_id = -1 if value is None else int(self.checked(key, value, int))
+        if token_id < -1:
+            raise ValueError(f"{self.source}: {key} ({token_id}) must not be negative; name a token, or null for none.")
+        return token_id
 
 
 def brief(value: Any) -> str:

@@ -30,6 +30,11 @@ def settle_special_tokens(model: ModelConfig, files: TokenizerFiles, mask_token_
     Raises:
         ValueError: an id that neither file states, or a mask token that cannot be right.
     """
+    if files.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"{files.folder}: the tokenizer has {files.vocab_size} tokens, the model's embedding {model.vocab_size} "
+            "rows (vocab_size); give --tokenizer with the model's own."
+        )
     own = files.eos_id()
     eos = model.eos_token_id if model.eos_token_id >= 0 else own
     pad = model.pad_token_id if model.pad_token_id >= 0 else files.special_id("pad_token")

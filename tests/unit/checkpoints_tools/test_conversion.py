@@ -130,6 +130,16 @@ def test_keys_are_those_of_both_layer_specs(checkpoint: Path) -> None:
     assert keys == expected_local | expected_te
 
 
+@pytest.mark.parametrize(("stated", "is_said"), [("bfloat16", False), (None, False), ("float32", True)])
+def test_a_dtype_that_is_not_that_of_the_tensors_is_said(
+    hf: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stated: str | None, is_said: bool
+) -> None:
+    content = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(content | {"torch_dtype": stated}))
+    hf_to_mcore.convert(hf, tmp_path / "mcore")
+    assert ("dtype (float32) differs from that of the tensors (bfloat16), which is kept" in caplog.text) == is_said
+
+
 def test_expert_bias_is_fp32_even_from_a_bf16_file(tmp_path: Path, hf: Path) -> None:
     tensors = load_file(hf / "model.safetensors")
     name = "model.layers.1.mlp.gate.expert_bias"

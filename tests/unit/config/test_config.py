@@ -269,7 +269,7 @@ def test_batches_must_divide_among_ranks(
         (dict(mask_token_id=192), ("model.mask_token_id (192)", "[0, 192)", "tokenizer")),
         (dict(mask_token_id=0), ("model.mask_token_id (0)", "token of its own")),
         (dict(moe_router_dtype="bf16"), ("model.moe_router_dtype (bf16)", "fp32, fp64")),
-        (dict(layernorm_epsilon=0.0), ("model.layernorm_epsilon (0.0)", "between 0 and 1")),
+        (dict(layernorm_epsilon=0.0), ("model.layernorm_epsilon (0.0)", "between 0 and 0.1")),
         (dict(rotary_base=float("inf")), ("model.rotary_base (inf)", "finite number")),
         (dict(init_method_std=-0.1), ("model.init_method_std (-0.1)", "at least 0")),
         (dict(num_layers=10**9), ("model.num_layers (1000000000)", "1024")),
