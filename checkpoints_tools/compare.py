@@ -5,8 +5,12 @@ Exit code 0: every tensor is there in both and equal; 1: something differs; 2: a
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints_tools.command import main_guard
+from checkpoints_tools.command import prepare_tool
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.comparing import compared
 from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TensorTable, TorchDistInput, open_input
@@ -212,18 +216,18 @@ def show(result: Comparison, limit: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
     parser.add_argument("--limit", type=int, default=20, help="lines of every kind (default 20)")
     arguments = parser.parse_args()
-    with main_guard(parser):
-        result = compare(arguments.a, arguments.b)
-        print(show(result, arguments.limit))
-        sys.exit(0 if result.is_equal else 1)
+    prepare_tool()
+    result = compare(arguments.a, arguments.b)
+    print(show(result, arguments.limit))
+    return 0 if result.is_equal else 1
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

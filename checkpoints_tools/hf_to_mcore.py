@@ -6,6 +6,11 @@ megabytes whatever the model's size. The result loads on any tensor, pipeline an
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import logging
 import shlex
@@ -18,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_tools.command import main_guard
+from checkpoints_tools.command import prepare_tool
 from megatron_dllm.checkpoint.manifest import write_manifest
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Provenance, Semantics, write_meta
 from megatron_dllm.checkpoint.model_tensors import finish_tensors
@@ -156,12 +161,12 @@ def main() -> None:
     parser.add_argument("--mask_token_id", type=_mask_token_id, help="id of the mask token, or auto (default)")
     parser.add_argument("--tokenizer", type=Path, help="take the tokenizer from this folder instead")
     arguments = parser.parse_args()
-    with main_guard(parser):
-        convert(arguments.hf, arguments.output, arguments.mask_token_id, arguments.tokenizer)
-        commands = next_commands(arguments.output)
-        if commands:
-            print("next, with your text:", *commands, sep="\n    ")
+    prepare_tool()
+    convert(arguments.hf, arguments.output, arguments.mask_token_id, arguments.tokenizer)
+    commands = next_commands(arguments.output)
+    if commands:
+        print("next, with your text:", *commands, sep="\n    ")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

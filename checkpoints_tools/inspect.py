@@ -6,6 +6,11 @@ Python's own; it is run as part of its package, never from inside this folder.)
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import json
 from collections import Counter
@@ -16,7 +21,7 @@ from typing import Any
 
 import torch
 
-from checkpoints_tools.command import main_guard
+from checkpoints_tools.command import prepare_tool
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.model_tensors import model_keys
 from megatron_dllm.checkpoint.stored_model import open_checkpoint
@@ -168,10 +173,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="torch_dist checkpoint, run folder or Hugging Face folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    with main_guard(parser):
-        description = describe(arguments.folder)
-        print(json.dumps(description, indent=1) if arguments.json else show(description))
+    prepare_tool()
+    description = describe(arguments.folder)
+    print(json.dumps(description, indent=1) if arguments.json else show(description))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

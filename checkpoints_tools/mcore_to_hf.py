@@ -7,6 +7,11 @@ transformers has none of its own, and a README that says where the weights come 
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import logging
 import shutil
@@ -18,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints_tools.command import main_guard
+from checkpoints_tools.command import prepare_tool
 from megatron_dllm.checkpoint.comparing import compared
 from megatron_dllm.checkpoint.folder import resolve_checkpoint
 from megatron_dllm.checkpoint.model_card import model_card
@@ -213,9 +218,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: as stored")
     parser.add_argument("--tokenizer", type=Path, help="take the tokenizer from this folder instead")
     arguments = parser.parse_args()
-    with main_guard(parser):
-        convert(arguments.checkpoint, arguments.output, arguments.architecture, arguments.dtype, arguments.tokenizer)
+    prepare_tool()
+    convert(arguments.checkpoint, arguments.output, arguments.architecture, arguments.dtype, arguments.tokenizer)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,13 +7,18 @@ Streams: memory holds a piece of each input, whatever the model's size.
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.command import main_guard
+from checkpoints_tools.command import prepare_tool
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.merging.averaging import WEIGHTS, merge_weights
 from megatron_dllm.checkpoint.merging.inputs import MergeInput, check_alike, open_input, tell_differences
@@ -158,13 +163,13 @@ def main() -> None:
     parser.add_argument("--weights", choices=WEIGHTS, default="uniform", help="uniform, or imitating a decay (WSM)")
     parser.add_argument("--input_format", choices=FORMATS, default="auto")
     arguments = parser.parse_args()
-    with main_guard(parser):
-        checkpoints, choice = arguments.checkpoints, None
-        if checkpoints is None:
-            k = arguments.k or arguments.last_n or 5
-            checkpoints, choice = choose(arguments.run, k, arguments.metric, arguments.last_n, arguments.block_size)
-        merge(checkpoints, arguments.output, arguments.weights, arguments.input_format, choice)
+    prepare_tool()
+    checkpoints, choice = arguments.checkpoints, None
+    if checkpoints is None:
+        k = arguments.k or arguments.last_n or 5
+        checkpoints, choice = choose(arguments.run, k, arguments.metric, arguments.last_n, arguments.block_size)
+    merge(checkpoints, arguments.output, arguments.weights, arguments.input_format, choice)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

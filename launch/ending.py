@@ -10,10 +10,7 @@ from typing import Any
 from launch import slurm
 from launch.failure import collect_failure, describe_code, exit_records, overall_code, root_cause
 from launch.record import last_lines
-from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
-
-# A training process that ends so was given something that cannot work, and said what.
-EXIT_REFUSED = 2
+from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED, EXIT_REFUSED
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,12 +18,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 from launch import record
 from launch.chain import Chain, Job
 from launch.composition import compose_chain
 from launch.failure import collect_failure, exit_records, overall_code
 from launch.freeze import freeze_environment, freeze_job, rank_arguments
-from launch.local_ranks import run_ranks
+from launch.local_ranks import run_ranks, run_tool
 from launch.progress import Progress, progress_of
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE
 from launch.validate import check_chain
@@ -35,7 +39,6 @@ from megatron_dllm.run.files import write_json
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
 
 log = logging.getLogger("launch")
-EXIT_INTERRUPTED = 130
 
 
 def world_size(chain: Chain, job: Job) -> int:
@@ -56,10 +59,7 @@ def run_job(chain: Chain, job: Job) -> int:
     environment = _environment(chain)
     arguments = rank_arguments(chain, job)
     if not job.is_parallel:
-        try:
-            return subprocess.run([sys.executable, "-u", *arguments], env=environment, check=False).returncode
-        except KeyboardInterrupt:
-            return EXIT_PREEMPTED
+        return run_tool([sys.executable, "-u", *arguments], environment)
     if job.run_folder is None:
         return run_attempt(chain, job, environment)
     return run_attempts(lambda: run_attempt(chain, job, environment), job.run_folder)
@@ -132,7 +132,7 @@ def run_chain(chain: Chain, allow_changes: bool) -> int:
         if code != 0:
             meaning = _MEANING.get(code, f"failed with exit code {code}; its logs are in {folder}")
             log.error("[%d/%d] %s %s", number, total, job.name, meaning)
-            return EXIT_INTERRUPTED if code == EXIT_PREEMPTED else (code if 0 < code < 256 else 1)
+            return code if 0 < code < 256 else 1
         log.info("[%d/%d] %s: done in %.1f s", number, total, job.name, entry["seconds"])
     log.info("all %d jobs of %s have finished; the books are in %s", total, chain.config.name, chain.folder)
     return 0
@@ -152,19 +152,12 @@ def main(words: list[str] | None = None) -> int:
     )
     arguments = parser.parse_intermixed_args(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        chain = compose_chain(arguments.overrides, user_folder(arguments.config_dir))
-        problems = check_chain(chain, arguments.allow_changes)
-        if problems:
-            raise ValueError("\n".join(problems))
-        return run_chain(chain, arguments.allow_changes)
-    except ValueError as error:
-        log.error("%s", error)
-        return 2
-    except KeyboardInterrupt:
-        log.error("interrupted; the same command continues")
-        return EXIT_INTERRUPTED
+    chain = compose_chain(arguments.overrides, user_folder(arguments.config_dir))
+    problems = check_chain(chain, arguments.allow_changes)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return run_chain(chain, arguments.allow_changes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -11,16 +11,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from launch.failure import FAILURE_GRACE_SECONDS
 from launch.rank import REPEAT_SECONDS, prepare_child
+from megatron_dllm.run.command import STOP_SIGNALS
+from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
+from megatron_dllm.run.place import without_place
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = "127.0.0.1"
 POLL_SECONDS = 0.1
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def reserve_port() -> socket.socket:
@@ -38,11 +41,10 @@ def reserve_port() -> socket.socket:
 def rank_environment(environment: Mapping[str, str], rank: int, num_ranks: int, port: int) -> dict[str, str]:
     """The variables of one rank, as torchrun would set them on one machine.
 
-    Variables of a torchrun around this process are left out: they would send the ranks to its meeting point.
+    Variables of a launcher around this process are left out: they would send the ranks to its meeting point.
     """
-    inherited = {name: value for name, value in environment.items() if not name.startswith("TORCHELASTIC_")}
     return {
-        **inherited,
+        **without_place(environment),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(num_ranks),
@@ -111,9 +113,7 @@ def run_ranks(command: Sequence[str], num_ranks: int, attempt: Path, environment
 
     A second Ctrl-C ends them at once. See LocalRanks for the arguments and `LocalRanks.poll` for the result.
     """
-    received: list[int] = []
-    previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in STOP_SIGNALS}
-    try:
+    with _received_signals() as received:
         ranks = LocalRanks(command, num_ranks, attempt, environment)
         try:
             while (code := ranks.poll()) is None:
@@ -125,6 +125,33 @@ def run_ranks(command: Sequence[str], num_ranks: int, attempt: Path, environment
             return code
         finally:
             ranks.kill()
+
+
+def run_tool(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run one process to its end in the foreground, as `run_ranks` runs ranks; its exit code."""
+    with _received_signals() as received:
+        process = subprocess.Popen(command, env=without_place(environment), preexec_fn=prepare_child)
+        next_request = 0.0
+        try:
+            while (code := process.poll()) is None:
+                if received.count(signal.SIGINT) > 1:
+                    process.kill()
+                elif received and time.monotonic() >= next_request:
+                    next_request = time.monotonic() + REPEAT_SECONDS
+                    process.send_signal(signal.SIGTERM)
+                time.sleep(POLL_SECONDS)
+        finally:
+            process.kill()
+    return EXIT_PREEMPTED if received and -code in STOP_SIGNALS else code
+
+
+@contextmanager
+def _received_signals() -> Iterator[list[int]]:
+    """The stop signals that come meanwhile, which then interrupt nothing."""
+    received: list[int] = []
+    previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in STOP_SIGNALS}
+    try:
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

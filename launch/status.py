@@ -8,7 +8,6 @@ Told from the chain's files and squeue; nothing runs in the background.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 from launch import record
 
 _COLUMNS = ("job", "state", "id", "step", "loss", "ELBO", "tokens/s", "time left", "attempts", "last")
@@ -180,15 +184,9 @@ def main(words: list[str] | None = None) -> int:
     """Print the table of one chain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of a chain or a run, runs/NAME")
-    try:
-        print(show(parser.parse_args(words).folder))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    print(show(parser.parse_args(words).folder))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

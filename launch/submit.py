@@ -23,6 +23,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 from launch import record
 from launch.chain import Chain, Job
 from launch.composition import compose_chain
@@ -236,12 +241,8 @@ def main(words: list[str] | None = None) -> int:
         *CONFIG_DIR, metavar="DIR", default=RECIPES, help="folder of recipes that add to the shipped ones"
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return run(parser.parse_intermixed_args(words))
-    except ValueError as error:
-        log.error("%s", error)
-        return 2
+    return run(parser.parse_intermixed_args(words))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -33,6 +33,7 @@ from launch.rank import LEASE_SECONDS, REPEAT_SECONDS, RUN_VARIABLE
 from launch.world import spread, wanted_ranks
 from megatron_dllm.run.exit_codes import EXIT_FENCED
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
+from megatron_dllm.run.place import without_place
 
 log = logging.getLogger("launch")
 CODE = Path(__file__).resolve().parents[1]
@@ -191,7 +192,7 @@ class Supervisor:
         place = int(self.job_id) * 37 + self.restarts + lease.generation
         guarded = self.run_folder or self.folder
         return {
-            **{k: v for k, v in os.environ.items() if k not in _NOT_FOR_SRUN},
+            **{k: v for k, v in without_place(os.environ).items() if k not in _NOT_FOR_SRUN},
             "MASTER_ADDR": hosts[0],
             "MASTER_PORT": str(_PORTS[place % len(_PORTS)]),
             RUN_VARIABLE: str(guarded),

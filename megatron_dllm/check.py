@@ -7,8 +7,12 @@ Each folder holds a resolved config.yaml, as the launcher freezes it. One line a
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
-import sys
 from pathlib import Path
 
 from megatron_dllm.compose import compose_train_config
@@ -59,4 +63,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -208,15 +208,12 @@ def prepare_command_line(arguments: Sequence[str]) -> list[str]:
     configuration of the user's own (`--config-name`) and Hydra's other flags are left to Hydra.
 
     Raises:
-        SystemExit: with that sentence.
+        ValueError: with that sentence.
     """
     is_sweep = any(word in _SWEEP_FLAGS for word in arguments)
-    try:
-        words = typed_words(TrainConfig, arguments, is_sweep)
-        folder, rest = split_folder(words)
-        if is_sweep or any(word.startswith(("-", "hydra", "+hydra")) for word in rest):
-            return words
-        compose_dict(rest, recipes=folder)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    words = typed_words(TrainConfig, arguments, is_sweep)
+    folder, rest = split_folder(words)
+    if is_sweep or any(word.startswith(("-", "hydra", "+hydra")) for word in rest):
+        return words
+    compose_dict(rest, recipes=folder)
     return words

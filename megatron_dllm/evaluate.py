@@ -19,10 +19,14 @@ with their defaults:
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import logging
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,19 +211,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(highlight=False, soft_wrap=True).print(Text(str(__doc__)))
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        measured = measure(compose_words(words))
-        if is_rank_zero():
-            show(measured)
-            write(measured)
-    except ValueError as error:
-        if is_rank_zero():
-            Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
-        else:
-            time.sleep(5.0)  # torchrun ends all ranks with the first: rank 0 speaks before that
-        return 2
+    measured = measure(compose_words(words))
+    if is_rank_zero():
+        show(measured)
+        write(measured)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -11,9 +11,13 @@ DIR is an HF folder, a run folder or one torch_dist checkpoint. Keys and default
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -39,7 +43,7 @@ from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.inference.prompts import Prompt, encode_requests, read_requests
 from megatron_dllm.inference.source import read_source
 from megatron_dllm.run.files import write_text
-from megatron_dllm.run.place import world_size
+from megatron_dllm.run.place import require_one_process
 
 log = logging.getLogger(__name__)
 _AS_TYPED = ("checkpoint", "prompt", "prompts_file", "messages", "chats_file", "output", "tokenizer")
@@ -86,11 +90,7 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
         ValueError: an impossible setting, checkpoint or prompt; before the weights are read wherever possible.
     """
     config.validate()
-    if world_size() != 1:
-        raise ValueError(
-            f"WORLD_SIZE ({os.environ['WORLD_SIZE']}) must be 1: decoding runs on one rank; "
-            "start it with python -m, not torchrun."
-        )
+    require_one_process("decoding")
     if config.temperature == 0.0 and (config.top_p < 1.0 or config.top_k > 0):
         log.warning("top_p and top_k have no effect at temperature 0; set a temperature to sample.")
     requests = read_requests(config)
@@ -197,14 +197,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_dllm").setLevel(logging.INFO)
-    try:
-        results = generate(parse_arguments(arguments))
-    except ValueError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
-        return 2
+    results = generate(parse_arguments(arguments))
     show_results(results)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -9,10 +9,14 @@ those of the run's newest checkpoint at or before the step; where it is older th
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import logging
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +30,7 @@ from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.config import ParallelConfig, TrainConfig
 from megatron_dllm.run.names import CHECKPOINTS
-
-log = logging.getLogger(__name__)
+from megatron_dllm.run.place import require_one_process
 
 
 def find_checkpoint(folder: Path, step: int, config: TrainConfig) -> Path:
@@ -54,6 +57,7 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
     Raises:
         ValueError: no batch, or no checkpoint of its model.
     """
+    require_one_process("replaying a step")
     record = read_json(folder / "step.json")
     config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), record["config"]))
     config.parallel = ParallelConfig(precision=config.parallel.precision)
@@ -134,14 +138,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=20, help="how many rows to print")
     arguments = parser.parse_args(words)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    try:
-        record, checkpoint, result = replay(arguments.folder, arguments.checkpoint)
-    except ValueError as error:
-        log.error("%s", error)
-        return 2
+    record, checkpoint, result = replay(arguments.folder, arguments.checkpoint)
     _print(arguments.folder, record, checkpoint, result, arguments.rows)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -8,9 +8,13 @@ prints the table of results. Whatever was not recorded is left out of the page.
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -60,13 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # A notebook's display has no part in pictures that go to a file; matplotlib refuses a name it does not know.
     os.environ.pop("MPLBACKEND", None)
-    try:
-        write_report(options.folder, options.output)
-    except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error}", style="red"))
-        return 2
+    write_report(options.folder, options.output)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,20 +5,21 @@ Everything a user can get wrong is refused before a process group starts. Exit c
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import leaving_at_once, listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import logging
-import sys
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import hydra
-
-from megatron_dllm.compose import prepare_command_line, register_schemas, to_train_config
+from megatron_dllm.compose import to_train_config
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.config.recipe_source import RECIPES
+from megatron_dllm.hydra_command import hydra_command
 from megatron_dllm.run.exit_codes import EXIT_FENCED
 from megatron_dllm.run.lease import LeaseLost
-from megatron_dllm.run.place import is_rank_zero, world_size
+from megatron_dllm.run.place import world_size
 
 if TYPE_CHECKING:
     from megatron_dllm.training.loop import Trainer
@@ -40,28 +41,32 @@ def train(config: TrainConfig, make_parts: Callable[[], Parts] | None = None) ->
             on disk is looked at on rank 0 alone, and the others hear its refusal before a process group starts.
     """
     config.validate(world_size())
-    from megatron_dllm.host import prepare_host, quiet_libraries
+    with leaving_at_once():
+        from megatron_dllm.host import prepare_host, quiet_libraries
 
-    quiet_libraries()
-    prepare_host()
-    from megatron_dllm.model.paths import choose_paths
-    from megatron_dllm.parallel.device import DeviceFacts
-    from megatron_dllm.parallel.groups import destroy, initialize
-    from megatron_dllm.parallel.meeting import meet
-    from megatron_dllm.training.parts import Parts
-    from megatron_dllm.training.set_up import set_up
-    from megatron_dllm.training.sources import Sources
-    from megatron_dllm.training.start import decide_start
+        quiet_libraries()
+        prepare_host()
+        from megatron_dllm.model.paths import choose_paths
+        from megatron_dllm.parallel.device import DeviceFacts
+        from megatron_dllm.parallel.groups import destroy, initialize
+        from megatron_dllm.parallel.meeting import meet
+        from megatron_dllm.training.parts import Parts
+        from megatron_dllm.training.set_up import set_up
+        from megatron_dllm.training.sources import Sources
+        from megatron_dllm.training.start import decide_start
+        from megatron_dllm.training.stop import StopRequest
 
-    parts = make_parts() if make_parts is not None else Parts()
-    sources = Sources(config, parts.open_source)
-    meeting = meet(config.run)
-    start = meeting.decide(lambda: decide_start(config, world_size(), sources))
-    # Refuses what cannot run here.
-    choose_paths(config.model, start.layout, DeviceFacts.here(), config.training.attention_backend, is_training=True)
+        parts = make_parts() if make_parts is not None else Parts()
+        sources = Sources(config, parts.open_source)
+        meeting = meet(config.run)
+        start = meeting.decide(lambda: decide_start(config, world_size(), sources))
+        # Refuses what cannot run here.
+        device_facts, backend = DeviceFacts.here(), config.training.attention_backend
+        choose_paths(config.model, start.layout, device_facts, backend, is_training=True)
+        stop = StopRequest()  # from here on the ranks stop together
     groups = initialize(start.layout, config.run, meeting)
     try:
-        code = _run(set_up(config, groups, start, sources, parts))
+        code = _run(set_up(config, groups, start, sources, parts, stop))
     except LeaseLost as error:
         log.error("%s", error)
         code = EXIT_FENCED
@@ -83,28 +88,8 @@ def main(make_parts: Callable[[], Parts] | None = None) -> None:
     Args:
         make_parts: what the run is put together from, once the host is prepared; None: the program's own parts.
     """
-    register_schemas()
-    sys.argv[1:] = prepare_command_line(sys.argv[1:])
-
-    @hydra.main(version_base="1.3", config_path=str(RECIPES), config_name="train")
-    def command(config: Any) -> None:
-        _train_and_exit(config, make_parts)
-
-    command()
-
-
-def _train_and_exit(config: Any, make_parts: Callable[[], Parts] | None) -> None:
-    try:
-        code = train(to_train_config(config), make_parts)
-    except ValueError as error:
-        if is_rank_zero():
-            log.error("%s", error)
-        else:
-            time.sleep(5.0)  # torchrun ends all ranks with the first: rank 0 speaks before that
-        code = 2
-    if code:  # a sweep goes on after a run that has finished
-        sys.exit(code)
+    hydra_command(lambda config: train(to_train_config(config), make_parts))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

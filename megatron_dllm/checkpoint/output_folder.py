@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from megatron_dllm.run.command import STOP_SIGNALS
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
-from megatron_dllm.run.files import sync
+from megatron_dllm.run.files import parents_made, sync
 
 logger = logging.getLogger(__name__)
-# What a launcher sends to stop a process: SIGTERM by hand, SIGUSR1 through launch/rank.py.
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
@@ -31,7 +30,7 @@ def output_folder(target: Path, num_bytes: int) -> Iterator[Path]:
         num_bytes: size of what will be written, checked against the disk first.
 
     Yields:
-        The folder to write into. It is deleted if the block raises. SIGTERM and SIGUSR1 raise SystemExit there, with
+        The folder to write into. It is deleted if the block raises. A stop signal raises SystemExit there, with
         the code of a process that stopped on request and may be started again.
 
     Raises:
@@ -40,10 +39,9 @@ def output_folder(target: Path, num_bytes: int) -> Iterator[Path]:
     target = target.absolute()
     _remove_leftovers(target)
     check_output(target, num_bytes)
-    target.parent.mkdir(parents=True, exist_ok=True)
     # Process numbers repeat in every container, names of nodes in a cluster do not.
     temporary = target.parent / f"{_prefix(target)}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    with _stop_raises() as stop:
+    with _stop_raises() as stop, parents_made(target):
         try:
             temporary.mkdir()
             yield temporary
@@ -117,7 +115,7 @@ def _stop_raises() -> Iterator[_Stop]:
     """Let a stop signal end the block like an exception, so that it cleans up."""
     stop = _Stop()
     try:
-        previous = [(number, signal.signal(number, stop)) for number in _STOP_SIGNALS]
+        previous = [(number, signal.signal(number, stop)) for number in STOP_SIGNALS]
     except ValueError:  # not in the main thread: the process's owner handles signals
         yield stop
         return

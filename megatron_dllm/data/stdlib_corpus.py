@@ -13,6 +13,11 @@ A Python without its test suite (Debian's, for one) gives about a third of the t
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import hashlib
 import json
@@ -249,18 +254,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max_bytes", type=int, default=None, help="use so many bytes of text at most")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    try:
-        build(
-            options.output,
-            vocab_size=options.vocab_size,
-            validation_fraction=options.validation_fraction,
-            max_bytes=options.max_bytes,
-        )
-    except (ValueError, OSError) as error:
-        logger.error("%s", error)
-        return 1
+    build(
+        options.output,
+        vocab_size=options.vocab_size,
+        validation_fraction=options.validation_fraction,
+        max_bytes=options.max_bytes,
+    )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -15,15 +15,21 @@ folder (unknown extensions, hidden files, second links to a file) is listed in P
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import STOP_SIGNALS, listen, run_command, uninterrupted
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import logging
 import os
-import sys
+import signal
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,7 +48,7 @@ from megatron_dllm.data.spans import Spans
 from megatron_dllm.data.spans_file import write_spans
 from megatron_dllm.data.sums_file import write_sums
 from megatron_dllm.data.tokenizer import TextTokenizer
-from megatron_dllm.run.files import write_json
+from megatron_dllm.run.files import parents_made, write_json
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -96,6 +102,8 @@ class _Worker:
     @classmethod
     def start(cls, encoding: Encoding) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism
+        for number in STOP_SIGNALS:  # the process that started this one is asked to stop, and ends it
+            signal.signal(number, signal.SIG_IGN)
         cls.encoder = encoding.load()
 
     @classmethod
@@ -145,30 +153,35 @@ def tokenize_corpus(
     listing = list_files(inputs, key)
     _note_left_out(listing.left_out)
     encoding = chats or TextEncoding(tokenizer, text_key)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{output}.tmp-{os.getpid()}"
-    try:
-        counts = _write(listing.files, key, encoding, description["vocab_size"], temporary, num_workers)
-        _move_bad_lines(temporary, output, counts)
-        _check_counts(counts, max_bad_fraction, output)
-        description |= {"fingerprint": write_sums(temporary)}
-        _describe(temporary + ".json", description, counts, inputs, listing.left_out)
-        for suffix in reversed(_OUTPUTS):  # .json stands for a complete corpus: first to go, last to come
-            Path(output + suffix).unlink(missing_ok=True)
-        for suffix in _OUTPUTS:
-            if suffix != ".spans" or chats:
-                os.replace(temporary + suffix, output + suffix)
-    finally:
-        for suffix in (*_OUTPUTS, ".bad_lines.txt"):
-            Path(temporary + suffix).unlink(missing_ok=True)
+    with parents_made(Path(output)):
+        try:
+            counts = _write(listing.files, key, encoding, description["vocab_size"], temporary, num_workers)
+            _move_bad_lines(temporary, output, counts)
+            _check_counts(counts, max_bad_fraction, output)
+            description |= {"fingerprint": write_sums(temporary)}
+            _describe(temporary + ".json", description, counts, inputs, listing.left_out)
+            with uninterrupted():
+                _move_into_place(temporary, output, is_chat=chats is not None)
+        finally:
+            for suffix in (*_OUTPUTS, ".bad_lines.txt"):
+                Path(temporary + suffix).unlink(missing_ok=True)
     return counts
+
+
+def _move_into_place(temporary: str, output: str, *, is_chat: bool) -> None:
+    for suffix in reversed(_OUTPUTS):  # .json stands for a complete corpus: first to go, last to come
+        Path(output + suffix).unlink(missing_ok=True)
+    for suffix in _OUTPUTS:
+        if suffix != ".spans" or is_chat:
+            os.replace(temporary + suffix, output + suffix)
 
 
 def _write(
     files: list[Path], text_key: str | None, encoding: Encoding, vocab_size: int, temporary: str, num_workers: int
 ) -> TokenizeCounts:
     counts, spans = TokenizeCounts(), list[Spans]()
-    with ProcessPoolExecutor(num_workers, get_context("fork"), _Worker.start, (encoding,)) as executor:
+    with _processes(num_workers, encoding) as executor:
         executor.submit(int).result()  # forks while this process has no other thread
         builder = _open_builder(temporary + ".bin", vocab_size)
         with (
@@ -187,6 +200,24 @@ def _write(
     if spans:
         write_spans(Path(temporary + ".spans"), join_spans(spans))
     return counts
+
+
+@contextmanager
+def _processes(num_workers: int, encoding: Encoding) -> Iterator[ProcessPoolExecutor]:
+    """Processes that tokenize; an error or a stop leaves what they have not begun undone.
+
+    Raises:
+        ValueError: one of them died.
+    """
+    executor = ProcessPoolExecutor(num_workers, get_context("fork"), _Worker.start, (encoding,))
+    try:
+        yield executor
+    except BrokenProcessPool:
+        raise ValueError(
+            f"num_workers ({num_workers}): one of these processes was killed, perhaps for want of memory; use fewer."
+        ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _open_builder(path: str, vocab_size: int) -> IndexedDatasetBuilder:
@@ -322,24 +353,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logger.setLevel(logging.INFO)
-    try:
-        chats = _chats_of(options)
-        if options.inspect is not None and chats:
-            show_chats(list_files(options.input, None).files, chats, options.inspect)
-            return 0
-        counts = tokenize_corpus(
-            options.input,
-            options.tokenizer,
-            options.output,
-            num_workers=options.num_workers,
-            text_key=options.text_key,
-            chats=chats,
-            max_bad_fraction=options.max_bad_fraction,
-            overwrite=options.overwrite,
-        )
-    except (ValueError, OSError, BrokenProcessPool) as error:
-        logger.error("%s", error)
-        return 1
+    chats = _chats_of(options)
+    if options.inspect is not None and chats:
+        show_chats(list_files(options.input, None).files, chats, options.inspect)
+        return 0
+    counts = tokenize_corpus(
+        options.input,
+        options.tokenizer,
+        options.output,
+        num_workers=options.num_workers,
+        text_key=options.text_key,
+        chats=chats,
+        max_bad_fraction=options.max_bad_fraction,
+        overwrite=options.overwrite,
+    )
     _report(options.output, counts)
     return 0
 
@@ -375,4 +402,4 @@ def _report(output: str, counts: TokenizeCounts) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -5,7 +5,6 @@ This package is the only reader of megatron-core's `parallel_state`: everything 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.distributed import ProcessGroup
 from megatron_dllm.config import ParallelConfig, RunConfig
 from megatron_dllm.host import prepare_host
 from megatron_dllm.parallel.meeting import Meeting, meet
+from megatron_dllm.run.place import read_place
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def start_process_group(run: RunConfig, meeting: Meeting | None = None) -> None:
     if backend == "auto":
         backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_local_gpu())
     timeout = timedelta(minutes=run.distributed_timeout_minutes)
     if not torch.distributed.is_initialized():
         meeting = meeting or meet(run)
@@ -93,6 +93,21 @@ def start_process_group(run: RunConfig, meeting: Meeting | None = None) -> None:
             world_size=meeting.world_size,
             timeout=timeout,
         )
+
+
+def _local_gpu() -> int:
+    """The GPU of this rank: that of its number on the machine.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    local_rank, count = read_place().local_rank, torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK ({local_rank}) must be below the number of GPUs that this process sees ({count}); start at "
+            "most one rank a GPU."
+        )
+    return local_rank
 
 
 def initialize(parallel: ParallelConfig, run: RunConfig, meeting: Meeting | None = None) -> Groups:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import DistNetworkError, DistStoreError, HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from megatron_dllm.config import RunConfig
+from megatron_dllm.run.place import read_place
 
 T = TypeVar("T")
 
@@ -71,10 +72,22 @@ class Meeting:
 
 
 def meet(run: RunConfig) -> Meeting:
-    """Find the other ranks by the launcher's environment variables; without a launcher the run is one rank."""
-    if "RANK" not in os.environ:
+    """Find the other ranks by the launcher's environment variables; without a launcher the run is one rank.
+
+    Raises:
+        ValueError: the variables are nonsense, or nobody answers where they point to.
+    """
+    place = read_place()
+    if place.world_size == 1:
         return Meeting(HashStore(), 0, 1)
     timeout = timedelta(minutes=run.distributed_timeout_minutes)
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    except (DistNetworkError, DistStoreError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ValueError(
+            f"MASTER_ADDR, MASTER_PORT ({where}) must be where rank 0 of {place.world_size} can be reached: "
+            f"{' '.join(str(error).split())}"
+        ) from error
     store.set_timeout(timeout)
     return Meeting(store, rank, world_size)

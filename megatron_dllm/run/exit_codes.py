@@ -1,8 +1,11 @@
-"""Exit codes by which a training process tells its launcher why it ended (standard library only)."""
+"""Exit codes by which a process tells its launcher why it ended (standard library only)."""
 
 from __future__ import annotations
 
-# Asked to stop (SIGTERM, SIGUSR1): the step was finished and saved; start again to continue.
+# The user has to mend something: a configuration, an input, the environment. The last line of stderr says what.
+EXIT_REFUSED = 2
+# Asked to stop (SIGINT, SIGTERM, SIGUSR1): a training step was finished and saved, any other work cleaned up; start
+# again to continue.
 EXIT_PREEMPTED = 85
 # The loss or the gradient norm was not finite and the run is configured to stop: starting again repeats it.
 EXIT_NON_FINITE = 86

@@ -40,7 +40,9 @@ from megatron_dllm.training.validating import Validator
 log = logging.getLogger(__name__)
 
 
-def set_up(given_config: TrainConfig, groups: Groups, start: Start, sources: Sources, parts: Parts) -> Trainer:
+def set_up(
+    given_config: TrainConfig, groups: Groups, start: Start, sources: Sources, parts: Parts, stop: StopRequest
+) -> Trainer:
     """Open the run folder, build the model and load what the start decided on (a collective).
 
     Args:
@@ -49,6 +51,7 @@ def set_up(given_config: TrainConfig, groups: Groups, start: Start, sources: Sou
         start: as rank 0 decided it.
         sources: the run's documents.
         parts: what the run is put together from.
+        stop: requests to stop.
 
     Raises:
         LeaseLost: a newer start of the run writes its folder.
@@ -56,7 +59,7 @@ def set_up(given_config: TrainConfig, groups: Groups, start: Start, sources: Sou
     """
     config = replace(given_config, parallel=start.layout)
     checkpoints = run_checkpoints(config)
-    device, stop = local_device(), StopRequest()
+    device = local_device()
     stream = _open_stream(config, sources)
     lease = acquire_lease(checkpoints.parent)
     _prepare_folder(config, start)

@@ -1,4 +1,4 @@
-"""Requests to stop (SIGTERM, or SIGUSR1 ahead of a time limit), heeded between steps by all ranks alike."""
+"""Requests to stop (SIGTERM, SIGINT, or SIGUSR1 ahead of a time limit), heeded between steps by all ranks alike."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import signal
 import torch
 import torch.distributed as dist
 
+from megatron_dllm.run.command import STOP_SIGNALS
+
 
 class StopRequest:
-    """Turns SIGTERM and SIGUSR1 into a request that is looked at between steps."""
+    """Turns stop signals into a request that is looked at between steps."""
 
     def __init__(self) -> None:
         """Take over the signals."""
         self._is_set = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: object) -> None:

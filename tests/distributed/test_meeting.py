@@ -69,5 +69,5 @@ def test_a_decision_can_be_handed_on() -> None:
     from megatron_dllm.diffusion.block_schedule import BlockSchedule
     from megatron_dllm.training.start import Start
 
-    start = Start(BlockSchedule(()), ParallelConfig(), None, None, {}, (), 7, ("careful",))
+    start = Start(BlockSchedule(()), ParallelConfig(), None, None, {}, (), 7, (), ("careful",))
     assert pickle.loads(pickle.dumps(start)) == start

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.ranks import run_ranks
 from megatron_dllm.checkpoint.validation import read_validation, read_validation_file
-from tests.integration.tiny_chain import VALIDATION_TOKENS
+from tests.integration.tiny_chain import VALIDATION_TOKENS, run_module
 
 SIZES = "evaluation.block_sizes=[32,4,128,512]"
 
@@ -19,11 +19,9 @@ def run_command(words: list[str]) -> tuple[int, str]:
     import contextlib
     import io
 
-    from megatron_dllm.evaluate import main
-
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = main(words)
+        code = run_module(["-m", "megatron_dllm.evaluate", *words])
     return code, printed.getvalue()
 
 

@@ -23,7 +23,7 @@ from launch.progress import Progress, progress_of
 from launch.status import rows, total_tokens
 from launch.world import spread, wanted_ranks
 from megatron_dllm.config.recipe_source import RECIPES
-from megatron_dllm.run.exit_codes import EXIT_LAYOUT
+from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_PREEMPTED
 from tests.integration.stage_train import write_checkpoint
 from tests.slurm.test_attempts import expected_state
 
@@ -109,7 +109,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(recipes: Path) -> None:
     metrics = recipes.parent / "small" / "base" / "metrics.jsonl"
     wait_for(metrics, process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) == 130
+    assert process.wait(60) == EXIT_PREEMPTED
     assert process.stderr is not None and "the same command continues it" in process.stderr.read()
     stopped = final_state(recipes)["step"]
     assert run(recipes, steps=stopped + 4, step_seconds=0.01).returncode == 0

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.kill import ROOT
 
 NUM_RANKS = 2
@@ -44,3 +46,31 @@ def test_ranks_without_a_launcher_to_end_them_hear_the_refusal_of_rank_0(tmp_pat
     assert "nowhere" not in texts[1], "a refusal is said once"
     assert not any("Traceback" in text for text in texts)
     assert not (tmp_path / "runs").exists(), "nothing is written"
+
+
+TASK = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        ([], TASK, "SLURM_NTASKS (2) says that SLURM runs 2 tasks, and RANK is not set"),
+        (["-m", "run.name=mr", "run.seed=1,2"], {}, "run.name (mr) is that of several members of the sweep"),
+        (["--config-name", "no_such"], {}, "no_such"),
+        (["run.nmae=x"], {"RANK": "0"}, "did you mean run.name?"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused_once(
+    tmp_path: Path, words: list[str], environment: dict[str, str], message: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_dllm.train", "experiment=tiny_base", f"run.root={tmp_path}/runs", *words],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing is written"

@@ -88,7 +88,7 @@ def test_a_missing_value_is_named() -> None:
 
 
 def test_the_command_line_is_checked_before_hydra_runs() -> None:
-    with pytest.raises(SystemExit, match="did you mean"):
+    with pytest.raises(ValueError, match="did you mean"):
         prepare_command_line(["experiment=tiny_convert", "model.num_layer=3"])
     assert prepare_command_line(["--config-name", "own", "anything=1"]) == ["--config-name", "own", "anything=1"]
 

@@ -24,7 +24,6 @@ def test_the_page_lies_in_the_folder_or_where_it_is_asked_for(
 
 
 def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 2
-    output = capsys.readouterr()
-    assert output.err.startswith(f"error: folder ({tmp_path}) holds no metrics.jsonl")
-    assert (output.err.count("\n"), output.out, list(tmp_path.iterdir())) == (1, "", [])
+    with pytest.raises(ValueError, match=r"holds no metrics\.jsonl"):
+        main([str(tmp_path)])
+    assert (capsys.readouterr(), list(tmp_path.iterdir())) == (("", ""), [])

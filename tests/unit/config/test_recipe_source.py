@@ -58,9 +58,9 @@ def test_an_unknown_recipe_lists_both(mine: Path) -> None:
 def test_the_command_line_names_the_folder(mine: Path, flag: list[str]) -> None:
     words = [word.format(mine) for word in flag]
     assert prepare_command_line([*words, "experiment=mine", "run.name=7_7"])[-1] == "run.name='7_7'"
-    with pytest.raises(SystemExit, match="did you mean"):
+    with pytest.raises(ValueError, match="did you mean"):
         prepare_command_line([*words, "experiment=mine", "model.num_layer=3"])
-    with pytest.raises(SystemExit, match="must be a folder of recipes"):
+    with pytest.raises(ValueError, match="must be a folder of recipes"):
         prepare_command_line([word.format(mine / "none") for word in flag])
 
 

@@ -236,5 +236,6 @@ def test_eos_that_the_tokenizer_does_not_have(tokenizer_folder: str, tmp_path: P
 def test_exit_status(tokenizer_folder: str, jsonl: Path, tmp_path: Path) -> None:
     arguments = ["--input", str(jsonl), "--tokenizer", tokenizer_folder, "--output", str(tmp_path / "out")]
     assert main([*arguments, "--num_workers", "2"]) == 0
-    assert main(arguments) == 1
+    with pytest.raises(ValueError, match="exists; choose another --output"):
+        main(arguments)
     assert main([*arguments, "--overwrite", "--num_workers", "1"]) == 0

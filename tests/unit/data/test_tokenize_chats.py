@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import re
 from io import StringIO
 from pathlib import Path
 
@@ -159,17 +159,11 @@ def test_chats_are_shown(folder: str, tmp_path: Path) -> None:
     ],
 )
 def test_impossible_options(
-    folder: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    arguments: list[str],
-    message: str,
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_text("x")
     write_lines(tmp_path / "in.jsonl", [PAIR])
-    with caplog.at_level(logging.ERROR):
-        assert main(["--input", "in.jsonl", "--tokenizer", folder, *arguments]) == 1
-    assert message in caplog.text
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main(["--input", "in.jsonl", "--tokenizer", folder, *arguments])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "in.jsonl"]

@@ -52,15 +52,13 @@ def pair(recipes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
 
 
 def test_a_refused_job_takes_those_before_it_along(
-    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAIL_AT", "1")
-    assert submit.main(pair) == 2
+    refusal = "job second: SLURM refused the job: the queue is full; no job of this chain is left in the queue."
+    with pytest.raises(ValueError, match=refusal):
+        submit.main(pair)
     assert (tmp_path / "cancelled").read_text() == "101\n"
-    assert (
-        "job second: SLURM refused the job: the queue is full; no job of this chain is left in the queue."
-        in caplog.text
-    )
     # Had submit.py been killed at the second call, the first job would have been known already.
     assert '"job_id": "101"' in (tmp_path / "books").read_text()
 
@@ -81,12 +79,10 @@ def test_an_interrupted_submission_leaves_no_jobs(
     assert (tmp_path / "cancelled").read_text() == "101\n"
 
 
-def test_jobs_of_a_killed_submission_are_found_in_the_queue(
-    pair: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_jobs_of_a_killed_submission_are_found_in_the_queue(pair: list[str], tmp_path: Path) -> None:
     (tmp_path / "queue").write_text(f"7 {tmp_path}/pair/launch/second/job.sh\n8 /elsewhere/job.sh\n9 \n")
-    assert submit.main(pair) == 2
-    assert "pair is in the queue already (second: job 7)" in caplog.text
+    with pytest.raises(ValueError, match=r"pair is in the queue already \(second: job 7\)"):
+        submit.main(pair)
     assert not (tmp_path / "calls").read_text()
 
 
