@@ -1,4 +1,4 @@
-"""Hooks of the site (mkdocs.yml): pages that lie outside docs/, and a page of reference for each room of the code."""
+"""Hooks of the site (mkdocs.yml): pages that lie outside docs/, one of all keys, and one for each room of the code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from megatron_dllm.config import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "megatron_dllm"
@@ -51,6 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages outside docs/ and those of the reference."""
     for source, target in outside_pages().items():
         files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
+    files.append(File.generated(config, "keys.md", content=reference.page()))
     for room, modules in rooms().items():
         content = "\n".join([f"# {room}\n", *(f"::: {module}\n" for module in modules)])
         files.append(File.generated(config, f"reference/{room}.md", content=content))

@@ -32,6 +32,7 @@ def time_limit_seconds(text: str) -> int:
 class ContainerConfig:
     """Where the ranks run: directly on the node (none), or in an image by pyxis/enroot or apptainer."""
 
+    # none: directly on the node; pyxis or apptainer: in an image.
     kind: str = "none"
     # A file (.sqsh, .sif), or a registry address such as docker://nvcr.io#nvidia/pytorch:25.06-py3.
     image: str | None = None
@@ -65,10 +66,15 @@ class ClusterConfig:
     Times in seconds unless the name says otherwise; memory in GiB of 2^30 bytes; bandwidths in GB/s (10^9 bytes).
     """
 
+    # SLURM's --partition; null: the cluster's default.
     partition: str | None = None
+    # SLURM's --account; null: the user's default.
     account: str | None = None
+    # SLURM's --qos; null: the user's default.
     qos: str | None = None
+    # SLURM's --constraint, features that nodes must have; null: none.
     constraint: str | None = None
+    # SLURM's --reservation; null: none.
     reservation: str | None = None
     # 0: a cluster without GPUs; the ranks then run on the CPU with gloo.
     gpus_per_node: int = 8
@@ -80,6 +86,7 @@ class ClusterConfig:
     cpus_per_node: int | None = None
     # SLURM's --mem; "0" is the whole node's.
     memory: str = "0"
+    # Take whole nodes.
     is_exclusive: bool = True
     # Longest time SLURM gives one job; a longer run is requeued and goes on by itself.
     time_limit: str = "24:00:00"
@@ -87,11 +94,14 @@ class ClusterConfig:
     stop_seconds: int = 600
     # Jobs without GPUs (convert, merge, export) go here; null: the same partition.
     cpu_partition: str | None = None
+    # SLURM's --mem of jobs without GPUs.
     cpu_memory: str = "0"
+    # CPUs of a job without GPUs; null: as many as SLURM gives.
     cpu_cpus: int | None = None
     # Interpreter of the nodes; null: the one that submits. It runs the job's supervisor; without a container the ranks.
     python: str | None = None
     container: ContainerConfig = field(default_factory=ContainerConfig)
+    # What `module load` takes before the first command.
     modules: list[str] = field(default_factory=list)
     # Environment variables of the job, for example NCCL and InfiniBand settings.
     environment: dict[str, str] = field(default_factory=dict)
@@ -107,8 +117,10 @@ class ClusterConfig:
     min_free_disk_gib: float = 1.0
     # Free memory of a node (not its GPUs') below which the preflight refuses, in GiB.
     min_free_memory_gib: float = 1.0
-    # What a good node reaches; the preflight names nodes below half of it. 0: compare with the other nodes only.
+    # Bandwidth that a good node reaches between its GPUs; the preflight names nodes below half of it. 0: compare with
+    # the other nodes only.
     node_bandwidth_gb_per_s: float = 0.0
+    # The same of the network between nodes.
     network_bandwidth_gb_per_s: float = 0.0
 
     @property

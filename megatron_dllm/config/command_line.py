@@ -109,7 +109,7 @@ def typed_word(schema: type, word: str, is_sweep: bool = False) -> str:
         check(value.lower() in _TRUTH_VALUES, f"{name} ({value}) is yes or no; give true or false.")
     value = _typed_value(kind, value, is_sweep) if equals else value
     entry = entry_of_dict(schema, name) if equals and key.startswith("+") else None
-    if entry is None:
+    if entry is None or not (entry[2] or value.startswith("{")):
         return f"{key}{equals}{value}"
     group, added, rest = entry
     return f"++{group}={{{': {'.join([added, *rest])}: {value}{'}' * (len(rest) + 1)}"

@@ -16,15 +16,20 @@ T_UNITS = ("block", "document", "row")
 class DataConfig:
     """Tokenized corpora (.bin/.idx prefixes, without suffix) and how rows are filled."""
 
+    # Prefix of the training corpus, without suffix.
     train: str = MISSING
+    # Prefix of the held-out corpus; null: none.
     validation: str | None = None
+    # Folder of the tokenizer that made the corpora: compared with them and kept beside the run; null: neither.
     tokenizer: str | None = None
     # Documents that are packed together into rows; with more of them, rows are filled better.
     packing_chunk: int = 1024
+    # Where blocks begin to count: document (anew in each segment) or row.
     block_origin: str = "document"
     # Store a noisy copy of a block only if a token of it may carry a loss, and a clean copy only if a later such block
     # of its document reads it (exact).
     prune_clean: bool = True
+    # Processes of each rank that build rows; 0: the training process does.
     num_workers: int = 0
 
     def validate(self) -> None:
@@ -41,6 +46,7 @@ class DataConfig:
 class NoiseConfig:
     """How noise levels are drawn in all stages. `t` is the probability that a token is masked (linear schedule)."""
 
+    # What shares one noise level: block, document or row.
     t_unit: str = "block"
     # Spread t evenly over the blocks of a document and, with a low-discrepancy sequence, over documents.
     is_stratified: bool = True

@@ -19,12 +19,17 @@ class DecodingConfig:
 
     # A step keeps every predicted token whose probability exceeds this, and at least `min_tokens_per_step` of them.
     threshold: float = 0.95
+    # Tokens that every step keeps at least.
     min_tokens_per_step: int = 1
+    # Most tokens that are generated.
     max_new_tokens: int = 256
     # 0 takes the most probable token; above 0, tokens are sampled within `top_p` and `top_k` (0: all tokens).
     temperature: float = 0.0
+    # Sample among the most probable tokens that have this probability together, in (0, 1]; 1: all tokens.
     top_p: float = 1.0
+    # Sample among so many most probable tokens; 0: all tokens.
     top_k: int = 0
+    # Of sampling; a prompt with index i uses seed + i.
     seed: int = 1234
 
     def validate(self) -> None:
@@ -50,11 +55,13 @@ class GenerateConfig(DecodingConfig):
 
     # An HF folder, a run folder, its checkpoints folder, or one torch_dist checkpoint folder.
     checkpoint: str = MISSING
-    # Exactly one of the four: a text; a file with one prompt a line (.jsonl: an object with "prompt" a line); a chat as
-    # a JSON list of messages; a .jsonl file with one chat a line. An answer that a chat ends with is left out.
+    # A text. Give exactly one of prompt, prompts_file, messages and chats_file.
     prompt: str | None = None
+    # A file with one prompt a line (.jsonl: an object with "prompt" a line).
     prompts_file: str | None = None
+    # A chat as a JSON list of messages; an answer that it ends with is left out.
     messages: str | None = None
+    # A .jsonl file with one chat a line; an answer that a chat ends with is left out.
     chats_file: str | None = None
     # JSON lines, one for each prompt; the file must not exist yet.
     output: str | None = None
@@ -66,6 +73,7 @@ class GenerateConfig(DecodingConfig):
     context_length: int | None = None
     # Null: fp32 on a CPU, bf16 on a GPU.
     precision: str | None = None
+    # Implementation of attention, as training.attention_backend.
     attention_backend: str = "auto"
 
     def validate(self) -> None:

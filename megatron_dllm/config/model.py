@@ -37,35 +37,65 @@ class ModelConfig:
     have a dense MLP, the others a mixture of experts (`num_moe_experts == 0`: all dense).
     """
 
+    # Layout of the tensors in Hugging Face format: bailing_moe, llada2_moe, qwen3_moe, sdar_moe, qwen3 or sdar.
     family: str = "bailing_moe"
+    # Transformer layers.
     num_layers: int = MISSING
+    # Features of a token between the layers.
     hidden_size: int = MISSING
+    # Features inside a dense MLP.
     ffn_hidden_size: int = MISSING
+    # Attention heads (queries).
     num_attention_heads: int = MISSING
+    # Heads of keys and values; each serves the same number of attention heads.
     num_query_groups: int = MISSING
+    # Features of a head.
     kv_channels: int = MISSING
+    # Rows of the embedding and of the output layer.
     vocab_size: int = MISSING
+    # Longest sequence that the model was made for, in tokens.
     max_position_embeddings: int = 32768
+    # Normalise queries and keys of each head.
     qk_layernorm: bool = True
+    # Added to the mean square in every RMSNorm.
     layernorm_epsilon: float = 1e-6
+    # Base of the rotary frequencies (HF: rope_theta).
     rotary_base: float = 600000.0
+    # Share of a head's features that is rotated, in (0, 1] (HF: partial_rotary_factor).
     rotary_percent: float = 0.5
+    # The output layer is the embedding.
     tie_word_embeddings: bool = False
+    # Layers from the bottom that have a dense MLP.
     num_dense_layers: int = 0
+    # Routed experts of a layer; 0: a dense model.
     num_moe_experts: int = 0
+    # Features inside a routed expert.
     moe_ffn_hidden_size: int = 0
+    # Features inside the shared expert; 0: there is none.
     moe_shared_expert_intermediate_size: int = 0
+    # Routed experts that each token passes through.
     moe_router_topk: int = 0
+    # Groups that the experts of a layer form for routing; 0: none.
     moe_router_num_groups: int = 0
+    # Groups among which a token chooses its experts.
     moe_router_group_topk: int = 0
+    # Factor on the experts' weights after they have been normalised.
     moe_router_topk_scaling_factor: float = 1.0
+    # How scores come from logits of the router: sigmoid or softmax.
     moe_router_score_function: str = "sigmoid"
+    # Take the softmax before the best experts are chosen, not over the chosen.
     moe_router_pre_softmax: bool = False
+    # A bias for each expert that counts when experts are chosen, not in their weights.
     moe_router_enable_expert_bias: bool = True
+    # Precision of the router: fp32.
     moe_router_dtype: str = "fp32"
+    # Standard deviation of random initial weights.
     init_method_std: float = 0.02
+    # Token that stands for one not known yet.
     mask_token_id: int = MISSING
+    # Token that ends a document.
     eos_token_id: int = MISSING
+    # Token that fills the rest of a row.
     pad_token_id: int = MISSING
 
     @property

@@ -16,20 +16,30 @@ PRECISIONS = ("fp32", "bf16")
 class ParallelConfig:
     """Sizes of the parallel layout, in megatron-core's names. Data parallel size is what is left."""
 
+    # Ranks that share the matrices of each layer (TP).
     tensor_model_parallel_size: int = 1
+    # Ranks that share the layers (PP).
     pipeline_model_parallel_size: int = 1
+    # Pieces into which each pipeline rank cuts its layers; null: one.
     virtual_pipeline_model_parallel_size: int | None = None
+    # Layers of the first pipeline rank; null: as many as the others.
     num_layers_in_first_pipeline_stage: int | None = None
+    # Layers of the last pipeline rank; null: as many as the others.
     num_layers_in_last_pipeline_stage: int | None = None
+    # Ranks that share the tokens of each row (CP).
     context_parallel_size: int = 1
+    # Ranks that share the experts of each layer (EP).
     expert_model_parallel_size: int = 1
+    # Ranks that share the matrices of each expert; null: tensor_model_parallel_size.
     expert_tensor_parallel_size: int | None = None
+    # Share the tokens between tensor-parallel ranks where layers work on single tokens.
     sequence_parallel: bool = False
     # How attention sees the tokens of the other context-parallel ranks. gather: every rank gets all keys and values
     # and keeps its queries; ulysses: every rank gets all tokens of some heads.
     context_parallel_method: str = "gather"
     # How tokens reach their experts; auto: alltoall with CUDA (sends only what is needed), allgather without.
     moe_token_dispatcher: str = "auto"
+    # Of weights and activations in forward and backward passes: fp32 or bf16; the optimizer keeps fp32.
     precision: str = "fp32"
     # none | selective (attention is recomputed) | full (only each layer's input is kept).
     recompute: str = "none"

@@ -17,11 +17,15 @@ HELD_OUT_TOKENS = 2_000_000
 class RunConfig:
     """Identity of a run: everything it writes lies under `root`/`name`."""
 
+    # Name of the run: its folder below root, and its job on a cluster.
     name: str = MISSING
+    # Folder that holds the runs.
     root: str = "runs"
+    # Decides order, noise and initial weights, together with what is trained on; 0 to 2^63 - 1.
     seed: int = 1234
     # Backend of the process groups; auto: nccl with CUDA, gloo without.
     distributed_backend: str = "auto"
+    # Minutes after which a collective that some rank never joins ends the run.
     distributed_timeout_minutes: float = 10.0
 
     def validate(self) -> None:
@@ -36,12 +40,19 @@ class RunConfig:
 class OptimizerConfig:
     """AdamW in megatron-core's distributed optimizer, its state sharded over the data-parallel ranks."""
 
+    # Decay of the mean of the gradients, in [0, 1).
     adam_beta1: float = 0.9
+    # Decay of the mean of their squares, in [0, 1).
     adam_beta2: float = 0.95
+    # Added to the root of the mean of squares.
     adam_eps: float = 1e-8
+    # Share of the weights that is taken off in a step, times the learning rate; 0: off.
     weight_decay: float = 0.1
+    # Largest norm of the gradient of a step, to which longer ones are shortened; 0: off.
     clip_grad: float = 1.0
+    # Reduce gradients over the data-parallel ranks while the backward pass goes on.
     overlap_grad_reduce: bool = False
+    # Gather updated weights while the next forward pass goes on; needs overlap_grad_reduce.
     overlap_param_gather: bool = False
     # What to do with a step whose loss or gradient norm is not finite: stop the run, or skip the step.
     on_non_finite: str = "stop"
@@ -79,10 +90,11 @@ class CheckpointConfig:
     resume: bool = True
     # Save every so many document tokens, and at the end of every stage; 0: only at the end of stages.
     save_interval_tokens: int = 0
-    # Checkpoints kept: the last n, the k with the best validation ELBO, every m-th of those saved at the interval
-    # (0: none for that reason).
+    # Checkpoints kept because they are the last, so many.
     keep_last: int = 2
+    # Checkpoints kept for the best validation ELBO, so many; 0: none for that reason.
     keep_best: int = 5
+    # Every m-th checkpoint of those saved at the interval is kept; 0: none for that reason.
     keep_every: int = 0
     # Write in a background process while training goes on.
     is_async: bool = False
@@ -113,6 +125,7 @@ class EvaluationConfig:
     # Document tokens of held-out text, the same whole documents at every block size; 0: no validation. A recipe that
     # leaves it out measures 2 million where it names data.validation.
     num_tokens: int = 0
+    # Rows of a forward pass on one rank.
     micro_batch_size: int = 1
 
     def validate(self, context_length: int, has_validation: bool) -> None:
@@ -139,9 +152,13 @@ class EvaluationConfig:
 class LoggingConfig:
     """Where metrics go. metrics.jsonl is always written."""
 
+    # A line of metrics every so many optimizer steps.
     interval_steps: int = 10
+    # Write events for TensorBoard into the run folder.
     tensorboard: bool = True
+    # Weights & Biases: disabled, offline (files in the run folder) or online.
     wandb_mode: str = "disabled"
+    # Project at Weights & Biases.
     wandb_project: str = "megatron_dllm"
 
     def validate(self) -> None:

@@ -28,22 +28,31 @@ VIEW_RELATIONS = ("independent", "stratified", "complementary")
 class StageConfig:
     """One stage of the schedule: one row geometry, with a learning rate, batch size and noise range of its own."""
 
+    # block_diffusion, or ar: predict the next token.
     objective: str = "block_diffusion"
     # Tokens denoised together; `block_size == context_length` is the MDLM stage (no clean copy).
     block_size: int = 1
-    # Length of the stage: document tokens, or passes over data.train. Give one of them.
+    # Length of the stage in document tokens. Give either this or num_epochs.
     num_tokens: int | None = None
+    # Length of the stage in passes over data.train, instead of num_tokens.
     num_epochs: float | None = None
+    # Rows of an optimizer step, over all ranks.
     global_batch_size: int = MISSING
+    # Rows of a forward pass on one rank.
     micro_batch_size: int = 1
+    # Peak learning rate.
     learning_rate: float = MISSING
-    # Learning rate at the stage's end, reached along `lr_shape`; None: stays at learning_rate.
+    # Learning rate at the stage's end, reached along `lr_shape`; null: stays at learning_rate.
     final_learning_rate: float | None = None
+    # Way from learning_rate to final_learning_rate: constant, linear or cosine.
     lr_shape: str = "constant"
+    # Document tokens over which the learning rate rises from 0.
     lr_warmup_tokens: int = 0
-    # The same as a share of the stage, for a stage whose tokens are not known beforehand. Give one of the two.
+    # lr_warmup_tokens as a share of the stage, for a stage whose tokens are not known beforehand. Give one of the two.
     lr_warmup_share: float = 0.0
+    # Least noise level: the probability that a token is masked.
     t_min: float = 0.001
+    # Largest noise level.
     t_max: float = 1.0
     # Weight of a masked token's NLL: elbo (1/t: a bound), uniform (1), realised (block size / masked tokens).
     loss_weight: str = "elbo"
@@ -51,8 +60,8 @@ class StageConfig:
     at_least_one: bool = True
     # Noisy views of every document, which share one clean copy; each costs as many tokens as the document has.
     num_views: int = 1
-    # Of several views. stratified: their levels lie one in each part of the range. complementary: pairs with opposite
-    # masks (LLaDA2.0 section 5.1).
+    # How several views hang together. stratified: their levels lie one in each part of the range. complementary: pairs
+    # with opposite masks (LLaDA2.0 section 5.1).
     view_relation: str = "stratified"
     # Confidence-aware training beside the NLL (LLaDA2.0 section 5.2).
     cap: CapConfig = field(default_factory=CapConfig)

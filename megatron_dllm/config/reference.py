@@ -1,0 +1,143 @@
+"""Every key of the configuration with its default and meaning, read from the dataclasses and the comments in them.
+
+    python -m megatron_dllm.config.reference                    all keys of a training run, as Markdown
+    python -m megatron_dllm.config.reference schedule.stages    those that begin so
+
+The comment above a field is its meaning; the units of its class stand in the class's docstring.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import Field, dataclass, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+from megatron_dllm.config.cluster import ClusterConfig
+from megatron_dllm.config.generate import GenerateConfig
+from megatron_dllm.config.train import TrainConfig
+
+_FIELD = re.compile(r"^    (?P<name>\w+): ")
+_COMMENT = re.compile(r"^    # ?(?P<text>.*)$")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One value that can be set.
+
+    Attributes:
+        name: dotted; NAME stands for what the user calls an entry.
+        kind: of its value.
+        default: as on a command line; ??? where there is none.
+        meaning: with its unit; "" where the source has no comment.
+    """
+
+    name: str
+    kind: str
+    default: str
+    meaning: str
+
+
+def comments_of(schema: type) -> dict[str, str]:
+    """The comment above each field of a dataclass, those of its base classes included."""
+    found: dict[str, str] = {}
+    for owner in reversed(schema.__mro__):
+        if not is_dataclass(owner):
+            continue
+        lines: list[str] = []
+        for line in inspect.getsource(owner).splitlines():
+            comment, field = _COMMENT.match(line), _FIELD.match(line)
+            if comment:
+                lines.append(comment["text"])
+            else:
+                if field:
+                    found[field["name"]] = " ".join(lines)
+                lines = []
+    return found
+
+
+def keys_of(schema: type, prefix: str = "") -> Iterator[Key]:
+    """Every key below a dataclass, in the order of its fields."""
+    hints, comments = get_type_hints(schema), comments_of(schema)
+    for field in fields(schema):
+        name, kind = prefix + field.name, hints[field.name]
+        group = _group_of(kind)
+        if group is None or type(None) in get_args(kind) or get_origin(kind) is dict:
+            yield Key(name, _kind_name(kind), _default(field), comments.get(field.name, ""))
+        if group is not None:
+            yield from keys_of(group, f"{name}.NAME." if get_origin(kind) is dict else f"{name}.")
+
+
+def _group_of(kind: Any) -> type | None:
+    """The dataclass that a key holds, itself or as the entries of a dict."""
+    return next((part for part in (kind, *get_args(kind)) if is_dataclass(part) and isinstance(part, type)), None)
+
+
+def _kind_name(kind: Any) -> str:
+    if isinstance(kind, type) and not get_args(kind):
+        return "group" if is_dataclass(kind) else kind.__name__
+    return re.sub(r"[\w.]+\.(\w+)", r"\1", str(kind)).replace("None", "null")
+
+
+def _default(field: Field[Any]) -> str:
+    value = field.default
+    if field.default_factory is not NO_DEFAULT:
+        value = field.default_factory()
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def markdown(title: str, schema: type, beginning: str = "") -> str:
+    """The keys below a dataclass that begin so, as a table with a heading."""
+    rows = [
+        f"| `{key.name}` | {_cell(key.kind)} | `{key.default}` | {_cell(key.meaning)} |"
+        for key in keys_of(schema)
+        if key.name.startswith(beginning)
+    ]
+    return "\n".join([f"## {title}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+SECTIONS = {
+    "Training: train, evaluate, and the training jobs of a chain": TrainConfig,
+    "Decoding: generate": GenerateConfig,
+    "A cluster: cluster.KEY of the launcher, recipes/cluster/NAME.yaml": ClusterConfig,
+}
+
+
+_PREFACE = """# Every key
+
+Made from the dataclasses in `megatron_dllm/config/`. `???`: it has no default and must be given. A recipe may give
+another default than the one here; `config.yaml` of a run says what was used. Document tokens are tokens of the corpus,
+counted once; rows are what `micro_batch_size` and `global_batch_size` count.
+"""
+
+
+def page() -> str:
+    """All keys as a page."""
+    return "\n".join([_PREFACE, *(markdown(title, schema) for title, schema in SECTIONS.items())])
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print the reference, or the keys that begin as asked; exit code 2 if there are none."""
+    words = sys.argv[1:] if words is None else words
+    if not words:
+        print(page())
+        return 0
+    found = [key for schema in SECTIONS.values() for key in keys_of(schema) if key.name.startswith(words[0])]
+    for key in found:
+        print(f"{key.name} ({key.kind}, default {key.default})\n    {key.meaning}")
+    if not found:
+        print(f"no key begins with {words[0]}", file=sys.stderr)
+    return 0 if found else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
