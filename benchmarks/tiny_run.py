@@ -172,7 +172,8 @@ def read_metrics(config: TrainConfig) -> list[dict[str, Any]]:
     """The run's records, without what depends on the clock and the machine."""
     path = Path(config.run.root) / config.run.name / METRICS
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    varying = ("tokens_per_second", "forward_tokens_per_second", "step_seconds", "peak_memory_gib")
+    speeds = ("tokens_per_second", "forward_tokens_per_second", "targets_per_second")
+    varying = (*speeds, "step_seconds", "peak_memory_gib")
     return [{name: value for name, value in record.items() if name not in varying} for record in records]
 
 

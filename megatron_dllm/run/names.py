@@ -8,7 +8,8 @@ RUN/checkpoints/      see checkpoint/folder.py
 RUN/tokenizer/        the tokenizer that made the corpus
 RUN/lease/            see run/lease.py
 RUN/replay/           the batches of steps whose loss or gradient was not finite
-RUN/wandb_id          the id under which W&B knows the run
+RUN/tensorboard/      the curves for TensorBoard
+RUN/wandb_id          the id under which W&B knows the run, and whether it was closed in order
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 LEASE = "lease"
 REPLAY = "replay"
+TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id"
 
 LATEST = "latest"

@@ -24,7 +24,8 @@ from megatron_dllm.run.lease import Lease, LeaseLost
 from megatron_dllm.run.names import TOKENIZER, VALIDATION
 from megatron_dllm.training.loading import load_start
 from megatron_dllm.training.loop import Trainer
-from megatron_dllm.training.observers.metrics import trim_metrics
+from megatron_dllm.training.observers.curves import forget_run
+from megatron_dllm.training.observers.metrics_file import trim_metrics
 from megatron_dllm.training.observers.progress import print_stage_table
 from megatron_dllm.training.observers.standard import Setting
 from megatron_dllm.training.parts import Parts
@@ -76,7 +77,7 @@ def set_up(
     stream.load_state_dict(state.stream)
     if dist.get_rank() == 0:
         _write_run_files(given_config, start, checkpoints.parent)
-    setting = Setting(config, given_config, checkpoints.parent, start.schedule, engine, device)
+    setting = Setting(config, given_config, checkpoints.parent, start.schedule, engine, device, start.wandb.mode)
     observers = [*parts.make_observers(setting), *parts.extra_observers]
     validator = None
     if sources.validation is not None:
@@ -168,9 +169,11 @@ def _write_run_files(given_config: TrainConfig, start: Start, run_folder: Path) 
     """
     resume = start.resume
     if resume is None:
-        trim_metrics(run_folder, -1)  # of a start that ended before its first checkpoint
+        is_cut = trim_metrics(run_folder, -1)  # of a start that ended before its first checkpoint
     else:
-        trim_metrics(run_folder, resume.state.step, (resume.folder / VALIDATION).is_file())
+        is_cut = trim_metrics(run_folder, resume.state.step, (resume.folder / VALIDATION).is_file())
+    if is_cut:
+        forget_run(run_folder)
     position = resume.stored.position if resume is not None else None
     is_finished = position is not None and start.schedule.is_finished(position.consumed_tokens)
     record_start(

@@ -29,6 +29,7 @@ from megatron_dllm.training.epochs import chat_warnings, epoch_tokens
 from megatron_dllm.training.past import changes_since, check_place, check_trained, read_past
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.sources import Sources
+from megatron_dllm.training.wandb_mode import WandBMode, decide_wandb
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Start:
         num_corpus_tokens: of the training documents.
         changes: of the configuration since the start before.
         warnings: to be said once.
+        wandb: how it uses W&B.
     """
 
     schedule: BlockSchedule
@@ -73,6 +75,7 @@ class Start:
     num_corpus_tokens: int
     changes: tuple[Change, ...]
     warnings: tuple[str, ...]
+    wandb: WandBMode
 
 
 def run_checkpoints(config: TrainConfig) -> Path:
@@ -125,6 +128,7 @@ def decide_start(
         check_place(schedule, resume.stored.position, resume.folder)
         if past is not None:
             check_trained(past, schedule, resume.stored.position)
+    wandb = decide_wandb(config.logging)
     next_stage = _next_stage(schedule, resume)
     if world_size is not None and next_stage is not None:
         _check_world_size(next_stage, world_size)
@@ -137,7 +141,8 @@ def decide_start(
         table=tuple(stage_table(schedule, _estimates(config, schedule, sources))),
         num_corpus_tokens=sources.train.num_tokens,
         changes=changes_since(past, config),
-        warnings=(*schedule.warnings(), *chat_warnings(config, sources.train)),
+        warnings=(*schedule.warnings(), *chat_warnings(config, sources.train), *filter(None, [wandb.warning])),
+        wandb=wandb,
     )
 
 

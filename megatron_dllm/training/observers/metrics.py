@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ import torch
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.diffusion.losses.step_sums import NUM_BUCKETS
-from megatron_dllm.run.files import write_text
-from megatron_dllm.run.names import METRICS, WANDB_ID
+from megatron_dllm.run.names import METRICS
+from megatron_dllm.training.observers.curves import Curves, TensorBoard, WandB
+from megatron_dllm.training.observers.metrics_file import read_metrics
 from megatron_dllm.training.observers.observer import Observer
 from megatron_dllm.training.reports import StepReport, ValidationReport
 from megatron_dllm.training.step import StepResult
@@ -26,28 +25,21 @@ _LEVELS = tuple(f"{index / NUM_BUCKETS:.1f}-{(index + 1) / NUM_BUCKETS:.1f}" for
 class MetricsWriter(Observer):
     """Writes one record at a time to every sink. `step` counts optimizer steps, in all stages together."""
 
-    def __init__(self, run_folder: Path, config: TrainConfig) -> None:
+    def __init__(self, run_folder: Path, config: TrainConfig, wandb_mode: str) -> None:
+        """Open every sink.
+
+        Args:
+            run_folder: whose metrics.jsonl has been cut back to where the run continues.
+            config: of the run.
+            wandb_mode: disabled, offline or online, as it was decided.
+        """
+        records = read_metrics(run_folder)
         self._file = open(run_folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._curves: list[Curves] = []
         if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(run_folder / "tensorboard"))
-        if config.logging.wandb_mode != "disabled":
-            import wandb
-
-            mode: Any = config.logging.wandb_mode  # checked by the configuration
-
-            self._wandb = wandb.init(
-                project=config.logging.wandb_project,
-                name=config.run.name,
-                dir=str(run_folder),
-                id=_run_id(run_folder),
-                resume="allow",
-                mode=mode,
-                config=asdict(config),
-            )
+            self._curves.append(TensorBoard(run_folder, records))
+        if wandb_mode != "disabled":
+            self._curves.append(WandB(run_folder, config, wandb_mode, records))
 
     def after_step(self, report: StepReport, measured: Mapping[str, Any]) -> None:
         """Write the record of a step that is logged."""
@@ -67,28 +59,24 @@ class MetricsWriter(Observer):
         }
         self.write(report.step, record)
 
+    def before_save(self, step: int) -> None:
+        """Put the curves on disk before the checkpoint whose records they show."""
+        for curves in self._curves:
+            curves.flush()
+
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append a record; numbers also go to TensorBoard and W&B under their names."""
-        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        record = {"step": step, **record}
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        numbers = {
-            name: value
-            for name, value in record.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+        for curves in self._curves:
+            curves.write(record)
 
     def close(self) -> None:
         """Flush and close every sink."""
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for curves in self._curves:
+            curves.close()
 
 
 def _position(report: StepReport) -> dict[str, Any]:
@@ -113,30 +101,6 @@ def _speed(report: StepReport) -> dict[str, float]:
         "step_seconds": report.seconds,
         "peak_memory_gib": peak_memory_gib(),
     }
-
-
-def _run_id(run_folder: Path) -> str:
-    """An id that stays the same when the run is resumed, kept in the run folder."""
-    path = run_folder / WANDB_ID
-    if not path.is_file():
-        write_text(path, os.urandom(6).hex())
-    return path.read_text(encoding="utf-8").strip()
-
-
-def trim_metrics(run_folder: Path, step: int, is_validated: bool = True) -> None:
-    """Drop records behind `step`, and its validation unless the checkpoint has it: a resumed run writes them again."""
-    path = run_folder / METRICS
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line a killed process left half-written
-        if record["step"] < step or (record["step"] == step and (is_validated or "validation" not in record)):
-            kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def step_record(result: StepResult) -> dict[str, float]:

@@ -32,6 +32,7 @@ class Setting:
         schedule: its stages.
         engine: model and optimizer of this rank.
         device: where this rank computes.
+        wandb_mode: disabled, offline or online.
     """
 
     config: TrainConfig
@@ -40,6 +41,7 @@ class Setting:
     schedule: BlockSchedule
     engine: Engine
     device: torch.device
+    wandb_mode: str
 
 
 def standard_observers(setting: Setting) -> list[Observer]:
@@ -64,5 +66,5 @@ def standard_observers(setting: Setting) -> list[Observer]:
         ContextBalance(config.parallel, groups.data, setting.device),
     ]
     if dist.get_rank() == 0:
-        observers += [Progress(setting.schedule), MetricsWriter(setting.run_folder, config)]
+        observers += [Progress(setting.schedule), MetricsWriter(setting.run_folder, config, setting.wandb_mode)]
     return observers

@@ -15,7 +15,8 @@ from megatron_dllm.checkpoint.validation import Validation
 from megatron_dllm.diffusion.block_schedule import BlockSchedule
 from megatron_dllm.diffusion.losses.step_sums import NUM_BUCKETS, StepSums
 from megatron_dllm.model.pipeline import EmbeddingNoise
-from megatron_dllm.training.observers.metrics import MetricsWriter, step_record, trim_metrics
+from megatron_dllm.training.observers.metrics import MetricsWriter, step_record
+from megatron_dllm.training.observers.metrics_file import read_metrics, trim_metrics
 from megatron_dllm.training.reports import StepReport, ValidationReport
 from megatron_dllm.training.step import StepResult
 
@@ -68,7 +69,7 @@ def test_means_per_noise_level_have_their_own_number() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    writer = MetricsWriter(tmp_path, run_config(tmp_path, "run"))
+    writer = MetricsWriter(tmp_path, run_config(tmp_path, "run"), "disabled")
     writer.after_step(report_of(is_logged=False), {})
     writer.after_step(report_of(is_logged=True), {"data_fingerprint": "abc"})
     validation = Validation({"32": 2.0}, target_block_size=32)
@@ -98,5 +99,15 @@ def test_steps_that_are_logged_and_validations_are_written(folder: Path) -> None
 
 @pytest.mark.parametrize(("step", "is_validated", "left"), [(7, True, 2), (7, False, 1), (6, True, 0)])
 def test_what_lies_behind_the_checkpoint_is_cut_off(folder: Path, step: int, is_validated: bool, left: int) -> None:
-    trim_metrics(folder, step, is_validated)
+    assert trim_metrics(folder, step, is_validated) == (left < 2)
     assert len(read(folder)) == left
+
+
+def test_a_line_that_a_killed_process_left_is_passed_over(folder: Path) -> None:
+    expected = read(folder)
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 7, "text": "a\u2028b"}\n[]\n{"loss": 1}\n{"step": 8, "lo')
+    found = read_metrics(folder)
+    assert found[:2] == expected and found[2]["text"] == "a\u2028b" and len(found) == 3
+    assert not trim_metrics(folder, 7)
+    assert read_metrics(folder) == found and (folder / "metrics.jsonl").read_bytes().endswith(b"}\n")

@@ -1,0 +1,50 @@
+"""metrics.jsonl: one record a line, written as a run goes on, cut back where it continues."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_dllm.run.files import write_text
+from megatron_dllm.run.names import METRICS
+
+Record = dict[str, Any]
+
+
+def read_metrics(run_folder: Path) -> list[Record]:
+    """The records of a run, none without a file; a line that a killed process left half-written is passed over."""
+    path = run_folder / METRICS
+    if not path.is_file():
+        return []
+    return [record for line in path.read_bytes().split(b"\n") if (record := _parsed(line)) is not None]
+
+
+def _parsed(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def trim_metrics(run_folder: Path, step: int, is_validated: bool = True) -> bool:
+    """Drop records behind `step`, and its validation unless the checkpoint has it: a resumed run writes them again.
+
+    Returns:
+        Whether any were dropped.
+    """
+    records = read_metrics(run_folder)
+    kept = [r for r in records if r["step"] < step or (r["step"] == step and (is_validated or "validation" not in r))]
+    if (run_folder / METRICS).is_file():
+        write_text(run_folder / METRICS, "".join(json.dumps(record) + "\n" for record in kept))
+    return len(kept) < len(records)
+
+
+def numbers_of(record: Record) -> dict[str, float]:
+    """What of a record can be drawn as a curve."""
+    return {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
+    }
