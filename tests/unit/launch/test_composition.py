@@ -75,14 +75,16 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
             "inputs.hf=/data/hf",
             "inputs.train=/data/t",
             "inputs.validation=/data/v",
+            "inputs.chats=/data/c",
         ]
     )
-    names = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "evaluate", "export"]
+    names = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "evaluate", "sft", "cap", "export"]
     assert [job.name for job in chain.jobs] == names
-    assert [job.after for job in chain.jobs] == [(), *((name,) for name in names[:-1])]
+    before = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "merge", "sft", "cap"]
+    assert [job.after for job in chain.jobs] == [(), *((name,) for name in before)]
     options = {job.name: sbatch_options(chain, job, Path("/project")) for job in chain.jobs}
     for name in names:
-        is_on_gpus = name in ("warmup", "stable", "decay", "evaluate")
+        is_on_gpus = name in ("warmup", "stable", "decay", "evaluate", "sft", "cap")
         assert (f"--partition={'batch' if is_on_gpus else 'cpu'}" in options[name]) and (
             ("--gpus-per-node=8" in options[name]) == is_on_gpus
         ), name
@@ -93,12 +95,18 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
         "--nodes=8",
         "--nodes=1",
         "--nodes=1",
+        "--nodes=8",
+        "--nodes=8",
         "--nodes=1",
     ]
     configs = [job.config for job in chain.jobs if job.config]
     assert [config.checkpoint.load for config in configs] == [
-        f"/r/llada2_mini_full/{name}" for name in ("start", "warmup", "stable")
+        f"/r/llada2_mini_full/{name}" for name in ("start", "warmup", "stable", "merged", "sft")
     ]
+    assert "/r/llada2_mini_full/cap" in chain.jobs[-1].arguments
+    *configs, sft, cap = configs
+    assert sft.schedule.stages["sft"].sft == cap.schedule.stages["cap"].sft is not None
+    assert {sft.data.train, cap.data.train} == {"/data/c"} and sft.model == configs[0].model
     # Together the three runs see what one run of the whole schedule sees.
     whole = compose_train_config(["experiment=llada2_mini", "data.train=x"]).schedule.stages
     stages = {name: stage for config in configs for name, stage in config.schedule.stages.items()}
@@ -131,7 +139,7 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
         (["experiment=three", "jobs.first.nodes=2"], "must be 1 for a tool"),
         (["experiment=three", "jobs.base.ranks_per_node=2"], "belong to a tool"),
         (["experiment=three", "cluster=h100x8", "jobs.first.ranks_per_node=9"], "every rank needs a GPU of its own"),
-        (["experiment=llada2_mini_full", "inputs.train=x"], "inputs.hf, inputs.validation must be given"),
+        (["experiment=llada2_mini_full", "inputs.train=x"], "inputs.hf, inputs.validation, inputs.chats must be given"),
         (["experiment=llada2_mini_full", "inputs.hff=x"], "inputs.hff is not a key"),
         (["experiment=three", "jobs.first.module='os;ls'"], "dotted name of a Python module"),
         (["experiment=tiny_base", "cluster.time_limit='1 day'"], "must read HH:MM:SS"),

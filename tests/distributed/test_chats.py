@@ -1,0 +1,102 @@
+"""Training on chats: a layout trains what one rank trains, and a run that is stopped in an epoch goes on with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.ranks import run_ranks
+from benchmarks.tiny_chats import write_chats
+from benchmarks.tiny_run import (
+    STAGES,
+    TRAINING,
+    checkpoints_of,
+    read_metrics,
+    read_tensors,
+    run_config,
+    train_here,
+    train_ranks,
+)
+from megatron_dllm.config import CapConfig, CheckpointConfig, ParallelConfig, SftConfig, TrainConfig
+from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
+
+# Two passes over 60 chats in steps of 4 rows: the second step that one epoch ends in is in the middle of one.
+STAGE = replace(
+    STAGES["decay"],
+    num_tokens=None,
+    num_epochs=2.0,
+    loss_weight="uniform",
+    t_min=0.2,
+    t_max=0.8,
+    sft=SftConfig(),
+    cap=CapConfig(coefficient=1.0),
+)
+LAYOUTS = {
+    "CP2": ParallelConfig(context_parallel_size=2),
+    "TP2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2),
+    "PP2": ParallelConfig(pipeline_model_parallel_size=2),
+    "EP2": ParallelConfig(expert_model_parallel_size=2),
+}
+
+
+def config_of(folder: Path, name: str, layout: ParallelConfig | None = None) -> TrainConfig:
+    config = run_config(
+        folder,
+        name,
+        layout,
+        training=replace(TRAINING, mask_embedding_noise=0.0),
+        checkpoint=CheckpointConfig(
+            keep_last=1, timeout_minutes=10.0, load=None if name == "start" else str(folder / "runs" / "start")
+        ),
+    )
+    schedule = replace(config.schedule, row_length=160, stages={"sft": STAGE})
+    return replace(config, schedule=schedule, data=replace(config.data, packing_chunk=16))
+
+
+def steps_of(config: TrainConfig) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(config) if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    folder = tmp_path_factory.mktemp("chats")
+    write_chats(folder / "corpus", 60)
+    for name in ("start", "one"):
+        config = config_of(folder, name)
+        assert train_ranks(1, config) == [0]
+    return config
+
+
+def test_the_metrics_of_chats(one_rank_run: TrainConfig) -> None:
+    steps = steps_of(one_rank_run)
+    assert len(steps) >= 6
+    for step in steps:
+        assert 0.2 < step["fill_share"] < 0.8 and step["targets_per_second"] > 0
+        assert step["masked_fraction"] == 0.5, "a pair masks every token once"
+        assert step["confidence_loss"] > 0
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_what_one_rank_trains(name: str, one_rank_run: TrainConfig) -> None:
+    folder = Path(one_rank_run.run.root).parent
+    config = config_of(folder, name, LAYOUTS[name])
+    assert train_ranks(2, config) == [0, 0]
+    found, expected = steps_of(config), steps_of(one_rank_run)
+    assert len(found) == len(expected)
+    for key in ("loss", "grad_norm", "masked_nll", "fill_share", "consumed_tokens", "confidence_loss"):
+        assert found[0][key] == pytest.approx(expected[0][key], rel=1e-5), key
+        assert found[-1][key] == pytest.approx(expected[-1][key], rel=1e-3), key
+    assert [step["data_fingerprint"] for step in found] == [step["data_fingerprint"] for step in expected]
+
+
+def test_a_run_that_is_stopped_in_an_epoch_ends_with_the_same_bits(one_rank_run: TrainConfig) -> None:
+    config = config_of(Path(one_rank_run.run.root).parent, "stopped")
+    assert run_ranks(train_here, 1, config, 4, timeout_s=500.0) == [EXIT_PREEMPTED]
+    assert train_ranks(1, config) == [0]
+    found, expected = (read_tensors(max(checkpoints_of(c).glob("step_*"))) for c in (config, one_rank_run))
+    assert found.keys() == expected.keys()
+    assert all(bool((found[name] == tensor).all()) for name, tensor in expected.items())
+    assert [step["loss"] for step in steps_of(config)] == [step["loss"] for step in steps_of(one_rank_run)]
