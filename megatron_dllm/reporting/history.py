@@ -114,6 +114,11 @@ class History:
     packages: list[str]
 
     @property
+    def validated(self) -> list[Track]:
+        """Tracks of diffusion models that were validated; one that only learned to answer was not."""
+        return [track for track in self.tracks if track.validations and not track.is_autoregressive]
+
+    @property
     def runs(self) -> list[Run]:
         """All runs, in order."""
         return [run for track in self.tracks for run in track.runs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import re
 import shlex
@@ -13,8 +12,10 @@ from megatron_dllm.checkpoint.folder import latest_checkpoint
 from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.checkpoint.validation import read_validation
 from megatron_dllm.reporting import pictures
+from megatron_dllm.reporting.answers import answers_section, read_answers
 from megatron_dllm.reporting.example_row import example_row
 from megatron_dllm.reporting.history import Command, Duration, History, Run, Track, commit_of
+from megatron_dllm.reporting.markup import figure, table
 from megatron_dllm.reporting.records import Record, is_logged, number
 from megatron_dllm.reporting.results import Result
 from megatron_dllm.run.names import CHECKPOINTS
@@ -29,6 +30,8 @@ td:first-child,th:first-child,.facts td{text-align:left}.facts td:first-child{co
 pre{background:#f6f6f4;padding:.8em 1em;margin:.9em 0 .2em;white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}
 mark{background:#d7efd3}.fold{color:#999;font-style:italic}.small,figcaption{color:#666;font-size:13px}
 figure{margin:1.2em 0}
+.answer{font:13px/2.1 ui-monospace,monospace;margin:.5em 0}.answer b{font-weight:400;color:#555}
+.token{padding:.15em .25em;border-radius:3px;white-space:pre}.token sub{font-size:9px;color:#555;padding-left:2px}
 """
 _NUM_SAMPLES = 12
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n){2,}")
@@ -44,6 +47,7 @@ def page(history: History, lines: Sequence[Result]) -> str:
         "<h2>Results</h2>",
         _results(lines),
         *(part for track in reversed(history.tracks) for part in _track(track, history, lines)),
+        *answers_section(read_answers(history)),
         *_samples(history.samples),
         *_durations(history.durations),
     ]
@@ -65,7 +69,8 @@ def tokens_per_forward(samples: Sequence[Record]) -> float | None:
 
 def _lead(history: History) -> str:
     run = history.runs[-1]
-    sizes = [str(size) for size in dict.fromkeys(r.get("block_size") for r in history.tracks[-1].training) if size]
+    records = [record for track in history.tracks if not track.is_autoregressive for record in track.training]
+    sizes = [str(size) for size in dict.fromkeys(record.get("block_size") for record in records) if size]
     model = [
         str(run.setting("model", "family") or "a model"),
         _said("{} layers", run.setting("model", "num_layers")),
@@ -166,7 +171,7 @@ def _results(lines: Sequence[Result]) -> str:
         return (
             "<p>Nothing was validated: set evaluation.num_tokens and data.validation for a run to measure itself.</p>"
         )
-    return _table(["model", "measure", "nats/token", "bits/byte"], [line.cells() for line in lines])
+    return table(["model", "measure", "nats/token", "bits/byte"], [line.cells() for line in lines])
 
 
 # ---- what happened ------------------------------------------------------------------------------
@@ -179,35 +184,35 @@ def _track(track: Track, history: History, lines: Sequence[Result]) -> list[str]
     if not track.training:
         return [*parts, "<p>No step has been logged yet.</p>"]
     parts.append(
-        _figure(
+        figure(
             pictures.loss_picture(track.training),
             "Training loss: dots are logged steps, lines are means over 9 of them.",
         )
     )
     if is_logged(track.training, "block_size"):
-        parts.append(_figure(pictures.schedule_picture(track.training), "Block size and learning rate."))
+        parts.append(figure(pictures.schedule_picture(track.training), "Block size and learning rate."))
     noise = pictures.noise_level_picture(track.training)
     if noise:
-        parts.append(_figure(noise, "NLL of masked tokens by noise level (means over 9 logged steps)."))
-    parts.append(_figure(pictures.speed_picture(track.training), "Throughput and gradient norm."))
+        parts.append(figure(noise, "NLL of masked tokens by noise level (means over 9 logged steps)."))
+    parts.append(figure(pictures.speed_picture(track.training), "Throughput and gradient norm."))
     router = pictures.router_picture(track.training)
     if router:
         parts.append(
-            _figure(router, "Where the router sends masked, visible noisy and clean tokens, all layers together.")
+            figure(router, "Where the router sends masked, visible noisy and clean tokens, all layers together.")
         )
     return [*parts, _mask(track)]
 
 
 def _validation_figure(track: Track, history: History, lines: Sequence[Result]) -> str:
     checkpoints, ar_nll = {}, None
-    if not track.is_autoregressive and track is history.tracks[-1]:
+    if track in history.validated[-1:]:
         found = {folder.name: read_validation(folder) for folder in history.checkpoints}
         checkpoints = {name: dict(validation.nats_per_token) for name, validation in found.items() if validation}
     if not track.is_autoregressive:
         ar_nll = next((line.nats for line in lines if line.measure == "exact NLL"), None)
     stars = f" Stars: {', '.join(checkpoints)}." if checkpoints else ""
     caption = f"Validation: the same held-out rows and the same noise every time.{stars}"
-    return _figure(pictures.elbo_picture(track.validations, ar_nll, checkpoints), caption)
+    return figure(pictures.elbo_picture(track.validations, ar_nll, checkpoints), caption)
 
 
 def _mask(track: Track) -> str:
@@ -215,25 +220,11 @@ def _mask(track: Track) -> str:
         row = example_row(track.runs[-1])
     except (ValueError, OSError) as error:
         return f'<p class="small">No row of the run is drawn: {html.escape(str(error).rstrip("."))}.</p>'
-    return _figure(
+    return figure(
         pictures.mask_picture(row.batch),
         f"{row.caption}. Clean blocks that no later block reads are not stored.",
         "narrow",
     )
-
-
-def _figure(image: bytes, caption: str, kind: str = "") -> str:
-    data = base64.b64encode(image).decode()
-    return (
-        f'<figure><img class="{kind}" alt="" src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 # ---- what it writes, and how long it took ---------------------------------------------------------
@@ -282,7 +273,7 @@ def _durations(durations: Sequence[Duration]) -> list[str]:
         return []
     rows = [[duration.job, format_seconds(duration.seconds)] for duration in durations]
     rows.append(["together", format_seconds(sum(duration.seconds for duration in durations))])
-    return ["<h2>Time</h2>", _table(["job", "h:mm:ss"], rows)]
+    return ["<h2>Time</h2>", table(["job", "h:mm:ss"], rows)]
 
 
 def format_seconds(seconds: float) -> str:

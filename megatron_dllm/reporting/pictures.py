@@ -6,7 +6,7 @@ A line ends where there is nothing to draw: a value that was not logged, a stage
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, VIEW, visible
+from megatron_dllm.evaluation.answer_scores import AnswerScores
 from megatron_dllm.reporting.records import Record, broken_line, is_logged, number, numbers
 
 ROLES = ("masked", "visible", "clean")
@@ -218,6 +219,30 @@ def router_picture(records: Sequence[Record]) -> bytes | None:
     right.set_yticks(range(len(share)), [role for role, routed in zip(ROLES, is_routed, strict=True) if routed])
     right.set_xlabel(f"expert, at step {number(loads[-1].get('step')):.0f}")
     figure.colorbar(image, ax=right, label="load, 1 = even", pad=0.01)
+    return _png(figure)
+
+
+def answers_picture(scores: Mapping[str, AnswerScores]) -> bytes:
+    """Share of right answers and tokens per forward over the threshold, a line for each model.
+
+    Args:
+        scores: by name of the model.
+    """
+    figure = _figure(9, 3.0)
+    left, right = figure.subplots(1, 2)
+    for index, (name, score) in enumerate(scores.items()):
+        thresholds = [entry.threshold for entry in score.thresholds]
+        totals = [entry.all_tasks for entry in score.thresholds]
+        style = {"marker": _MARKERS[index % len(_MARKERS)], "color": _COLORS[index % len(_COLORS)], "label": name}
+        left.plot(thresholds, [total.accuracy for total in totals], **style, ms=4, lw=1.4)
+        right.plot(thresholds, [total.tokens_per_forward for total in totals], **style, ms=4, lw=1.4)
+    left.set_ylabel("share of right answers")
+    left.set_ylim(0, 1.02)
+    right.set_ylabel("tokens per forward")
+    right.set_ylim(bottom=0)
+    for axis in (left, right):
+        axis.set_xlabel("threshold")
+        axis.legend(fontsize=7, frameon=False)
     return _png(figure)
 
 

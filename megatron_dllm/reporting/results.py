@@ -42,7 +42,7 @@ class Result:
 
 def results(history: History) -> list[Result]:
     """The lines of the table, in the order of the runs, then what was made of them."""
-    converted = [track for track in history.tracks if not track.is_autoregressive]
+    converted = history.validated
     lines = []
     for track in history.tracks:
         prefix = f"{track.name}: " if len(converted) > 1 else ""

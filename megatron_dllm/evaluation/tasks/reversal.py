@@ -1,4 +1,4 @@
-"""Write words in the opposite order: "reverse: list value file name" gives "name file value list"."""
+"""Write words in the opposite order: "reverse: list value file" gives "file value list"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ name list value file string class test text code line type time read open data k
 token word number index error message process event date color tree
 """
 WORDS = tuple(_TEXT.split())
-_LENGTH = 4
+_LENGTH = 3
 
 
 def _ask(source: random.Random) -> str:

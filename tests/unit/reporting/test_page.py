@@ -41,6 +41,16 @@ def test_a_chain_says_what_when_where_and_by_which_code(tmp_path: Path) -> None:
     assert "No row of the run is drawn" in text
 
 
+def test_a_run_that_was_not_validated_leaves_the_results_as_they_were(tmp_path: Path) -> None:
+    chain = write_chain(tmp_path / "full")
+    before = results(read_history(chain))
+    write_run(chain / "sft", [training_record(4, stage="sft", block_size=16)], load="full/merged", time=1.75e9)
+    history = read_history(chain)
+    assert [track.name for track in history.tracks] == ["warmup → stable → decay", "sft"]
+    assert results(history) == before and len(before) > 1
+    assert "block sizes 4, 8, 16." in page(history, before)
+
+
 @pytest.mark.parametrize(
     "records",
     [

@@ -14,12 +14,7 @@ from megatron_dllm.evaluation.tasks.task import is_held_out, questions
     ("task", "question", "expected_answer", "wrong"),
     [
         ("sort", "sort: 7 2 9 4 1", "1 2 4 7 9", ["1 2 4 9 7", "1 2 4 7", "1 2 4 7 9 9", ""]),
-        (
-            "reverse",
-            "reverse: list value file name",
-            "name file value list",
-            ["list value file name", "name file value"],
-        ),
+        ("reverse", "reverse: list value file", "file value list", ["list value file", "file value"]),
         ("date", "date: 14.03.2021", "2021-03-14", ["2021-14-03", "2021-3-14", "14.03.2021", "2021-03-14-"]),
         (
             "json",
