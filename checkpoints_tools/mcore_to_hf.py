@@ -45,7 +45,7 @@ from megatron_dllm.hf.export_limits import as_exported, check_architecture
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 from megatron_dllm.hf.serving import DLLM_CONFIG, SGLANG, dllm_config, sglang_differences
-from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, name_tokenizer_class
 from megatron_dllm.run.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -119,11 +119,12 @@ def convert(
             indent=2,
         )
         copy_tokenizer(files, temporary, model.mask_token_id, model.vocab_size)
+        name_tokenizer_class(temporary)
         for name in CODE_OF_ARCHITECTURE.get(architecture, ()):
             shutil.copyfile(MODELING_FILES / name, temporary / name)
         if architecture in SGLANG:
             write_text(temporary / DLLM_CONFIG, dllm_config(semantics.block_size))
-        write_text(temporary / "README.md", model_card(stored_model, architecture, dtype_name))
+        write_text(temporary / "README.md", model_card(stored_model, architecture, dtype_name, temporary))
 
 
 def settle_architecture(stored: StoredModel, asked: str | None) -> str:

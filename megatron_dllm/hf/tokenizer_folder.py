@@ -183,6 +183,18 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
     return [path.name for path in paths]
 
 
+def name_tokenizer_class(folder: Path) -> None:
+    """Name the class of a tokenizer.json that every transformers has: 4.57 guesses none for a model of its own code.
+
+    Args:
+        folder: of an export; a class that is named is kept, but for transformers 5's new name of the same one.
+    """
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path)
+    if (folder / TOKENIZER_FILE).is_file() and config.get("tokenizer_class") in (None, "TokenizersBackend"):
+        _write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) -> None:
     """Write the mask token into the copied files, at exactly `mask_id`."""
     old = files.texts.get(mask_id)

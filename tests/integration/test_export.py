@@ -6,7 +6,6 @@ Runs under transformers 5 and 4.57: make test-transformers4
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,19 +304,16 @@ def test_generate_refuses_impossible_prompts(models: tuple[Any, Any], inputs: An
 
 @pytest.fixture(scope="module")
 def with_tokenizer(dense: Export) -> Path:
-    """The export beside a tokenizer of letters."""
+    """The export with a tokenizer of letters, whose class is not named."""
     write_tokenizer(dense.folder.parent / "tokenizer")
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
-    (dense.folder.parent / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    for path in (dense.folder.parent / "tokenizer").iterdir():
-        shutil.copy(path, dense.folder)
-    return dense.folder
+    mcore_to_hf.convert(dense.checkpoint, dense.folder.parent / "with", tokenizer=dense.folder.parent / "tokenizer")
+    return dense.folder.parent / "with"
 
 
 def test_generate_takes_what_a_tokenizer_returns(models: tuple[Any, Any], dense: Export, with_tokenizer: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(with_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(with_tokenizer, trust_remote_code=True)
     encoded = tokenizer(["the cat", "once upon"], return_tensors="pt", padding=True, return_token_type_ids=True)
     assert "token_type_ids" in encoded
     tokens = models[0].generate(**encoded, max_new_tokens=8)
@@ -329,10 +325,23 @@ def test_generate_takes_what_a_tokenizer_returns(models: tuple[Any, Any], dense:
 def test_a_pipeline_decodes(models: tuple[Any, Any], dense: Export, with_tokenizer: Path) -> None:
     from transformers import AutoTokenizer, pipeline
 
-    tokenizer = AutoTokenizer.from_pretrained(with_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(with_tokenizer, trust_remote_code=True)
     pipe = pipeline("text-generation", model=models[0], tokenizer=tokenizer)
     ids = tokenizer("the cat", add_special_tokens=False).input_ids
     for settings, ours in (({"do_sample": False}, {}), ({}, {"temperature": 0.7})):
         text = pipe("the cat", max_new_tokens=8, return_full_text=False, **settings)[0]["generated_text"]
         expected = expected_tokens(models[1], dense.model, ids, max_new_tokens=8, **ours)[len(ids) :]
         assert text == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_the_card_can_be_followed_as_it_stands(
+    with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Its Python block runs, and its YAML block is the file that lies beside it."""
+    card = (with_tokenizer / "README.md").read_text()
+    assert str(with_tokenizer.parent) not in card
+    monkeypatch.chdir(with_tokenizer)
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out) > 1
+    assert card.split("```yaml\n")[1].split("```")[0] == (with_tokenizer / "dllm_algorithm.yaml").read_text()

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, fingerprint, tokenizer_files
+from megatron_dllm.hf.tokenizer_folder import (
+    TokenizerFiles,
+    copy_tokenizer,
+    fingerprint,
+    name_tokenizer_class,
+    tokenizer_files,
+)
 
 
 def make_tokenizer(folder: Path, added: dict[str, int], mask: str | None = None) -> TokenizerFiles:
@@ -128,6 +134,23 @@ def test_equal_tokenizers_have_one_fingerprint(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "c", {"<eos>": 4})
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b") != fingerprint(tmp_path / "c")
     assert fingerprint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [(None, "PreTrainedTokenizerFast"), ("TokenizersBackend", "PreTrainedTokenizerFast"), ("GPT2Tokenizer", None)],
+)
+def test_an_export_names_a_class_that_every_transformers_has(
+    named: str | None, expected: str | None, tmp_path: Path
+) -> None:
+    config = {"eos_token": "x"} | ({"tokenizer_class": named} if named else {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    name_tokenizer_class(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == config
+    (tmp_path / "tokenizer.json").write_text("{}")
+    name_tokenizer_class(tmp_path)
+    named_now = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert named_now == config | {"tokenizer_class": expected or named}
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:

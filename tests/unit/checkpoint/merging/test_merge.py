@@ -92,7 +92,12 @@ def test_an_hf_merge_takes_the_model_and_not_its_history(make_checkpoint, tmp_pa
         "model.safetensors",
     }
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("# out\n") and f"| {a} | 0.5000 | None |" in card and "1.5" not in card
+    assert (
+        card.startswith("# out\n")
+        and f"| {a.name} | 0.5000 |  |" in card
+        and str(tmp_path) not in card
+        and "1.5" not in card
+    )
 
 
 def test_only_what_tells_models_apart_must_be_equal(make_checkpoint, tmp_path: Path) -> None:
@@ -125,8 +130,8 @@ def test_the_card_of_a_merge_names_its_run(make_checkpoint, tmp_path: Path) -> N
         mcore_to_hf.convert(folder, tmp_path / f"{name}_out")
         card = (tmp_path / f"{name}_out" / "README.md").read_text()
         titles[name] = next(line for line in card.splitlines() if line.startswith("# "))
-        assert (f"| Recipe | {run / 'config.yaml'} |" in card) == (name != "converted")
-        assert f"| Converted from | {tmp_path / 'c'}" in card
+        assert ("| Recipe | run/config.yaml |" in card) == (name != "converted")
+        assert "| Converted from | c" in card and str(tmp_path) not in card
     assert titles == {"merge": "# best", "run": "# run", "converted": "# c0"}
 
 
