@@ -181,7 +181,7 @@ def _compare(table_a: TensorTable, table_b: TensorTable, units: Iterator[_Unit])
             result.dtypes.append(f"{name}: {dtype_a} in A, {dtype_b} in B")
     differences: dict[str, Difference] = {}
     total = sum(prod(shape) for _, shape in table_a.values())
-    with tqdm(total=total, desc="compare", unit="el", unit_scale=True, mininterval=0.5) as bar:
+    with tqdm(total=total, desc="compare", unit="el", unit_scale=True, disable=None) as bar:
         for unit in units:
             piece_a = torch.empty(unit.num_elements, dtype=table_a[unit.name][0])
             piece_b = torch.empty(unit.num_elements, dtype=table_b[unit.name][0])

@@ -19,6 +19,8 @@ from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
 # every 30 seconds, and the requeue itself needs time.
 REQUEUE_MARGIN = 60
 
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
+
 
 def valid_nodes(chain: Chain, job: Job) -> list[int]:
     """Numbers of nodes on which the job can run, from its largest down.
@@ -170,14 +172,27 @@ def job_python(cluster: ClusterConfig) -> str:
     return cluster.python or sys.executable
 
 
-def job_script(chain: Chain, job: Job, code: Path, project: Path) -> str:
+def is_secret(name: str) -> bool:
+    """Whether a variable of the environment is one that others must not read, judged by its name."""
+    return any(word in name.upper() for word in _SECRET)
+
+
+def job_script(chain: Chain, job: Job, code: Path, project: Path, is_masked: bool = False) -> str:
     """The script given to sbatch: modules, environment, then the supervisor in the shell's place.
 
     `exec` matters: SLURM sends the signal before the time limit to the batch shell alone, and that process has then
     become the supervisor.
+
+    Args:
+        chain: the chain.
+        job: one of its jobs.
+        code: the frozen copy of the source tree.
+        project: the working directory of the job.
+        is_masked: whether secret values are left out, for people to read.
     """
     cluster = chain.config.cluster
-    environment = {**cluster.environment, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
+    given = {k: "***" if is_masked and is_secret(k) else value for k, value in cluster.environment.items()}
+    environment = {**given, "PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"}
     if cluster.scratch:
         environment["TMPDIR"] = cluster.scratch
     lines = [

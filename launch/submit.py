@@ -37,7 +37,7 @@ from launch.progress import Progress, progress_of
 from launch.status import show
 from launch.validate import check_chain
 from megatron_dllm.config.recipe_source import CONFIG_DIR, RECIPES, user_folder
-from megatron_dllm.run.files import write_json
+from megatron_dllm.run.files import write_json, write_text
 
 log = logging.getLogger("launch")
 
@@ -114,11 +114,13 @@ def script_of(chain: Chain, job: Job) -> Path:
     return chain.job_folder(job).absolute() / "job.sh"
 
 
-def build_submissions(chain: Chain, code: Path, project: Path, allow_changes: bool) -> list[Submission]:
-    """The submissions of all unfinished jobs, in order."""
+def build_submissions(
+    chain: Chain, code: Path, project: Path, allow_changes: bool, is_masked: bool = False
+) -> list[Submission]:
+    """The submissions of all unfinished jobs, in order; `is_masked`: to be shown, without secret values."""
     unfinished = [job for job in chain.jobs if progress_of(chain, job, allow_changes) is not Progress.FINISHED]
     return [
-        Submission(job, sbatch_options(chain, job, project), job_script(chain, job, code, project))
+        Submission(job, sbatch_options(chain, job, project), job_script(chain, job, code, project, is_masked))
         for job in unfinished
     ]
 
@@ -153,7 +155,8 @@ def submit(submissions: list[Submission], chain: Chain, code: Path, project: Pat
     """
     for submission in submissions:
         freeze_job(chain, submission.job, **supervisor_details(chain, submission.job, code, project))
-        script_of(chain, submission.job).write_text(submission.script, encoding="utf-8")
+        # Only its owner may read it: a cluster's environment may hold tokens.
+        write_text(script_of(chain, submission.job), submission.script, mode=0o600)
     for submission in submissions:
         rehearse(submission, script_of(chain, submission.job))
     numbers: dict[str, str] = {}
@@ -203,9 +206,8 @@ def run(arguments: argparse.Namespace) -> int:
     project = Path.cwd()
     launch_folder = chain.folder / "launch"
     if arguments.dry_run:
-        print_dry_run(
-            build_submissions(chain, launch_folder.absolute() / "code", project, arguments.allow_changes), chain
-        )
+        code = launch_folder.absolute() / "code"
+        print_dry_run(build_submissions(chain, code, project, arguments.allow_changes, is_masked=True), chain)
         return 0
     if shutil.which("sbatch") is None:
         raise ValueError(

@@ -55,7 +55,7 @@ def run(tasks: Iterable[Task], total_bytes: int, title: str, num_readers: int = 
         buffers.put(torch.empty(0, dtype=torch.uint8))
     with (
         ThreadPoolExecutor(num_readers) as reader,
-        tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, smoothing=0.05, mininterval=0.5) as bar,
+        tqdm(total=total_bytes, desc=title, unit="B", unit_scale=True, smoothing=0.05, disable=None) as bar,
     ):
         pending: deque[tuple[list[Task], Future[tuple[Tensor, list[Tensor]]]]] = deque()
         try:

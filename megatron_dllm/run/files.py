@@ -20,14 +20,22 @@ from typing import Any
 TEMPORARY_PREFIX = ".tmp-"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, first under a temporary name. The permissions of a replaced file are kept."""
+def write_text(path: Path, text: str, mode: int | None = None) -> None:
+    """Write a text file in UTF-8, first under a temporary name.
+
+    Args:
+        path: of the file.
+        text: its new content.
+        mode: its permissions; None: those of the file that it replaces, or what the umask gives.
+    """
     # Process numbers repeat in every container, and two of them may share the folder.
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
+        with open(descriptor, "w", encoding="utf-8") as stream:
             with contextlib.suppress(FileNotFoundError):
-                os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
+                if mode is None:
+                    os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -55,10 +55,11 @@ class Trainer:
         if run.stop.agreed(run.device):
             _say("asked to stop before the first step")
             return EXIT_PREEMPTED
-        if run.resumed_from is not None and run.schedule.is_finished(self.state.consumed_tokens):
-            _say(
-                f"{run.config.run.name} has finished its schedule at step {self.state.step}: there is nothing to train"
-            )
+        name = run.config.run.name
+        if run.schedule.is_finished(self.state.consumed_tokens):
+            _say(f"{name} has finished before, at step {self.state.step}: there is nothing left to train")
+            run.saver.writer.finish()
+            return 0
         while not run.schedule.is_finished(self.state.consumed_tokens):
             stage = run.schedule.stage_at(self.state.consumed_tokens)
             num_ranks = dist.get_world_size()
@@ -71,6 +72,9 @@ class Trainer:
             if code is not None:
                 return code
         run.saver.writer.finish()
+        consumed = self.state.consumed_tokens
+        folder = run.saver.checkpoints.parent
+        _say(f"{name} has finished: {self.state.step:,} steps, {consumed:,} document tokens; it is in {folder}")
         return 0
 
     def _validate_start(self) -> None:

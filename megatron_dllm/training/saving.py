@@ -89,6 +89,8 @@ class Saver:
         with gathered_parameters(self.engine, self.config.optimizer.overlap_param_gather):
             meta = self._meta(stage, state, reason)
             folder = self.writer.save(state.step, self.engine.chunks, self.engine.optimizer, meta, asdict(state))
+            for observer in self.observers:
+                observer.after_save(folder)
             validation = self._validate(stage, state, reason)
         if validation is not None:
             self.writer.finish()

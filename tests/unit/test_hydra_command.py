@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from megatron_dllm.compose import prepare_command_line
+from megatron_dllm.config.recipe_source import RECIPES
 from megatron_dllm.hydra_command import check_sweep
 
 BASE = ["-m", "experiment=study_direct", "data.train=corpus"]
@@ -64,3 +66,9 @@ def test_a_sweep_that_hydra_cannot_read_is_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"mismatched input|no viable") as refused:
         check_sweep([*BASE, "run.seed=choice("])
     assert "\n" not in str(refused.value)
+
+
+def test_what_hydra_writes_of_a_sweep_lies_beside_its_runs() -> None:
+    with initialize_config_dir(str(RECIPES), version_base="1.3"):
+        config = compose("train", ["experiment=tiny_base", "run.root=/r", "data.train=x"], return_hydra_config=True)
+    assert (config.hydra.sweep.dir, config.hydra.sweep.subdir, config.hydra.run.dir) == ("/r", ".", ".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from megatron_dllm.data.batch import Batch
@@ -43,6 +44,9 @@ class Observer:
 
     def before_save(self, step: int) -> None:
         """Told that a checkpoint is about to be written after so many steps."""
+
+    def after_save(self, folder: Path) -> None:
+        """Told that a checkpoint was written, or is being written in the background, to this folder."""
 
     def before_validation(self, stage: Stage) -> None:
         """Told that a validation begins."""

@@ -1,9 +1,14 @@
-"""What a person sees of a run: the stage table before it starts, then a progress bar (a line now and then in a log)."""
+"""What a person sees of a run: the stage table, every stage, validation and checkpoint, and a progress bar.
+
+Where nobody looks at a terminal, a line now and then stands for the bar: one for each percent, and one an hour, so that
+a log tells the run's story on a few pages however long it runs.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,10 +18,10 @@ from rich.progress import Progress as RichProgress
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage, format_table
 from megatron_dllm.training.observers.observer import Observer
-from megatron_dllm.training.reports import StepReport
+from megatron_dllm.training.reports import StepReport, ValidationReport
 from megatron_dllm.training.start import Start
 
-_SECONDS_BETWEEN_LINES = 15.0
+_LEAST_SECONDS, _MOST_SECONDS = 15.0, 3600.0
 
 
 def print_stage_table(config: TrainConfig, start: Start) -> None:
@@ -37,7 +42,8 @@ class Progress(Observer):
     def __init__(self, schedule: BlockSchedule) -> None:
         self._console = Console()
         self._total = schedule.total_tokens
-        self._last_line = 0.0
+        self._last_line, self._last_percent = 0.0, -1
+        self._stage: Stage | None = None
         self._bar: RichProgress | None = None
         if self._console.is_terminal:
             self._bar = RichProgress(
@@ -53,6 +59,9 @@ class Progress(Observer):
 
     def after_step(self, report: StepReport, measured: Mapping[str, Any]) -> None:
         """Show where the run is."""
+        if self._stage != report.stage:
+            self._stage = report.stage
+            self._say(_stage_line(report.stage))
         text = (
             f"{report.stage.name} block {report.stage.config.block_size} step {report.step} "
             f"loss {report.result.loss:.3f} lr {report.learning_rate:.1e} "
@@ -61,17 +70,37 @@ class Progress(Observer):
         consumed = report.consumed_tokens
         if self._bar is not None:
             self._bar.update(self._task, completed=min(consumed, self._total), description=text)
-        elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self._console.print(f"{100.0 * consumed / self._total:5.1f}%  {text}", highlight=False, soft_wrap=True)
+        elif self._is_time(100 * consumed // self._total):
+            self._say(f"{100.0 * consumed / self._total:5.1f}%  {text}")
+
+    def _is_time(self, percent: int) -> bool:
+        """Whether a line is due in a log; if so, the next is counted from here."""
+        seconds = time.monotonic() - self._last_line
+        if seconds < (_LEAST_SECONDS if percent > self._last_percent else _MOST_SECONDS):
+            return False
+        self._last_line, self._last_percent = time.monotonic(), percent
+        return True
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def before_save(self, step: int) -> None:
         """Say what goes on between steps."""
         self._note("saving")
 
+    def after_save(self, folder: Path) -> None:
+        """Name the checkpoint."""
+        self._say(f"checkpoint {folder}")
+
     def before_validation(self, stage: Stage) -> None:
         """Say what goes on between steps."""
         self._note("validating")
+
+    def after_validation(self, report: ValidationReport) -> None:
+        """Say what it came to."""
+        values = report.validation.nats_per_token
+        found = ", ".join(f"{name if name == 'ar' else f'block {name}'} {value:.4f}" for name, value in values.items())
+        self._say(f"validation after step {report.step} ({report.stage.name}), ELBO in nats per token: {found}")
 
     def _note(self, text: str) -> None:
         if self._bar is not None:
@@ -81,3 +110,11 @@ class Progress(Observer):
         """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _stage_line(stage: Stage) -> str:
+    config = stage.config
+    return (
+        f"stage {stage.name}: {config.objective}, block {config.block_size}, until {stage.end:,} document tokens, "
+        f"learning rate {config.learning_rate:g}"
+    )

@@ -119,6 +119,17 @@ def test_scripts_pass_shellcheck(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_secret_values_are_not_shown(tmp_path: Path) -> None:
+    chain = chain_of("cluster.environment.NCCL_DEBUG=WARN")
+    names = ("WANDB_API_KEY", "hf_token", "MY_SECRET", "DbPassword")
+    chain.config.cluster.environment.update({name: f"hidden\n{name} of mine" for name in names})
+    shown, whole = (
+        job_script(chain, chain.jobs[0], tmp_path, tmp_path, is_masked=is_masked) for is_masked in (True, False)
+    )
+    assert "hidden" not in shown and "of mine" not in shown and whole.count("of mine") == len(names)
+    assert all(f"export {name}='***'" in shown for name in names) and "export NCCL_DEBUG=WARN" in shown
+
+
 @pytest.mark.ranks
 def test_nothing_in_a_script_is_evaluated(tmp_path: Path) -> None:
     project = tmp_path / NASTY.replace("/", "_")

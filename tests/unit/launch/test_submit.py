@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,21 @@ def test_a_refused_job_takes_those_before_it_along(
     assert (tmp_path / "cancelled").read_text() == "101\n"
     # Had submit.py been killed at the second call, the first job would have been known already.
     assert '"job_id": "101"' in (tmp_path / "books").read_text()
+
+
+def test_a_job_s_script_is_its_owner_s_alone(
+    pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = secrets.token_hex()
+    words = [*pair, f"cluster.environment.API_TOKEN={token}"]
+    assert submit.main([*words, "--dry_run"]) == 0
+    assert token not in capsys.readouterr().out and not (tmp_path / "pair").exists()
+    assert submit.main(words) == 0
+    holding = {
+        path for path in (tmp_path / "pair").rglob("*") if path.is_file() and token.encode() in path.read_bytes()
+    }
+    scripts = {tmp_path / "pair" / "launch" / name / "job.sh" for name in ("first", "second")}
+    assert holding == scripts and {path.stat().st_mode & 0o777 for path in scripts} == {0o600}
 
 
 def test_an_interrupted_submission_leaves_no_jobs(
@@ -123,6 +139,8 @@ def test_status_tells_elbo_and_time_left(pair: list[str], tmp_path: Path, capsys
         assert text in shown
 
 
-def test_a_folder_of_recipes_that_is_not_there_is_refused(caplog: pytest.LogCaptureFixture) -> None:
-    assert submit.main(["experiment=tiny_base", "--config-dir", "none"]) == 2
-    assert "--config-dir (none) must be a folder of recipes, which adds to the shipped ones." in caplog.text
+def test_a_folder_of_recipes_that_is_not_there_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"--config-dir \(none\) must be a folder of recipes, which adds to the shipped"
+    ):
+        submit.main(["experiment=tiny_base", "--config-dir", "none"])

@@ -102,3 +102,13 @@ def test_a_removed_folder_is_gone_and_a_missing_one_no_error(tmp_path: Path) -> 
     files.remove(folder)
     files.remove(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_gets_the_permissions_it_is_given(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "secret", "a", mode=0o600)
+    files.write_text(tmp_path / "secret", "b")
+    files.write_text(tmp_path / "open", "c")
+    (tmp_path / "open").chmod(0o644)
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+    files.write_text(tmp_path / "open", "d", mode=0o600)
+    assert (tmp_path / "open").stat().st_mode & 0o777 == 0o600
