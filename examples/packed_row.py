@@ -64,7 +64,7 @@ def main(words: list[str] | None = None) -> int:
         overrides += settings(arguments.block_size, arguments.two_views)
         config = compose_train_config(["experiment=own_text", *overrides])
         config.validate(world_size=1)
-        row = row_of(config, config.data.train)
+        row = row_of(config, config.train_corpora[-1])
         tokenizer = Tokenizer.from_file(f"{folder}/tokenizer/tokenizer.json")
     console = Console()
     console.print(token_table(row.batch, tokenizer))

@@ -63,7 +63,7 @@ def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
 
 def _reads(config: TrainConfig, produced: list[str]) -> bool:
     """Whether a training job reads something that an earlier job is yet to write."""
-    inputs = [config.data.train, config.data.validation, config.data.tokenizer, config.checkpoint.load]
+    inputs = [*config.train_corpora, config.data.validation, config.data.tokenizer, config.checkpoint.load]
     return any(_is_produced(path, produced) for path in inputs if path)
 
 
@@ -129,7 +129,8 @@ def job_problems(job: Job, produced: list[str], cluster: ClusterConfig) -> Itera
     if config is None:
         yield from tool_problems(job, produced, cluster)
         return
-    for key, prefix in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+    corpora = [("data.train", prefix) for prefix in config.train_corpora]
+    for key, prefix in (*corpora, ("data.validation", config.data.validation)):
         if prefix and not _is_produced(prefix, produced):
             yield from corpus_problems(key, prefix, config)
     tokenizer = config.data.tokenizer
@@ -196,7 +197,7 @@ def mount_problems(chain: Chain, job: Job) -> Iterator[str]:
     named: list[tuple[str, str | None]] = [("output", job.spec.output), *tool_inputs(job.spec.arguments)]
     if config is not None:
         named = [
-            ("data.train", config.data.train),
+            *(("data.train", prefix) for prefix in config.train_corpora),
             ("data.validation", config.data.validation),
             ("data.tokenizer", config.data.tokenizer),
             ("checkpoint.load", config.checkpoint.load),

@@ -92,6 +92,25 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class CorpusRecord:
+    """A corpus that the checkpoint's stage trains on.
+
+    Attributes:
+        name: the last part of its path.
+        fingerprint: what tells its content from any other.
+        share: of the document tokens of the stage.
+        num_tokens: that it holds.
+        chat_template: SHA-256 of the template that rendered its chats; None for text.
+    """
+
+    name: str
+    fingerprint: str
+    share: float
+    num_tokens: int
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointMeta:
     """All that contract.json says.
 
@@ -100,12 +119,14 @@ class CheckpointMeta:
         semantics: what the outputs mean.
         position: how far it was trained.
         provenance: where it comes from.
+        corpora: what its stage trains on; none for a converted model.
     """
 
     model: Mapping[str, Any]
     semantics: Semantics
     position: Position = field(default_factory=Position)
     provenance: Provenance = field(default_factory=Provenance)
+    corpora: tuple[CorpusRecord, ...] = ()
 
     @property
     def is_diffusion(self) -> bool:
@@ -135,7 +156,14 @@ def read_meta(folder: Path) -> CheckpointMeta:
         semantics=read_fields(Semantics, content["contract"], f"{place}contract."),
         position=_read_part(Position, content, place),
         provenance=_read_part(Provenance, content, place),
+        corpora=_read_corpora(content.get("corpora", []), place),
     )
+
+
+def _read_corpora(tables: Any, place: str) -> tuple[CorpusRecord, ...]:
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ValueError(f"{place}corpora ({tables!r}) must be a list of objects: the file is damaged; choose another.")
+    return tuple(read_fields(CorpusRecord, table, f"{place}corpora.{number}.") for number, table in enumerate(tables))
 
 
 def _read_part(kind: type[T], content: Mapping[str, Any], place: str) -> T:
@@ -153,6 +181,7 @@ def write_meta(folder: Path, meta: CheckpointMeta) -> None:
         "contract": asdict(meta.semantics),
         **asdict(meta.position),
         **provenance,
+        **({"corpora": [asdict(corpus) for corpus in meta.corpora]} if meta.corpora else {}),
     }
     write_json(folder / CONTRACT, content, sort_keys=True)
 

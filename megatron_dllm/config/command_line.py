@@ -2,7 +2,8 @@
 
 Hydra would read a run called 8e12345 as infinity, 2024_01 as 202401, and stumble over a path with a comma, an equal
 sign or a bracket. A key that holds text therefore gets its value quoted, as it was typed; one that holds a whole number
-may be given as 1e9.
+may be given as 1e9. A key that holds corpora (the schema types it Any) takes a text, or a list in brackets that begins
+with a weight, whose texts are quoted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ _EXPONENT = re.compile(r"[+-]?\d[\d_]*(\.\d+)?[eE]\+?\d{1,2}")
 # A number that stands alone in {block_size: 8, num_tokens: 1e9} or [1e3, 4].
 _NUMBER_INSIDE = re.compile(r"(?<=[\[,:\s])" + _EXPONENT.pattern + r"(?=\s*[\],}])")
 _TRUTH_VALUES = ("true", "false", "yes", "no", "on", "off", "1", "0", "null", "???")
+# A number as people write weights; a list that begins with one; what stands between commas outside quotes.
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?")
+_BLEND = re.compile(rf"\[\s*{_NUMBER.pattern}\s*,.*\]")
+_PARTS = re.compile(r"""\s*(?:'[^']*'|"[^"]*")\s*(?=,|$)|[^,]+""")
 _LEFT_ALONE = ("", "null", "???")
 
 
@@ -121,8 +126,9 @@ def _typed_value(kind: Any, value: str, is_sweep: bool) -> str:
         return _whole_number(value)
     if is_dataclass(kind) or get_origin(kind) in (dict, list):
         return _NUMBER_INSIDE.sub(lambda match: _whole_number(match[0]), value)
-    is_quoted = len(value) > 1 and value[0] in "'\"" and value[-1] == value[0]
-    if kind is not str or value in _LEFT_ALONE or is_quoted or (is_sweep and "," in value):
+    if kind is Any and _BLEND.fullmatch(value):
+        return f"[{','.join(_item(part.strip()) for part in _PARTS.findall(value[1:-1]))}]"
+    if kind not in (str, Any) or value in _LEFT_ALONE or _is_quoted(value) or (is_sweep and "," in value):
         return value
     return quoted(value)
 
@@ -133,6 +139,15 @@ def _whole_number(text: str) -> str:
         return text
     number = Decimal(text)
     return str(int(number)) if number == int(number) else text
+
+
+def _is_quoted(text: str) -> bool:
+    return len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]
+
+
+def _item(text: str) -> str:
+    """One value of a list: numbers and quoted texts as they are, other texts quoted."""
+    return text if _NUMBER.fullmatch(text) or _is_quoted(text) else quoted(text)
 
 
 def typed_words(schema: type, words: Sequence[str], is_sweep: bool = False) -> list[str]:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_dllm.config.blend import blend_parts
 from megatron_dllm.config.rules import check, check_choice, check_positive
 
 BLOCK_ORIGINS = ("document", "row")
 T_UNITS = ("block", "document", "row")
+EXHAUSTED_ACTIONS = ("repeat", "refuse")
 
 
 @dataclass
 class DataConfig:
     """Tokenized corpora (.bin/.idx prefixes, without suffix) and how rows are filled."""
 
-    # Prefix of the training corpus, without suffix.
-    train: str = MISSING
+    # Corpora to train on: one prefix, or weights and prefixes in turn: [0.7, data/web, 0.3, data/code]. A weight is a
+    # share of the document tokens.
+    train: Any = MISSING
+    # When a corpus has been read through: repeat begins its next epoch in another order; refuse does not start a
+    # schedule that would need one.
+    on_exhausted: str = "repeat"
+    # Let a resume train on other corpora or shares than the checkpoint names; say it at that start alone.
+    change_blend: bool = False
     # Prefix of the held-out corpus; null: none.
     validation: str | None = None
     # Folder of the tokenizer that made the corpora: compared with them and kept beside the run; null: neither.
@@ -34,6 +43,8 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise ValueError for values that cannot work with any corpus; files are checked when they are opened."""
+        blend_parts("data.train", self.train)
+        check_choice("data.on_exhausted", self.on_exhausted, EXHAUSTED_ACTIONS)
         check_choice("data.block_origin", self.block_origin, BLOCK_ORIGINS)
         check_positive("data.packing_chunk", self.packing_chunk)
         check(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_dllm.config.blend import blend_parts
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.rules import (
@@ -34,7 +36,7 @@ class StageConfig:
     block_size: int = 1
     # Length of the stage in document tokens. Give either this or num_epochs.
     num_tokens: int | None = None
-    # Length of the stage in passes over data.train, instead of num_tokens.
+    # Length of the stage in passes over its corpus, instead of num_tokens.
     num_epochs: float | None = None
     # Rows of an optimizer step, over all ranks.
     global_batch_size: int = MISSING
@@ -67,6 +69,8 @@ class StageConfig:
     cap: CapConfig = field(default_factory=CapConfig)
     # Supervised fine-tuning on chats (LLaDA2.0 section 5.1); null: whatever may carry a loss is trained as it stands.
     sft: SftConfig | None = None
+    # Corpora and weights of this stage alone, in the form of data.train; null: data.train.
+    train: Any = None
     # Whether position i predicts token i + 1; null: what the objective does (ar: true, block_diffusion: false).
     shift: bool | None = None
     # Layout of this stage alone; null: the run's `parallel`. A run ends where the layout changes, and its next start
@@ -120,6 +124,8 @@ class StageConfig:
             self.lr_shape == "constant" or self.final_learning_rate is not None,
             f"{prefix}.final_learning_rate (null) is needed with lr_shape {self.lr_shape}; give the last value.",
         )
+        if self.train is not None:
+            blend_parts(f"{prefix}.train", self.train)
         self._check_noise(prefix)
         self.cap.validate(f"{prefix}.cap", self.objective)
         if self.sft is not None:
@@ -131,7 +137,7 @@ class StageConfig:
             (self.num_tokens is None) != (self.num_epochs is None),
             f"{prefix}.num_tokens ({self.num_tokens}) and num_epochs ({self.num_epochs}) must not both be "
             f"{'null' if self.num_tokens is None else 'given'}: a stage lasts so many document tokens, or so many "
-            "passes over data.train; give one of them.",
+            "passes over its corpus; give one of them.",
         )
         check_positive(f"{prefix}.num_tokens", 1 if self.num_tokens is None else self.num_tokens)
         check_positive(f"{prefix}.num_epochs", 1 if self.num_epochs is None else self.num_epochs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from megatron_dllm.config.blend import BlendPart, blend_parts
 from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.nearest_layout import as_overrides, nearest_layout
@@ -66,6 +67,19 @@ class TrainConfig:
     def layout_of(self, stage: StageConfig) -> ParallelConfig:
         """The parallel layout in which a stage runs."""
         return stage.parallel if stage.parallel is not None else self.parallel
+
+    def blend_of(self, name: str) -> tuple[BlendPart, ...]:
+        """The corpora that a stage trains on, with their shares."""
+        stage = self.schedule.stages[name]
+        if stage.train is None:
+            return blend_parts("data.train", self.data.train)
+        return blend_parts(f"schedule.stages.{name}.train", stage.train)
+
+    @property
+    def train_corpora(self) -> tuple[str, ...]:
+        """Prefixes of the corpora of all stages, each once, in the order of the stages."""
+        parts = (part for name in self.schedule.stages for part in self.blend_of(name))
+        return tuple(dict.fromkeys(part.prefix for part in parts))
 
     def _validate_stage_layout(self, name: str, stage: StageConfig, run_world_size: int) -> None:
         if stage.world_size is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,12 +18,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_dllm.data.batch import Batch, collate
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.packing import LENGTH, RowPlan, RowStream, row_document_tokens, row_forward_tokens
+from megatron_dllm.data.packing import LENGTH, RowPlan, row_document_tokens, row_forward_tokens
 from megatron_dllm.data.row import Row, build_row
 from megatron_dllm.data.row_tokens import RowContent
-from megatron_dllm.data.source import Source, check_fills_a_row
+from megatron_dllm.data.source import Documents, check_fills_a_row
 from megatron_dllm.data.spans import segment_spans
 from megatron_dllm.diffusion.noise import NoiseSpec
+
+
+class RowSequence(Protocol):
+    """A global sequence of rows, of one corpus or of a blend, from any position on."""
+
+    def next(self, geometry: RowGeometry) -> RowPlan:
+        """The next row, under `geometry`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position as plain numbers, fit for JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the last row before `state_dict` was called."""
+
+    def copy(self) -> RowSequence:
+        """An independent sequence at the same position."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,7 @@ class RowDataset(Dataset[Row]):
         eos_token_id: fills the last blocks of turns; needed where the geometry asks for it.
     """
 
-    source: Source
+    source: Documents
     geometry: RowGeometry
     noise: NoiseSpec | None
     seed: int
@@ -110,7 +126,7 @@ class BatchLoader:
     def __init__(
         self,
         dataset: RowDataset,
-        stream: RowStream,
+        stream: RowSequence,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -150,7 +166,7 @@ class BatchLoader:
                 yield GlobalStep(micro_batches, state, document_tokens, forward_tokens)
                 micro_batches = []
 
-    def _plans(self, stream: RowStream, planned: deque[tuple[dict[str, Any], int, int]]) -> Iterator[list[RowPlan]]:
+    def _plans(self, stream: RowSequence, planned: deque[tuple[dict[str, Any], int, int]]) -> Iterator[list[RowPlan]]:
         """This rank's micro-batches of plans; state and tokens of every step are queued before its first one."""
         rows_left = self._num_rows
         padding = RowPlan(segments=np.zeros((0, 4), dtype=np.int64), epoch=0)

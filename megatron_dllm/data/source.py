@@ -12,15 +12,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.spans import Spans
+from megatron_dllm.data.spans import Spans, SpanTable
 
 
-class Source(Protocol):
-    """Documents, in an order of their own; they do not change while they are read."""
+class Documents(Protocol):
+    """What the segments of a planned row are read from: a source, or a blend of several."""
 
     @property
     def name(self) -> str:
         """What messages call it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents together."""
+
+    @property
+    def spans(self) -> SpanTable | None:
+        """Which tokens of every document may carry a loss; None: all of them."""
+
+    def read(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
+        """[length] int64 tokens of a document from `offset` on."""
+
+    def sample_id(self, document: int, offset: int) -> int:
+        """A number, at least 0, that no other segment has: the noise of the segment follows from it."""
+
+
+class Source(Documents, Protocol):
+    """Documents, in an order of their own; they do not change while they are read."""
 
     @property
     def document_lengths(self) -> NDArray[Any]:
@@ -29,10 +47,6 @@ class Source(Protocol):
     @property
     def spans(self) -> Spans | None:
         """Which tokens of every document may carry a loss; None: all of them."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all documents together."""
 
     @property
     def num_bytes(self) -> int | None:
@@ -49,14 +63,8 @@ class Source(Protocol):
     def verify(self) -> None:
         """Raise ValueError where what is read would be damaged; on one rank, before a run starts."""
 
-    def read(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
-        """[length] int64 tokens of a document from `offset` on."""
 
-    def sample_id(self, document: int, offset: int) -> int:
-        """A number, at least 0, that no other segment of the source has: the noise of the segment follows from it."""
-
-
-def check_fills_a_row(source: Source, geometry: RowGeometry) -> None:
+def check_fills_a_row(source: Documents, geometry: RowGeometry) -> None:
     """Raise ValueError where the whole source, with all its copies, would not fill one row."""
     has_clean = geometry.objective == "ar" or geometry.block_size < geometry.context_length
     copies = geometry.num_views + has_clean

@@ -13,6 +13,7 @@ of one answer. A source without spans is plain text: every token is maskable.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,7 +133,14 @@ class Spans:
         return Spans(np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]), table[is_kept])
 
 
-def segment_spans(spans: Spans | None, segments: IntArray) -> Spans | None:
+class SpanTable(Protocol):
+    """Spans of documents that are taken by number: `Spans`, or those of several corpora."""
+
+    def take(self, documents: IntArray) -> Spans | None:
+        """The spans of [p] int64 documents; None where these are plain text."""
+
+
+def segment_spans(spans: SpanTable | None, segments: IntArray) -> Spans | None:
     """The spans of segments, counted from each segment's first token; None for plain text.
 
     Args:
@@ -142,4 +150,5 @@ def segment_spans(spans: Spans | None, segments: IntArray) -> Spans | None:
     if spans is None:
         return None
     document, offset, length = segments[:, 0], segments[:, 1], segments[:, 2]
-    return spans.take(document).clip(offset, length)
+    taken = spans.take(document)
+    return None if taken is None else taken.clip(offset, length)

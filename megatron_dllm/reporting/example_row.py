@@ -38,7 +38,7 @@ def example_row(run: Run) -> ExampleRow:
             long for a picture; says which.
     """
     config = _typed(run)
-    return row_of(config, str(_base_folder(run) / config.data.train))
+    return row_of(config, str(_base_folder(run) / config.train_corpora[-1]))
 
 
 def row_of(config: TrainConfig, corpus_prefix: str) -> ExampleRow:
@@ -96,6 +96,6 @@ def _typed(run: Run) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ValueError(f"its config.yaml does not fit this version: {str(error).splitlines()[0]}") from None
     assert isinstance(config, TrainConfig), "the schema is of that class"
-    if not config.schedule.stages or not config.data.train:
+    if not config.schedule.stages or not config.train_corpora[-1]:
         raise ValueError("its config.yaml names no stage or no corpus")
     return config

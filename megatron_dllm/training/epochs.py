@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.config.rules import check
 from megatron_dllm.data.epoch import check_chats, measure_epoch
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.source import Source
+from megatron_dllm.training.sources import Sources
 
 
-def epoch_tokens(config: TrainConfig, source: Source) -> dict[str, int]:
+def epoch_tokens(config: TrainConfig, sources: Sources) -> dict[str, int]:
     """Document tokens of one pass over the documents, by the name of each stage that trains chats or counts epochs.
 
+    Of several corpora the largest number stands there: a stage that counts epochs has one.
+
     Raises:
-        ValueError: a stage cannot train these documents as chats; says why.
+        ValueError: a stage cannot train these documents as chats, or counts epochs of several corpora; says why.
     """
-    tokens = {}
+    tokens: dict[str, int] = {}
     for name, stage in config.schedule.stages.items():
         if stage.sft is None and stage.num_epochs is None:
             continue
+        parts, prefix = sources.of_stage(name), f"schedule.stages.{name}"
+        check(
+            stage.num_epochs is None or len(parts) == 1,
+            f"{prefix}.num_epochs ({stage.num_epochs}) counts passes over one corpus, and the stage blends "
+            f"{len(parts)}; give num_tokens.",
+        )
         geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
-        epoch = measure_epoch(source, geometry)
-        if stage.sft is not None:
-            check_chats(source, geometry, epoch, f"schedule.stages.{name}")
-        tokens[name] = epoch.num_tokens
+        has_chats = any(part.source.spans is not None for part in parts)
+        for source in (part.source for part in parts):
+            epoch = measure_epoch(source, geometry)
+            if stage.sft is not None and (source.spans is not None or not has_chats):  # a text may be blended in
+                check_chats(source, geometry, epoch, prefix)
+            tokens[name] = max(tokens.get(name, 0), epoch.num_tokens)
     return tokens
 
 
-def chat_warnings(config: TrainConfig, source: Source) -> list[str]:
+def chat_warnings(config: TrainConfig, sources: Sources) -> list[str]:
     """What trains chats otherwise than they are served, a sentence each."""
     warnings = []
     for name, stage in config.schedule.stages.items():
         prefix = f"schedule.stages.{name}.sft"
-        if source.spans is None or stage.objective == "ar":
+        chats = [part.source.name for part in sources.of_stage(name) if part.source.spans is not None]
+        if not chats or stage.objective == "ar":
             continue
         if stage.sft is None:
             warnings.append(
-                f"{prefix} (null) trains the chats of {source.name} as they stand: answers see what follows them in "
-                f"their block, and nothing fills their last one; take schedule sft, or give {prefix} in a recipe."
+                f"{prefix} (null) trains the chats of {', '.join(chats)} as they stand: answers see what follows them "
+                f"in their block, and nothing fills their last one; take schedule sft, or give {prefix} in a recipe."
             )
         elif stage.sft.turn_boundary == "all":
             warnings.append(

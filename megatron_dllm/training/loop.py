@@ -99,8 +99,9 @@ class Trainer:
     def _steps(self, stage: Stage, objective: Objective) -> Iterator[GlobalStep]:
         """This rank's part of every global batch of a stage, from the run's position on."""
         run, config = self.run, self.run.config
+        run.stream.use(self.state.blends[stage.name])
         dataset = RowDataset(
-            run.source,
+            run.documents,
             RowGeometry.of_stage(stage.config, config.schedule, config.data),
             objective.noise,
             config.run.seed,
@@ -159,6 +160,7 @@ class Trainer:
             micro_batches=step.micro_batches,
             num_document_tokens=step.num_document_tokens,
             num_forward_tokens=step.num_forward_tokens,
+            stream_state=step.stream_state,
             seconds=time.perf_counter() - started,
             is_logged=is_logged,
         )

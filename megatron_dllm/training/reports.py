@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_dllm.checkpoint.validation import Validation
 from megatron_dllm.data.batch import Batch
@@ -25,6 +27,7 @@ class StepReport:
         micro_batches: of this data-parallel rank, whole rows.
         num_document_tokens: of the global batch.
         num_forward_tokens: of the global batch: tokens the model saw, padding apart.
+        stream_state: position of the row sequence behind the step, see `BlendStream.state_dict`.
         seconds: from asking for its rows to the update.
         is_logged: whether a record is written of it.
     """
@@ -38,6 +41,7 @@ class StepReport:
     micro_batches: list[Batch]
     num_document_tokens: int
     num_forward_tokens: int
+    stream_state: Mapping[str, Any]
     seconds: float
     is_logged: bool
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.data.packing import RowStream
-from megatron_dllm.data.source import Source
+from megatron_dllm.data.blend_stream import BlendStream
+from megatron_dllm.data.source import Documents
 from megatron_dllm.diffusion.block_schedule import BlockSchedule
 from megatron_dllm.training.engine import Engine
 from megatron_dllm.training.observers.observer import Observer
@@ -29,7 +29,7 @@ class Run:
         config: the same in the layout of this start.
         parts: what it is put together from.
         schedule: its stages.
-        source: its documents.
+        documents: what its rows are read from.
         stream: the sequence of its rows, at the position where it continues.
         engine: model and optimizer.
         saver: of its checkpoints.
@@ -44,8 +44,8 @@ class Run:
     config: TrainConfig
     parts: Parts
     schedule: BlockSchedule
-    source: Source
-    stream: RowStream
+    documents: Documents
+    stream: BlendStream
     engine: Engine
     saver: Saver
     observers: Sequence[Observer]

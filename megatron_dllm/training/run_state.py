@@ -18,9 +18,10 @@ class RunState:
         step: steps made, skipped ones too.
         optimizer_step: steps applied.
         consumed_tokens: document tokens of the corpus.
-        stream: position of the row sequence, see `RowStream.state_dict`.
+        stream: position of the row sequence, see `BlendStream.state_dict`.
         grad_norms: of the last steps applied in this stage: the next stage's noise gives other norms.
         num_skipped: steps skipped in a row, up to now.
+        blends: by stage, the share of each corpus in the document tokens, by the corpus's fingerprint.
     """
 
     step: int = 0
@@ -29,6 +30,7 @@ class RunState:
     stream: dict[str, Any] = field(default_factory=dict)
     grad_norms: list[float] = field(default_factory=list)
     num_skipped: int = 0
+    blends: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunState:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, read_meta
+from megatron_dllm.checkpoint.meta import CheckpointMeta, CorpusRecord, Position, Provenance, read_meta
 from megatron_dllm.checkpoint.retention import retire
 from megatron_dllm.checkpoint.saving import CheckpointWriter
 from megatron_dllm.checkpoint.validation import Validation, write_validation
@@ -68,6 +68,7 @@ class Saver:
         validator: measures what was saved; None without held-out documents.
         observers: told before a save.
         source: what the start weights were converted from.
+        corpora: by stage, what it trains on.
     """
 
     config: TrainConfig
@@ -77,6 +78,7 @@ class Saver:
     validator: Validator | None
     observers: Sequence[Observer]
     source: str | None
+    corpora: Mapping[str, tuple[CorpusRecord, ...]]
 
     def save(self, stage: Stage, state: RunState, reason: SaveReason) -> bool:
         """Write a checkpoint, evaluate it if it is to be, and retire old ones (a collective).
@@ -134,6 +136,7 @@ class Saver:
                 tokenizer=f"../../{TOKENIZER}" if config.data.tokenizer else None,
                 source=self.source,
             ),
+            self.corpora[stage.name],
         )
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.saving import CheckpointWriter
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.data.packing import RowStream
+from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.hf.tokenizer_folder import tokenizer_files
 from megatron_dllm.parallel.agreement import raise_together
 from megatron_dllm.parallel.device import local_device
@@ -22,6 +22,7 @@ from megatron_dllm.run.files import copy_files
 from megatron_dllm.run.history import record_start, replace_records
 from megatron_dllm.run.lease import Lease, LeaseLost
 from megatron_dllm.run.names import TOKENIZER, VALIDATION
+from megatron_dllm.training.blends import corpora_of_stages, stage_shares
 from megatron_dllm.training.loading import load_start
 from megatron_dllm.training.loop import Trainer
 from megatron_dllm.training.observers.curves import forget_run
@@ -75,6 +76,7 @@ def set_up(
     start = load_start(start, engine, decide_again, config.checkpoint.verify)
     state = start.resume.state if start.resume is not None else RunState(stream=stream.state_dict())
     stream.load_state_dict(state.stream)
+    state = replace(state, blends=stage_shares(config, sources))
     if dist.get_rank() == 0:
         _write_run_files(given_config, start, checkpoints.parent)
     setting = Setting(config, given_config, checkpoints.parent, start.schedule, engine, device, start.wandb.mode)
@@ -89,10 +91,12 @@ def set_up(
         config=config,
         parts=parts,
         schedule=start.schedule,
-        source=sources.train,
+        documents=stream.documents,
         stream=stream,
         engine=engine,
-        saver=Saver(config, checkpoints, engine, writer, validator, observers, source),
+        saver=Saver(
+            config, checkpoints, engine, writer, validator, observers, source, corpora_of_stages(config, sources)
+        ),
         observers=observers,
         spikes=parts.spike_rule(config),
         stop=stop,
@@ -102,9 +106,9 @@ def set_up(
     return Trainer(run, state)
 
 
-def _open_stream(config: TrainConfig, sources: Sources) -> RowStream:
+def _open_stream(config: TrainConfig, sources: Sources) -> BlendStream:
     """The sequence of rows from its beginning, on the ranks that have not opened the documents yet (a collective)."""
-    stream: RowStream | None = None
+    stream: BlendStream | None = None
     error: Exception | None = None
     try:
         stream, _ = new_stream(config, sources), sources.validation

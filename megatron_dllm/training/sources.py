@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_dllm.config import TrainConfig
@@ -15,6 +16,14 @@ def open_corpus(prefix: str, config: TrainConfig) -> Corpus:
     return Corpus(prefix, config.model, config.data.tokenizer)
 
 
+@dataclass(frozen=True)
+class Share:
+    """One corpus of a stage, and its share of the document tokens."""
+
+    source: Source
+    share: float
+
+
 class Sources:
     """Opens the training and the held-out documents when they are first asked for, and keeps them."""
 
@@ -23,13 +32,17 @@ class Sources:
         self._config, self._open = config, open_source
 
     @cached_property
-    def train(self) -> Source:
-        """The training documents.
+    def corpora(self) -> Mapping[str, Source]:
+        """The training documents of all stages, by prefix.
 
         Raises:
             ValueError: they cannot be read, or are of another model or tokenizer.
         """
-        return self._open(self._config.data.train, self._config)
+        return {prefix: self._open(prefix, self._config) for prefix in self._config.train_corpora}
+
+    def of_stage(self, name: str) -> tuple[Share, ...]:
+        """The training documents of a stage."""
+        return tuple(Share(self.corpora[part.prefix], part.share) for part in self._config.blend_of(name))
 
     @cached_property
     def validation(self) -> Source | None:

@@ -17,14 +17,16 @@ from megatron_dllm.checkpoint.identity import check_identity, check_start
 from megatron_dllm.checkpoint.manifest import check_complete
 from megatron_dllm.checkpoint.meta import CheckpointMeta, RunSemantics, Semantics, read_state
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
+from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.packing import RowStream, estimate_fill
-from megatron_dllm.data.source import check_fills_a_row
+from megatron_dllm.data.packing import RowFill, estimate_fill
+from megatron_dllm.data.source import Source, check_fills_a_row
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, StageRow, stage_table
 from megatron_dllm.evaluation.elbo import check_corpus, validation_names
 from megatron_dllm.model.objective import objective_of
 from megatron_dllm.run.history import Change
 from megatron_dllm.run.names import CHECKPOINTS
+from megatron_dllm.training.blends import blend_changes, check_blends, check_not_exhausted
 from megatron_dllm.training.epochs import chat_warnings, epoch_tokens
 from megatron_dllm.training.past import changes_since, check_place, check_trained, read_past
 from megatron_dllm.training.run_state import RunState
@@ -119,12 +121,13 @@ def decide_start(
         ValueError: a schedule, corpus, tokenizer or checkpoint that cannot work, or another number of ranks than the
             next stage asks for, saying why.
     """
-    schedule = BlockSchedule.from_config(config.schedule, epoch_tokens(config, sources.train))
+    schedule = BlockSchedule.from_config(config.schedule, epoch_tokens(config, sources))
     _check_sources(config, schedule, sources)
     resume, damaged = _find_resume(config, dict(passed_over or {}))
     past = read_past(run_checkpoints(config).parent)
+    blends: list[str] = []
     if resume is not None:
-        _check_position(config, resume, sources)
+        blends = _check_position(config, schedule, resume, sources)
         check_place(schedule, resume.stored.position, resume.folder)
         if past is not None:
             check_trained(past, schedule, resume.stored.position)
@@ -139,21 +142,22 @@ def decide_start(
         weights=None if resume is not None else _find_weights(config),
         passed_over=damaged,
         table=tuple(stage_table(schedule, _estimates(config, schedule, sources))),
-        num_corpus_tokens=sources.train.num_tokens,
+        num_corpus_tokens=sum(source.num_tokens for source in sources.corpora.values()),
         changes=changes_since(past, config),
-        warnings=(*schedule.warnings(), *chat_warnings(config, sources.train), *filter(None, [wandb.warning])),
+        warnings=(*schedule.warnings(), *chat_warnings(config, sources), *blends, *filter(None, [wandb.warning])),
         wandb=wandb,
     )
 
 
 def _check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> None:
     """Refuse documents that are damaged, or too few for a stage's rows or a validation's."""
-    for source in (sources.train, sources.validation):
-        if source is not None:
-            source.verify()
-    for stage in schedule.stages:
-        check_fills_a_row(sources.train, RowGeometry.of_stage(stage.config, config.schedule, config.data))
     held_out = sources.validation
+    for source in (*sources.corpora.values(), *([] if held_out is None else [held_out])):
+        source.verify()
+    for stage in schedule.stages:
+        for part in sources.of_stage(stage.name):
+            check_fills_a_row(part.source, RowGeometry.of_stage(stage.config, config.schedule, config.data))
+    check_not_exhausted(config, sources)
     if held_out is None:
         return
     names = dict.fromkeys(name for stage in schedule.stages for name in validation_names(config, stage.config))
@@ -230,15 +234,22 @@ def _check_precision(folder: Path, stored: CheckpointMeta, config: TrainConfig) 
         )
 
 
-def _check_position(config: TrainConfig, resume: Resume, sources: Sources) -> None:
-    """Refuse a position in other rows than this configuration gives."""
-    new_stream(config, sources).load_state_dict(resume.state.stream)
+def _check_position(config: TrainConfig, schedule: BlockSchedule, resume: Resume, sources: Sources) -> list[str]:
+    """Refuse a position in other rows than this configuration gives; returns what differs and is allowed to."""
+    stream = new_stream(config, sources)
+    stream.load_state_dict(resume.state.stream)
+    next_stage = _next_stage(schedule, resume)
+    to_train = [] if next_stage is None else [stage.name for stage in schedule.stages[next_stage.index :]]
+    changes = blend_changes(config, sources, resume.state, to_train)
+    check_blends(changes, config, resume.folder)
+    return changes
 
 
-def new_stream(config: TrainConfig, sources: Sources) -> RowStream:
+def new_stream(config: TrainConfig, sources: Sources) -> BlendStream:
     """The run's sequence of rows, at its beginning."""
-    source = sources.train
-    return RowStream(source.document_lengths, config.run.seed, config.data.packing_chunk, spans=source.spans)
+    data = config.data
+    corpora = list(sources.corpora.values())
+    return BlendStream(corpora, config.run.seed, data.packing_chunk, is_repeating=data.on_exhausted == "repeat")
 
 
 def _next_stage(schedule: BlockSchedule, resume: Resume | None) -> Stage | None:
@@ -257,11 +268,22 @@ def _check_world_size(stage: Stage, world_size: int) -> None:
 
 
 def _estimates(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> dict[str, RowEstimate]:
-    """By stage name, what a row holds, measured by packing the first chunks of the corpus."""
+    """By stage name, what a row holds, measured by packing the first chunks of each corpus."""
     estimates = {}
     for stage in schedule.stages:
         geometry = RowGeometry.of_stage(stage.config, config.schedule, config.data)
-        source, chunk = sources.train, config.data.packing_chunk
-        fill = estimate_fill(source.document_lengths, geometry, seed=config.run.seed, chunk=chunk, spans=source.spans)
-        estimates[stage.name] = RowEstimate(fill.document_tokens, fill.forward_tokens)
+        parts = sources.of_stage(stage.name)
+        fills = [_fill(config, part.source, geometry) for part in parts]
+        if len(parts) == 1:
+            estimates[stage.name] = RowEstimate(fills[0].document_tokens, fills[0].forward_tokens)
+            continue
+        # A share counts tokens; the fuller the rows of a corpus, the fewer of them make up its share.
+        rows = [part.share / fill.document_tokens for part, fill in zip(parts, fills, strict=True)]
+        forward = sum(count * fill.forward_tokens for count, fill in zip(rows, fills, strict=True))
+        estimates[stage.name] = RowEstimate(1.0 / sum(rows), forward / sum(rows))
     return estimates
+
+
+def _fill(config: TrainConfig, source: Source, geometry: RowGeometry) -> RowFill:
+    seed, chunk = config.run.seed, config.data.packing_chunk
+    return estimate_fill(source.document_lengths, geometry, seed=seed, chunk=chunk, spans=source.spans)

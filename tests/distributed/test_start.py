@@ -28,6 +28,7 @@ def write_checkpoint(config: TrainConfig, num_files: int) -> Path:
     """A whole checkpoint of so many small files, which nobody would load."""
     from torch.distributed.checkpoint.metadata import Metadata
 
+    from megatron_dllm.training.blends import stage_shares
     from megatron_dllm.training.run_state import RunState
     from megatron_dllm.training.sources import Sources
     from megatron_dllm.training.start import new_stream, semantics_of
@@ -37,7 +38,10 @@ def write_checkpoint(config: TrainConfig, num_files: int) -> Path:
     for index in range(num_files):
         (folder / f"__{index}_0.distcp").write_bytes(index.to_bytes(4, "little"))
     (folder / ".metadata").write_bytes(pickle.dumps(Metadata({})))
-    state = RunState(step=3, consumed_tokens=300, stream=new_stream(config, Sources(config)).state_dict())
+    sources = Sources(config)
+    stream, shares = new_stream(config, sources), stage_shares(config, sources)
+    stream.use(shares["warmup"])
+    state = RunState(step=3, consumed_tokens=300, stream=stream.state_dict(), blends=shares)
     semantics = semantics_of(config, config.schedule.stages["warmup"])
     write_meta(folder, CheckpointMeta(asdict(MODEL), semantics, Position(step=3, consumed_tokens=300, stage="warmup")))
     write_json(folder / STATE, asdict(state))

@@ -157,7 +157,6 @@ BAD_WORDS = [
     ("checkpoint.resume=2", "true or false"),
     ("checkpoint.resume=-1", "true or false"),
     ("checkpoint.resume=null", "checkpoint.resume"),
-    ("data.train=null", "data.train=null"),
     ("data.train=???", "data.train is required"),
     ("cluster=laptop", "cluster is not a key"),
 ]

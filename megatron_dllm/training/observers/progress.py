@@ -29,7 +29,7 @@ def print_stage_table(config: TrainConfig, start: Start) -> None:
     console = Console(soft_wrap=True)
     tokens, corpus = start.schedule.total_tokens, start.num_corpus_tokens
     console.print(
-        f"[bold]{config.run.name}[/bold]: {tokens:,} document tokens of {config.data.train} "
+        f"[bold]{config.run.name}[/bold]: {tokens:,} document tokens of {', '.join(config.train_corpora)} "
         f"({tokens / corpus:.2f} epochs of {corpus:,} tokens), {sum(row.steps or 0 for row in start.table):,} steps",
         highlight=False,
     )

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.diffusion.block_schedule import BlockSchedule
 from megatron_dllm.training.engine import Engine
+from megatron_dllm.training.observers.blend_shares import BlendShares
 from megatron_dllm.training.observers.context_balance import ContextBalance
 from megatron_dllm.training.observers.fingerprint import DataFingerprint
 from megatron_dllm.training.observers.mask_embedding import MaskEmbeddingNorm
@@ -45,7 +46,7 @@ class Setting:
 
 
 def standard_observers(setting: Setting) -> list[Observer]:
-    """Dump, router load, mask embedding, fingerprint and balance on every rank; progress and metrics on rank 0."""
+    """Dump, router load, mask embedding, fingerprint and balance on all ranks; shares, progress, metrics on rank 0."""
     config, groups = setting.config, setting.engine.groups
     observers: list[Observer] = [StepDump(setting.run_folder, setting.given_config, groups)]
     if config.model.is_moe:
@@ -66,5 +67,9 @@ def standard_observers(setting: Setting) -> list[Observer]:
         ContextBalance(config.parallel, groups.data, setting.device),
     ]
     if dist.get_rank() == 0:
-        observers += [Progress(setting.schedule), MetricsWriter(setting.run_folder, config, setting.wandb_mode)]
+        observers += [
+            BlendShares(),
+            Progress(setting.schedule),
+            MetricsWriter(setting.run_folder, config, setting.wandb_mode),
+        ]
     return observers

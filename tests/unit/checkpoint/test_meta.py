@@ -12,6 +12,7 @@ import pytest
 from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.checkpoint.meta import (
     CheckpointMeta,
+    CorpusRecord,
     Position,
     Provenance,
     Semantics,
@@ -33,15 +34,16 @@ META = CheckpointMeta(
         tokenizer="../../tokenizer",
         source="/models/base",
     ),
+    (CorpusRecord("web", "0123", 0.75, 1000), CorpusRecord("chat", "4567", 0.25, 100, "89ab")),
 )
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    converted = replace(META, position=Position(), provenance=Provenance())
+    converted = replace(META, position=Position(), provenance=Provenance(), corpora=())
     for meta in (META, converted):
         write_meta(tmp_path, meta)
         assert read_meta(tmp_path) == meta
-    assert "layout" not in read_json(tmp_path / CONTRACT)
+    assert not {"layout", "corpora"} & set(read_json(tmp_path / CONTRACT))
     assert (META.is_diffusion, META.provenance.precision, converted.provenance.precision) == (True, "bf16", None)
 
 
@@ -78,6 +80,8 @@ def _change(folder: Path, part: str | None, **changes: Any) -> None:
         (None, {"stage": 3}, r"contract\.json: stage \(3\) must be of type str | None"),
         (None, {"layout": [1]}, r"layout \(\[1\]\) must be of type Mapping"),
         (None, {"contract": 5}, r"is damaged \(no object contract\)"),
+        (None, {"corpora": 5}, r"corpora \(5\) must be a list of objects"),
+        (None, {"corpora": [{"name": "web"}]}, r"corpora\.0\.fingerprint \(None\) must be of type str"),
         (None, {"model": ...}, r"is damaged \(no object model\)"),
     ],
 )

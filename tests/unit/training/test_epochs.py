@@ -33,7 +33,7 @@ def decide(config: TrainConfig) -> Start:
 def test_epochs_are_counted_with_the_fill(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     start = decide(config)
-    source = Sources(config).train
+    source = Sources(config).corpora[config.data.train]
     geometry = RowGeometry.of_stage(config.schedule.stages["sft"], config.schedule, config.data)
     one = measure_epoch(source, geometry).num_tokens
     assert start.schedule.total_tokens == 2 * one > 2 * source.num_tokens
@@ -67,4 +67,4 @@ def test_text_may_be_trained_in_epochs_too(tmp_path: Path) -> None:
     config = config_of(tmp_path, sft=None, objective="ar", num_views=1, view_relation="stratified", num_epochs=0.5)
     write_corpus(tmp_path / "text")
     config = replace(config, data=replace(config.data, train=str(tmp_path / "text")))
-    assert decide(config).schedule.total_tokens == round(0.5 * Sources(config).train.num_tokens)
+    assert decide(config).schedule.total_tokens == round(0.5 * Sources(config).corpora[config.data.train].num_tokens)

@@ -13,6 +13,7 @@ from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import CheckpointConfig, EvaluationConfig, ParallelConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.run.names import CONFIG
+from megatron_dllm.training.blends import corpora_of_stages, stage_shares
 from megatron_dllm.training.past import as_yaml
 from megatron_dllm.training.sources import Sources
 from megatron_dllm.training.start import Start, decide_start
@@ -41,7 +42,7 @@ def test_a_new_run(config: TrainConfig) -> None:
     assert (start.resume, start.weights, start.passed_over, start.warnings) == (None, None, {}, ())
     assert [stage.name for stage in start.schedule.stages] == list(STAGES)
     assert start.layout == config.parallel
-    assert start.num_corpus_tokens == Sources(config).train.num_tokens
+    assert start.num_corpus_tokens == Sources(config).corpora[config.data.train].num_tokens
     assert all(row.steps is not None and row.steps > 3 for row in start.table)
 
 
@@ -122,5 +123,85 @@ def test_each_corpus_is_opened_once(config: TrainConfig) -> None:
 
     sources = Sources(config, open_counted)
     decide_start(config, 1, sources)
-    assert sources.validation is not None and sources.train.num_tokens > 0
+    assert sources.validation is not None and sources.corpora[config.data.train].num_tokens > 0
     assert opened == {config.data.train: 2}, "once to train, once to validate"
+
+
+# --- the corpora that a run trains on ---------------------------------------------------------------------------
+
+
+def with_train(config: TrainConfig, train: object, **changes: object) -> TrainConfig:
+    return replace(config, data=replace(config.data, train=train, **changes))
+
+
+@pytest.fixture
+def corpora(tmp_path: Path) -> list[str]:
+    """Three corpora of the same number of documents."""
+    for name, seed in (("one", 0), ("two", 1), ("three", 2)):
+        write_corpus(tmp_path / name, seed=seed)
+    return [str(tmp_path / name) for name in ("one", "two", "three")]
+
+
+def test_a_resume_on_other_documents_is_refused(config: TrainConfig, corpora: list[str]) -> None:
+    one, two, _ = corpora
+    config = with_train(config, one)
+    write_checkpoint(config, 3)
+    assert decide(config).warnings == ()
+    with pytest.raises(ValueError, match=r"data.train differs from .* in stage warmup: .*two \(.*is new.*one \(.*gone"):
+        decide(with_train(config, two))
+    for suffix in (".bin", ".idx"):
+        Path(f"{one}_moved{suffix}").write_bytes(Path(one + suffix).read_bytes())
+    assert decide(with_train(config, f"{one}_moved")).warnings == (), "what a corpus holds counts, not where it lies"
+    # The same name, other documents.
+    for suffix in (".bin", ".idx"):
+        Path(one + suffix).write_bytes(Path(two + suffix).read_bytes())
+    with pytest.raises(ValueError, match=r"is new, 100.0%; .*is gone, 100.0% .*step_0000003\). Restore"):
+        decide(config)
+
+
+def test_other_weights_are_taken_when_they_are_asked_for(config: TrainConfig, corpora: list[str]) -> None:
+    one, two, three = corpora
+    config = with_train(config, [0.5, one, 0.5, two])
+    write_checkpoint(config, 3)
+    assert decide(with_train(config, [3, one, 3, two])).warnings == (), "the same shares"
+    moved = with_train(config, [0.6, one, 0.2, two, 0.2, three])
+    words = r"one \(fingerprint .{8}\) 60.0% instead of 50.0%; .*two .* 20.0% instead"
+    with pytest.raises(ValueError, match=rf"warmup: .*three \(.*\) is new, 20.0%; .*{words}.*data.change_blend=true"):
+        decide(moved)
+    allowed = replace(moved, data=replace(moved.data, change_blend=True))
+    assert [text.split(":")[0] for text in decide(allowed).warnings] == [
+        f"data.train differs from the checkpoint's in stage {name}" for name in STAGES
+    ]
+    # A later stage that names its own corpora was not trained before: it may not change unasked either.
+    with pytest.raises(ValueError, match=r"schedule.stages.decay.train differs from the checkpoint's in stage decay"):
+        decide(with_stage(config, "decay", train=[1, three]))
+
+
+def test_stages_with_corpora_of_their_own(config: TrainConfig, corpora: list[str]) -> None:
+    one, two, three = corpora
+    config = with_stage(with_train(config, [0.5, one, 0.5, two]), "decay", train=three)
+    sources = Sources(config)
+    assert list(sources.corpora) == corpora
+    shares = stage_shares(config, sources)
+    assert [list(shares[name].values()) for name in STAGES] == [[0.5, 0.5], [0.5, 0.5], [1.0]]
+    assert [record.name for record in corpora_of_stages(config, sources)["decay"]] == ["three"]
+    assert all(row.steps is not None and row.steps > 3 for row in decide(config).table)
+
+
+def test_a_schedule_that_would_repeat_a_corpus(config: TrainConfig, corpora: list[str]) -> None:
+    one, two, _ = corpora
+    config = with_stage(config, "warmup", num_tokens=20000)
+    with pytest.raises(ValueError, match=r"data.on_exhausted \(refuse\) .* reads corpus .*one 2.{3} times"):
+        decide(with_train(config, one, on_exhausted="refuse"))
+    assert decide(with_train(config, [1, one, 9, two])).warnings == ()
+    with pytest.raises(ValueError, match=r"reads corpus .*two 2.{3} times"):
+        decide(with_train(config, [1, one, 9, two], on_exhausted="refuse"))
+
+
+def test_a_damaged_corpus_does_not_start(config: TrainConfig, corpora: list[str]) -> None:
+    path = Path(corpora[1] + ".idx")
+    content = bytearray(path.read_bytes())
+    content[34:36], content[38:40] = content[38:40], content[34:36]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"two.idx: document 1 .* must begin where the document before it ends"):
+        decide(with_train(config, [1, corpora[0], 1, corpora[1]]))

@@ -35,7 +35,7 @@ def report_of(is_logged: bool, **changes: Any) -> StepReport:
     config = run_config(Path("unused"), "run")
     stage = BlockSchedule.from_config(config.schedule).stages[1]
     result = StepResult(sums_of({0: (6.0, 4.0, 1.0), 9: (2.0, 4.0, 3.0)}), grad_norm=0.5, is_applied=True)
-    report = StepReport(stage, 6, 1000, 1e-3, result, EmbeddingNoise(), [], 80, 120, 2.0, is_logged)
+    report = StepReport(stage, 6, 1000, 1e-3, result, EmbeddingNoise(), [], 80, 120, {}, 2.0, is_logged)
     return replace(report, **changes)
 
 

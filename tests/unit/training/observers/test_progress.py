@@ -27,7 +27,7 @@ def step_report(schedule: BlockSchedule, consumed: int, step: int) -> StepReport
     result: Any = SimpleNamespace(loss=1.5)
     noise: Any = None
     stage = schedule.stage_at(consumed - 1)
-    return StepReport(stage, step, consumed, 1e-3, result, noise, [], 10, 20, 0.5, True)
+    return StepReport(stage, step, consumed, 1e-3, result, noise, [], 10, 20, {}, 0.5, True)
 
 
 def test_a_log_tells_the_story_in_few_lines(
