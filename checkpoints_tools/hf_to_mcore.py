@@ -37,7 +37,7 @@ from megatron_dllm.hf.model_folder import ModelFolder, open_model_folder
 from megatron_dllm.hf.name_table import is_fp32
 from megatron_dllm.hf.serving import SGLANG
 from megatron_dllm.hf.special_tokens import settle_special_tokens
-from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer
+from megatron_dllm.hf.tokenizer_folder import copy_tokenizer, named_tokenizer
 from megatron_dllm.run.names import TOKENIZER
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
         ValueError: anything wrong with the input, naming file and tensor; nothing is left behind.
     """
     source = read_hf_config(hf)
-    files = TokenizerFiles(tokenizer or hf)
+    files = named_tokenizer(tokenizer, hf)
     if not files.exists:
         logger.warning("%s has no tokenizer files; the checkpoint will have none either", files.folder)
     model = settle_special_tokens(source.model, files, mask_token_id)

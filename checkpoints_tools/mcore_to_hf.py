@@ -45,7 +45,7 @@ from megatron_dllm.hf.export_limits import as_exported, check_architecture
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 from megatron_dllm.hf.serving import DLLM_CONFIG, SGLANG, dllm_config, sglang_differences
-from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, name_tokenizer_class
+from megatron_dllm.hf.tokenizer_folder import copy_tokenizer, name_tokenizer_class, named_tokenizer
 from megatron_dllm.run.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def convert(
         if name not in tensors
     }
     config = to_hf_config(exported, architecture, dtype_name, semantics.block_size)
-    files = TokenizerFiles(tokenizer or stored_model.tokenizer or checkpoint)
+    files = named_tokenizer(tokenizer, stored_model.tokenizer or checkpoint)
     if not files.exists:
         logger.warning("%s names no tokenizer; give --tokenizer for a folder that serves by itself", checkpoint)
     num_bytes = sum(prod(shape) * kind.itemsize for kind, shape in (tensors | zeros).values())

@@ -20,7 +20,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ from megatron_dllm.diffusion.generation import Generation
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.inference.prompts import Prompt, encode_requests, read_requests
 from megatron_dllm.inference.source import read_source
-from megatron_dllm.run.files import write_text
 from megatron_dllm.run.place import require_one_process
+from megatron_dllm.run.stream import result_lines
 
 log = logging.getLogger(__name__)
 _AS_TYPED = ("checkpoint", "prompt", "prompts_file", "messages", "chats_file", "output", "tokenizer")
@@ -94,8 +95,6 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
     if config.temperature == 0.0 and (config.top_p < 1.0 or config.top_k > 0):
         log.warning("top_p and top_k have no effect at temperature 0; set a temperature to sample.")
     requests = read_requests(config)
-    if config.output is not None and Path(config.output).exists():
-        raise ValueError(f"output ({config.output}) exists; nothing is overwritten: name a new file.")
     source = read_source(config)
     tokenizer = load_tokenizer(TokenizerFiles(source.tokenizer))
     prompts, contract = encode_requests(requests, tokenizer, source)
@@ -107,7 +106,7 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
     from megatron_dllm.parallel.groups import single_rank
 
     results = []
-    with single_rank(config.seed) as groups:
+    with _written(config.output) as write, single_rank(config.seed) as groups:
         model = load_model(source, groups, config.precision, config.attention_backend)
         device = next(model.parameters()).device
         for index in track(range(len(prompts)), "decoding", console=Console(stderr=True), transient=True):
@@ -117,22 +116,26 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
             )
             seconds = time.perf_counter() - start
             results.append(_result(prompts[index], generation, tokenizer, seconds))
+            write(json.dumps(results[-1].to_dict(), ensure_ascii=False))
     if config.output is not None:
-        write_results(Path(config.output), results)
+        log.info("wrote %d texts to %s", len(results), config.output)
     return results
+
+
+@contextmanager
+def _written(output: str | None) -> Iterator[Callable[[str], None]]:
+    """What writes a line to the output, if there is to be one."""
+    if output is None:
+        yield lambda line: None
+        return
+    with result_lines(Path(output)) as write:
+        yield write
 
 
 def _result(prompt: Prompt, generation: Generation, tokenizer: Tokenizer, seconds: float) -> PromptResult:
     text = tokenizer.decode(generation.generated_ids, skip_special_tokens=True)
     token_texts = [tokenizer.decode([token], skip_special_tokens=False) for token in generation.generated_ids]
     return PromptResult(prompt.text, text, generation, token_texts, seconds)
-
-
-def write_results(path: Path, results: Sequence[PromptResult]) -> None:
-    """Write one JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(result.to_dict(), ensure_ascii=False) + "\n" for result in results))
-    log.info("wrote %d texts to %s", len(results), path)
 
 
 def show_results(results: Sequence[PromptResult]) -> None:

@@ -156,6 +156,18 @@ class TokenizerFiles:
         return own if own is not None else next(iter(self.stop_ids()), None)
 
 
+def named_tokenizer(named: Path | None, otherwise: Path) -> TokenizerFiles:
+    """The tokenizer of the folder that a user names, which must have one; without a name, of another folder.
+
+    Raises:
+        ValueError: the named folder holds no tokenizer.
+    """
+    files = TokenizerFiles(named or otherwise)
+    if named is not None and not files.exists:
+        raise ValueError(f"tokenizer ({named}) holds no tokenizer file; name the folder of a Hugging Face tokenizer.")
+    return files
+
+
 def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size: int) -> list[str]:
     """Copy the tokenizer's files; give it the mask token if it has none.
 

@@ -15,6 +15,8 @@ from megatron_dllm.parallel.device import DeviceFacts
 # Elements of the first product's weight up to which, on CPU, a grouped product of all experts is the faster way
 # (figures: benchmarks/results/experts_cpu.md).
 SMALL_EXPERT_WEIGHT = 1 << 14
+# torch's grouped product refuses matrices whose rows are not a multiple of so many bytes.
+GROUPED_ROW_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -124,12 +126,16 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool, has_te
         return Choice("none", "a dense model")
     if has_te:
         return Choice("te_grouped", "TransformerEngine is installed")
+    expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    inner = model.moe_ffn_hidden_size // expert_tp
+    unit = GROUPED_ROW_BYTES // (4 if parallel.precision == "fp32" else 2)
+    if inner % unit or model.hidden_size % unit:
+        return Choice("sections", f"the grouped product is for sizes that are multiples of {unit}")
     if is_cuda:
         if parallel.precision == "bf16":
             return Choice("grouped", "bf16 on CUDA")
         return Choice("sections", "the grouped product of CUDA is for bf16")
-    expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
-    weight = 2 * model.moe_ffn_hidden_size // expert_tp * model.hidden_size
+    weight = 2 * inner * model.hidden_size
     if weight <= SMALL_EXPERT_WEIGHT:
         return Choice("grouped", f"weights of at most {SMALL_EXPERT_WEIGHT} elements")
     return Choice("sections", f"weights of more than {SMALL_EXPERT_WEIGHT} elements")

@@ -31,6 +31,8 @@ TABLE = {
         ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True),
         ON_CPU | dict(experts="grouped"),
     ),
+    "CPU, odd experts": (CPU, tiny_model(moe_ffn_hidden_size=10), FP32, ON_CPU | dict(experts="sections")),
+    "CUDA, odd experts": (CUDA, tiny_model(moe_ffn_hidden_size=12), BF16, ON_CUDA | dict(experts="sections")),
     "CPU, TransformerEngine without a GPU": (replace(CPU, has_transformer_engine=True), MOE, FP32, ON_CPU),
     "CPU, dense": (CPU, DENSE, FP32, ON_CPU | dict(experts="none", dispatcher="none")),
     "CUDA": (CUDA, WIDE, BF16, ON_CUDA | dict(experts="grouped", dispatcher="alltoall", collectives="nccl")),
