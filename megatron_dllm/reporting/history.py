@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from megatron_dllm.reporting.records import Record, number, numbers, read_records
-from megatron_dllm.run.names import CODE_STATE, CONFIG, CONTRACT, LEASE, METRICS, VALIDATION
+from megatron_dllm.run.names import CODE_STATE, CONFIG, CONTRACT, LEASE, METRICS, STARTS, VALIDATION
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Run:
     Attributes:
         config: config.yaml as plain values.
         code: git.txt: the commit, then what differs from it.
+        changes: what later starts changed, a sentence each.
         training: a record a logged step.
         validations: a record a validation.
     """
@@ -42,6 +43,7 @@ class Run:
     folder: Path
     config: dict[str, Any]
     code: str
+    changes: list[str]
     attempts: list[Attempt]
     training: list[Record]
     validations: list[Record]
@@ -159,6 +161,7 @@ def _read_run(folder: Path) -> Run:
         folder.resolve(),
         _plain_yaml(folder / CONFIG),
         _text(folder / CODE_STATE),
+        _changes(folder / STARTS),
         _attempts(folder / LEASE),
         [record for record in records if "validation" not in record],
         [record for record in records if "validation" in record],
@@ -175,6 +178,18 @@ def _plain_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML ({' '.join(str(error).split())}); restore it or remove it.") from None
     return content if isinstance(content, dict) else {}
+
+
+def _changes(starts: Path) -> list[str]:
+    """What starts.jsonl says of changed values."""
+    found = []
+    for start in read_records(starts):
+        changes = start.get("changes")
+        if isinstance(changes, dict):
+            when = f"{start.get('time')}, at step {start.get('step')}"
+            pairs = ((name, pair) for name, pair in changes.items() if isinstance(pair, list) and len(pair) == 2)
+            found += [f"{when}: {name}: {pair[0]} → {pair[1]}" for name, pair in pairs]
+    return found
 
 
 def _attempts(lease: Path) -> list[Attempt]:

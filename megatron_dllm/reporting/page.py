@@ -14,6 +14,7 @@ from megatron_dllm.checkpoint.validation import read_validation
 from megatron_dllm.reporting import pictures
 from megatron_dllm.reporting.answers import answers_section, read_answers
 from megatron_dllm.reporting.example_row import example_row
+from megatron_dllm.reporting.held_out import measured_on
 from megatron_dllm.reporting.history import Command, Duration, History, Run, Track, commit_of
 from megatron_dllm.reporting.markup import figure, table
 from megatron_dllm.reporting.records import Record, is_logged, number
@@ -34,6 +35,7 @@ figure{margin:1.2em 0}
 .token{padding:.15em .25em;border-radius:3px;white-space:pre}.token sub{font-size:9px;color:#555;padding-left:2px}
 """
 _NUM_SAMPLES = 12
+_NUM_CHANGES = 12
 _BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n){2,}")
 
 
@@ -96,7 +98,14 @@ def _facts(history: History) -> str:
         ("Command", _of_all(history, lambda run: f"<code>{html.escape(_command(run, history))}</code>")),
         ("Machine", _of_all(history, lambda run: html.escape(_machine(run, history)))),
         ("Data", _of_all(history, _data)),
+        ("Held out", _of_all(history, _held_out)),
     ]
+    changes = [(run.name, text) for run in history.runs for text in run.changes]
+    if changes:
+        lines = (f"<b>{html.escape(name)}</b> {html.escape(text)}" for name, text in changes[:_NUM_CHANGES])
+        more = len(changes) - _NUM_CHANGES
+        note = [f"and {more} more (starts.jsonl)"] if more > 0 else []
+        rows.append(("Changed on the way", "<br>".join([*lines, *note])))
     body = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows)
     return f'<table class="facts">{body}</table>'
 
@@ -164,6 +173,10 @@ def _data(run: Run) -> str:
         _said("seed {}", run.setting("run", "seed")),
     ]
     return "; ".join(filter(None, parts))
+
+
+def _held_out(run: Run) -> str:
+    return html.escape(measured_on(run.validations, run.setting("data", "validation")))
 
 
 def _results(lines: Sequence[Result]) -> str:

@@ -1,6 +1,7 @@
 """The pictures of a report, drawn from a track's records and one of its packed rows. PNG bytes each.
 
-A line ends where there is nothing to draw: a value that was not logged, a stage that ended, records that are missing.
+A line ends where there is nothing to draw: a value that was not logged, a stage that ended, records that are missing;
+and where a validation measures something else than the one before.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, VIEW, visible
 from megatron_dllm.evaluation.answer_scores import AnswerScores
+from megatron_dllm.reporting.held_out import alike
 from megatron_dllm.reporting.records import Record, broken_line, is_logged, number, numbers
 
 ROLES = ("masked", "visible", "clean")
@@ -135,12 +137,14 @@ def elbo_picture(records: Sequence[Record], ar_nll: float | None, checkpoints: d
     right = max(number(record.get("consumed_tokens")) for record in records) / _MILLION * 1.02
     for index, name in enumerate(names):
         color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
-        tokens = numbers(records, "consumed_tokens") / _MILLION
-        values = numbers(records, f"validation_elbo/{name}")
         # A size that is measured at the ends of stages alone has nothing between them: points without a line.
-        line = "-" if np.isfinite(values).sum() == most else ""
-        label = f"block {name}" if name.isdigit() else "AR, exact NLL"
-        axis.plot(tokens, values, line, marker=marker, ms=4, lw=1.4, color=color, label=label, alpha=0.9)
+        line = "-" if np.isfinite(numbers(records, f"validation_elbo/{name}")).sum() == most else ""
+        label: str | None = f"block {name}" if name.isdigit() else "AR, exact NLL"
+        for part in alike(records):
+            tokens = numbers(part, "consumed_tokens") / _MILLION
+            values = numbers(part, f"validation_elbo/{name}")
+            axis.plot(tokens, values, line, marker=marker, ms=4, lw=1.4, color=color, label=label, alpha=0.9)
+            label = None
         for elbo in checkpoints.values():
             if name in elbo:
                 axis.plot(right, elbo[name], "*", ms=11, color=color, mec="white", mew=0.6)

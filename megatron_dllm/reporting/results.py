@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_dllm.checkpoint.folder import list_checkpoints
 from megatron_dllm.checkpoint.ranking import rank
 from megatron_dllm.checkpoint.validation import Validation, read_validation
+from megatron_dllm.reporting.held_out import difference
 from megatron_dllm.reporting.history import History, Track
 from megatron_dllm.reporting.records import Record, number
 from megatron_dllm.run.names import CHECKPOINTS
@@ -69,8 +70,8 @@ def _measure(size: str) -> str:
     return f"ELBO, block {size}" if size.isdigit() else "exact NLL"
 
 
-def _line(name: str, size: str, record: Record) -> Result:
-    return Result(name, _measure(size), number(record.get(_ELBO + size)), number(record.get(_BITS + size)))
+def _line(name: str, size: str, record: Record, note: str = "") -> Result:
+    return Result(name, _measure(size), number(record.get(_ELBO + size)), number(record.get(_BITS + size)), note)
 
 
 def _base(track: Track) -> Result:
@@ -85,9 +86,8 @@ def _of_track(track: Track, prefix: str) -> list[Result]:
     for record in track.validations:
         if record.get("is_stage_end") and _ELBO + size in record:
             is_start = record.get("step") == 0
-            lines.append(
-                _line(prefix + ("before training" if is_start else f"after {record.get('stage')}"), size, record)
-            )
+            name = prefix + ("before training" if is_start else f"after {record.get('stage')}")
+            lines.append(_line(name, size, record, difference(record, track.validations[-1])))
     ranked = rank(_validations(track))
     if ranked.scores:
         best = ranked.scores[0][1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class MetricsWriter(Observer):
     def after_validation(self, report: ValidationReport) -> None:
         """Write what a validation came to."""
         result = report.validation
-        record = {
+        record: dict[str, Any] = {
             "validation": True,
             "stage": report.stage.name,
             "consumed_tokens": report.consumed_tokens,
@@ -57,6 +58,8 @@ class MetricsWriter(Observer):
             **{f"validation_elbo/{name}": value for name, value in result.nats_per_token.items()},
             **{f"validation_bits_per_byte/{name}": value for name, value in result.bits_per_byte.items()},
         }
+        if result.conditions is not None:
+            record["conditions"] = asdict(result.conditions)
         self.write(report.step, record)
 
     def before_save(self, step: int) -> None:

@@ -41,6 +41,20 @@ def test_a_chain_says_what_when_where_and_by_which_code(tmp_path: Path) -> None:
     assert "No row of the run is drawn" in text
 
 
+def test_what_changed_on_the_way_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [training_record(4)])
+    assert "Changed on the way" not in page_of(run)
+    change = {"optimizer.clip_grad": [1.0, "<0.5>"], "odd": 3}
+    lines = [{"time": "2026-01-01T00:00:00+00:00", "step": 0, "changes": {}}, {"step": 4, "changes": change}, {}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (run / "starts.jsonl").write_text(text + '{"step": 5, "chan', encoding="utf-8")
+    shown = page_of(run)
+    assert "at step 4: optimizer.clip_grad: 1.0 → &lt;0.5&gt;" in shown and "odd" not in shown
+    many = {f"key_{number}": [0, 1] for number in range(20)}
+    (run / "starts.jsonl").write_text(json.dumps({"step": 4, "changes": many}) + "\n")
+    assert "key_11" in page_of(run) and "key_12" not in page_of(run) and "and 8 more (starts.jsonl)" in page_of(run)
+
+
 def test_a_run_that_was_not_validated_leaves_the_results_as_they_were(tmp_path: Path) -> None:
     chain = write_chain(tmp_path / "full")
     before = results(read_history(chain))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_dllm.training.observers.metrics import MetricsWriter, step_record
 from megatron_dllm.training.observers.metrics_file import read_metrics, trim_metrics
 from megatron_dllm.training.reports import StepReport, ValidationReport
 from megatron_dllm.training.step import StepResult
+from tests.unit.checkpoint.small_checkpoint import CONDITIONS
 
 
 def sums_of(buckets: dict[int, tuple[float, float, float]], **extra: float) -> StepSums:
@@ -72,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
     writer = MetricsWriter(tmp_path, run_config(tmp_path, "run"), "disabled")
     writer.after_step(report_of(is_logged=False), {})
     writer.after_step(report_of(is_logged=True), {"data_fingerprint": "abc"})
-    validation = Validation({"32": 2.0}, target_block_size=32)
+    validation = Validation({"32": 2.0}, target_block_size=32, conditions=CONDITIONS)
     writer.after_validation(ValidationReport(report_of(True).stage, 7, 1000, True, validation))
     writer.close()
     return tmp_path
@@ -94,6 +95,7 @@ def test_steps_that_are_logged_and_validations_are_written(folder: Path) -> None
         "consumed_tokens": 1000,
         "is_stage_end": True,
         "validation_elbo/32": 2.0,
+        "conditions": asdict(CONDITIONS),
     }
 
 
