@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_dllm.checkpoint.manifest import damaged_files, read_manifest
 
-# Enough for a fast disk (each sums up 1.4 GB/s), few enough to leave cores to the work itself.
+# Of one checkpoint: enough for a fast disk (each sums up 1.4 GB/s), few enough to leave cores to the work itself.
 _MAX_THREADS = 4
 
 
@@ -36,11 +36,10 @@ def compared(folders: Sequence[Path]) -> Iterator[None]:
     """
     stop = threading.Event()
     manifests = {folder: read_manifest(folder) for folder in folders}
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max(len(folders), min(_MAX_THREADS, os.cpu_count() or 1), 1)) as pool:
         jobs = [
-            pool.submit(damaged_files, folder, manifest, [name], stop=stop)
-            for folder, manifest in manifests.items()
-            for name in _in_order(manifest)
+            pool.submit(damaged_files, folder, manifests[folder], [name], stop=stop)
+            for folder, name in _in_order(manifests)
         ]
         try:
             yield
@@ -53,9 +52,14 @@ def compared(folders: Sequence[Path]) -> Iterator[None]:
         _raise_problems(jobs)
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Files as they are numbered, which is how they are read: __0_2 before __0_10."""
-    return sorted(names, key=lambda name: (len(name), name))
+def _in_order(manifests: Mapping[Path, Iterable[str]]) -> list[tuple[Path, str]]:
+    """Files in the order in which they are read: as they are numbered (__0_2 before __0_10), of all folders in step.
+
+    A merge reads its inputs together. A sum that ran far ahead in one of them would have the disk read it twice: what
+    it has read would be gone from the page cache once the merge comes there.
+    """
+    files = [(len(name), name, folder) for folder, names in manifests.items() for name in names]
+    return [(folder, name) for _, name, folder in sorted(files)]
 
 
 def _raise_problems(jobs: list[Future[list[str]]], cause: Exception | None = None) -> None:

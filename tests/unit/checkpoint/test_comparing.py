@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.checkpoint.comparing import compared
+from megatron_dllm.checkpoint.comparing import _in_order, compared
 from megatron_dllm.checkpoint.manifest import checksum, read_manifest
 from tests.unit.checkpoint.small_checkpoint import make_checkpoint
 
@@ -25,6 +25,12 @@ def test_what_is_whole_passes(tmp_path: Path) -> None:
     with compared([make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)]):
         done.append(True)
     assert done
+
+
+def test_files_of_all_folders_are_summed_up_in_step() -> None:
+    a, b = Path("a"), Path("b")
+    names = ["__0_10.distcp", "__0_2.distcp"]
+    assert _in_order({b: names, a: names}) == [(a, names[1]), (b, names[1]), (a, names[0]), (b, names[0])]
 
 
 def test_damage_is_named_after_the_block_and_before_its_own_error(tmp_path: Path) -> None:
