@@ -2,7 +2,7 @@
 
     python -m examples.decode_export [FOLDER] [--prompt TEXT] [--max_new_tokens 24]
 
-FOLDER is what checkpoints_tools.mcore_to_hf writes with a LLaDA2 architecture (runs/demo/hf after `make demo`). Without
+FOLDER is what checkpoints_tools.mcore_to_hf writes of a diffusion model (runs/demo/hf after `make demo`). Without
 one, a tiny model with random weights is exported first: its text is noise, but the whole way is the real one. Takes
 under a minute.
 """

@@ -6,6 +6,7 @@ Runs under transformers 5 and 4.57: make test-transformers4
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,6 +112,9 @@ def prompt_of(length: int, seed: int = 11) -> list[int]:
     return torch.randint(0, 90, (length,), generator=torch.Generator().manual_seed(seed + length)).tolist()
 
 
+PROMPT = prompt_of(13)
+
+
 def expected_tokens(
     module: Any, model: ModelConfig, prompt: list[int], block_size: int = 8, **settings: Any
 ) -> list[int]:
@@ -166,13 +170,34 @@ def test_the_configuration_says_what_engines_read(export: Export, tmp_path: Path
         assert (read.rope_scaling or {}).get("rope_type", "default") == "default"
 
 
+@torch.no_grad()
+def test_what_transformers_saves_again_is_the_same_model(export: Export, tmp_path: Path) -> None:
+    """Code included, and for us too."""
+    model = load(export.folder)
+    model.save_pretrained(tmp_path / "saved")
+    ids = torch.tensor([PROMPT])
+    assert torch.equal(load(tmp_path / "saved")(ids).logits, model(ids).logits)
+    hf_to_mcore.convert(tmp_path / "saved", tmp_path / "mcore")
+    assert read_stored_model(tmp_path / "mcore").model == read_stored_model(export.checkpoint).model
+
+
+def test_two_rope_values_that_differ_are_refused(export: Export, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    shutil.copytree(export.folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    changed = config | {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"rope_theta \(.*\) contradicts rope_parameters"):
+        AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
 @pytest.fixture(scope="module")
 def models(dense: Export) -> tuple[Any, Any]:
     """The smallest model as transformers loads it, and ours."""
     return load(dense.folder), load_ours(dense.checkpoint)
 
 
-PROMPT = prompt_of(13)
 QUIET = {"num_beams": 1, "use_cache": True, "assistant_model": None, "logits_processor": [], "eos_early_stop": False}
 
 
@@ -267,6 +292,12 @@ def test_a_padded_batch_decodes_as_each_prompt_alone(
         ({"temperature": -1.0}, r"temperature \(-1.0\)"),
         ({"temperature": 0.0, "do_sample": True}, r"temperature \(0\) must be above 0"),
         ({"seed": -1}, r"seed \(-1\)"),
+        ({"eos_id": 2.5}, r"eos_id \(2.5\) must be a token or a list of tokens"),
+        ({"eos_token_id": ["x"]}, r"eos_token_id \(\['x'\]\)"),
+        ({"pad_token_id": "x"}, r"pad_token_id \(x\)"),
+        ({"do_sample": "yes"}, r"do_sample \(yes\) must be True or False"),
+        ({"generation_config": {"top_k": 5}}, r"generation_config \(dict\) must be a GenerationConfig"),
+        ({"attention_mask": [[1] * 13]}, r"attention_mask \(list\)"),
         ({"mask_id": 7}, r"mask_token_id \(7\) must be the mask token of the model \(95\)"),
         ({"input_ids": torch.ones(1, 3).long()}, "inputs and input_ids"),
         ({"token_type_ids": torch.ones(1, 13)}, "token_type_ids"),
@@ -290,12 +321,13 @@ def test_generate_refuses_by_name(models: tuple[Any, Any], arguments: dict[str, 
         ([[1, 2]], r"inputs \(list\) must be prompts .* generate\(\*\*tokenizer"),
         (torch.tensor([1, 2]), r"inputs \(\[2\]\)"),
         (torch.zeros(1, 0).long(), r"inputs \(\[1, 0\]\)"),
+        (torch.ones(1, 3), "of token ids"),
         (torch.tensor([[1, 2], [93, 2]]), r"attention_mask \(None\) must mark the padding"),
         (torch.tensor([[1, 96]]), "hold token 96, the vocabulary ends at 95"),
         (torch.tensor([[1, 95]]), r"mask token \(95\)"),
         (torch.ones(1, 512).long(), r"512 tokens\) must be shorter than max_position_embeddings"),
     ],
-    ids=["list", "flat", "empty", "unmarked padding", "vocabulary", "mask token", "too long"],
+    ids=["list", "flat", "empty", "floats", "unmarked padding", "vocabulary", "mask token", "too long"],
 )
 def test_generate_refuses_impossible_prompts(models: tuple[Any, Any], inputs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

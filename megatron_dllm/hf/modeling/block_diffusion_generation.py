@@ -21,9 +21,8 @@ from .block_diffusion_layers import BlockCache
 # Other names of what `generate` takes.
 SYNONYMS = {"block_length": "block_size", "gen_length": "max_new_tokens", "minimal_topk": "min_tokens_per_step",
             "eos_id": "eos_token_id", "mask_id": "mask_token_id"}
-NUMBERS = ("max_new_tokens", "max_length", "block_size", "steps", "min_tokens_per_step", "threshold", "temperature",
-           "top_p", "top_k", "seed")
-TAKEN = (*NUMBERS, "do_sample", "eos_token_id", "pad_token_id", "mask_token_id")
+TAKEN = ("max_new_tokens", "max_length", "block_size", "steps", "min_tokens_per_step", "threshold", "do_sample",
+         "temperature", "top_p", "top_k", "seed", "eos_token_id", "pad_token_id", "mask_token_id")
 # What transformers, its pipelines and LLaDA2's own `generate` may add without asking for anything.
 WITHOUT_EFFECT = ("use_cache", "bos_token_id", "eos_early_stop", "tokenizer", "transformers_version",
                   "use_model_defaults")
@@ -200,6 +199,9 @@ def predict(logits: Tensor, mask_token_id: int, how: BlockDecoding,
 
 def _values_of(generation_config: GenerationConfig | None) -> dict[str, Any]:
     """What a GenerationConfig says beyond transformers' defaults."""
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(f"generation_config ({type(generation_config).__name__}) must be a GenerationConfig; give its "
+                         "values as arguments.")
     values = {} if generation_config is None else generation_config.to_diff_dict()
     return {name: value for name, value in values.items() if not name.startswith("_")}
 
@@ -228,7 +230,7 @@ def read_arguments(config: Any, *sources: dict[str, Any]) -> BlockDecoding:
     size = asked.get("block_size", config.block_length)
     max_new, max_length = asked.get("max_new_tokens"), asked.get("max_length")
     eos = asked.get("eos_token_id", config.eos_token_id)
-    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(token) for token in eos)
+    eos_ids = () if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,)
     pad = asked.get("pad_token_id", config.pad_token_id)
     how = BlockDecoding(
         block_size=size,
@@ -264,25 +266,33 @@ def _known(source: dict[str, Any]) -> dict[str, Any]:
         if asked.get(name, value) != value:
             raise ValueError(f"{spellings[name]} ({asked[name]}) and {given} ({value}) are one setting; "
                              "give one of them.")
-        if name in NUMBERS:
-            _check_number(given, name, value)
+        _check_value(given, name, value)
         asked[name], spellings[name] = value, given
     return asked
 
 
-def _check_number(given: str, name: str, value: Any) -> None:
-    """Refuse a value outside the setting's range; `given` is the name it was given by."""
+def _check_value(given: str, name: str, value: Any) -> None:
+    """Refuse a value that the setting cannot take; `given` is the name it was given by."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if name == "temperature":
+    if name == "do_sample":
+        is_right, rule = isinstance(value, bool), "must be True or False"
+    elif name == "eos_token_id":
+        is_right = all(map(_is_integer, value if isinstance(value, (list, tuple)) else [value]))
+        rule = "must be a token or a list of tokens"
+    elif name == "temperature":
         is_right, rule = is_number and 0.0 <= value < math.inf, "must be finite and not negative"
     elif name in ("threshold", "top_p"):
         is_right, rule = is_number and 0.0 < value <= 1.0, "must lie in (0, 1]"
-    elif name in ("top_k", "seed"):
-        is_right, rule = is_number and isinstance(value, int) and 0 <= value < 2**63, "must be 0 or a positive integer"
+    elif name in ("top_k", "seed", "pad_token_id", "mask_token_id"):
+        is_right, rule = _is_integer(value) and 0 <= value < 2**63, "must be 0 or a positive integer"
     else:
-        is_right, rule = is_number and isinstance(value, int) and value > 0, "must be a positive integer"
+        is_right, rule = _is_integer(value) and value > 0, "must be a positive integer"
     if not is_right:
         raise ValueError(f"{given} ({value}) {rule}; leave it out for the default.")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _min_tokens(asked: dict[str, Any], block_size: int) -> int:
@@ -327,10 +337,10 @@ def read_prompts(ids: Any, attention_mask: Tensor | None, token_type_ids: Tensor
     Raises:
         ValueError: naming what is wrong.
     """
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
         shape = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"inputs ({shape}) must be prompts [b, n] with n > 0; write generate(**tokenizer(text, "
-                         "return_tensors='pt')).")
+        raise ValueError(f"inputs ({shape}) must be prompts [b, n] of token ids, n > 0; write "
+                         "generate(**tokenizer(text, return_tensors='pt')).")
     if token_type_ids is not None and bool(token_type_ids.any()):
         raise ValueError("token_type_ids must be 0: the model has one type of token; leave them out.")
     if attention_mask is None:
@@ -339,9 +349,10 @@ def read_prompts(ids: Any, attention_mask: Tensor | None, token_type_ids: Tensor
             raise ValueError(f"attention_mask (None) must mark the padding: a prompt of the batch begins or ends with "
                              f"the padding token ({how.pad_token_id}); pass the tokenizer's attention_mask on.")
         attention_mask = torch.ones_like(ids)
-    if attention_mask.shape != ids.shape:
-        raise ValueError(f"attention_mask ({list(attention_mask.shape)}) must have the shape of inputs "
-                         f"({list(ids.shape)}).")
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != ids.shape:
+        shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask ({shape}) must have the shape of inputs ({list(ids.shape)}); pass the "
+                         "tokenizer's on.")
     return [_read_prompt(row, mask.bool(), config, how.max_length, index)
             for index, (row, mask) in enumerate(zip(ids, attention_mask.to(ids.device), strict=True))]
 

@@ -57,6 +57,9 @@ class LLaDA2MoeConfig(PretrainedConfig):
         rope = kwargs.pop("rope_parameters", None) or {}
         if (rope_scaling or rope).get("rope_type", "default") != "default":
             raise ValueError(f"rope_scaling ({rope_scaling or rope}) must be null: the rotary embedding is unscaled.")
+        for name, value in (("rope_theta", rope_theta), ("partial_rotary_factor", partial_rotary_factor)):
+            if value is not None and rope.get(name, value) != value:
+                raise ValueError(f"{name} ({value}) contradicts rope_parameters ({rope}); correct whichever is wrong.")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
