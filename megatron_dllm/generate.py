@@ -82,10 +82,14 @@ class PromptResult:
         }
 
 
-def generate(config: GenerateConfig) -> list[PromptResult]:
+def generate(config: GenerateConfig, tell: Callable[[PromptResult], None] | None = None) -> list[PromptResult]:
     """Load a checkpoint and decode all prompts, in order, one at a time.
 
     The prompt with index i is sampled with seed + i, so a text does not depend on the prompts before it.
+
+    Args:
+        config: what to decode, and how.
+        tell: called with each result as it comes.
 
     Raises:
         ValueError: an impossible setting, checkpoint or prompt; before the weights are read wherever possible.
@@ -109,7 +113,9 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
     with _written(config.output) as write, single_rank(config.seed) as groups:
         model = load_model(source, groups, config.precision, config.attention_backend)
         device = next(model.parameters()).device
-        for index in track(range(len(prompts)), "decoding", console=Console(stderr=True), transient=True):
+        # On a terminal the texts themselves show how far it is.
+        indices, bar, is_hidden = range(len(prompts)), Console(stderr=True), tell is not None and sys.stdout.isatty()
+        for index in track(indices, "decoding", console=bar, transient=True, disable=is_hidden):
             start = time.perf_counter()
             generation = decode(
                 CachedForward(model), prompts[index].ids, replace(config, seed=config.seed + index), contract, device
@@ -117,6 +123,8 @@ def generate(config: GenerateConfig) -> list[PromptResult]:
             seconds = time.perf_counter() - start
             results.append(_result(prompts[index], generation, tokenizer, seconds))
             write(json.dumps(results[-1].to_dict(), ensure_ascii=False))
+            if tell is not None:
+                tell(results[-1])
     if config.output is not None:
         log.info("wrote %d texts to %s", len(results), config.output)
     return results
@@ -138,11 +146,15 @@ def _result(prompt: Prompt, generation: Generation, tokenizer: Tokenizer, second
     return PromptResult(prompt.text, text, generation, token_texts, seconds)
 
 
-def show_results(results: Sequence[PromptResult]) -> None:
-    """Print texts to standard output, and a table of forward passes to standard error."""
+def show_text(result: PromptResult) -> None:
+    """Print a prompt and its text to standard output."""
     out = Console(highlight=False, soft_wrap=True)
-    for result in results:
-        out.print(Text(result.prompt, style="dim") + Text(result.text))
+    out.print(Text(result.prompt, style="dim") + Text(result.text))
+    out.file.flush()
+
+
+def show_speed(results: Sequence[PromptResult]) -> None:
+    """Print a table of forward passes to standard error."""
     table = Table("prompt", "tokens", "stop", "denoising forwards", "commits", "TPF", "tokens/s")
     for result in results:
         generation = result.generation
@@ -200,8 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_dllm").setLevel(logging.INFO)
-    results = generate(parse_arguments(arguments))
-    show_results(results)
+    show_speed(generate(parse_arguments(arguments), show_text))
     return 0
 
 

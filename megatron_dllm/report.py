@@ -21,6 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_dllm.run.files import parents_made, write_text
+from megatron_dllm.run.stream import check_writable
+
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
     """Write the page and print the table; returns the file.
@@ -28,16 +31,17 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     Raises:
         ValueError: the folder holds no run, or a file in it is damaged.
     """
+    output = output or folder / "report.html"
+    if folder.is_dir():  # else that is what is wrong
+        check_writable(output)
     # Imported here because it takes seconds, and a mistake in the arguments should show at once.
     from megatron_dllm.reporting.history import read_history
     from megatron_dllm.reporting.page import format_seconds, page, tokens_per_forward
     from megatron_dllm.reporting.results import results
-    from megatron_dllm.run.files import write_text
 
     history = read_history(folder)
     lines = results(history)
-    output = output or folder / "report.html"
-    write_text(output, page(history, lines))
+    text = page(history, lines)
     console = Console(highlight=False, soft_wrap=True)
     if lines:
         table = Table("model", "measure", "nats/token", "bits/byte")
@@ -50,6 +54,8 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     if history.durations:
         times = ", ".join(f"{duration.job} {format_seconds(duration.seconds)}" for duration in history.durations)
         console.print(Text(f"time: {times}"))
+    with parents_made(output):
+        write_text(output, text)
     console.print(Text(f"report: {output}"))
     return output
 

@@ -8,6 +8,11 @@ The comment above a field is its meaning; the units of its class stand in the cl
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import inspect
 import re
 import sys
@@ -140,4 +145,4 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

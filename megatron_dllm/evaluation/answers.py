@@ -10,9 +10,13 @@ and some answers with the pass that accepted each of their tokens.
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import logging
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +33,7 @@ from megatron_dllm.evaluation.questions import read_questions
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.inference.prompts import encode_requests
 from megatron_dllm.inference.source import read_source
+from megatron_dllm.run.stream import check_writable
 
 log = logging.getLogger(__name__)
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -135,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("megatron_dllm").setLevel(logging.INFO)
     try:
+        check_writable(options.output)
         scores = measure(options)
         write_answer_scores(options.output, scores)
     except (ValueError, OSError) as error:
@@ -146,4 +152,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -1,19 +1,48 @@
 """A file of results that is opened before the work begins and holds every result as soon as there is one.
 
-A place that cannot be written is known before a model is loaded, and what was computed before an interruption stays.
+A place that cannot be written is known before a model is loaded, and what was computed before an error stays. As the
+file has its name only when all results are there, nobody takes a part for the whole.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from megatron_dllm.run.command import uninterrupted
+from megatron_dllm.run.files import parents_made
+
+# Behind the name of a file of results while they are coming in.
+PARTIAL = ".partial"
+
+
+def check_writable(path: Path) -> None:
+    """Make and remove a file where a result is to go; folders that are missing are not made yet.
+
+    Raises:
+        ValueError: it is a folder, or nothing can be written there.
+    """
+    if path.is_dir():
+        raise ValueError(f"output ({path}) is a folder; name a file.")
+    place = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except OSError as error:
+        raise ValueError(
+            f"output ({path}) cannot be written ({place}: {error.strerror}); name a file in another folder."
+        ) from None
 
 
 @contextmanager
 def result_lines(path: Path) -> Iterator[Callable[[str], None]]:
-    """Make a file and give what appends a line to it. Only whole lines stay; without one the file goes away again.
+    """Give what appends a line to PATH.partial, which gets its name when the block has ended.
+
+    Only whole lines stay: in PATH.partial if the block fails, until the next start replaces it. Without a line, and
+    where the process is asked to stop (the same command starts over), nothing stays.
 
     Args:
         path: of the file, which must not exist; its folders are made.
@@ -22,28 +51,34 @@ def result_lines(path: Path) -> Iterator[Callable[[str], None]]:
         ValueError: it exists.
         OSError: the place cannot be written, or the disk is full.
     """
-    made = [folder for folder in path.parents if not folder.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
-    except FileExistsError:
-        raise ValueError(f"output ({path}) exists; nothing is overwritten: name a new file.") from None
-    end = 0
+    _check_absent(path)
+    partial = path.with_name(path.name + PARTIAL)
+    with parents_made(path):
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        end = 0
 
-    def append(line: str) -> None:
-        nonlocal end
-        data = (line + "\n").encode()
-        while data:  # a disk that fills up takes a part
-            data = data[os.write(descriptor, data) :]
-        end = os.fstat(descriptor).st_size
+        def append(line: str) -> None:
+            nonlocal end
+            data = (line + "\n").encode(errors="backslashreplace")
+            while data:  # a disk that fills up takes a part
+                data = data[os.write(descriptor, data) :]
+            end = os.fstat(descriptor).st_size
 
-    try:
-        yield append
-    finally:
-        os.ftruncate(descriptor, end)
-        os.close(descriptor)
-        if not end:
-            path.unlink()
-            with suppress(OSError):  # another's file lies there by now
-                for folder in made:
-                    folder.rmdir()
+        try:
+            yield append
+            os.fsync(descriptor)
+            with uninterrupted():
+                _check_absent(path)
+                partial.rename(path)
+        except BaseException as error:
+            os.ftruncate(descriptor, end)
+            if not end or isinstance(error, SystemExit):
+                partial.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def _check_absent(path: Path) -> None:
+    if path.exists():
+        raise ValueError(f"output ({path}) exists; nothing is overwritten: name a new file.")

@@ -27,3 +27,9 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(ValueError, match=r"holds no metrics\.jsonl"):
         main([str(tmp_path)])
     assert (capsys.readouterr(), list(tmp_path.iterdir())) == (("", ""), [])
+
+
+def test_a_place_that_cannot_be_written_is_found_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):  # not that the folder holds no run
+        main([str(tmp_path), "--output", str(tmp_path / "file" / "page.html")])

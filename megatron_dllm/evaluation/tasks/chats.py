@@ -9,13 +9,17 @@ files, as its text decides in which it may be. The same settings write the same 
 
 from __future__ import annotations
 
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
 import argparse
 import json
 import logging
 import os
 import random
 import shutil
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -88,4 +92,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -7,16 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.run.stream import result_lines
+from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
+from megatron_dllm.run.stream import PARTIAL, check_writable, result_lines
+
+
+def partial_of(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
 
 
 def test_lines_are_there_as_soon_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "lines.jsonl"
     with result_lines(path) as write:
         write("one")
-        assert path.read_text() == "one\n"
-        write("zwölf")
-        assert path.read_text() == "one\nzwölf\n"
+        assert partial_of(path).read_text() == "one\n"
+        write("zwölf \udce9")
+        assert partial_of(path).read_text() == "one\nzwölf \\udce9\n" and not path.exists()
+    assert path.read_text() == "one\nzwölf \\udce9\n" and list(path.parent.iterdir()) == [path]
 
 
 def test_what_was_computed_before_an_error_stays(tmp_path: Path) -> None:
@@ -24,7 +30,17 @@ def test_what_was_computed_before_an_error_stays(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), result_lines(path) as write:
         write("one")
         raise KeyboardInterrupt
-    assert path.read_text() == "one\n"
+    assert partial_of(path).read_text() == "one\n" and not path.exists()
+    with result_lines(path) as write:
+        write("two")
+    assert path.read_text() == "two\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_stop_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit), result_lines(tmp_path / "a" / "b" / "lines.jsonl") as write:
+        write("one")
+        raise SystemExit(EXIT_PREEMPTED)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_a_result_nothing_stays(tmp_path: Path) -> None:
@@ -51,4 +67,16 @@ def test_a_disk_that_fills_up_in_a_line_keeps_the_lines_before_it(tmp_path: Path
             write("another line")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_text() == "a line\n"
+    assert partial_of(path).read_text() == "a line\n" and not path.exists()
+
+
+def test_bad_places_are_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file/texts", "file/a/b", "dangling/a"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            check_writable(tmp_path / name)
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "folder" / "file")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling"}
