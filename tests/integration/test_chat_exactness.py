@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dllm.config import DecodingConfig, ModelConfig, NoiseConfig, ParallelConfig, SftConfig, StageConfig
+from megatron_dllm.config import (
+    CapConfig,
+    DecodingConfig,
+    ModelConfig,
+    NoiseConfig,
+    ParallelConfig,
+    SftConfig,
+    StageConfig,
+)
 from megatron_dllm.data.batch import Batch, collate
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import RowDataset
@@ -21,7 +29,9 @@ from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.diffusion.roles import VIEW
 from megatron_dllm.model.objective import objective_of
+from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.parallel.groups import Groups
+from megatron_dllm.training.replay import replay_step
 from tests.reference_model import random_weights, tiny_model, to_megatron
 
 MODEL = tiny_model()
@@ -271,6 +281,25 @@ def test_the_elbo_weights_of_a_constant_nll_give_it_on_average() -> None:
         means.append(float(batch.loss_weights.sum() / batch.num_maskable))
     assert np.mean(means) == pytest.approx(1.0, abs=4 * np.std(means) / math.sqrt(len(means)))
     assert np.std(means) < 0.5
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [replace(PAIR, cap=CapConfig(coefficient=2.0)), replace(PAIR, sft=SftConfig(loss_per="answer"))],
+    ids=["confidence", "per answer"],
+)
+def test_a_replay_gives_the_loss_of_the_step(built: Any, stage: StageConfig) -> None:
+    """Row by row on one rank, with the step's own denominator."""
+    batches = [rows(Chats(TURNS), stage, documents) for documents in ([0, 3], [1, 2])]
+    objective = objective_of(stage, NoiseConfig())
+    found = replay_step(built, [batches[:1], batches[1:]], objective, EmbeddingNoise(), torch.device("cpu"))
+    total, count = 0.0, 0
+    for batch in batches:
+        outputs = built(batch, entropy_temperature=objective.entropy_temperature)
+        loss = objective.loss(batch, outputs)
+        total, count = total + loss.total.item(), count + int(loss.count)
+    assert found.loss == pytest.approx(total / count, rel=1e-6) and len(found.rows) == 2
+    assert count == sum(int(objective.count(batch)) for batch in batches)
 
 
 def test_a_chat_that_is_learned_by_heart_is_answered_and_ended(one_rank: None) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.attention import causal_run
 from benchmarks.computed_pairs import build_roles, computed_pairs
+from benchmarks.sft import draw_chats, packed_and_padded, packed_geometry
 from benchmarks.step import joined
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import chunked, flex, shared_prefix
@@ -41,3 +42,25 @@ def test_a_table_that_several_commands_filled_names_them_all() -> None:
     both = joined(old, {"commit": "b", "command": "second --extend", "repeats": 2})
     assert both == {"commit": "a; b", "command": "first; second --extend", "repeats": 2}
     assert joined(both, {"commit": "b", "command": "first", "repeats": 1}) == both | {"repeats": "2; 1"}
+
+
+def test_packed_and_padded_chats_train_the_same_targets() -> None:
+    source = draw_chats(40, context_length=256, median=20.0, sigma=0.8)
+    packed, padded = packed_and_padded(source, packed_geometry(256, 1024), 2)
+
+    def targets(batches: list) -> list[tuple[int, ...]]:
+        found = []
+        for batch in batches:
+            positions = batch.target_positions
+            columns = (
+                batch.sample_ids[batch.target_segments],
+                batch.target_views,
+                batch.position_ids[0, positions],
+                batch.target_ids,
+            )
+            found += list(zip(*(column.tolist() for column in columns), strict=True))
+        return sorted(found)
+
+    assert targets(packed) == targets(padded) and len(padded) > len(packed) == 2
+    tokens, expected_more = (sum(batch.input_ids.numel() for batch in batches) for batches in (packed, padded))
+    assert tokens < expected_more

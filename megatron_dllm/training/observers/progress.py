@@ -28,9 +28,14 @@ def print_stage_table(config: TrainConfig, start: Start) -> None:
     """Print what the schedule will do, with the steps that were estimated, and the passes over the corpus."""
     console = Console(soft_wrap=True)
     tokens, corpus = start.schedule.total_tokens, start.num_corpus_tokens
+    # The fill of chats counts as document tokens, and is no part of the corpus.
+    is_filled = any(stage.config.sft is not None and stage.config.sft.fill != "none" for stage in start.schedule.stages)
+    passes = (
+        f"{corpus:,} tokens without the fill" if is_filled else f"{tokens / corpus:.2f} epochs of {corpus:,} tokens"
+    )
     console.print(
-        f"[bold]{config.run.name}[/bold]: {tokens:,} document tokens of {', '.join(config.train_corpora)} "
-        f"({tokens / corpus:.2f} epochs of {corpus:,} tokens), {sum(row.steps or 0 for row in start.table):,} steps",
+        f"[bold]{config.run.name}[/bold]: {tokens:,} document tokens of {', '.join(config.train_corpora)} ({passes}), "
+        f"{sum(row.steps or 0 for row in start.table):,} steps",
         highlight=False,
     )
     console.print(format_table(start.table), highlight=False)
