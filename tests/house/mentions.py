@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,17 @@ def in_docstrings(text: str) -> set[Mention]:
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
     docs = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(text)) if isinstance(node, nodes)]
     return {mention for doc in docs for mention in _commands(doc)}
+
+
+def command_lines(text: str) -> list[tuple[str, list[str]]]:
+    """The commands in the code blocks of a Markdown text: program, and its words as a shell splits them."""
+    lines = [line for block in markdown_code(text)[0] for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines()]
+    found = [match for line in lines for match in _COMMAND.finditer(re.split(r"\s#\s", line)[0])]
+    return [
+        (program, shlex.split(re.split(r"\s{2,}", match["rest"].strip())[0]))
+        for match in found
+        for program in expand(match["module"] or match["script"])
+    ]
 
 
 def _commands(text: str) -> Iterator[Mention]:

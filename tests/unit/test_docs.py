@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.composition import compose_chain
+from megatron_dllm.compose import compose_dict
 from tests.house.existing import Existing
-from tests.house.mentions import FOLDERS, ROOT, Mention, in_docstrings, in_markdown, in_yaml_comments
+from tests.house.mentions import FOLDERS, ROOT, Mention, command_lines, in_docstrings, in_markdown, in_yaml_comments
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -38,6 +40,29 @@ def test_what_the_comments_of_recipes_name_exists(existing: Existing) -> None:
 def test_the_commands_in_docstrings_exist(existing: Existing) -> None:
     problems = [_problems(existing, in_docstrings(source.read_text()), source) for source in SOURCES]
     assert not list(chain.from_iterable(problems))
+
+
+# Commands with recipes that the reader writes, or with two runs in one.
+_NOT_HERE = ("experiment=mine", "=CHAIN", "=NAME", "--multirun")
+
+
+def _composed(program: str) -> list[list[str]]:
+    """Words of a program's commands in all pages, but for what stands for something else."""
+    lines = [line for page in PAGES for line in command_lines(page.read_text())]
+    # "..." is what the reader adds; cluster=mine is a copy of the example (docs/slurm.md).
+    changes = {"...": "data.train=x", "--dry_run": "", "cluster=mine": "cluster=example"}
+    words = [[changes.get(word, word) for word in words] for name, words in lines if name == program]
+    return [[*filter(None, line)] for line in words if not any(word.endswith(_NOT_HERE) for word in line)]
+
+
+@pytest.mark.parametrize("words", _composed("megatron_dllm.train"), ids=" ".join)
+def test_the_training_commands_of_the_pages_compose(words: list[str]) -> None:
+    assert compose_dict(words).schedule.stages
+
+
+@pytest.mark.parametrize("words", _composed("launch/submit.py") + _composed("launch/local.py"), ids=" ".join)
+def test_the_launching_commands_of_the_pages_compose(words: list[str]) -> None:
+    assert compose_chain(words).jobs
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import struct
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 from launch.composition import compose_chain
 from launch.submit import dependencies_of, readable_refusal
 from launch.validate import check_chain, folder_problems, training_problems
+from megatron_dllm.config.recipe_source import RECIPES
 
 HEADER = struct.pack("<9sQB", b"MMIDIDX\x00\x00", 1, 4)
 
@@ -189,3 +192,24 @@ def test_the_project_s_own_chains_hang_together_in_any_folder(tmp_path: Path, na
     chain = compose_chain([f"experiment={name}", f"root={tmp_path}", "train_module=tests.slurm.fake_train"])
     # The study starts from what the demo leaves behind, which need not be there.
     assert not [sentence for sentence in check_chain(chain) if "runs/demo" not in sentence]
+
+
+def test_the_whole_conversion_is_submitted_as_its_comment_says(tmp_path: Path) -> None:
+    comment = (RECIPES / "chain" / "llada2_mini_full.yaml").read_text().split("#   ", 1)[1].split("\n# inputs")[0]
+    words = shlex.split(re.sub(r"\\\n#", "", comment).replace("/data/", f"{tmp_path}/data/"))
+    assert words[:2] == ["python", "launch/submit.py"]
+    hf = tmp_path / "data" / "Ling-mini-base-2.0"
+    hf.mkdir(parents=True)
+    for prefix in ("text/train", "text/validation", "chats/train"):
+        (tmp_path / "data" / prefix).parent.mkdir(exist_ok=True)
+        corpus(tmp_path / "data" / prefix)
+    words = [*words[2:], f"root={tmp_path}/runs", "train_module=tests.slurm.fake_train"]
+    chain = compose_chain(words)
+    assert check_chain(chain) == []
+    assert chain.jobs[0].arguments[2:6] == ("--hf", str(hf), "--tokenizer", str(hf))
+    (tmp_path / "llada2").mkdir()
+    chain = compose_chain([*words, f"inputs.tokenizer={tmp_path}/llada2"])
+    assert check_chain(chain) == []
+    assert chain.jobs[0].arguments[4:6] == ("--tokenizer", f"{tmp_path}/llada2")
+    sentences = check_chain(compose_chain([*words, f"inputs.tokenizer={tmp_path}/none"]))
+    assert len(sentences) == 1 and "--tokenizer" in sentences[0] and "does not exist" in sentences[0]

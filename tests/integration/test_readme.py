@@ -1,0 +1,55 @@
+"""README's commands for a single stage run as they stand there, on what the small chain has made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.house.mentions import ROOT, command_lines
+
+# Composed by tests/unit/test_docs.py: they need GPUs or SLURM. The examples have tests of their own.
+ELSEWHERE = (
+    *("megatron_dllm.train", "launch/submit.py"),
+    *("examples.packed_row", "examples.decode_export", "examples.own_text"),
+)
+# This machine has fewer cores, and the small chain fewer checkpoints.
+SMALLER = {"16": "1", "5": "2"}
+
+
+def _lay_out(demo: Path, folder: Path) -> None:
+    """What the commands name, at the names that they use; outputs of one are inputs of another."""
+    (folder / "corpus").mkdir()
+    shutil.copy(demo / "corpus" / "train.jsonl", folder / "corpus")
+    (folder / "data").mkdir()
+    for path in (demo / "corpus").glob("validation.*"):
+        shutil.copy(path, folder / "data")
+    copies = {"corpus/tokenizer": "TOKENIZER", "base_hf": "Ling-mini-2.0", "convert": "runs/llada2_mini"}
+    for source, target in {**copies, "start": "DIR", "merged": "A", "hf": "B"}.items():
+        shutil.copytree(demo / source, folder / target)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run(demo: Path, tmp_path: Path) -> None:
+    _lay_out(demo, tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    commands = [line for line in command_lines((ROOT / "README.md").read_text()) if line[0] not in ELSEWHERE]
+    ran = []
+    for program, words in commands:
+        if program.startswith("benchmarks."):
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", program, *(SMALLER.get(word, word) for word in words)],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        # compare ends with 1 where two folders differ, as an export differs from its rounding.
+        assert done.returncode in ((0, 1) if program.endswith("compare") else (0,)), f"{program} {words}\n{done.stderr}"
+        ran.append(program.rsplit(".", 1)[-1])
+    assert ran == [
+        *("tokenize", "hf_to_mcore", "evaluate", "merge_topk", "mcore_to_hf", "generate", "inspect", "compare")
+    ]
+    assert (tmp_path / "llada2_mini_hf" / "config.json").is_file() and (tmp_path / "data" / "train.idx").is_file()
