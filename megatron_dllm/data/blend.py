@@ -15,20 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.data.packing import DOCUMENT, ORDINAL, RowPlan
 from megatron_dllm.data.source import Source
 from megatron_dllm.data.spans import Spans
 
 _DOCUMENT_BITS, _SAMPLE_BITS = 40, 48
 
 
-def numbered(plan: RowPlan, number: int) -> RowPlan:
-    """A row of one corpus as a row of the blend."""
-    if number == 0:
-        return plan
-    segments = plan.segments.copy()
-    segments[:, [DOCUMENT, ORDINAL]] += number << _DOCUMENT_BITS
-    return RowPlan(segments, plan.epoch)
+def first_number(corpus: int) -> int:
+    """What the documents and ordinals of a corpus begin at."""
+    return corpus << _DOCUMENT_BITS
 
 
 @dataclass(frozen=True)

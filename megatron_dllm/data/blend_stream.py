@@ -13,10 +13,11 @@ corpus's own sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_dllm.data.blend import Blend, numbered
+from megatron_dllm.data.blend import Blend, first_number
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import LENGTH, RowPlan, RowStream
 from megatron_dllm.data.shuffle import mix_key
@@ -48,6 +49,10 @@ class BlendStream:
         self._corpora: list[dict[str, Any]] = []  # by number: name, fingerprint, and the position of one not opened
         self._streams: dict[int, RowStream] = {}
         self._blends: list[dict[str, list[Any]]] = []  # weights, and tokens under them, by number; the last one counts
+        # Of the blend that counts: number and weight of its corpora, their tokens, and all of these.
+        self._weighted: list[tuple[int, float]] = []
+        self._tokens: list[int] = []
+        self._total = 0
         self._open([])
 
     @property
@@ -65,6 +70,7 @@ class BlendStream:
         by_number = [weights.get(corpus["fingerprint"], 0.0) for corpus in self._corpora]
         if not self._blends or self._blends[-1]["weights"] != by_number:
             self._blends.append({"weights": by_number, "tokens": [0] * len(by_number)})
+            self._begin_blend()
 
     def next(self, geometry: RowGeometry) -> RowPlan:
         """The next row of the sequence, under `geometry`.
@@ -80,8 +86,11 @@ class BlendStream:
                 f"corpus {self._source(number).name} has been read through, and data.on_exhausted (refuse) allows no "
                 "second epoch; give it a smaller weight, more text, or data.on_exhausted=repeat."
             )
-        self._blends[-1]["tokens"][number] += int(plan.segments[:, LENGTH].sum())
-        return numbered(plan, number)
+        # A list is quicker than numpy for a few segments, and this runs once a row on every rank.
+        num_tokens = sum(plan.segments[:, LENGTH].tolist())
+        self._tokens[number] += num_tokens
+        self._total += num_tokens
+        return plan
 
     def state_dict(self) -> dict[str, Any]:
         """The position as plain numbers, fit for JSON, with all blends of the run so far."""
@@ -109,6 +118,7 @@ class BlendStream:
             missing = len(self._corpora) - len(self._blends[-1]["weights"])
             self._blends[-1]["weights"] += [0.0] * missing
             self._blends[-1]["tokens"] += [0] * missing
+            self._begin_blend()
 
     def copy(self) -> BlendStream:
         """An independent stream at the same position (the documents are shared)."""
@@ -119,12 +129,24 @@ class BlendStream:
     def _source(self, number: int) -> Source:
         return self._sources[self._corpora[number]["fingerprint"]]
 
+    def _begin_blend(self) -> None:
+        """Take the last blend for the next rows."""
+        blend = self._blends[-1]
+        self._weighted = [(number, weight) for number, weight in enumerate(blend["weights"]) if weight]
+        self._tokens, self._total = blend["tokens"], sum(blend["tokens"])
+
     def _next_number(self) -> int:
-        assert self._blends, "rows are asked for before weights are given"
-        weights, tokens = self._blends[-1]["weights"], self._blends[-1]["tokens"]
-        total = max(sum(tokens), 1)
-        behind = [weight * total - count if weight else -1.0 for weight, count in zip(weights, tokens, strict=True)]
-        return max(range(len(behind)), key=behind.__getitem__)
+        """The corpus whose share is furthest behind; of equal ones the first."""
+        assert self._weighted, "rows are asked for before weights are given"
+        if len(self._weighted) == 1:
+            return self._weighted[0][0]
+        tokens, total = self._tokens, self._total or 1
+        found, most = -1, -math.inf
+        for number, weight in self._weighted:
+            behind = weight * total - tokens[number]
+            if behind > most:
+                found, most = number, behind
+        return found
 
     def _open(self, known: list[dict[str, Any]]) -> None:
         """Give every corpus its number: known ones keep theirs, in order; new ones follow."""
@@ -137,7 +159,9 @@ class BlendStream:
             if source is None:
                 continue
             seed = mix_key(self._seed, number) if number else self._seed
-            stream = RowStream(source.document_lengths, seed, self._chunk, spans=source.spans)
+            stream = RowStream(
+                source.document_lengths, seed, self._chunk, spans=source.spans, first_number=first_number(number)
+            )
             if "position" in corpus:
                 stream.load_state_dict(corpus.pop("position"))
             self._streams[number] = stream

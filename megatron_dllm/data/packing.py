@@ -143,16 +143,23 @@ class RowStream:
         chunk: documents that are packed together.
         shuffle: false keeps the documents in their own order (validation).
         spans: of the documents; None: plain text. Segments without a token that may carry a loss are left out.
+        first_number: what documents and ordinals begin at in the plans: those of a blend's other corpora stay apart.
     """
 
     def __init__(
-        self, document_lengths: NDArray[Any], seed: int, chunk: int, shuffle: bool = True, spans: Spans | None = None
+        self,
+        document_lengths: NDArray[Any],
+        seed: int,
+        chunk: int,
+        shuffle: bool = True,
+        spans: Spans | None = None,
+        first_number: int = 0,
     ) -> None:
         if len(document_lengths) == 0:
             raise ValueError("document_lengths (0 documents) must not be empty; tokenize a corpus with text in it.")
         if chunk < 1:
             raise ValueError(f"packing_chunk ({chunk}) must be at least 1; 1024 fills rows well.")
-        self._lengths, self._spans = document_lengths, spans
+        self._lengths, self._spans, self._first_number = document_lengths, spans, first_number
         self._identity = {"num_documents": len(document_lengths), "seed": seed, "chunk": chunk, "shuffle": shuffle}
         if spans is not None:
             self._identity["num_spans"] = len(spans.table)
@@ -217,7 +224,7 @@ class RowStream:
 
     def copy(self) -> RowStream:
         """An independent stream at the same position (the lengths are shared)."""
-        other = RowStream(self._lengths, self._seed, self._chunk, self._shuffle, self._spans)
+        other = RowStream(self._lengths, self._seed, self._chunk, self._shuffle, self._spans, self._first_number)
         other.load_state_dict(self.state_dict())
         return other
 
@@ -230,7 +237,9 @@ class RowStream:
             segments = trainable_segments(segments, geometry.context_length, self._spans)
             rows = self._rows(segments, geometry)
             order = np.argsort(rows, kind="stable")
-            plans = np.split(segments[order], np.cumsum(np.bincount(rows))[:-1]) if len(rows) else []
+            segments = segments[order]
+            segments[:, [DOCUMENT, ORDINAL]] += self._first_number
+            plans = np.split(segments, np.cumsum(np.bincount(rows))[:-1]) if len(rows) else []
             self._planned = (geometry, plans[::-1])
         return self._planned[1]
 
