@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study clean
+.PHONY: demo docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -74,6 +74,11 @@ kill: install
 
 clean:
 	rm -rf runs/demo
+
+# Three seeds of SFT and CAP from the demo's merge, and of SFT from random weights: half an hour on two free cores; writes
+# benchmarks/results/tiny_sft_study.md
+sft-study: demo
+	$(BIN)/python launch/local.py experiment=tiny_sft_study
 
 study: demo
 	$(BIN)/python launch/local.py experiment=tiny_study

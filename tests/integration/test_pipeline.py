@@ -74,8 +74,9 @@ def test_samples_merge_and_report_are_there(demo: Path) -> None:
     merged = json.loads((demo / "merged" / "validation.json").read_text())
     assert 0 < merged["elbo"]["32"] < 10
     page = (demo / "report.html").read_text()
-    # Loss, learning rate, speed, router and mask of the base; of the conversion also validation and noise levels.
-    assert page.count("data:image/png;base64,") == 5 + 7 and "http" not in page
+    # Loss, learning rate, speed, router and mask of the base; of the conversion also validation and noise levels; the
+    # same of SFT and CAP without validation; answers.
+    assert page.count("data:image/png;base64,") == 5 + 7 + 1 + 6 and "http" not in page
     assert "<td>merged</td>" in page and "tokens per forward" in page and "No row of the run is drawn" not in page
 
 

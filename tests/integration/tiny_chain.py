@@ -21,7 +21,7 @@ from launch.freeze import freeze_job, rank_arguments
 from megatron_dllm.compose import RECIPES
 
 ROOT = RECIPES.parent
-NUM_JOBS = 12
+NUM_JOBS = 19
 VOCAB_SIZE = 512
 # Heads of 8 instead of 32; as many layers and experts, so that every kind of tensor is there.
 MODEL = {
@@ -47,6 +47,7 @@ def small_recipes(folder: Path) -> Path:
     for name in ("tiny_base", "tiny_convert"):
         _change(folder / "experiment" / f"{name}.yaml", {"evaluation.num_tokens": VALIDATION_TOKENS})
     _change(folder / "experiment" / "tiny_convert.yaml", {"checkpoint.save_interval_tokens": 6000})
+    _change(folder / "schedule" / "tiny_cap.yaml", {"stages.cap.num_tokens": 2_100})
     _shorten_tools(folder / "chain" / "tiny_demo.yaml")
     return folder
 
@@ -63,17 +64,19 @@ def _change(path: Path, values: dict[str, Any]) -> None:
 def _shorten_tools(path: Path) -> None:
     """Give the chain's tools less to do. The measuring one reads the project's recipes, not these."""
     jobs = OmegaConf.load(path).jobs
-    corpus, merge, measure, generate = (
-        list(OmegaConf.to_container(jobs[name].arguments, resolve=False))
-        for name in ("corpus", "merge", "evaluate_merged", "generate")
+    changed = ("corpus", "merge", "evaluate_merged", "generate", "chats", "answers_sft", "answers_cap")
+    corpus, merge, measure, generate, chats, *answers = (
+        list(OmegaConf.to_container(jobs[name].arguments, resolve=False)) for name in changed
     )
     corpus[corpus.index("--vocab_size") + 1] = str(VOCAB_SIZE)
     corpus += ["--max_bytes", "600000", "--validation_fraction", "0.2"]
     merge[merge.index("--k") + 1] = "2"
     measure += [f"evaluation.num_tokens={VALIDATION_TOKENS}"]
     generate[generate.index("max_new_tokens=128")] = "max_new_tokens=40"
-    arguments = {"corpus": corpus, "merge": merge, "evaluate_merged": measure, "generate": generate}
-    _change(path, {f"jobs.{name}.arguments": words for name, words in arguments.items()})
+    chats[chats.index("--num_train") + 1], chats[chats.index("--num_held_out") + 1] = "20", "2"
+    short = [[*words, "--thresholds", "0.5", "0.9", "--max_new_tokens", "8"] for words in answers]
+    arguments = zip(changed, (corpus, merge, measure, generate, chats, *short), strict=True)
+    _change(path, {f"jobs.{name}.arguments": words for name, words in arguments})
 
 
 def run_chain_here(recipes: Path, root: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Write words in the opposite order: "reverse: list value file" gives "file value list"."""
+"""Write words in the opposite order: "reverse: list value file name" gives "name file value list"."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ name list value file string class test text code line type time read open data k
 token word number index error message process event date color tree
 """
 WORDS = tuple(_TEXT.split())
-_LENGTH = 3
+_NUM_WORDS, _LENGTH = 12, 4
 
 
 def _ask(source: random.Random) -> str:
-    return f"reverse: {' '.join(source.sample(WORDS, _LENGTH))}"
+    return f"reverse: {' '.join(source.sample(WORDS[:_NUM_WORDS], _LENGTH))}"
 
 
 def _reversed(question: str) -> list[str]:

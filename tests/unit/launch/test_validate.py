@@ -187,7 +187,7 @@ def test_sbatch_s_refusal_is_readable() -> None:
     assert readable_refusal(said) == "invalid partition specified: x Invalid partition name specified"
 
 
-@pytest.mark.parametrize("name", ["tiny_demo", "tiny_study"])
+@pytest.mark.parametrize("name", ["tiny_demo", "tiny_study", "tiny_sft_study"])
 def test_the_project_s_own_chains_hang_together_in_any_folder(tmp_path: Path, name: str) -> None:
     chain = compose_chain([f"experiment={name}", f"root={tmp_path}", "train_module=tests.slurm.fake_train"])
     # The study starts from what the demo leaves behind, which need not be there.
