@@ -55,9 +55,17 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _line(axis: Axes, records: Sequence[Record], key: str, color: object, label: str = "", width: int = 1) -> None:
+def _line(
+    axis: Axes,
+    records: Sequence[Record],
+    key: str,
+    color: object,
+    label: str = "",
+    width: int = 1,
+    is_apart_by_stage: bool = True,
+) -> None:
     """A series over consumed tokens, broken where there is nothing; a point between two breaks gets a dot."""
-    tokens, values = broken_line(records, "consumed_tokens", key, width)
+    tokens, values = broken_line(records, "consumed_tokens", key, width, is_apart_by_stage)
     tokens = tokens / _MILLION
     axis.plot(tokens, values, color=color, lw=1.3, label=label or None)
     is_there = np.pad(np.isfinite(values), 1)
@@ -79,14 +87,14 @@ def _mark_stages(axis: Axes, records: Sequence[Record]) -> None:
 def _label_tokens(axis: Axes) -> None:
     axis.set_xlabel("document tokens (millions)")
     axis.margins(x=0.01)
+    axis.set_xlim(left=-0.01 * axis.get_xlim()[1])  # from the beginning, with room for a marker there
 
 
 def schedule_picture(records: Sequence[Record]) -> bytes:
     """Learning rate over consumed tokens, and the block size where it changes."""
     figure = _figure(8, 2.8)
     axis = figure.subplots()
-    tokens, rates = broken_line(records, "consumed_tokens", "learning_rate", is_apart_by_stage=False)
-    axis.plot(tokens / _MILLION, rates, color=_RED, lw=1.3)
+    _line(axis, records, "learning_rate", _RED, is_apart_by_stage=False)
     axis.set_ylabel("learning rate", color=_RED)
     axis.set_ylim(bottom=0)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
