@@ -33,6 +33,7 @@ from megatron_dllm.checkpoint.stored_model import StoredModel, open_checkpoint
 from megatron_dllm.checkpoint.streaming import MAX_PIECE_BYTES, Task, run, split_rows
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.config import ModelConfig
+from megatron_dllm.data.chat_template import ChatTemplate
 from megatron_dllm.hf.architectures import (
     ARCHITECTURE_CLASS,
     ARCHITECTURES_OF_FAMILY,
@@ -45,7 +46,13 @@ from megatron_dllm.hf.export_limits import as_exported, check_architecture
 from megatron_dllm.hf.name_table import WeightMap, is_fp32, weight_map
 from megatron_dllm.hf.safetensors_io import MAX_SHARD_BYTES, SafetensorsWriter
 from megatron_dllm.hf.serving import DLLM_CONFIG, SGLANG, dllm_config, sglang_differences
-from megatron_dllm.hf.tokenizer_folder import copy_tokenizer, name_tokenizer_class, named_tokenizer
+from megatron_dllm.hf.tokenizer_folder import (
+    TokenizerFiles,
+    chat_template,
+    copy_tokenizer,
+    name_tokenizer_class,
+    named_tokenizer,
+)
 from megatron_dllm.run.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -115,7 +122,7 @@ def convert(
         write_json(temporary / "config.json", config, indent=2)
         write_json(
             temporary / "generation_config.json",
-            {"eos_token_id": model.eos_token_id, "pad_token_id": model.pad_token_id},
+            {"eos_token_id": _stop_ids(files, model, architecture), "pad_token_id": model.pad_token_id},
             indent=2,
         )
         copy_tokenizer(files, temporary, model.mask_token_id, model.vocab_size)
@@ -125,6 +132,18 @@ def convert(
         if architecture in SGLANG:
             write_text(temporary / DLLM_CONFIG, dllm_config(semantics.block_size))
         write_text(temporary / "README.md", model_card(stored_model, architecture, dtype_name, temporary))
+
+
+def _stop_ids(files: TokenizerFiles, model: ModelConfig, architecture: str) -> int | list[int]:
+    """Tokens at which an engine stops: the end of a document, and of a turn where a diffusion model answers chats."""
+    if architecture not in CODE_OF_ARCHITECTURE or chat_template(files.folder) is None:
+        return model.eos_token_id
+    try:
+        turn = ChatTemplate.load(str(files.folder)).end_of_turn()
+    except ValueError as error:
+        logger.warning("an engine will not stop at the end of a turn: %s", error)
+        return model.eos_token_id
+    return model.eos_token_id if turn == model.eos_token_id else [turn, model.eos_token_id]
 
 
 def settle_architecture(stored: StoredModel, asked: str | None) -> str:

@@ -207,6 +207,8 @@ def test_chats_are_answered_up_to_the_end_of_the_turn(one_rank: None, tmp_path: 
     run = save_run(tmp_path / "run", MODEL)
     (run / "tokenizer" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     convert(run, tmp_path / "hf")
+    stops = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [1, MODEL.eos_token_id], "an engine stops at the end of a turn too"
     chats = [[{"role": "user", "content": text}] for text in ("the cat", "who", "once upon", "there was a dog")]
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     config = replace(SETTINGS, chats_file=str(tmp_path / "chats.jsonl"), max_new_tokens=60)
