@@ -6,7 +6,7 @@ text they are the row's document tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,9 +100,9 @@ def collect_tokens(
     """
     clean_ids, spans = content.clean_ids, content.spans
     assert len(clean_ids) == lengths.sum(), f"{len(clean_ids)} tokens for segments of {lengths.sum()}"
-    assert spans is not None or geometry.fill == "none", "plain text is not filled"
     starts, everything = row_starts(lengths), spans
-    if everything is None:  # plain text: one span is all of a segment
+    if everything is None:  # plain text: one span is all of a segment, and nothing is filled
+        geometry = replace(geometry, fill="none")
         table = np.stack([np.zeros_like(lengths), lengths, np.full_like(lengths, MASKABLE)], axis=1)
         everything = Spans(np.arange(len(lengths) + 1), table)
     if geometry.objective == "ar":

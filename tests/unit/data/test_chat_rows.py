@@ -127,3 +127,12 @@ def test_what_follows_a_turn_is_nowhere_that_the_turn_sees() -> None:
             stop = stops[int(row.roles[place, 0]), int(row.position_ids[place])]
             leaks |= bool((row.position_ids[keys] >= stop).any())
         assert leaks == (boundary == "all")
+
+
+def test_plain_text_that_is_blended_with_chats_is_text() -> None:
+    """And rows of padding are padding."""
+    text = replace(GEOMETRY, fill="none", turn_boundary="all")
+    for lengths in ([13, 6], []):
+        found, expected = (make_row(lengths, geometry, spec(1)) for geometry in (GEOMETRY, text))
+        for name in Row.__dataclass_fields__:
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
