@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.ranks import run_ranks
@@ -193,6 +194,31 @@ def test_hf_folder_gives_the_text_of_the_torch_dist_checkpoint(
     assert without_time(results) == without_time(expected)
     assert [result.prompt for result in results] == PROMPTS
     assert len({result.text for result in results}) == 3
+
+
+def test_hf_folder_with_fused_experts_gives_the_same_text_and_one_with_nan_none(
+    one_rank: None, run: Path, prompts_file: Path, tmp_path: Path
+) -> None:
+    from checkpoints_tools.mcore_to_hf import convert
+
+    convert(run, tmp_path / "hf")
+    config = replace(SETTINGS, prompts_file=str(prompts_file), checkpoint=str(tmp_path / "hf"))
+    expected = generate(config)
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    for prefix in {name.split(".experts.")[0] + ".experts" for name in tensors if ".experts." in name}:
+        gate, up, down = (
+            [tensors.pop(name) for name in (f"{prefix}.{e}.{part}_proj.weight" for e in range(999)) if name in tensors]
+            for part in ("gate", "up", "down")
+        )
+        tensors[f"{prefix}.gate_up_proj"] = torch.cat([torch.stack(gate), torch.stack(up)], dim=1)
+        tensors[f"{prefix}.down_proj"] = torch.stack(down)
+    assert any(name.endswith("gate_up_proj") for name in tensors)
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert without_time(generate(config)) == without_time(expected)
+    tensors["lm_head.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: lm_head\.weight holds 1 NaN"):
+        generate(config)
 
 
 CHAT_TEMPLATE = (
