@@ -193,7 +193,8 @@ def frozen_yaml(config: TrainConfig) -> str:
 
     Hydra's own settings are taken along, so that a rerun from the frozen file also writes no `outputs/` folders.
     """
-    hydra = OmegaConf.to_container(OmegaConf.load(RECIPES / "train.yaml")).get("hydra", {})  # type: ignore[union-attr]
+    hydra = dict(OmegaConf.to_container(OmegaConf.load(RECIPES / "train.yaml")).get("hydra", {}))  # type: ignore[union-attr]
+    del hydra["sweep"]  # of several runs, which a job never is
     defaults = ["train_schema", "_self_", {"override hydra/job_logging": "none"}]
     frozen = {"defaults": defaults, **OmegaConf.to_container(OmegaConf.structured(config)), "hydra": hydra}  # type: ignore[dict-item]
     return OmegaConf.to_yaml(frozen)

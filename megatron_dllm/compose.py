@@ -62,7 +62,7 @@ def _groups(recipes: Path) -> dict[str, list[str]]:
 
 
 _WORD = re.compile(
-    r"\+{0,2}(?P<key>[A-Za-z_@][\w/@.]*[\w])=(?P<value>.*)|~(?P<left_out>[A-Za-z_][\w/@.]*)(=.*)?", re.DOTALL
+    r"\+{0,2}(?P<key>[A-Za-z_@][\w/@.-]*[\w])=(?P<value>.*)|~(?P<left_out>[A-Za-z_][\w/@.]*)(=.*)?", re.DOTALL
 )
 _RECIPES = re.compile(r"\[?\w[\w./-]*(,\s*\w[\w./-]*)*\]?")
 
