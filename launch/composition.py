@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from launch.chain import Chain, Job, JobSpec, LaunchConfig
 from megatron_dllm.compose import compose_dict, to_train_config
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.config.command_line import quoted
 from megatron_dllm.config.recipe_source import CONFIG_DIR, RECIPES, recipe_names
 from megatron_dllm.config.rules import check
 
@@ -83,7 +84,7 @@ def compose_chain(overrides: list[str], recipes: Path = RECIPES) -> Chain:
     folder = Path(config.root) / config.name
     jobs: list[Job] = []
     for job_name in config.jobs:
-        home = [f"run.root={_quoted(str(folder))}", f"run.name={job_name}"] if is_chain else []
+        home = [f"run.root={quoted(str(folder))}", f"run.name={job_name}"] if is_chain else []
         jobs.append(_resolve(job_name, config, home, train_overrides, jobs, recipes))
     return Chain(config, folder, tuple(jobs))
 
@@ -133,7 +134,7 @@ def _place_run(
     misplaced = [word for word in launch_overrides if word.startswith(("name=", "root="))]
     check(not misplaced, f"{misplaced} would have no effect: {name} is a single run; use run.name= and run.root=.")
     if composed.cluster.run_root and not any(word.startswith("run.root=") for word in train_overrides):
-        train_overrides = [f"run.root={_quoted(composed.cluster.run_root)}", *train_overrides]
+        train_overrides = [f"run.root={quoted(composed.cluster.run_root)}", *train_overrides]
     run = to_train_config(_compose_train(name, train_overrides, recipes)).run
     composed.name, composed.root = run.name, run.root
     return train_overrides
@@ -144,11 +145,6 @@ def _only_job(experiment: str, selected: dict[str, str]) -> JobSpec:
     return JobSpec(
         experiment=experiment, nodes=1 if nodes is None else nodes, min_nodes=_integer(selected, "min_nodes")
     )
-
-
-def _quoted(text: str) -> str:
-    """A value as Hydra's command line reads it back, letters beyond ASCII included."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _integer(selected: dict[str, str], key: str) -> int | None:

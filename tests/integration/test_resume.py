@@ -135,7 +135,7 @@ def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig
     )  # a record gathers weights too
     first, second, _ = _steps_of_stages(unbroken_two)
     assert first > 3 and second > 3, "the stops must lie inside the stages"
-    for steps, number, rank in ((3, signal.SIGTERM, 1), (first - 3, signal.SIGUSR1, 0), (2, signal.SIGTERM, 1)):
+    for steps, number, rank in ((3, signal.SIGTERM, 1), (first - 3, signal.SIGUSR1, 0), (2, signal.SIGINT, 1)):
         assert train_ranks(2, config, steps, number, rank) == [EXIT_PREEMPTED] * 2
     assert folders.latest_checkpoint(checkpoints_of(config)) == folders.step_folder(checkpoints_of(config), first + 2)
     assert train_ranks(2, config) == [0, 0]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.stdlib_corpus import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, save_tokenizer, train_tokenizer
 from megatron_dllm.data.tokenize import main, tokenize_corpus
 from megatron_dllm.data.tokenizer import TextTokenizer, tokenizer_fingerprint
+from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 
 TEXTS = ["def f(x):\n    return x + 1\n", "größe 字 🙂", f"look: {MASK_TOKEN} and {EOS_TOKEN}{PAD_TOKEN}!", "a"]
 
@@ -239,3 +244,27 @@ def test_exit_status(tokenizer_folder: str, jsonl: Path, tmp_path: Path) -> None
     with pytest.raises(ValueError, match="exists; choose another --output"):
         main(arguments)
     assert main([*arguments, "--overwrite", "--num_workers", "1"]) == 0
+
+
+@pytest.mark.ranks
+def test_a_stop_leaves_nothing(tokenizer_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "a few words of text " * 10}) + "\n")
+    with open(tmp_path / "in.jsonl", "a") as file:
+        file.writelines([json.dumps({"text": "some more of them " * 10}) + "\n"] * 200_000)
+    words = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", tokenizer_folder, "--num_workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_dllm.data.tokenize", *words, "--output", str(tmp_path / "new" / "out")],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not any(path.stat().st_size for path in tmp_path.glob("new/out.tmp-*.bin")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_PREEMPTED and "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != Path(tokenizer_folder).name) == ["in.jsonl"]

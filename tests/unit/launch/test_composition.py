@@ -190,3 +190,26 @@ def test_a_folder_with_one_chain_adds_to_the_shipped_recipes(tmp_path: Path) -> 
     assert compose_chain(["experiment=tiny_base"], tmp_path).jobs[0].config is not None
     with pytest.raises(ValueError, match=r"experiment \('tow'\) is not a recipe; there are: .*tiny_base, .*two"):
         compose_chain(["experiment=tow"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a,b=c#d (x) x[1] y{2} am&p ex!c ~ jörg", 'it\'s \\ "so" `x` $HOME <y>; z|*?', "2024_01"]
+)
+def test_paths_stay_as_they_were_typed_in_every_job(name: str) -> None:
+    inputs = {key: f"/data/{name}/{key}" for key in ("hf", "train", "validation", "chats")}
+    words = [f"inputs.{key}={value}" for key, value in inputs.items()]
+    chain = compose_chain(["experiment=llada2_mini_full", f"root=/runs/{name}", *words])
+    jobs = {job.name: job for job in chain.jobs}
+    assert chain.folder == Path(f"/runs/{name}/llada2_mini_full")
+    config = jobs["warmup"].config
+    assert config is not None and (config.data.train, config.data.validation) == (inputs["train"], inputs["validation"])
+    assert config.run.root == str(chain.folder) and config.checkpoint.load == f"{chain.folder}/start"
+    given = jobs["hf_to_mcore"].spec.arguments
+    assert inputs["hf"] in given and f"{chain.folder}/start" in given
+
+
+@pytest.mark.parametrize("name", ["3e5", "8e12345", "1e999", "2024_01", "1_000", "1.50", "true", "007", "v1.0"])
+def test_names_stay_as_they_were_typed(name: str) -> None:
+    assert compose_chain(["experiment=tiny_demo", f"name={name}"]).folder == Path("runs") / name
+    chain = compose_chain(["experiment=tiny_base", f"run.name={name}", f"cluster.account={name}"])
+    assert chain.folder.name == name and chain.config.cluster.account == name
