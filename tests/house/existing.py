@@ -16,12 +16,12 @@ from megatron_dllm.config import GenerateConfig, TrainConfig
 from megatron_dllm.config.evaluate import EvaluateConfig
 from tests.house.mentions import FOLDERS, PACKAGE, Mention
 
-# What our pages name of others: flags of torchrun, SLURM and pip; arguments of transformers and torch.
+# What our pages name of others: flags of torchrun, SLURM and pip; arguments of transformers and torch; a key of Hydra.
 FOREIGN_FLAGS = (
     *("--shutdown-timeout", "--nproc_per_node", "--test-only", "--requeue", "--switches", "--exclude"),
     *("--index-url",),
 )
-FOREIGN_KEYS = ("trust_remote_code", "torch.load")
+FOREIGN_KEYS = ("trust_remote_code", "torch.load", "defaults")
 # What the files are called that docs have their reader write: recipes/cluster/mine.yaml.
 READERS = "mine"
 HYDRA_FLAGS = ("--multirun", "--help", "--config-dir", "--config-name")

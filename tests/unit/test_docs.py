@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import chain
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def _composed(program: str) -> list[list[str]]:
 @pytest.mark.parametrize("words", _composed("megatron_dllm.train"), ids=" ".join)
 def test_the_training_commands_of_the_pages_compose(words: list[str]) -> None:
     assert compose_dict(words).schedule.stages
+
+
+def test_the_guide_s_experiment_composes(tmp_path: Path) -> None:
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "first_conversion.md").read_text(), re.DOTALL)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(recipe)
+    config = compose_dict(["experiment=mine"], recipes=tmp_path)
+    assert (config.run.name, config.schedule.num_tokens) == ("mine", 5 * 10**9)
+    assert config.schedule.is_fitted_to_model and config.parallel.expert_model_parallel_size == 8
 
 
 @pytest.mark.parametrize("words", _composed("launch/submit.py") + _composed("launch/local.py"), ids=" ".join)
