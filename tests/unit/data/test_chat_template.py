@@ -9,8 +9,9 @@ import pytest
 
 from megatron_dllm.data.chat import Chat, chat_of
 from megatron_dllm.data.chat_template import ChatDocument, ChatTemplate
+from megatron_dllm.data.noisy_blocks import Turns
 from megatron_dllm.data.reading import BadDocumentError
-from megatron_dllm.data.spans import MASKABLE
+from megatron_dllm.data.spans import FIXED, MASKABLE, Spans
 from megatron_dllm.data.stdlib_corpus import MASK_TOKEN
 from tests.unit.data.chat_folders import CHATML, GENERATION, MERGING, REASONING, write_chat_tokenizer
 
@@ -102,6 +103,18 @@ def test_a_template_that_marks_what_is_generated(tmp_path: Path) -> None:
     (document,) = template.documents(chat(PLAIN))
     assert answers(template, document) == ["Hello<|im_end|>", "größe<|im_end|>", "b<|im_end|>"]
     assert document.text.count("Bot: ") == 3
+
+
+def test_an_answer_that_the_template_marks_in_parts_is_one_turn(tmp_path: Path) -> None:
+    """A span of fixed tokens joins its parts, so that nothing is filled in between."""
+    parts = "{{- m.content }}{%- endgeneration %}{{- ' :: ' }}{%- generation %}{{- m.content }}{%- endgeneration"
+    template = load(tmp_path, GENERATION.replace("{{- m.content }}{%- endgeneration", parts, 1))
+    (document,) = template.documents(chat([("user", "Hi"), ("assistant", "Hello"), ("user", "So"), ("assistant", "b")]))
+    assert [kind for *_, kind in document.spans] == [MASKABLE, FIXED, MASKABLE] * 2
+    texts = [template.tokenizer.decode(document.ids[a:b], skip_special_tokens=False) for a, b, _ in document.spans]
+    assert texts == ["Hello", " :: ", "Hello<|im_end|>", "b", " :: ", "b<|im_end|>"]
+    turns = Turns.of(Spans.of_lists([document.spans]))
+    assert turns.of_span.tolist() == [0, 0, 0, 1, 1, 1] and not turns.is_cut.any()
 
 
 def test_a_template_whose_mark_misses_the_answer(tmp_path: Path) -> None:
