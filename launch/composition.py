@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from launch.chain import Chain, Job, JobSpec, LaunchConfig
+from launch.jobs import Chain, Job, JobSpec, LaunchConfig
 from megatron_dllm.compose import compose_dict, to_train_config
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.command_line import quoted

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.chain import Chain, Job
+from launch.jobs import Chain, Job
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.run.code_version import FROZEN_STATE, ROOT, code_state, git
 from megatron_dllm.run.files import write_json, write_text

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.chain import Chain, Job
+from launch.jobs import Chain, Job
 from launch.world import schedule_stages, spread
 from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
 

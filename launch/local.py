@@ -24,10 +24,10 @@ if __name__ == "__main__":
     listen()
 
 from launch import record
-from launch.chain import Chain, Job
 from launch.composition import compose_chain
 from launch.failure import collect_failure, exit_records, overall_code
 from launch.freeze import freeze_environment, freeze_job, rank_arguments
+from launch.jobs import Chain, Job
 from launch.local_ranks import run_ranks, run_tool
 from launch.progress import Progress, progress_of
 from launch.rank import RUN_VARIABLE, SHOW_VARIABLE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from launch import record
-from launch.chain import Chain, Job
+from launch.jobs import Chain, Job
 
 
 class Progress(Enum):

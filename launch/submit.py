@@ -29,10 +29,10 @@ if __name__ == "__main__":
     listen()
 
 from launch import record
-from launch.chain import Chain, Job
 from launch.composition import compose_chain
 from launch.freeze import freeze_code, freeze_environment, freeze_job
 from launch.job import job_script, sbatch_options, supervisor_details
+from launch.jobs import Chain, Job
 from launch.progress import Progress, progress_of
 from launch.status import show
 from launch.validate import check_chain

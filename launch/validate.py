@@ -17,8 +17,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launch.chain import Chain, Job
 from launch.job import job_python, valid_nodes
+from launch.jobs import Chain, Job
 from launch.progress import Progress, progress_of
 from launch.record import output_exists, read_json
 from megatron_dllm.checkpoint import folder as checkpoint_folder
