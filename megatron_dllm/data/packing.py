@@ -165,7 +165,7 @@ class RowStream:
             self._identity["num_spans"] = len(spans.table)
         self._seed, self._chunk, self._shuffle = seed, chunk, shuffle
         self._num_chunks = -(-len(document_lengths) // chunk)
-        self._epoch, self._chunk_index, self._num_segments_before = 0, 0, 0
+        self._epoch, self._chunk_index, self._num_segments_before, self._num_dropped = 0, 0, 0, 0
         self._emitted: list[tuple[RowGeometry, int]] = []  # of this chunk: rows under each geometry, in order
         self._planned: tuple[RowGeometry, list[Segments]] | None = None  # rows left in this chunk, last one first
 
@@ -199,6 +199,8 @@ class RowStream:
             "chunk_index": self._chunk_index,
             # Named as in the checkpoints that were written before.
             "num_pieces_before": self._num_segments_before,
+            # Segments of the chunks that are over, in all epochs, that held no token with a loss.
+            "num_dropped": self._num_dropped,
             "emitted": [{"geometry": asdict(geometry), "num_rows": rows} for geometry, rows in self._emitted],
             "identity": dict(self._identity),
         }
@@ -219,6 +221,7 @@ class RowStream:
                 )
         self._epoch, self._chunk_index = int(state["epoch"]), int(state["chunk_index"])
         self._num_segments_before = int(state["num_pieces_before"])
+        self._num_dropped = int(state.get("num_dropped", 0))
         self._emitted = [(RowGeometry(**entry["geometry"]), int(entry["num_rows"])) for entry in state["emitted"]]
         self._planned = None
 
@@ -248,6 +251,12 @@ class RowStream:
 
     def _chunk_segments(self, context_length: int) -> Segments:
         """[p, 4] all segments of the current chunk, in order of arrival."""
+        segments = trainable_segments(self._chunk_documents(), context_length, self._spans)
+        segments[:, ORDINAL] = self._num_segments_before + np.arange(len(segments))
+        return segments
+
+    def _chunk_documents(self) -> Segments:
+        """[p, 4] the documents of the current chunk as segments of any length, in order of arrival."""
         size = len(self._lengths)
         places = np.arange(self._chunk_index * self._chunk, min((self._chunk_index + 1) * self._chunk, size))
         documents = KeyedPermutation(size, (self._seed, self._epoch))(places) if self._shuffle else places
@@ -256,15 +265,17 @@ class RowStream:
         whole = whole[whole[:, LENGTH] > 0]
         if self._spans is not None:
             self._spans.take(whole[:, DOCUMENT]).check(whole[:, DOCUMENT], whole[:, LENGTH])
-        segments = trainable_segments(whole, context_length, self._spans)
-        segments[:, ORDINAL] = self._num_segments_before + np.arange(len(segments))
-        return segments
+        return whole
 
     def _rows(self, segments: Segments, geometry: RowGeometry) -> NDArray[np.int64]:
         return assign_rows(geometry, segments[:, LENGTH], segment_spans(self._spans, segments))
 
     def _next_chunk(self, geometry: RowGeometry) -> None:
-        self._num_segments_before += len(self._chunk_segments(self._context_length_at_start(geometry)))
+        context_length = self._context_length_at_start(geometry)
+        num_segments = len(self._chunk_segments(context_length))
+        if self._spans is not None:
+            self._num_dropped += len(split_segments(self._chunk_documents(), context_length)) - num_segments
+        self._num_segments_before += num_segments
         self._chunk_index += 1
         if self._chunk_index == self._num_chunks:
             self._epoch, self._chunk_index, self._num_segments_before = self._epoch + 1, 0, 0
@@ -273,11 +284,15 @@ class RowStream:
 
 @dataclass(frozen=True)
 class RowFill:
-    """Means over rows, in tokens: of the corpus, seen by the model, and padding left."""
+    """Means over rows, in tokens: of the corpus, seen by the model, and padding left.
+
+    `dropped_share` is of segments: those that were left out, since they hold no token that may carry a loss.
+    """
 
     document_tokens: float
     forward_tokens: float
     padding_tokens: float
+    dropped_share: float = 0.0
 
 
 def row_forward_tokens(
@@ -326,7 +341,7 @@ def estimate_fill(
     """
     documents = min(len(document_lengths), num_chunks * chunk)
     stream = RowStream(document_lengths, seed, chunk, spans=spans)
-    num_document = num_forward = num_rows = 0
+    num_document = num_forward = num_rows = num_segments = 0
     while True:
         plan = stream.next(geometry)
         state = stream.state_dict()
@@ -335,6 +350,8 @@ def estimate_fill(
         lengths, of_segments = plan.segments[:, LENGTH], segment_spans(spans, plan.segments)
         num_document += row_document_tokens(geometry, lengths, of_segments)
         num_forward += row_forward_tokens(geometry, lengths, of_segments)
-        num_rows += 1
+        num_rows, num_segments = num_rows + 1, num_segments + len(lengths)
+    num_dropped = state["num_dropped"]
     padding = geometry.row_length - num_forward / num_rows
-    return RowFill(num_document / num_rows, num_forward / num_rows, padding)
+    dropped_share = num_dropped / (num_dropped + num_segments)
+    return RowFill(num_document / num_rows, num_forward / num_rows, padding, dropped_share)

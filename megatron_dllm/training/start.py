@@ -144,7 +144,13 @@ def decide_start(
         table=tuple(stage_table(schedule, _estimates(config, schedule, sources))),
         num_corpus_tokens=sum(source.num_tokens for source in sources.corpora.values()),
         changes=changes_since(past, config),
-        warnings=(*schedule.warnings(), *chat_warnings(config, sources), *blends, *filter(None, [wandb.warning])),
+        warnings=(
+            *schedule.warnings(),
+            *chat_warnings(config, sources),
+            *blends,
+            *_dropped(config, schedule, sources),
+            *filter(None, [wandb.warning]),
+        ),
         wandb=wandb,
     )
 
@@ -282,6 +288,22 @@ def _estimates(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -
         forward = sum(count * fill.forward_tokens for count, fill in zip(rows, fills, strict=True))
         estimates[stage.name] = RowEstimate(1.0 / sum(rows), forward / sum(rows))
     return estimates
+
+
+def _dropped(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> list[str]:
+    """Which corpora hold segments that no stage trains on, a sentence each."""
+    geometry = RowGeometry.of_stage(schedule.stages[0].config, config.schedule, config.data)  # one context for all
+    shares = {
+        prefix: _fill(config, source, geometry).dropped_share
+        for prefix, source in sources.corpora.items()
+        if source.spans is not None
+    }
+    return [
+        f"corpus {prefix}: {share:.1%} of its segments hold no token that may carry a loss and are left out (of its "
+        "first documents; dropped_segments in the metrics counts them)."
+        for prefix, share in shares.items()
+        if share > 0.0
+    ]
 
 
 def _fill(config: TrainConfig, source: Source, geometry: RowGeometry) -> RowFill:

@@ -1,4 +1,4 @@
-"""What share of the document tokens each corpus has really had, and how often it has been read through."""
+"""What share of the document tokens each corpus has really had, how often it has been read, and what was left out."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from megatron_dllm.training.reports import StepReport
 
 
 class BlendShares(Observer):
-    """Records the shares since the weights were last changed; nothing where a run has one corpus."""
+    """Records the shares since the weights were last changed, where a run has several corpora, and dropped segments."""
 
     def measure(self, report: StepReport) -> dict[str, Any]:
-        """`data_share/NAME` and `data_epoch/NAME` of the corpora that have a weight."""
+        """`data_share/NAME` and `data_epoch/NAME` of corpora with a weight; `dropped_segments` if there are any."""
         corpora, blend = report.stream_state["corpora"], report.stream_state["blends"][-1]
+        num_dropped = sum(corpus["position"].get("num_dropped", 0) for corpus in corpora if "position" in corpus)
+        record: dict[str, Any] = {"dropped_segments": num_dropped} if num_dropped else {}
         if len(corpora) == 1:
-            return {}
+            return record
         total = max(sum(blend["tokens"]), 1)
         names = short_names([corpus["name"] for corpus in corpora])
-        record: dict[str, Any] = {}
         for number, (name, weight) in enumerate(zip(names, blend["weights"], strict=True)):
             if weight:
                 record[f"data_share/{name}"] = blend["tokens"][number] / total

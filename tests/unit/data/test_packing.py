@@ -316,3 +316,22 @@ def test_a_position_saved_before_shift_was_a_field_continues() -> None:
     other.load_state_dict(state)
     np.testing.assert_array_equal(other.next(GEOMETRIES[0]).segments, stream.next(GEOMETRIES[0]).segments)
     assert other.state_dict() == stream.state_dict()
+
+
+def test_segments_without_a_loss_are_counted() -> None:
+    """Documents of three segments whose loss lies in the second: two of three are left out, in every epoch anew."""
+    lengths, geometry = np.full(12, 48), GEOMETRIES[0]
+    spans = Spans.of_lists([[(20, 24, MASKABLE)]] * 12)
+    stream = RowStream(lengths, 0, 4, spans=spans)
+    while stream.next(geometry).epoch < 2:
+        pass
+    state = stream.state_dict()
+    assert state["num_dropped"] == 2 * 12 * 2
+    other = RowStream(lengths, 0, 4, spans=spans)
+    other.load_state_dict(state)
+    assert other.state_dict()["num_dropped"] == 48
+    del state["num_dropped"]
+    other.load_state_dict(state)
+    assert other.state_dict()["num_dropped"] == 0, "earlier versions did not count"
+    assert estimate_fill(lengths, geometry, seed=0, chunk=4, spans=spans).dropped_share == 2 / 3
+    assert estimate_fill(lengths, geometry, seed=0, chunk=4).dropped_share == 0.0

@@ -12,6 +12,8 @@ from benchmarks.tiny_run import STAGES, run_config, write_corpus
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.config import CheckpointConfig, EvaluationConfig, ParallelConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.spans import MASKABLE, Spans
+from megatron_dllm.data.spans_file import write_spans
 from megatron_dllm.run.names import CONFIG
 from megatron_dllm.training.blends import corpora_of_stages, stage_shares
 from megatron_dllm.training.past import as_yaml
@@ -205,3 +207,13 @@ def test_a_damaged_corpus_does_not_start(config: TrainConfig, corpora: list[str]
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"two.idx: document 1 .* must begin where the document before it ends"):
         decide(with_train(config, [1, corpora[0], 1, corpora[1]]))
+
+
+def test_segments_without_a_loss_are_told(config: TrainConfig, corpora: list[str]) -> None:
+    config = with_train(config, corpora[0], packing_chunk=400)
+    sources = Sources(config)  # kept: the lengths are its mapped memory
+    lengths = sources.corpora[corpora[0]].document_lengths.tolist()
+    write_spans(Path(corpora[0] + ".spans"), Spans.of_lists([[(0, 1, MASKABLE)] for _ in lengths]))
+    (told,) = [text for text in decide(config).warnings if "left out" in text]
+    dropped = sum(-(-length // config.schedule.context_length) - 1 for length in lengths)
+    assert f"one: {dropped / (dropped + len(lengths)):.1%} of its segments hold no token that may carry a loss" in told

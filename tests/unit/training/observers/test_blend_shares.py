@@ -45,3 +45,12 @@ def test_one_corpus_needs_no_shares() -> None:
 
 def test_names_are_as_short_as_they_can_be() -> None:
     assert short_names(["/data/web/", "/data/code", "/a/x", "/b/x"]) == ["web", "code", "/a/x", "/b/x"]
+
+
+def test_dropped_segments_are_counted() -> None:
+    stream = BlendStream([ONE], 0, 16)
+    stream.use({ONE.fingerprint: 1.0})
+    state = stream.state_dict()
+    state["corpora"][0]["position"]["num_dropped"] = 5
+    report: Any = SimpleNamespace(stream_state=state)
+    assert BlendShares().measure(report) == {"dropped_segments": 5}
