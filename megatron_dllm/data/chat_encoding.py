@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from megatron_dllm.data.chat_template import ChatDocument, ChatTemplate
 from megatron_dllm.data.encoding import EncodedBatch, join_tokens
 from megatron_dllm.data.reading import BadDocumentError, RawDocument, decode_record
 from megatron_dllm.data.spans import MASKABLE, MASKED, Spans
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 
 Overlong = Literal["drop", "truncate"]
 OVERLONG: tuple[Overlong, ...] = ("drop", "truncate")
@@ -83,6 +85,12 @@ class ChatEncoder:
             BadDocumentError: it is no chat, or cannot be rendered.
         """
         return self.template.documents(chat_of(decode_record(document)))
+
+    @property
+    def fill(self) -> str:
+        """The token that fills up an answer's last block, as text: the one that ends a document."""
+        eos = TokenizerFiles(Path(self.template.folder)).eos_id()
+        return self.decode([eos]) if eos is not None else "end of text"
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, special ones included."""

@@ -349,13 +349,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max_length", type=int, help="most tokens of a chat; the stage's context_length")
     parser.add_argument("--overlong", choices=OVERLONG, help="what happens to longer chats (default: drop)")
     parser.add_argument("--inspect", type=int, metavar="N", help="show N chats and write nothing")
+    parser.add_argument("--block_size", type=int, metavar="B", help="of the stage: --inspect shows the fill too")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logger.setLevel(logging.INFO)
     chats = _chats_of(options)
     if options.inspect is not None and chats:
-        show_chats(list_files(options.input, None).files, chats, options.inspect)
+        show_chats(list_files(options.input, None).files, chats, options.inspect, options.block_size)
         return 0
     counts = tokenize_corpus(
         options.input,
@@ -375,9 +376,13 @@ def _chats_of(options: argparse.Namespace) -> ChatEncoding | None:
     """How chats become documents, None for text; refuses options that do not go together."""
     if options.output is None and options.inspect is None:
         raise ValueError("output (none) must be a prefix of the files to write; add --output.")
+    if options.block_size is not None and options.inspect is None:
+        raise ValueError(
+            f"block_size ({options.block_size}) is for --inspect; rows are filled up when a stage trains them."
+        )
     if options.kind == "chat":
         return ChatEncoding(options.tokenizer, options.max_length, options.overlong or "drop")
-    for name in ("max_length", "overlong", "inspect"):
+    for name in ("max_length", "overlong", "inspect", "block_size"):
         if getattr(options, name) is not None:
             raise ValueError(f"{name} ({getattr(options, name)}) is for chats alone; add --kind chat or leave it out.")
     return None

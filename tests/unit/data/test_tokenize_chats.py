@@ -141,15 +141,29 @@ def test_another_template_is_refused_for_training(folder: str, tmp_path: Path, w
 def test_chats_are_shown(folder: str, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", [PAIR, BAD[0][0], TWO])
     screen = StringIO()
-    show_chats([path], ChatEncoding(folder), 2, Console(file=screen, width=200))
+    show_chats([path], ChatEncoding(folder), 2, console=Console(file=screen, width=200))
     shown = screen.getvalue()
     assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n[Hello<|im_end|>]" in shown
     assert f"{path}:2: no assistant message" in shown and "gpt" not in shown
 
 
+def test_the_fill_of_a_block_is_shown(folder: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", [PAIR])
+    [document] = ChatEncoding(folder).load().documents(raw(PAIR))
+    size = len(document.ids) + 3
+    screen = StringIO()
+    show_chats([path], ChatEncoding(folder), 1, size, Console(file=screen, width=200))
+    assert f"[Hello<|im_end|>]{{{ChatEncoding(folder).load().fill} x 3}}" in screen.getvalue()
+    screen = StringIO()
+    show_chats([path], ChatEncoding(folder), 1, len(document.ids), Console(file=screen, width=200))
+    assert " x " not in screen.getvalue().partition("\n")[2], "a block that the answer fills has no fill"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--kind", "chat", "--block_size", "4", "--output", "x"], "block_size (4) is for --inspect"),
+        (["--kind", "chat", "--inspect", "1", "--block_size", "0"], "block_size (0) must be at least 1"),
         (["--kind", "chat"], "output (none) must be a prefix"),
         (["--max_length", "9", "--output", "x"], "max_length (9) is for chats alone"),
         (["--inspect", "9"], "inspect (9) is for chats alone"),
