@@ -70,11 +70,6 @@ class OptimizerConfig:
             value = getattr(self, name)
             check(value >= 0, f"optimizer.{name} ({value}) must not be negative; 0 turns it off.")
         check(
-            self.spike_factor == 0 or self.spike_factor > 1,
-            f"optimizer.spike_factor ({self.spike_factor}) must be above 1, or every ordinary step is a spike; 0 turns "
-            "it off.",
-        )
-        check(
             not self.overlap_param_gather or self.overlap_grad_reduce,
             "optimizer.overlap_param_gather (true) needs overlap_grad_reduce; set both to true.",
         )

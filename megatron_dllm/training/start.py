@@ -157,8 +157,8 @@ def decide_start(
 
 def _check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> None:
     """Refuse documents that are damaged, or too few for a stage's rows or a validation's."""
-    held_out = sources.validation
-    for source in (*sources.corpora.values(), *([] if held_out is None else [held_out])):
+    trained, held_out = sources.corpora, sources.validation
+    for source in (*trained.values(), *([] if held_out is None else [held_out])):
         source.verify()
     for stage in schedule.stages:
         for part in sources.of_stage(stage.name):

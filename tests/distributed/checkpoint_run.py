@@ -50,10 +50,10 @@ def save(writer: Any, step: int, engine: Any) -> Path:
         Semantics(
             shift=False, block_origin="document", mask_token_id=MODEL.mask_token_id, block_size=32, context_length=32
         ),
-        Position(step=step, stage="stable"),
+        Position(step=step, stage="stable", consumed_tokens=900),
         Provenance(layout={"precision": "fp32"}),
     )
-    state = {"optimizer_step": OPTIMIZER_STEP, "step": step, "consumed_tokens": 0, "stream": _BEGINNING}
+    state = {"optimizer_step": OPTIMIZER_STEP, "step": step, "consumed_tokens": 900, "stream": _BEGINNING}
     return writer.save(step, engine.chunks, engine.optimizer, meta, state)
 
 

@@ -161,7 +161,7 @@ def _other_identity(folder: Path) -> list[str]:
     said = []
     for other in others:
         with pytest.raises(ValueError) as caught:
-            decide_start(other, 1, Sources(config))
+            decide_start(other, 1, Sources(other))
         said.append(str(caught.value))
     return said
 

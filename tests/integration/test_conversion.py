@@ -374,7 +374,7 @@ def test_round_trip_with_the_real_number_of_tensors(num_layers: int, num_tensors
         ffn_hidden_size=8,
         num_attention_heads=4,
         num_query_groups=2,
-        kv_channels=2,
+        kv_channels=4,
         vocab_size=16,
         num_dense_layers=1,
         num_moe_experts=256,
