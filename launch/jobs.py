@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.cluster import ClusterConfig, time_limit_seconds
+from megatron_dllm.config.recipe_source import RECIPES
 from megatron_dllm.config.rules import check, check_name
 
 
@@ -114,6 +115,8 @@ class LaunchConfig:
     requeue: RequeueConfig = field(default_factory=RequeueConfig)
     # What the user brings, by name: a chain's jobs use it as ${inputs.NAME}; ??? where there is no default.
     inputs: dict[str, str] = field(default_factory=dict)
+    # Where the shipped recipes lie, wherever a chain is started: jobs use it as ${recipes}.
+    recipes: str = str(RECIPES)
     # What every rank of a training job runs; another module must keep the same exit codes and run folder.
     train_module: str = "megatron_dllm.train"
 

@@ -213,3 +213,12 @@ def test_names_stay_as_they_were_typed(name: str) -> None:
     assert compose_chain(["experiment=tiny_demo", f"name={name}"]).folder == Path("runs") / name
     chain = compose_chain(["experiment=tiny_base", f"run.name={name}", f"cluster.account={name}"])
     assert chain.folder.name == name and chain.config.cluster.account == name
+
+
+def test_what_the_shipped_recipes_bring_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    [generate] = [job for job in compose_chain(["experiment=tiny_demo"]).jobs if job.name == "generate"]
+    [prompts] = [word.partition("=")[2] for word in generate.arguments if word.startswith("prompts_file=")]
+    assert Path(prompts).is_absolute() and Path(prompts).is_file()
