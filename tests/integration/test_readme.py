@@ -28,8 +28,10 @@ def _lay_out(demo: Path, folder: Path) -> None:
     (folder / "data").mkdir()
     for path in (demo / "corpus").glob("validation.*"):
         shutil.copy(path, folder / "data")
+    shutil.copy(demo / "chats" / "train.jsonl", folder / "chats.jsonl")
+    shutil.copy(demo / "chats" / "held_out.jsonl", folder)
     copies = {"corpus/tokenizer": "TOKENIZER", "base_hf": "Ling-mini-2.0", "convert": "runs/llada2_mini"}
-    for source, target in {**copies, "start": "DIR", "merged": "A", "hf": "B"}.items():
+    for source, target in {**copies, "cap": "DIR", "merged": "A", "hf": "B"}.items():
         shutil.copytree(demo / source, folder / target)
 
 
@@ -50,6 +52,8 @@ def test_the_commands_of_the_readme_run(demo: Path, tmp_path: Path) -> None:
         assert done.returncode in ((0, 1) if program.endswith("compare") else (0,)), f"{program} {words}\n{done.stderr}"
         ran.append(program.rsplit(".", 1)[-1])
     assert ran == [
-        *("tokenize", "hf_to_mcore", "evaluate", "merge_topk", "mcore_to_hf", "generate", "inspect", "compare")
+        *("tokenize", "hf_to_mcore", "evaluate", "merge_topk", "mcore_to_hf", "generate"),
+        *("tokenize", "generate", "answers", "inspect", "compare"),
     ]
+    assert (tmp_path / "data" / "chats.spans").is_file() and (tmp_path / "answers.json").is_file()
     assert (tmp_path / "llada2_mini_hf" / "config.json").is_file() and (tmp_path / "data" / "train.idx").is_file()
