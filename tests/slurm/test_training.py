@@ -48,7 +48,14 @@ TOKENS = {
 }
 # Waits where a test asks it to; otherwise training itself.
 PACED = "train_module=tests.slurm.paced_train"
-VARYING = ("tokens_per_second", "forward_tokens_per_second", "step_seconds", "peak_memory_gib", "time")
+VARYING = (
+    "tokens_per_second",
+    "forward_tokens_per_second",
+    "targets_per_second",
+    "step_seconds",
+    "peak_memory_gib",
+    "time",
+)
 
 
 class Training:
