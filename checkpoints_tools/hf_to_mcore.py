@@ -64,6 +64,11 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
     dtypes = _dtypes(folder)
     _tell_dtype(hf, source, folder)
     with output_folder(output, folder.num_bytes) as temporary:
+        # Whatever may be refused comes before the weights, which take hours.
+        if files.exists:
+            (temporary / TOKENIZER).mkdir()
+            copy_tokenizer(files, temporary / TOKENIZER, model.mask_token_id, model.vocab_size)
+        write_meta(temporary, _meta(model, source, hf, files.exists))
         writer = TorchDistWriter(temporary)
         try:
             for key, shape in folder.names.mcore_shapes.items():
@@ -73,10 +78,6 @@ def convert(hf: Path, output: Path, mask_token_id: int | None = None, tokenizer:
         finally:
             writer.abandon()
             folder.source.close()
-        if files.exists:
-            (temporary / TOKENIZER).mkdir()
-            copy_tokenizer(files, temporary / TOKENIZER, model.mask_token_id, model.vocab_size)
-        write_meta(temporary, _meta(model, source, hf, files.exists))
         write_manifest(temporary, checksums)
 
 

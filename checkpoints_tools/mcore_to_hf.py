@@ -108,17 +108,7 @@ def convert(
         logger.warning("%s names no tokenizer; give --tokenizer for a folder that serves by itself", checkpoint)
     num_bytes = sum(prod(shape) * kind.itemsize for kind, shape in (tensors | zeros).values())
     with output_folder(output, num_bytes) as temporary:
-        writer = SafetensorsWriter(temporary, tensors | zeros, max_shard_bytes)
-        try:
-            read_bytes = sum(prod(shape) * stored[key].itemsize for key, shape in names.mcore_shapes.items())
-            with compared([checkpoint]):
-                run(_tasks(reader, names, keys, stored, tensors, writer), read_bytes, "mcore_to_hf")
-            for name, (kind, shape) in zeros.items():
-                writer.write(name, 0, torch.zeros(prod(shape), dtype=kind))
-            writer.close()
-        finally:
-            writer.abandon()
-            reader.close()
+        # Whatever may be refused comes before the weights, which take hours.
         write_json(temporary / "config.json", config, indent=2)
         write_json(
             temporary / "generation_config.json",
@@ -132,6 +122,17 @@ def convert(
         if architecture in SGLANG:
             write_text(temporary / DLLM_CONFIG, dllm_config(semantics.block_size))
         write_text(temporary / "README.md", model_card(stored_model, architecture, dtype_name, temporary))
+        writer = SafetensorsWriter(temporary, tensors | zeros, max_shard_bytes)
+        try:
+            read_bytes = sum(prod(shape) * stored[key].itemsize for key, shape in names.mcore_shapes.items())
+            with compared([checkpoint]):
+                run(_tasks(reader, names, keys, stored, tensors, writer), read_bytes, "mcore_to_hf")
+            for name, (kind, shape) in zeros.items():
+                writer.write(name, 0, torch.zeros(prod(shape), dtype=kind))
+            writer.close()
+        finally:
+            writer.abandon()
+            reader.close()
 
 
 def _stop_ids(files: TokenizerFiles, model: ModelConfig, architecture: str) -> int | list[int]:

@@ -61,6 +61,12 @@ def _merge_hf(
     inputs: list[HFInput], weights: list[float], folder: Path, total_bytes: int, provenance: dict[str, Any]
 ) -> None:
     last = inputs[-1]
+    # Whatever may be refused comes before the weights, which take hours.
+    for path in sorted({path for pattern in _COPIED for path in last.folder.glob(pattern)}):
+        refuse_dead_link(path)
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    write_json(folder / PROVENANCE, provenance)
     writer = SafetensorsWriter(folder, last.tensors)
     mean = _Mean(inputs, weights)
     try:
@@ -76,17 +82,19 @@ def _merge_hf(
         writer.close()
     finally:
         writer.abandon()
-    for path in sorted({path for pattern in _COPIED for path in last.folder.glob(pattern)}):
-        refuse_dead_link(path)
-        if path.is_file():
-            shutil.copyfile(path, folder / path.name)
-    write_json(folder / PROVENANCE, provenance)
 
 
 def _merge_torch_dist(
     inputs: list[TorchDistInput], weights: list[float], folder: Path, total_bytes: int, provenance: dict[str, Any]
 ) -> None:
     last = inputs[-1]
+    tokenizer, meta = last.stored.tokenizer, last.stored.meta
+    if tokenizer is not None:
+        copy_files(tokenizer_files(tokenizer), folder / TOKENIZER)
+    provenance_of_mean = Provenance(tokenizer=TOKENIZER if tokenizer else None, source=meta.provenance.source)
+    position = replace(meta.position, is_stage_end=False)
+    write_meta(folder, replace(meta, position=position, provenance=provenance_of_mean))
+    write_json(folder / PROVENANCE, provenance, sort_keys=True)
     writer = TorchDistWriter(folder)
     mean = _Mean(inputs, weights)
     boxes = {
@@ -102,13 +110,6 @@ def _merge_torch_dist(
         checksums = finish_tensors(writer, last.stored.model)
     finally:
         writer.abandon()
-    tokenizer, meta = last.stored.tokenizer, last.stored.meta
-    if tokenizer is not None:
-        copy_files(tokenizer_files(tokenizer), folder / TOKENIZER)
-    provenance_of_mean = Provenance(tokenizer=TOKENIZER if tokenizer else None, source=meta.provenance.source)
-    position = replace(meta.position, is_stage_end=False)
-    write_meta(folder, replace(meta, position=position, provenance=provenance_of_mean))
-    write_json(folder / PROVENANCE, provenance, sort_keys=True)
     write_manifest(folder, checksums)
 
 

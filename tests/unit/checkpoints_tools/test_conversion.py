@@ -403,6 +403,25 @@ def test_nan_in_a_checkpoint(tmp_path: Path, make_checkpoint) -> None:
     assert left_in(tmp_path) == {"poisoned", "poisoned_hf"}
 
 
+def test_what_lies_beside_the_weights_is_refused_before_them(hf: Path, make_checkpoint, tmp_path: Path) -> None:
+    """Each input has bad weights too, which take hours to come to."""
+    folder = make_checkpoint("poisoned", 0)
+    _poison_checkpoint(folder, float("nan"))
+    (folder / "validation.json").write_text("[]")
+    with pytest.raises(ValueError, match="validation.json"):
+        mcore_to_hf.convert(folder, tmp_path / "out")
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.norm.weight"][2] = float("nan")
+    save_file(tensors, hf / "model.safetensors")
+    (hf / "LICENSE").symlink_to("gone")
+    with pytest.raises(ValueError, match="LICENSE"):
+        merge([hf, hf], tmp_path / "out")
+    (hf / "tokenizer_config.json").write_text('{"eos_token": "x"}')
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        hf_to_mcore.convert(hf, tmp_path / "out")
+    assert left_in(tmp_path) == {"hf", "poisoned", "poisoned_hf"}
+
+
 @pytest.mark.parametrize("value", [1.5, float("nan")])
 def test_a_changed_byte_is_no_export(tmp_path: Path, make_checkpoint, value: float) -> None:
     """The number is as good as any: only the checksum knows. Of a NaN it says where it comes from."""
