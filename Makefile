@@ -52,12 +52,14 @@ SLURM_TESTS ?= slurm
 test-slurm: install
 	$(BIN)/python -m pytest -m "$(SLURM_TESTS)" tests/slurm
 
-# An exported model also loads under transformers 4.57, which goes into a folder of its own.
+# Models that transformers 4.57 has saved convert, and exported ones load and decode under it; it goes into a folder of
+# its own.
 TRANSFORMERS4 := $(abspath $(VENV))/transformers4
 test-transformers4: install
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TRANSFORMERS4) \
 		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
-	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest tests/integration/test_conversion.py tests/integration/test_export.py
+	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest -m "ranks or slow" \
+		tests/integration/test_conversion.py tests/integration/test_export.py tests/integration/test_first_conversion.py
 
 # These pages and the reference as a site in site/; a link that leads nowhere fails.
 docs: install

@@ -72,7 +72,7 @@ def test_the_commands_lead_from_a_hugging_face_folder_to_another(tmp_path: Path)
     environment = {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),  # another transformers, say
         "OMP_NUM_THREADS": "1",
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
     }
