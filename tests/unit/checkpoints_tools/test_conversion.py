@@ -408,7 +408,7 @@ def test_what_lies_beside_the_weights_is_refused_before_them(hf: Path, make_chec
     folder = make_checkpoint("poisoned", 0)
     _poison_checkpoint(folder, float("nan"))
     (folder / "validation.json").write_text("[]")
-    with pytest.raises(ValueError, match="validation.json"):
+    with pytest.raises(ValueError, match=r"validation\.json"):
         mcore_to_hf.convert(folder, tmp_path / "out")
     tensors = load_file(hf / "model.safetensors")
     tensors["model.norm.weight"][2] = float("nan")
