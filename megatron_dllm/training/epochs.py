@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.rules import check
-from megatron_dllm.data.epoch import check_chats, measure_epoch
+from megatron_dllm.data.epoch import Epoch, check_chats, measure_epoch
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.training.sources import Sources
 
@@ -18,21 +18,23 @@ def epoch_tokens(config: TrainConfig, sources: Sources) -> dict[str, int]:
         ValueError: a stage cannot train these documents as chats, or counts epochs of several corpora; says why.
     """
     tokens: dict[str, int] = {}
+    epochs: dict[tuple[str, RowGeometry], Epoch] = {}  # counted once for all stages with the same rows
     for name, stage in config.schedule.stages.items():
         if stage.sft is None and stage.num_epochs is None:
             continue
-        parts, prefix = sources.of_stage(name), f"schedule.stages.{name}"
+        parts, key = config.blend_of(name), f"schedule.stages.{name}"
         check(
             stage.num_epochs is None or len(parts) == 1,
-            f"{prefix}.num_epochs ({stage.num_epochs}) counts passes over one corpus, and the stage blends "
+            f"{key}.num_epochs ({stage.num_epochs}) counts passes over one corpus, and the stage blends "
             f"{len(parts)}; give num_tokens.",
         )
         geometry = RowGeometry.of_stage(stage, config.schedule, config.data)
-        has_chats = any(part.source.spans is not None for part in parts)
-        for source in (part.source for part in parts):
-            epoch = measure_epoch(source, geometry)
+        has_chats = any(sources.corpora[part.prefix].spans is not None for part in parts)
+        for part in parts:
+            source, counted = sources.corpora[part.prefix], (part.prefix, geometry)
+            epoch = epochs[counted] = epochs.get(counted) or measure_epoch(source, geometry)
             if stage.sft is not None and (source.spans is not None or not has_chats):  # a text may be blended in
-                check_chats(source, geometry, epoch, prefix)
+                check_chats(source, geometry, epoch, key)
             tokens[name] = max(tokens.get(name, 0), epoch.num_tokens)
     return tokens
 

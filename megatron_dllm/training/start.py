@@ -20,7 +20,7 @@ from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowFill, estimate_fill
-from megatron_dllm.data.source import Source, check_fills_a_row
+from megatron_dllm.data.source import check_fills_a_row
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, StageRow, stage_table
 from megatron_dllm.evaluation.elbo import check_corpus, validation_names
 from megatron_dllm.model.objective import objective_of
@@ -32,6 +32,9 @@ from megatron_dllm.training.past import changes_since, check_place, check_traine
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.sources import Sources
 from megatron_dllm.training.wandb_mode import WandBMode, decide_wandb
+
+# By corpus and geometry: what the rows of one hold under the other.
+Fills = dict[tuple[str, RowGeometry], RowFill]
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ def decide_start(
         check_place(schedule, resume.stored.position, resume.folder)
         if past is not None:
             check_trained(past, schedule, resume.stored.position)
+    fills = _measure_fills(config, schedule, sources)
     wandb = decide_wandb(config.logging)
     next_stage = _next_stage(schedule, resume)
     if world_size is not None and next_stage is not None:
@@ -141,14 +145,14 @@ def decide_start(
         resume=resume,
         weights=None if resume is not None else _find_weights(config),
         passed_over=damaged,
-        table=tuple(stage_table(schedule, _estimates(config, schedule, sources))),
+        table=tuple(stage_table(schedule, _estimates(config, schedule, fills))),
         num_corpus_tokens=sum(source.num_tokens for source in sources.corpora.values()),
         changes=changes_since(past, config),
         warnings=(
             *schedule.warnings(),
             *chat_warnings(config, sources),
             *blends,
-            *_dropped(config, schedule, sources),
+            *_dropped(fills),
             *filter(None, [wandb.warning]),
         ),
         wandb=wandb,
@@ -273,39 +277,47 @@ def _check_world_size(stage: Stage, world_size: int) -> None:
         )
 
 
-def _estimates(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> dict[str, RowEstimate]:
-    """By stage name, what a row holds, measured by packing the first chunks of each corpus."""
+def _measure_fills(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> Fills:
+    """How the rows of each stage are filled, measured by packing the first chunks of each of its corpora."""
+    fills: Fills = {}
+    for stage in schedule.stages:
+        geometry = RowGeometry.of_stage(stage.config, config.schedule, config.data)
+        for part in config.blend_of(stage.name):
+            if (part.prefix, geometry) not in fills:
+                source = sources.corpora[part.prefix]
+                fills[part.prefix, geometry] = estimate_fill(
+                    source.document_lengths,
+                    geometry,
+                    seed=config.run.seed,
+                    chunk=config.data.packing_chunk,
+                    spans=source.spans,
+                )
+    return fills
+
+
+def _estimates(config: TrainConfig, schedule: BlockSchedule, fills: Fills) -> dict[str, RowEstimate]:
+    """By stage name, what a row holds."""
     estimates = {}
     for stage in schedule.stages:
         geometry = RowGeometry.of_stage(stage.config, config.schedule, config.data)
-        parts = sources.of_stage(stage.name)
-        fills = [_fill(config, part.source, geometry) for part in parts]
-        if len(parts) == 1:
-            estimates[stage.name] = RowEstimate(fills[0].document_tokens, fills[0].forward_tokens)
+        shares = [(part.share, fills[part.prefix, geometry]) for part in config.blend_of(stage.name)]
+        if len(shares) == 1:
+            ((_, fill),) = shares
+            estimates[stage.name] = RowEstimate(fill.document_tokens, fill.forward_tokens)
             continue
         # A share counts tokens; the fuller the rows of a corpus, the fewer of them make up its share.
-        rows = [part.share / fill.document_tokens for part, fill in zip(parts, fills, strict=True)]
-        forward = sum(count * fill.forward_tokens for count, fill in zip(rows, fills, strict=True))
+        rows = [share / fill.document_tokens for share, fill in shares]
+        forward = sum(count * fill.forward_tokens for count, (_, fill) in zip(rows, shares, strict=True))
         estimates[stage.name] = RowEstimate(1.0 / sum(rows), forward / sum(rows))
     return estimates
 
 
-def _dropped(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> list[str]:
-    """Which corpora hold segments that no stage trains on, a sentence each."""
-    geometry = RowGeometry.of_stage(schedule.stages[0].config, config.schedule, config.data)  # one context for all
-    shares = {
-        prefix: _fill(config, source, geometry).dropped_share
-        for prefix, source in sources.corpora.items()
-        if source.spans is not None
-    }
+def _dropped(fills: Fills) -> list[str]:
+    """Which corpora hold segments that no stage trains on, a sentence each; all stages have one context length."""
+    shares = {prefix: fill.dropped_share for (prefix, _), fill in fills.items()}
     return [
         f"corpus {prefix}: {share:.1%} of its segments hold no token that may carry a loss and are left out (of its "
         "first documents; dropped_segments in the metrics counts them)."
         for prefix, share in shares.items()
         if share > 0.0
     ]
-
-
-def _fill(config: TrainConfig, source: Source, geometry: RowGeometry) -> RowFill:
-    seed, chunk = config.run.seed, config.data.packing_chunk
-    return estimate_fill(source.document_lengths, geometry, seed=seed, chunk=chunk, spans=source.spans)
