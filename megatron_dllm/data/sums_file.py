@@ -17,6 +17,7 @@ import hashlib
 import os
 import struct
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,16 @@ class FileSums:
         """
         for page in pages:
             start, stop = page * PAGE_BYTES, min((page + 1) * PAGE_BYTES, self.size)
-            if zlib.crc32(content[start:stop].data) != int(self.checksums[page]):
-                raise ValueError(
-                    f"{self.path} (bytes {start} to {stop - 1}) differs from its checksum in "
-                    f"{self.path.with_suffix('.sums').name}: it was damaged or changed after it was written; {_REMEDY}."
-                )
+            self.compare(page, zlib.crc32(content[start:stop].data))
+
+    def compare(self, page: int, checksum: int) -> None:
+        """Raise ValueError where the checksum of a page is not the recorded one."""
+        if checksum != int(self.checksums[page]):
+            start, stop = page * PAGE_BYTES, min((page + 1) * PAGE_BYTES, self.size)
+            raise ValueError(
+                f"{self.path} (bytes {start} to {stop - 1}) differs from its checksum in "
+                f"{self.path.with_suffix('.sums').name}: it was damaged or changed after it was written; {_REMEDY}."
+            )
 
     def check_some(self, num_pages: int) -> None:
         """Compare at most so many pages, spread over the file.
@@ -99,7 +105,7 @@ def write_sums(prefix: str) -> str:
     with temporary.open("wb") as file:
         file.write(_HEADER.pack(_MAGIC, bytes.fromhex(fingerprint), *(digest.size for digest in digests.values())))
         for digest in digests.values():
-            file.write(np.array(digest.checksums, dtype="<u4").tobytes())
+            file.write(np.asarray(digest.checksums, dtype="<u4").tobytes())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -152,26 +158,31 @@ def sampled_fingerprint(prefix: str, num_pages: int = 256) -> str:
     return f"sampled-{digest.hexdigest()}"
 
 
-def content_fingerprint(prefix: str) -> str:
-    """The fingerprint computed anew, from every byte of the corpus."""
-    return _fingerprint({suffix: _digest(Path(prefix + suffix)) for suffix in FILES})
+def content_fingerprint(prefix: str, sums: Sums | None = None) -> str:
+    """The fingerprint computed anew, from every byte of the corpus; every page is compared with `sums` on the way.
+
+    Raises:
+        ValueError: naming the first page that differs from `sums`.
+    """
+    files = {} if sums is None else sums.files
+    return _fingerprint({suffix: _digest(Path(prefix + suffix), files.get(suffix)) for suffix in FILES})
 
 
 @dataclass(frozen=True)
 class _Digest:
     size: int
     sha256: bytes
-    checksums: list[int]
+    checksums: array[int]
 
 
-def _digest(path: Path) -> _Digest:
-    if not path.is_file():
-        return _Digest(0, hashlib.sha256().digest(), [])
-    size, sha256, checksums = 0, hashlib.sha256(), []
-    for page in _pages(path):
+def _digest(path: Path, recorded: FileSums | None = None) -> _Digest:
+    size, sha256, checksums = 0, hashlib.sha256(), array("I")  # 4 bytes a page: 1 GB for 4 TB
+    for number, page in enumerate(_pages(path) if path.is_file() else ()):
         size += len(page)
         sha256.update(page)
         checksums.append(zlib.crc32(page))
+        if recorded is not None and number < len(recorded.checksums):  # a file may grow while it is read
+            recorded.compare(number, checksums[-1])
     return _Digest(size, sha256.digest(), checksums)
 
 

@@ -35,11 +35,8 @@ def verify(prefix: str, is_recording: bool = False) -> str:
     """
     check_files(prefix)
     num_tokens = check_index(prefix)
-    recorded, found = recorded_fingerprint(prefix), content_fingerprint(prefix)
     sums = read_sums(prefix)
-    if sums is not None:
-        for of_file in sums.files.values():
-            of_file.check_some(len(of_file.checksums))
+    recorded, found = recorded_fingerprint(prefix), content_fingerprint(prefix, sums)
     if recorded not in (None, found):
         raise ValueError(
             f"corpus {prefix} (fingerprint {found[:12]}) differs from the one that was recorded ({recorded[:12]}): it "

@@ -44,3 +44,13 @@ def test_sums_that_are_gone_are_not_made_of_another_content(
     assert main([prefix, "--record"]) == 2 and "differs from the one that was recorded" in capsys.readouterr().err
     flip(Path(prefix + ".bin"), 7)
     assert main([prefix, "--record"]) == 0 and Path(prefix + ".sums").is_file()
+
+
+def test_damaged_sums_are_found_beside_a_whole_content(
+    write_corpus: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fingerprint is that of the content, so it does not tell."""
+    prefix = write_corpus(DOCUMENTS)
+    write_sums(prefix)
+    flip(Path(prefix + ".sums"), -1)
+    assert main([prefix]) == 2 and "differs from its checksum in corpus.sums" in capsys.readouterr().err
