@@ -19,7 +19,7 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
     Raises:
         ValueError: the folder has no tokenizer.json.
     """
-    found = encoding_fingerprint(Path(folder))
+    found = encoding_fingerprint(TokenizerFiles(Path(folder)))
     if found is None:
         raise ValueError(f"tokenizer ({folder}) must be a folder with a tokenizer.json (a HF fast tokenizer).")
     return found

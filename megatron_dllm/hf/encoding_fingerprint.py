@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILE, TokenizerFiles
@@ -20,11 +19,10 @@ PLACEHOLDER = re.compile(r"reserved|unused|placeholder|extra_\d|dummy", re.IGNOR
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor")
 
 
-def encoding_fingerprint(folder: Path) -> str | None:
+def encoding_fingerprint(files: TokenizerFiles) -> str | None:
     """SHA-256 over the parts of tokenizer.json that decide how text is encoded; None without that file."""
-    if not (folder / TOKENIZER_FILE).is_file():
+    if not (files.folder / TOKENIZER_FILE).is_file():
         return None
-    files = TokenizerFiles(folder)
     mask_id = files.mask_id()
     mask = None if mask_id is None else files.texts.get(mask_id)
     model = files.tokenizer.get("model") or {}

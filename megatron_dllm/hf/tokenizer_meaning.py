@@ -28,7 +28,7 @@ def tokenizer_meaning(folder: Path) -> dict[str, Any]:
         "tokenizer.vocab_size": files.vocab_size,
         "tokenizer.added_tokens": _added(files),
         # The last to be looked at: it tells apart whatever the parts above do not.
-        "tokenizer.vocabulary (SHA-256)": encoding_fingerprint(folder),
+        "tokenizer.vocabulary (SHA-256)": encoding_fingerprint(files),
     }
 
 

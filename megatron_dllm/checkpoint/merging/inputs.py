@@ -19,7 +19,7 @@ from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.hf.config_meaning import BOOKKEEPING, meaning
 from megatron_dllm.hf.config_values import brief
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
-from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE, TokenizerFiles, chat_template
+from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE, chat_template
 from megatron_dllm.hf.tokenizer_meaning import tokenizer_meaning
 from megatron_dllm.run.names import CONTRACT
 
@@ -101,7 +101,7 @@ class HFInput(MergeInput):
         self.reader = SafetensorsFolder(folder)
         self.tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in self.reader.tensors.items()}
         self._path = folder / "config.json"
-        self._config = read_json(self._path) if self._path.is_file() else {}
+        self._config = _read_if_there(self._path)
 
     def read(self, name: str, first: int, offsets: tuple[int, ...], sizes: tuple[int, ...], out: Tensor) -> None:
         """See `MergeInput.read`."""
@@ -118,13 +118,17 @@ class HFInput(MergeInput):
         """What else config.json says, how text is generated, and the chat template."""
         return {
             **{f"config.{name}": self._config.get(name) for name in BOOKKEEPING},
-            GENERATION_FILE: TokenizerFiles(self.folder).generation,
+            GENERATION_FILE: _read_if_there(self.folder / GENERATION_FILE),
             "chat template": chat_template(self.folder),
         }
 
     def close(self) -> None:
         """Close the files."""
         self.reader.close()
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def open_input(folder: Path, input_format: str) -> MergeInput:
@@ -140,10 +144,11 @@ def open_input(folder: Path, input_format: str) -> MergeInput:
 def check_alike(inputs: list[MergeInput]) -> None:
     """Raise ValueError naming the first difference between the first input and another."""
     first = inputs[0]
+    settings = first.description()
     for other in inputs[1:]:
         if type(other) is not type(first):
             raise ValueError(f"{other.folder} has another format than {first.folder}; convert one of them.")
-        _check_settings(first, other)
+        _check_settings(first, settings, other)
         names = sorted(set(first.tensors) ^ set(other.tensors))
         if names:
             holder, lacking = (first, other) if names[0] in first.tensors else (other, first)
@@ -161,8 +166,8 @@ def check_alike(inputs: list[MergeInput]) -> None:
                 )
 
 
-def _check_settings(first: MergeInput, other: MergeInput) -> None:
-    ours, theirs = first.description(), other.description()
+def _check_settings(first: MergeInput, ours: dict[str, Any], other: MergeInput) -> None:
+    theirs = other.description()
     differing = [name for name in sorted(set(ours) | set(theirs)) if ours.get(name) != theirs.get(name)]
     if differing:
         name, *more = differing

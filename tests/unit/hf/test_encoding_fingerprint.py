@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_dllm.hf.encoding_fingerprint import encoding_fingerprint
-from megatron_dllm.hf.tokenizer_folder import copy_tokenizer, fingerprint
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles, copy_tokenizer, fingerprint
 from tests.unit.hf.test_tokenizer_folder import make_tokenizer
 
 
@@ -19,7 +19,9 @@ def test_the_mask_token_that_a_conversion_adds_changes_nothing(tmp_path: Path, a
     (tmp_path / "converted").mkdir()
     copy_tokenizer(files, tmp_path / "converted", 9, 16)
     assert fingerprint(tmp_path / "base") != fingerprint(tmp_path / "converted")
-    assert encoding_fingerprint(tmp_path / "base") == encoding_fingerprint(tmp_path / "converted")
+    assert encoding_fingerprint(TokenizerFiles(tmp_path / "base")) == encoding_fingerprint(
+        TokenizerFiles(tmp_path / "converted")
+    )
 
 
 def _changed(folder: Path, **changes: Any) -> str | None:
@@ -28,14 +30,14 @@ def _changed(folder: Path, **changes: Any) -> str | None:
     content = json.loads(before)
     model = {**content["model"], **changes.pop("model", {})}
     path.write_text(json.dumps({**content, **changes, "model": model}, indent=1))
-    found = encoding_fingerprint(folder)
+    found = encoding_fingerprint(TokenizerFiles(folder))
     path.write_text(before)
     return found
 
 
 def test_whatever_changes_the_tokens_of_a_text_counts(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "a", {"<eos>": 3})
-    expected = encoding_fingerprint(tmp_path / "a")
+    expected = encoding_fingerprint(TokenizerFiles(tmp_path / "a"))
     assert _changed(tmp_path / "a") == expected
     assert _changed(tmp_path / "a", truncation={"max_length": 9}, decoder=None, version="2") == expected
     assert _changed(tmp_path / "a", model={"merges": [["a", "b"]]}) == expected
@@ -57,4 +59,4 @@ def test_a_vocabulary_with_scores_counts_too(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
-    assert encoding_fingerprint(tmp_path) is None
+    assert encoding_fingerprint(TokenizerFiles(tmp_path)) is None
