@@ -28,7 +28,6 @@ from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TensorT
 from megatron_dllm.checkpoint.streaming import split_rows
 from megatron_dllm.hf.config_json import read_hf_config
 from megatron_dllm.hf.name_table import experts_form, weight_map
-from megatron_dllm.run.names import CONTRACT
 
 _PIECE_BYTES = 32 * 1024**2
 Read = Callable[[Tensor], None]
@@ -123,8 +122,7 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 def _open(path: Path) -> MergeInput:
-    is_hf = (path / "config.json").is_file() and not (path / CONTRACT).is_file()
-    return open_input(path if is_hf else folders.resolve_checkpoint(path), "auto")
+    return open_input(path if folders.is_hf_folder(path) else folders.resolve_checkpoint(path), "auto")
 
 
 def _same_format(a: MergeInput, b: MergeInput) -> tuple[tuple[TensorTable, TensorTable], Iterator[_Unit]]:

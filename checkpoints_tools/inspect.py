@@ -30,7 +30,6 @@ from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import read_hf_config
 from megatron_dllm.hf.name_table import key_aliases
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
-from megatron_dllm.run.names import CONTRACT
 
 # Part of the model -> what the names of its tensors contain, in either format; the first match counts.
 _GROUPS = (
@@ -57,7 +56,7 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is neither, or is damaged.
     """
-    if (path / "config.json").is_file() and not (path / CONTRACT).is_file():
+    if folders.is_hf_folder(path):
         return _describe_hf(path)
     return _describe_torch_dist(folders.resolve_checkpoint(path))
 

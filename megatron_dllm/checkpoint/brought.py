@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
-from megatron_dllm.checkpoint.folder import step_folders
+from megatron_dllm.checkpoint.folder import is_hf_folder, step_folders
 from megatron_dllm.checkpoint.stored_model import StoredModel, read_stored_model
 from megatron_dllm.config import EvaluationConfig, ModelConfig, TrainConfig
 from megatron_dllm.config.run import HELD_OUT_TOKENS
@@ -73,10 +73,9 @@ def _stored_model(config: Any) -> StoredModel:
         places.append(Path(config.run.root) / config.run.name / CHECKPOINTS)
     folder = _first_with_contract(places)
     if folder is None:
-        is_hf = (Path(load) / "config.json").is_file()
         remedy = (
             f"convert this Hugging Face folder first: python -m checkpoints_tools.hf_to_mcore --hf {load} --output DIR"
-            if is_hf
+            if is_hf_folder(Path(load))
             else "give a converted checkpoint, a run folder or one of its step_* folders; where another job has yet to "
             "make it, choose a model recipe"
         )

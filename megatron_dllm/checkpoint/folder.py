@@ -66,6 +66,11 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
+def is_hf_folder(path: Path) -> bool:
+    """Whether a model lies there as Hugging Face keeps it: a config.json, and no checkpoint of ours."""
+    return (path / "config.json").is_file() and not (path / CONTRACT).is_file()
+
+
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint folder that `path` means: itself, or the newest of a run folder.
 

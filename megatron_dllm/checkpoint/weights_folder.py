@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_dllm.checkpoint.folder import resolve_checkpoint
+from megatron_dllm.checkpoint.folder import is_hf_folder, resolve_checkpoint
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import read_hf_config
 from megatron_dllm.hf.serving import SGLANG
 from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
-
-HF_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def read_weights_folder(path: Path) -> WeightsFolder:
     Raises:
         ValueError: nothing that can be read as a model does.
     """
-    if (path / HF_CONFIG).is_file():
+    if is_hf_folder(path):
         return _read_hf(path)
     stored = read_stored_model(resolve_checkpoint(path))
     semantics = stored.meta.semantics

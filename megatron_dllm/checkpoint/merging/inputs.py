@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_dllm.checkpoint.folder import is_hf_folder
 from megatron_dllm.checkpoint.identity import IDENTITY
 from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.checkpoint.model_tensors import model_keys
@@ -21,7 +22,6 @@ from megatron_dllm.hf.config_values import brief
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE, chat_template
 from megatron_dllm.hf.tokenizer_meaning import tokenizer_meaning
-from megatron_dllm.run.names import CONTRACT
 
 logger = logging.getLogger(__name__)
 TensorTable = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -135,9 +135,7 @@ def open_input(folder: Path, input_format: str) -> MergeInput:
     """Open a folder of either format ("torch_dist", "hf" or "auto")."""
     if not folder.is_dir():
         raise ValueError(f"checkpoints ({folder}) is no folder; name folders that exist.")
-    is_hf = input_format == "hf" or (
-        input_format == "auto" and not (folder / CONTRACT).is_file() and (folder / "config.json").is_file()
-    )
+    is_hf = input_format == "hf" or (input_format == "auto" and is_hf_folder(folder))
     return HFInput(folder) if is_hf else TorchDistInput(folder)
 
 
