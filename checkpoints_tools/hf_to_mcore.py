@@ -35,7 +35,6 @@ from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import SourceConfig, read_hf_config
 from megatron_dllm.hf.model_folder import ModelFolder, open_model_folder
 from megatron_dllm.hf.name_table import is_fp32
-from megatron_dllm.hf.serving import SGLANG
 from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import copy_tokenizer, named_tokenizer
 from megatron_dllm.run.names import TOKENIZER
@@ -130,7 +129,7 @@ def _meta(model: ModelConfig, source: SourceConfig, hf: Path, has_tokenizer: boo
         shift=not source.is_diffusion,
         block_origin="document",
         mask_token_id=model.mask_token_id,
-        block_size=(source.block_size or SGLANG[source.model.family].block_size) if source.is_diffusion else 1,
+        block_size=source.decoded_block_size,
         context_length=model.max_position_embeddings,
     )
     provenance = Provenance(tokenizer=TOKENIZER if has_tokenizer else None, source=str(hf.absolute()))

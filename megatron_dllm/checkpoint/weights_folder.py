@@ -9,7 +9,6 @@ from megatron_dllm.checkpoint.folder import is_hf_folder, resolve_checkpoint
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_json import read_hf_config
-from megatron_dllm.hf.serving import SGLANG
 from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 
@@ -73,7 +72,7 @@ def _read_hf(folder: Path) -> WeightsFolder:
         is_hf=True,
         model=model,
         is_diffusion=stored.is_diffusion,
-        block_size=(stored.block_size or SGLANG[model.family].block_size) if stored.is_diffusion else 1,
+        block_size=stored.decoded_block_size,
         context_length=None,
         block_origin=None,
         precision=None,

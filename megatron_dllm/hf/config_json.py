@@ -11,6 +11,7 @@ from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, DIFFUSION_ARCHITE
 from megatron_dllm.hf.config_meaning import canonical
 from megatron_dllm.hf.config_sizes import read_dtype, read_sizes, refuse_scaled_rope
 from megatron_dllm.hf.config_values import ConfigValues, brief
+from megatron_dllm.hf.serving import SGLANG
 from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE
 from megatron_dllm.run.files import read_json_object, refuse_dead_link
 
@@ -30,6 +31,13 @@ class SourceConfig:
     block_size: int | None
     is_diffusion: bool
     dtype: str | None
+
+    @property
+    def decoded_block_size(self) -> int:
+        """Tokens denoised together: what the file says, else SGLang's class; 1 for an autoregressive model."""
+        if not self.is_diffusion:
+            return 1
+        return self.block_size or SGLANG[self.model.family].block_size
 
 
 def read_hf_config(folder: Path) -> SourceConfig:
