@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_dllm.data.corpus_writing import tokenize_corpus
 from megatron_dllm.data.stdlib_corpus import save_tokenizer, train_tokenizer
-from megatron_dllm.data.tokenize import tokenize_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 512  # of recipes/experiment/own_text.yaml

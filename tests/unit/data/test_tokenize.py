@@ -14,8 +14,9 @@ import pytest
 
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.corpus_writing import tokenize_corpus
 from megatron_dllm.data.stdlib_corpus import EOS_TOKEN, MASK_TOKEN, PAD_TOKEN, save_tokenizer, train_tokenizer
-from megatron_dllm.data.tokenize import main, tokenize_corpus
+from megatron_dllm.data.tokenize import main
 from megatron_dllm.data.tokenizer import TextTokenizer, tokenizer_fingerprint
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 

@@ -16,9 +16,10 @@ from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.chat_encoding import ChatEncoding
 from megatron_dllm.data.chat_view import show_chats
 from megatron_dllm.data.corpus import Corpus
+from megatron_dllm.data.corpus_writing import tokenize_corpus
 from megatron_dllm.data.reading import RawDocument
 from megatron_dllm.data.spans import MASKABLE, MASKED
-from megatron_dllm.data.tokenize import main, tokenize_corpus
+from megatron_dllm.data.tokenize import main
 from tests.unit.data.chat_folders import CHATML, REASONING, write_chat_tokenizer
 
 MODEL = ModelConfig(vocab_size=400, eos_token_id=0, pad_token_id=1, mask_token_id=2)
