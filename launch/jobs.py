@@ -1,4 +1,4 @@
-"""What is to be run: the schema of a chain, and its jobs resolved to commands (launch/composition.py resolves them).
+"""What is to be run: the schema of a chain, and its jobs resolved to commands (launch/chain.py resolves them).
 
 A chain is a list of jobs, run one after the other: a job is a training run (`experiment`) or a tool (`module` with
 `arguments`). A plain experiment is a chain of one job.

@@ -24,7 +24,7 @@ if __name__ == "__main__":
     listen()
 
 from launch import record
-from launch.composition import compose_chain
+from launch.chain import compose_chain
 from launch.failure import collect_failure, exit_records, overall_code
 from launch.freeze import freeze_environment, freeze_job, rank_arguments
 from launch.jobs import Chain, Job

@@ -29,7 +29,7 @@ if __name__ == "__main__":
     listen()
 
 from launch import record
-from launch.composition import compose_chain
+from launch.chain import compose_chain
 from launch.freeze import freeze_code, freeze_environment, freeze_job
 from launch.job import job_script, sbatch_options, supervisor_details
 from launch.jobs import Chain, Job

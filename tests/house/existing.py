@@ -9,8 +9,8 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
-from launch.chain import LaunchConfig
-from launch.composition import LAUNCH_KEYS
+from launch.chain import LAUNCH_KEYS
+from launch.jobs import LaunchConfig
 from megatron_dllm.compose import schema_keys
 from megatron_dllm.config import GenerateConfig, TrainConfig
 from megatron_dllm.config.evaluate import EvaluateConfig

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from launch import record
-from launch.composition import compose_chain
+from launch.chain import compose_chain
 from launch.failure import exit_records
 from launch.local import run_attempts
 from launch.progress import Progress, progress_of

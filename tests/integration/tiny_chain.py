@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from benchmarks.ranks import run_ranks
-from launch.composition import compose_chain
+from launch.chain import compose_chain
 from launch.freeze import freeze_job, rank_arguments
 from megatron_dllm.compose import RECIPES
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.composition import compose_chain
+from launch.chain import compose_chain
 from megatron_dllm.compose import compose_dict
 from tests.house.existing import Existing
 from tests.house.mentions import FOLDERS, ROOT, Mention, command_lines, in_docstrings, in_markdown, in_yaml_comments

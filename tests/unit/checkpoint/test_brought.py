@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.composition import compose_chain
+from launch.chain import compose_chain
 from megatron_dllm.checkpoint.manifest import write_manifest
 from megatron_dllm.checkpoint.meta import Provenance, read_meta, write_meta
 from megatron_dllm.compose import compose_train_config

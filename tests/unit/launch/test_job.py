@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.chain import Chain
-from launch.composition import compose_chain
+from launch.chain import compose_chain
 from launch.job import job_script, sbatch_options, supervisor_details, valid_nodes
+from launch.jobs import Chain
 from tests.conftest import NOT_RUN
 
 NASTY = "a b'c\"d$(touch /tmp/pwned)`x`;\\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.composition import compose_chain
+from launch.chain import compose_chain
 from launch.submit import dependencies_of, readable_refusal
 from launch.validate import check_chain, folder_problems, training_problems
 from megatron_dllm.config.recipe_source import RECIPES

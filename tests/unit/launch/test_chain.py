@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.composition import compose_chain
+from launch.chain import compose_chain
 from launch.job import sbatch_options
 from megatron_dllm.compose import compose_train_config
 from megatron_dllm.config.recipe_source import RECIPES
