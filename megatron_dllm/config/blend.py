@@ -56,10 +56,3 @@ def blend_parts(key: str, value: Any) -> tuple[BlendPart, ...]:
         )
     total = sum(weights)
     return tuple(BlendPart(prefix, weight / total) for prefix, weight in zip(prefixes, weights, strict=True))
-
-
-def blend_text(parts: tuple[BlendPart, ...]) -> str:
-    """A blend as people read it."""
-    if len(parts) == 1:
-        return parts[0].prefix
-    return ", ".join(f"{part.share:.1%} {part.prefix}" for part in parts)

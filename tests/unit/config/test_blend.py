@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 
 from megatron_dllm.compose import compose_train_config
-from megatron_dllm.config.blend import BlendPart, blend_parts, blend_text
+from megatron_dllm.config.blend import BlendPart, blend_parts
 
 
 def test_weights_become_shares() -> None:
     assert blend_parts("data.train", "a") == (BlendPart("a", 1.0),)
     assert blend_parts("data.train", [0.4, "a"]) == (BlendPart("a", 1.0),)
     assert blend_parts("data.train", [3, "a", 1.0, "b"]) == (BlendPart("a", 0.75), BlendPart("b", 0.25))
-    assert blend_text(blend_parts("data.train", [3, "a", 1, "b"])) == "75.0% a, 25.0% b"
-    assert blend_text(blend_parts("data.train", "a")) == "a"
 
 
 @pytest.mark.parametrize(
