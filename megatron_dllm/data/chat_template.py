@@ -17,7 +17,6 @@ own, with its own prompt. A document ends with the end of its last answer.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -92,11 +91,6 @@ class ChatTemplate:
         named = {name: files.special_text(name) for name in _SPECIAL_NAMES}
         variables = {name: value for name, value in named.items() if value is not None}
         return cls(folder, text, load_tokenizer(files), pattern, _mask_ids(files), variables)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the template's text."""
-        return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
 
     def documents(self, chat: Chat) -> list[ChatDocument]:
         """The documents of a chat: one if the template allows it, else one for each answer that cannot share.

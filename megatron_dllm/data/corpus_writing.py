@@ -26,6 +26,7 @@ from megatron_dllm.data.spans import Spans
 from megatron_dllm.data.spans_file import write_spans
 from megatron_dllm.data.sums_file import write_sums
 from megatron_dllm.data.tokenizer import TextTokenizer
+from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
 from megatron_dllm.run.command import uninterrupted
 from megatron_dllm.run.files import parents_made, write_json
 
@@ -251,8 +252,9 @@ def _describe_tokenizer(folder: str, chats: ChatEncoding | None) -> dict[str, An
     if chats is None:
         return description
     chats.validate()
+    chats.load()  # refuses a template that is of no use
     settings = {"max_length": chats.max_length, "overlong": chats.overlong}
-    return description | {"kind": "chat", "chat_template_sha256": chats.load().template.fingerprint, **settings}
+    return description | {"kind": "chat", "chat_template_sha256": chat_template_fingerprint(Path(folder)), **settings}
 
 
 def _describe(

@@ -20,6 +20,7 @@ from megatron_dllm.data.corpus_writing import tokenize_corpus
 from megatron_dllm.data.reading import RawDocument
 from megatron_dllm.data.spans import MASKABLE, MASKED
 from megatron_dllm.data.tokenize import main
+from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
 from tests.unit.data.chat_folders import CHATML, REASONING, write_chat_tokenizer
 
 MODEL = ModelConfig(vocab_size=400, eos_token_id=0, pad_token_id=1, mask_token_id=2)
@@ -130,7 +131,7 @@ def test_split_chats_are_counted(tmp_path: Path) -> None:
 
 
 def test_another_template_is_refused_for_training(folder: str, tmp_path: Path, write_corpus) -> None:
-    fingerprint = ChatEncoding(folder).load().template.fingerprint
+    fingerprint = chat_template_fingerprint(Path(folder))
     prefix = write_corpus([[5, 6, 7]], description={"chat_template_sha256": fingerprint})
     Corpus(prefix, MODEL, folder)
     for template in (CHATML + " ", None):
