@@ -106,8 +106,9 @@ class ChatEncoder:
             if self.settings.max_length is None or len(document.ids) <= self.settings.max_length:
                 fitted.append(document)
                 continue
-            shorter = self._truncate(document, self.settings.max_length)
-            if shorter is None or self.settings.overlong == "drop":
+            is_dropped = self.settings.overlong == "drop"
+            shorter = None if is_dropped else self._truncate(document, self.settings.max_length)
+            if shorter is None:
                 tally["num_overlong_dropped"] += 1
             else:
                 tally["num_overlong_truncated"] += 1
