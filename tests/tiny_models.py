@@ -37,19 +37,27 @@ LING = ModelConfig(
     eos_token_id=0,
     pad_token_id=1,
 )
-QWEN3_MOE = replace(
-    LING,
-    family="qwen3_moe",
-    num_dense_layers=0,
-    moe_shared_expert_intermediate_size=0,
-    moe_router_num_groups=0,
-    moe_router_group_topk=0,
-    moe_router_topk_scaling_factor=1.0,
-    moe_router_score_function="softmax",
-    moe_router_enable_expert_bias=False,
-    rotary_percent=1.0,
-    rotary_base=1e6,
-)
+
+
+def as_qwen3(model: ModelConfig, family: str) -> ModelConfig:
+    """A Ling without what the classes of Qwen3 and SDAR have no place for; a dense one also without its experts."""
+    dense = {} if family.endswith("_moe") else dict(num_moe_experts=0, moe_ffn_hidden_size=0, moe_router_topk=0)
+    return replace(
+        model,
+        family=family,
+        num_dense_layers=0,
+        moe_shared_expert_intermediate_size=0,
+        moe_router_num_groups=0,
+        moe_router_group_topk=0,
+        moe_router_topk_scaling_factor=1.0,
+        moe_router_score_function="softmax",
+        moe_router_enable_expert_bias=False,
+        rotary_percent=1.0,
+        **dense,
+    )
+
+
+QWEN3_MOE = replace(as_qwen3(LING, "qwen3_moe"), rotary_base=1e6)
 QWEN3 = ModelConfig(
     family="qwen3",
     num_layers=3,

@@ -6,7 +6,6 @@ Runs under transformers 5 and 4.57: make test-transformers4
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from megatron_dllm.hf.name_table import is_fp32
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 from tests.reference_model import expected_logits, random_weights, tiny_model
+from tests.tiny_models import as_qwen3
 
 LENGTH = 23
 # Block of every position: what is visible is every token of one's own block and of earlier ones.
@@ -317,20 +317,7 @@ def _load_and_save(source: str, target: str, layout: ParallelConfig, model: Mode
 def test_round_trip_through_another_layout_is_exact(family: str, layout: str, tmp_path: Path) -> None:
     model = tiny_model(num_layers=4, moe_shared_expert_intermediate_size=48)
     if family != "bailing_moe":
-        model = replace(
-            model,
-            family=family,
-            num_dense_layers=0,
-            moe_shared_expert_intermediate_size=0,
-            moe_router_num_groups=0,
-            moe_router_group_topk=0,
-            moe_router_topk_scaling_factor=1.0,
-            moe_router_score_function="softmax",
-            moe_router_enable_expert_bias=False,
-            rotary_percent=1.0,
-        )
-    if family == "qwen3":
-        model = replace(model, num_moe_experts=0, moe_ffn_hidden_size=0, moe_router_topk=0)
+        model = as_qwen3(model, family)
     write_synthetic(tmp_path / "hf", model, max_shard_bytes=10**5)
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     ranks, parallel = LAYOUTS[layout]

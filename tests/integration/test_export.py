@@ -24,25 +24,12 @@ from megatron_dllm.hf.export_config import to_hf_config
 from megatron_dllm.hf.name_table import weight_map
 from tests.integration.test_generate import write_tokenizer
 from tests.reference_model import tiny_model
+from tests.tiny_models import as_qwen3
 
 LENGTH = 23
 LLADA2 = tiny_model(moe_shared_expert_intermediate_size=24, family="llada2_moe")
-SDAR_MOE = replace(
-    LLADA2,
-    family="sdar_moe",
-    num_dense_layers=0,
-    moe_shared_expert_intermediate_size=0,
-    moe_router_num_groups=0,
-    moe_router_group_topk=0,
-    moe_router_topk_scaling_factor=1.0,
-    moe_router_score_function="softmax",
-    moe_router_enable_expert_bias=False,
-    rotary_percent=1.0,
-    rotary_base=1e6,
-)
-SDAR = replace(
-    SDAR_MOE, family="sdar", num_moe_experts=0, moe_ffn_hidden_size=0, moe_router_topk=0, tie_word_embeddings=True
-)
+SDAR_MOE = replace(as_qwen3(LLADA2, "sdar_moe"), rotary_base=1e6)
+SDAR = replace(as_qwen3(LLADA2, "sdar"), rotary_base=1e6, tie_word_embeddings=True)
 MODELS = {
     "llada2_moe": LLADA2,
     "sdar_moe": SDAR_MOE,

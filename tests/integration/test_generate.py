@@ -20,6 +20,7 @@ from megatron_dllm.config import DecodingConfig, GenerateConfig, ModelConfig, Pa
 from megatron_dllm.diffusion.decode import DecodingContract, decode, decode_together
 from megatron_dllm.generate import PromptResult, generate, parse_arguments
 from tests.integration.tiny_chain import run_module
+from tests.tiny_models import as_qwen3
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 EOS, PAD, MASK = "<|eos|>", "<|pad|>", "<|mask|>"
@@ -48,18 +49,7 @@ MODEL = ModelConfig(
     pad_token_id=1,
     mask_token_id=2,
 )
-QWEN = replace(
-    MODEL,
-    family="sdar_moe",
-    rotary_percent=1.0,
-    num_dense_layers=0,
-    moe_shared_expert_intermediate_size=0,
-    moe_router_num_groups=0,
-    moe_router_group_topk=0,
-    moe_router_topk_scaling_factor=1.0,
-    moe_router_score_function="softmax",
-    moe_router_enable_expert_bias=False,
-)
+QWEN = as_qwen3(MODEL, "sdar_moe")
 PROMPTS = ["the cat", "a", "once upon a time there was."]
 SETTINGS = GenerateConfig(threshold=0.5, max_new_tokens=24, block_size=8)
 
