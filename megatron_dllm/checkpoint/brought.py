@@ -1,6 +1,7 @@
-"""What a checkpoint brings to a run: the model and the tokenizer, where the recipes leave them open.
+"""What a checkpoint brings: the model and the tokenizer, where recipes and command line leave them open.
 
-Reads contract.json alone, one small file; whether the checkpoint is whole is looked at when it is loaded.
+`open_model`, `bring_model` and `bring_tokenizer` are for every command; the rest is a training run's. That reads
+contract.json alone, one small file; whether the checkpoint is whole is looked at when it is loaded.
 """
 
 from __future__ import annotations
@@ -24,10 +25,49 @@ _DEFAULTS = {field.name: field.default for field in fields(ModelConfig)}
 _REQUIRED = [name for name, default in _DEFAULTS.items() if default == MISSING]
 
 
+def open_model() -> ModelConfig:
+    """A model none of whose fields has a value yet, so that whatever has one later was stated."""
+    return ModelConfig(**dict.fromkeys(_DEFAULTS, MISSING))
+
+
+def bring_model(model: Any, brought: ModelConfig, folder: Path, names: Iterable[str]) -> None:
+    """Fill in what is open of a model.
+
+    Args:
+        model: the section of a DictConfig made from `open_model`; it is changed.
+        brought: what the checkpoint brings.
+        folder: of the checkpoint.
+        names: fields that must not be stated otherwise.
+
+    Raises:
+        ValueError: one of them is.
+    """
+    for name in names:
+        value = getattr(brought, name)
+        if not OmegaConf.is_missing(model, name) and model[name] != value:
+            raise ValueError(
+                f"model.{name} ({model[name]}) differs from the checkpoint {folder} ({value}); leave it out, as the "
+                "checkpoint brings the model, or choose the checkpoint that it belongs to."
+            )
+    fill(model, **asdict(brought))
+
+
+def bring_tokenizer(data: Any, tokenizer: Path | None) -> None:
+    """Take the checkpoint's tokenizer, if it has one, unless another is named."""
+    if data.tokenizer is None and tokenizer is not None:
+        data.tokenizer = str(tokenizer)
+
+
+def fill(section: Any, **values: Any) -> None:
+    """Set the values of a DictConfig that are open."""
+    for name, value in values.items():
+        if OmegaConf.is_missing(section, name):
+            section[name] = value
+
+
 def open_config() -> TrainConfig:
     """The schema that recipes are composed onto: what `settled` fills in has no value yet, so a value was stated."""
-    model = ModelConfig(**dict.fromkeys(_DEFAULTS, MISSING))
-    return TrainConfig(model=model, evaluation=EvaluationConfig(num_tokens=MISSING))
+    return TrainConfig(model=open_model(), evaluation=EvaluationConfig(num_tokens=MISSING))
 
 
 def settled(composed: Any) -> Any:
@@ -49,14 +89,10 @@ def settled(composed: Any) -> Any:
     open_fields = [name for name in _DEFAULTS if OmegaConf.is_missing(model, name)]
     if set(_REQUIRED) <= set(open_fields) or (config.checkpoint.load and set(_REQUIRED) & set(open_fields)):
         stored = _stored_model(config)
-        _fill(model, stored, open_fields)
-        if config.data.tokenizer is None and stored.tokenizer is not None:
-            config.data.tokenizer = str(stored.tokenizer)
-    for name in open_fields:
-        if OmegaConf.is_missing(model, name):
-            model[name] = _DEFAULTS[name]
-    if OmegaConf.is_missing(config.evaluation, "num_tokens"):
-        config.evaluation.num_tokens = HELD_OUT_TOKENS if config.data.validation else 0
+        bring_model(model, stored.model, stored.folder, _DEFAULTS)
+        bring_tokenizer(config.data, stored.tokenizer)
+    fill(model, **_DEFAULTS)
+    fill(config.evaluation, num_tokens=HELD_OUT_TOKENS if config.data.validation else 0)
     return config
 
 
@@ -92,14 +128,3 @@ def _first_with_contract(places: Iterable[Path]) -> Path | None:
             if (folder / CONTRACT).is_file():
                 return folder
     return None
-
-
-def _fill(model: Any, stored: StoredModel, open_fields: list[str]) -> None:
-    for name, value in asdict(stored.model).items():
-        if name in open_fields:
-            model[name] = value
-        elif model[name] != value:
-            raise ValueError(
-                f"model.{name} ({model[name]}) differs from the checkpoint {stored.folder} ({value}), which brings the "
-                "model; leave it out, or choose the checkpoint that it belongs to."
-            )

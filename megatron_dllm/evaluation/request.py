@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from megatron_dllm.checkpoint.brought import bring_model, bring_tokenizer, fill, open_model
 from megatron_dllm.checkpoint.identity import IDENTITY
 from megatron_dllm.checkpoint.weights_folder import WeightsFolder, read_weights_folder
 from megatron_dllm.config import DataConfig, EvaluationConfig, ModelConfig, ParallelConfig, StageConfig
@@ -41,7 +42,7 @@ class Request:
 def open_config() -> EvaluateConfig:
     """The schema that the command line is composed onto: what the checkpoint may fill in has no value yet."""
     return EvaluateConfig(
-        model=ModelConfig(**dict.fromkeys((field.name for field in fields(ModelConfig)), MISSING)),
+        model=open_model(),
         data=DataConfig(block_origin=MISSING),
         parallel=ParallelConfig(precision=MISSING),
         evaluation=EvaluationConfig(block_sizes=MISSING, num_tokens=MISSING),
@@ -78,22 +79,21 @@ def read_request(composed: Any, world_size: int) -> Request:
 
 def _filled(composed: Any, weights: WeightsFolder, world_size: int) -> EvaluateConfig:
     config = deepcopy(composed)
-    model = _agreed_model(config.model, weights)
-    _fill(config.model, **asdict(model))
+    model = _model(config.model, weights)
+    bring_model(config.model, model, weights.folder, IDENTITY)
     context_length = weights.context_length or min(model.max_position_embeddings, LONGEST_CONTEXT)
-    _fill(config.run, name=_STAGE)
-    _fill(config.data, train=config.data.validation, block_origin=weights.block_origin or "document")
-    _fill(config.schedule, context_length=context_length)
-    _fill(config.parallel, precision=weights.precision or ("bf16" if DeviceFacts.here().is_cuda else "fp32"))
-    _fill(config.evaluation, block_sizes=[weights.block_size], num_tokens=HELD_OUT_TOKENS)
+    fill(config.run, name=_STAGE)
+    fill(config.data, train=config.data.validation, block_origin=weights.block_origin or "document")
+    fill(config.schedule, context_length=context_length)
+    fill(config.parallel, precision=weights.precision or ("bf16" if DeviceFacts.here().is_cuda else "fp32"))
+    fill(config.evaluation, block_sizes=[weights.block_size], num_tokens=HELD_OUT_TOKENS)
     origin = weights.block_origin or config.data.block_origin
     if weights.is_diffusion and config.data.block_origin != origin:
         raise ValueError(
             f"data.block_origin ({config.data.block_origin}) differs from that of the diffusion weights "
             f"{weights.folder} ({origin}); leave it out, or give the grid they were trained on."
         )
-    if config.data.tokenizer is None and weights.tokenizer is not None:
-        config.data.tokenizer = str(weights.tokenizer)
+    bring_tokenizer(config.data, weights.tokenizer)
     # Before the values take part in anything: what is wrong is called by the name that the user gave it.
     settings: Any = OmegaConf.to_object(config.evaluation)
     settings.validate(config.schedule.context_length, has_validation=True)
@@ -108,27 +108,12 @@ def _filled(composed: Any, weights: WeightsFolder, world_size: int) -> EvaluateC
     return result
 
 
-def _fill(section: Any, **values: Any) -> None:
-    """Set values that have none."""
-    for name, value in values.items():
-        if OmegaConf.is_missing(section, name):
-            section[name] = value
-
-
-def _agreed_model(stated: Any, weights: WeightsFolder) -> ModelConfig:
-    """The model of the weights, which the values that a command line or recipe states must not contradict."""
-    model = weights.model
+def _model(stated: Any, weights: WeightsFolder) -> ModelConfig:
+    """The model of the weights, with the special tokens that an autoregressive HF folder leaves open."""
+    if not weights.is_hf or weights.is_diffusion:
+        return weights.model
     mask = None if OmegaConf.is_missing(stated, "mask_token_id") else stated.mask_token_id
-    if weights.is_hf and not weights.is_diffusion:
-        model = settle_special_tokens(model, TokenizerFiles(weights.folder), mask)
-    for name in IDENTITY:
-        value = getattr(model, name)
-        if not OmegaConf.is_missing(stated, name) and stated[name] != value:
-            raise ValueError(
-                f"model.{name} ({stated[name]}) differs from the checkpoint {weights.folder} ({value}); leave it out: "
-                "the checkpoint brings its model."
-            )
-    return model
+    return settle_special_tokens(weights.model, TokenizerFiles(weights.folder), mask)
 
 
 def _stage(config: Any, weights: WeightsFolder, world_size: int) -> StageConfig:
