@@ -139,14 +139,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("megatron_dllm").setLevel(logging.INFO)
-    try:
-        check_writable(options.output)
-        scores = measure(options)
-        write_answer_scores(options.output, scores)
-    except (ValueError, OSError) as error:
-        log.error("%s", error)
-        return 2
-    show(scores)
+    check_writable(options.output)
+    scores = measure(options)
+    show(scores)  # first: a disk may be full by now
+    write_answer_scores(options.output, scores)
     log.info("wrote %s", options.output)
     return 0
 

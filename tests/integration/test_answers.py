@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,11 @@ def test_scores_are_those_of_every_question_asked_alone(run: Path, tmp_path: Pat
     assert scores.thresholds[1].all_tasks.num_forwards > scores.thresholds[0].all_tasks.num_forwards
     assert [answer.question for answer in scores.shown] == QUESTIONS[:2]
     assert all(len(answer.token_texts) == len(answer.accepted_in_pass) for answer in scores.shown)
-    assert main(words) == 2, "an output that exists is written over"
+    with pytest.raises(ValueError, match="exists; nothing is overwritten"):
+        main(words)
 
 
-def test_what_is_refused(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_refused(run: Path, tmp_path: Path) -> None:
     chats = str(write_chats(tmp_path / "chats.jsonl", ["x"] * len(QUESTIONS)))
     output = str(tmp_path / "new.json")
     for words, message in (
@@ -71,6 +73,6 @@ def test_what_is_refused(run: Path, tmp_path: Path, caplog: pytest.LogCaptureFix
         (["--thresholds", "1.5"], "threshold (1.5) must lie in (0, 1]"),
         (["--limit", "0"], "limit (0) must be positive"),
     ):
-        assert main(["--checkpoint", str(run), "--chats", chats, "--output", output, *words]) == 2
-        assert message in caplog.text
+        with pytest.raises(ValueError, match=re.escape(message)):
+            main(["--checkpoint", str(run), "--chats", chats, "--output", output, *words])
     assert not Path(output).exists()

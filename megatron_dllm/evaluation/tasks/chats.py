@@ -83,11 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    try:
-        write_chats(options.output, options.num_train, options.num_held_out, options.seed)
-    except (ValueError, OSError) as error:
-        log.error("%s", error)
-        return 2
+    write_chats(options.output, options.num_train, options.num_held_out, options.seed)
     return 0
 
 
