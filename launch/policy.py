@@ -57,7 +57,7 @@ def judge(events: Sequence[dict[str, Any]], max_without_progress: int, max_crash
     if how == "non_finite":
         return Verdict(False, "not started again: the loss or gradient norm was not finite, and a restart repeats it")
     if how == "refused":
-        return Verdict(False, "not started again: the run was refused before it began, and a restart repeats that")
+        return Verdict(False, "not started again: the run was refused, and a restart repeats that")
     if how not in CRASHES:
         return Verdict(True, "continues")
     if in_a_row >= max_without_progress:

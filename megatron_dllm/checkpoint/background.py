@@ -13,7 +13,6 @@ import logging
 import multiprocessing
 import os
 import queue
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_dllm.checkpoint.manifest import checksum
+from megatron_dllm.run.disk_full import DiskFull, failed_write
 
 _PR_SET_PDEATHSIG = 1
 
@@ -46,7 +46,8 @@ def write_now(request: AsyncRequest) -> Written:
     """Write the files of a request in this process.
 
     Raises:
-        Exception: what went wrong, such as OSError on a full disk.
+        DiskFull: there was no room.
+        RuntimeError: anything else that went wrong.
     """
     return _write(request.async_fn, _staged(request))
 
@@ -76,21 +77,10 @@ def _write(function: Any, buckets: list[Any]) -> Written:
         _, records = results.get_nowait()
         path = Path(bucket[0])
         if isinstance(records, Exception):
-            raise OSError(
-                f"writing {path}: {_cause(records)} ({shutil.disk_usage(path.parent).free / 2**30:.1f} GiB "
-                "free there); make room, or choose another run.root"
-            ) from records
+            raise failed_write(path, records) from records
         written.records[index] = records
         written.checksums[path.name] = checksum(path)
     return written
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The operating system's error behind one that torch made of it, where there is one."""
-    inner: BaseException | None = error
-    while inner is not None and not isinstance(inner, OSError):
-        inner = inner.__cause__ or inner.__context__
-    return inner or error
 
 
 class BackgroundWrite:
@@ -123,7 +113,8 @@ class BackgroundWrite:
         """What was written, or None while the writer is at it.
 
         Raises:
-            RuntimeError: the writer failed or died, saying how.
+            DiskFull: the writer had no room.
+            RuntimeError: it failed or died, saying how.
             TimeoutError: it is not done in time; it is killed.
         """
         if self._written is not None:
@@ -135,7 +126,7 @@ class BackgroundWrite:
             except EOFError:
                 was_alive, problem = False, None
             if problem is not None:
-                raise RuntimeError(f"the checkpoint's writer failed: {problem}")
+                raise problem
             if self._written is not None:
                 self.kill()
                 self._process.join()
@@ -174,7 +165,9 @@ def _child(function: Callable[..., None] | None, buckets: list[Any], sender: Any
     logging.disable()
     try:
         sender.send((_write(function, buckets), None))
+    except DiskFull as error:
+        sender.send((None, error))
     except Exception as error:
-        sender.send((None, f"{type(error).__name__}: {error}"))
+        sender.send((None, RuntimeError(f"the checkpoint's writer failed: {type(error).__name__}: {error}")))
     sender.close()
     os._exit(0)  # nothing of the parent's is this process's to clean up

@@ -32,20 +32,20 @@ from megatron_dllm.checkpoint.meta import CheckpointMeta, write_meta
 from megatron_dllm.checkpoint.sharded_state import model_state, optimizer_state
 from megatron_dllm.parallel.agreement import raise_together
 from megatron_dllm.parallel.device import local_device
+from megatron_dllm.run.disk_full import MAKE_ROOM, DiskFull, failed_write
 from megatron_dllm.run.files import TEMPORARY_PREFIX, remove, write_json
 from megatron_dllm.run.names import STATE
 
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
-_MAKE_ROOM = "make room, or choose another run.root"
 
 
 def _check_space(folder: Path) -> None:
     """Refuse to begin a checkpoint that will not fit, judged by the one before it.
 
     Raises:
-        OSError: naming both sizes.
+        DiskFull: naming both sizes.
     """
     before = folders.latest_checkpoint(folder.parent)
     if before is None:
@@ -53,9 +53,9 @@ def _check_space(folder: Path) -> None:
     needed = sum(entry["size"] for entry in read_manifest(before).values())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(
+        raise DiskFull(
             f"writing {folder}: it needs about {needed / 2**30:.3g} GiB, as {before.name} does, and "
-            f"{free / 2**30:.3g} GiB are free; {_MAKE_ROOM}"
+            f"{free / 2**30:.3g} GiB are free; {MAKE_ROOM}"
         )
 
 
@@ -128,7 +128,7 @@ class CheckpointWriter:
             try:
                 request = dist_checkpointing.save(sharded, str(temporary), self._strategy, async_sharded_save=True)
             except (OSError, RuntimeError) as failed:  # torch hides what the operating system said
-                raise RuntimeError(f"writing {temporary}: {failed}; if the disk is full, {_MAKE_ROOM}") from failed
+                raise failed_write(temporary, failed) from failed
             assert request is not None, "an asynchronous save must return a request"
             save = _Save(temporary, final, request, meta, state)
             if self._is_async:
@@ -149,6 +149,7 @@ class CheckpointWriter:
 
         Raises:
             RuntimeError: on every rank, when a rank's writer failed, died, or took too long.
+            DiskFull: on every rank, when there was no room.
         """
         if self._background is None:
             return
@@ -157,7 +158,7 @@ class CheckpointWriter:
         error: Exception | None = None
         try:
             written = process.poll()
-        except (RuntimeError, TimeoutError) as caught:
+        except (RuntimeError, OSError) as caught:
             error = caught
         # 2: failed, 1: busy, 0: done; the worst of all ranks.
         status = torch.tensor([2 if error is not None else int(written is None)], device=local_device())
@@ -190,6 +191,10 @@ class CheckpointWriter:
                 remove(temporary)
                 temporary.mkdir(parents=True)
                 _check_space(temporary)
+            except DiskFull as caught:
+                error = caught
+            except OSError as caught:
+                error = failed_write(temporary, caught)
             except Exception as caught:
                 error = caught
         raise_together(error)
@@ -201,7 +206,7 @@ class CheckpointWriter:
             for finalize in save.request.finalize_fns:
                 finalize()
         except (OSError, RuntimeError) as failed:
-            raise RuntimeError(f"writing {save.temporary}: {failed}; if the disk is full, {_MAKE_ROOM}") from failed
+            raise failed_write(save.temporary, failed) from failed
         parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, written.checksums)
         if self._reads_back:
@@ -210,6 +215,8 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             try:
                 self._publish(save, {name: entry for part in parts for name, entry in part.items()})
+            except OSError as caught:
+                error = failed_write(save.temporary, caught)
             except Exception as caught:
                 error = caught
         raise_together(error)

@@ -24,6 +24,7 @@ from benchmarks.tiny_run import DENSE, MODEL, checkpoints_of, read_tensors, run_
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.manifest import payload_files
 from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.run.disk_full import DiskFull
 from tests.distributed.checkpoint_run import (
     OPTIMIZER_STEP,
     build,
@@ -143,7 +144,8 @@ def _failing_saves(folder: Path) -> dict[str, str]:
     ):
         writer = writer_of(folder, is_async=is_async, timeout_minutes=5.0)
         began = time.monotonic()
-        with pytest.raises(RuntimeError) as caught, fault(is_failing) as after_save:
+        expected = DiskFull if fault is _limit_files else RuntimeError
+        with pytest.raises(expected) as caught, fault(is_failing) as after_save:
             save(writer, 2, engine)
             after_save(writer)
             writer.finish()
@@ -251,27 +253,32 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, expected[key]) for key, tensor in read_tensors(checkpoints / name).items())
 
 
-def _full_disk(folder: Path) -> tuple[str, str]:
-    """What is said where the checkpoint before would not fit, and where rank 0's disk is full in spite of that."""
+def _full_disk(folder: Path) -> tuple[str, str, str]:
+    """What is said where the checkpoint before would not fit, and where rank 0's disk is full in spite of that.
+
+    Between the two, the kind of the second error.
+    """
     engine = build(folder, ParallelConfig())
     fill_moments(engine)
     writer = writer_of(folder)
     save(writer, 1, engine)
     usage = shutil.disk_usage(folder)
-    with pytest.raises(RuntimeError) as no_space, pytest.MonkeyPatch.context() as patch:
+    with pytest.raises(DiskFull) as no_space, pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_dllm.checkpoint.saving.shutil.disk_usage", lambda path: usage._replace(free=5000))
         save(writer, 2, engine)
     # Less than common.pt, which rank 0 writes alone; the other hears of it when that process is gone.
-    with pytest.raises(RuntimeError) as quota, _limit_files(dist.get_rank() == 0, num_bytes=10):
+    with pytest.raises((DiskFull, RuntimeError)) as quota, _limit_files(dist.get_rank() == 0, num_bytes=10):
         save(writer, 2, engine)
     assert [f.name for f in folders.list_checkpoints(writer._checkpoints)] == ["step_0000001"]
-    return str(no_space.value), str(quota.value)
+    return str(no_space.value), quota.type.__name__, str(quota.value)
 
 
 def test_a_full_disk_is_named_before_or_while_writing(tmp_path: Path) -> None:
-    for no_space, quota in run_ranks(_full_disk, 2, tmp_path, timeout_s=300.0):
+    said = run_ranks(_full_disk, 2, tmp_path, timeout_s=300.0)
+    for no_space, _, quota in said:
         assert re.search(r"rank 0 .* as step_0000001 does, and 4.66e-06 GiB are free; make room, or choose", no_space)
-        assert re.search(r"writing .*step_0000002.*if the disk is full, make room, or choose another run.root", quota)
+        assert re.search(r"writing .*step_0000002.*; (if the disk is full, )?make room, or choose another run", quota)
+    assert [kind for _, kind, _ in said] == ["DiskFull", "RuntimeError"]
 
 
 def test_a_save_that_does_not_end_ends_the_process() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 from benchmarks.synthetic import write_synthetic
 from checkpoints_tools import hf_to_mcore
 from megatron_dllm.run.command import sentence
+from tests.full_disk import full_disk
 from tests.tiny_models import LING, left_in
 from tests.unit.hf.test_tokenizer_folder import make_tokenizer
 
@@ -139,17 +139,6 @@ def _at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-@contextmanager
-def _full_disk(num_bytes: int) -> Iterator[None]:
-    """No file can be larger: how a program meets a disk with so much left."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     # a corpus is a prefix: file.bin and file.idx may stand beside a file
@@ -187,6 +176,6 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
 ) -> None:
     # tokenized text and answers are small; both are written in parts
     limit = {"tokenize": 2000, "generate": 0}.get(name, 4000)
-    with _at_most(60), _full_disk(limit):
+    with _at_most(60), full_disk(limit):
         _refusal(WRITERS[name].format(**vars(sound), bad=tmp_path / "out"), monkeypatch)
     assert left_in(tmp_path) == set()

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -33,10 +34,10 @@ from benchmarks.tiny_run import (
     write_corpus,
 )
 from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.checkpoint.manifest import read_json
+from megatron_dllm.checkpoint.manifest import checksum, payload_files, read_json
 from megatron_dllm.checkpoint.meta import CheckpointMeta
 from megatron_dllm.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
-from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED
+from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED, EXIT_REFUSED
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
 from megatron_dllm.run.names import STATE
 from megatron_dllm.training.replay import load_step
@@ -334,7 +335,7 @@ def test_torchrun_is_stopped_in_order_and_continues(folder: Path) -> None:
 
 
 def test_a_process_says_by_its_exit_code_how_it_ended(folder: Path) -> None:
-    """The command itself: stopped by a signal, then continued to the end."""
+    """The command itself: stopped by a signal, out of disk space, then continued to the end."""
     run = folder / "runs" / "command"
     words = [
         "experiment=tiny_base",
@@ -353,10 +354,11 @@ def test_a_process_says_by_its_exit_code_how_it_ended(folder: Path) -> None:
         "logging.tensorboard=false",
     ]
 
-    def start(num_tokens: int) -> subprocess.Popen[bytes]:
+    def start(num_tokens: int, **settings: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-m", "megatron_dllm.train", *words, f"schedule.stages.ar.num_tokens={num_tokens}"],
             cwd=ROOT,
+            **settings,
         )
 
     metrics = run / "metrics.jsonl"
@@ -367,13 +369,30 @@ def test_a_process_says_by_its_exit_code_how_it_ended(folder: Path) -> None:
         assert process.wait(60) == EXIT_PREEMPTED
         saved = folders.latest_checkpoint(run / "checkpoints")
         assert saved is not None
-        process = start(read_json(saved / STATE)["consumed_tokens"] + 1000)
+        before = {name: checksum(saved / name) for name in payload_files(saved)}
+        num_tokens = read_json(saved / STATE)["consumed_tokens"] + 1000
+        # Room for the records of the run, and not for its weights.
+        limit = max((saved / name).stat().st_size for name in before) // 2
+        assert metrics.stat().st_size < limit / 2
+        process = start(num_tokens, stderr=subprocess.PIPE, preexec_fn=lambda: _limit_files(limit))
+        said = process.communicate(timeout=300)[1].decode()
+        assert process.returncode == EXIT_REFUSED
+        last = said.splitlines()[-1]
+        assert re.match(rf"error: rank 0 of 1 failed: writing {run}/checkpoints/.*File too large .*; make room", last)
+        assert "Traceback" not in said
+        assert folders.list_checkpoints(run / "checkpoints") == [saved]
+        assert {name: checksum(saved / name) for name in payload_files(saved)} == before
+        process = start(num_tokens)
         assert process.wait(300) == 0
     finally:
         process.kill()
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == [*range(1, len(steps) + 1)]
     assert steps[-1] > read_json(saved / STATE)["step"]
+
+
+def _limit_files(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
 
 
 def _train_as_generation_one(config: TrainConfig) -> int:
