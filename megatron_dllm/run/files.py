@@ -32,7 +32,7 @@ def write_text(path: Path, text: str, mode: int | None = None) -> None:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
-        with open(descriptor, "w", encoding="utf-8") as stream:
+        with naming(path), open(descriptor, "w", encoding="utf-8") as stream:
             with contextlib.suppress(FileNotFoundError):
                 if mode is None:
                     os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
@@ -84,9 +84,20 @@ def parents_made(path: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of writing name the file: what a full disk says to an open one names nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def append_line(path: Path, line: str) -> None:
     """Add one line to a file, in a single write; a line that another writer left half-way ends before it."""
-    with open(path, "a+b", buffering=0) as file:
+    with naming(path), open(path, "a+b", buffering=0) as file:
         file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
         is_torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * is_torn + line.encode() + b"\n")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_dllm.run.command import uninterrupted
-from megatron_dllm.run.files import parents_made
+from megatron_dllm.run.files import naming, parents_made
 
 # Behind the name of a file of results while they are coming in.
 PARTIAL = ".partial"
@@ -60,8 +60,9 @@ def result_lines(path: Path) -> Iterator[Callable[[str], None]]:
         def append(line: str) -> None:
             nonlocal end
             data = (line + "\n").encode(errors="backslashreplace")
-            while data:  # a disk that fills up takes a part
-                data = data[os.write(descriptor, data) :]
+            with naming(partial):
+                while data:  # a disk that fills up takes a part
+                    data = data[os.write(descriptor, data) :]
             end = os.fstat(descriptor).st_size
 
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dllm.run import files
+from tests.full_disk import full_disk
 
 
 def test_text_is_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -112,3 +113,13 @@ def test_a_file_gets_the_permissions_it_is_given(tmp_path: Path) -> None:
     assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
     files.write_text(tmp_path / "open", "d", mode=0o600)
     assert (tmp_path / "open").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    with full_disk(10):
+        for write in (lambda: files.write_text(path, "x" * 11), lambda: files.append_line(path, "x" * 11)):
+            with pytest.raises(OSError, match="File too large") as caught:
+                write()
+                write()  # a line may have gone in part
+            assert caught.value.filename == str(path)

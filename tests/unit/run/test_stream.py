@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import pytest
 
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 from megatron_dllm.run.stream import PARTIAL, check_writable, result_lines
+from tests.full_disk import full_disk
 
 
 def partial_of(path: Path) -> Path:
@@ -59,14 +59,13 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 def test_a_disk_that_fills_up_in_a_line_keeps_the_lines_before_it(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
-        with pytest.raises(OSError), result_lines(path) as write:
-            write("a line")
-            write("another line")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        full_disk(10),
+        pytest.raises(OSError, match=r"File too large: '.*/lines.jsonl.partial'"),
+        result_lines(path) as write,
+    ):
+        write("a line")
+        write("another line")
     assert partial_of(path).read_text() == "a line\n" and not path.exists()
 
 
