@@ -26,7 +26,6 @@ if __name__ == "__main__":
 
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,8 +42,10 @@ from megatron_dllm.config import RunConfig
 from megatron_dllm.config.evaluate import EvaluateConfig
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.evaluation.request import Request, open_config, read_request
+from megatron_dllm.run.files import parents_made
 from megatron_dllm.run.names import VALIDATION
 from megatron_dllm.run.place import is_rank_zero, world_size
+from megatron_dllm.run.stream import check_writable
 
 
 @dataclass(frozen=True)
@@ -141,21 +142,13 @@ def _open_target(request: Request) -> Path:
     """
     config = request.config
     target = Path(config.output) if config.output else request.weights.folder / VALIDATION
-    if target.is_dir():
-        raise ValueError(f"output ({target}) is a folder; name a file.")
+    check_writable(target)
     if target.exists() and not config.overwrite:
         raise ValueError(
             f"{target} exists ({_earlier(target)}); nothing is overwritten: give overwrite=true to replace it, or "
             "output=FILE to write elsewhere."
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=target.parent):
-            return target
-    except OSError as error:
-        raise ValueError(
-            f"{target} cannot be written ({error.strerror}); give output=FILE in another folder."
-        ) from None
+    return target
 
 
 def _earlier(target: Path) -> str:
@@ -196,7 +189,8 @@ def write(measured: Measured) -> None:
         ValueError: the disk is full, say; the result has been printed.
     """
     try:
-        write_validation_file(measured.target, measured.validation)
+        with parents_made(measured.target):
+            write_validation_file(measured.target, measured.validation)
     except OSError as error:
         raise ValueError(
             f"{measured.target} could not be written: {error.strerror}; the result stands above."

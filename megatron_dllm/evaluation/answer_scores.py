@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dllm.run.files import read_json_object, write_json
+from megatron_dllm.run.files import parents_made, read_json_object, write_json
 
 _FORMAT = 1
 _REMEDY = "measure it again with megatron_dllm.evaluation.answers"
@@ -99,8 +99,8 @@ class AnswerScores:
 
 def write_answer_scores(path: Path, scores: AnswerScores) -> None:
     """Write the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"format": _FORMAT, **asdict(scores)}, indent=1, ensure_ascii=False)
+    with parents_made(path):
+        write_json(path, {"format": _FORMAT, **asdict(scores)}, indent=1, ensure_ascii=False)
 
 
 def read_answer_scores(path: Path) -> AnswerScores:
