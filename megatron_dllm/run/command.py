@@ -26,7 +26,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED, EXIT_REFUSED
-from megatron_dllm.run.place import is_rank_zero
+from megatron_dllm.run.place import check_temporary_folder, is_rank_zero
 
 # Ctrl-C, what a launcher or a person sends, and what launch/ sends ahead of a time limit.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -80,6 +80,7 @@ def run_command(work: Callable[[], int | None]) -> NoReturn:
 
 def _code_of(work: Callable[[], int | None], stop: _Stop) -> int:
     try:
+        check_temporary_folder()
         code = work() or 0
         sys.stdout.flush()
         return code

@@ -7,6 +7,7 @@ its own, and what then speaks of several ranks is refused instead of being guess
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ _OF_A_LAUNCHER = (
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_STEP_NUM_TASKS"),
 )
+# Of the 107 bytes of a socket's path, the longest name below it takes 34: /torch-shm-dir-XXXXXX/manager.sock.
+_LONGEST_TEMPORARY = 72
 _START = (
     "start the ranks with torchrun --nproc_per_node N -m MODULE ..., or on SLURM with launch/submit.py, which set all "
     "variables"
@@ -120,6 +123,20 @@ def require_one_process(what: str) -> None:
         raise ValueError(
             f"WORLD_SIZE ({count}) must be 1: {what} runs in one process; start it with python -m, not with torchrun "
             "or several tasks, and unset RANK and WORLD_SIZE where the shell has inherited them."
+        )
+
+
+def check_temporary_folder() -> None:
+    """Refuse a folder for temporary files in which worker processes could not listen, and would be waited for.
+
+    Raises:
+        ValueError: its path is too long.
+    """
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > _LONGEST_TEMPORARY:
+        raise ValueError(
+            f"TMPDIR ({folder}) must be at most {_LONGEST_TEMPORARY} bytes long: the sockets of worker processes lie "
+            "below it, and the kernel limits their paths; set TMPDIR to a shorter folder, such as /tmp."
         )
 
 

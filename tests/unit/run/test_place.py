@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
-from megatron_dllm.run.place import Place, is_rank_zero, read_place, require_one_process, without_place, world_size
+from megatron_dllm.run.place import (
+    Place,
+    check_temporary_folder,
+    is_rank_zero,
+    read_place,
+    require_one_process,
+    without_place,
+    world_size,
+)
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TASK = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", **MEETING}
@@ -101,3 +111,15 @@ def test_work_of_one_process(environment: pytest.MonkeyPatch, variables: dict[st
 def test_a_launcher_hands_on_no_other_s_place() -> None:
     inherited = {**TASK, "RANK": "1", "TORCHELASTIC_RUN_ID": "x", "PATH": "/bin", "SLURM_CONF": "c"}
     assert without_place(inherited) == {"PATH": "/bin", "SLURM_CONF": "c", "SLURM_JOB_ID": "77"}
+
+
+@pytest.mark.parametrize(("length", "is_right"), [(72, True), (73, False)])
+def test_a_temporary_folder_must_leave_room_for_sockets(
+    length: int, is_right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest socket that torch and multiprocessing make below it: its path must stay within the kernel's limit."""
+    folder = "/" + "x" * (length - 1)
+    assert (len(f"{folder}/torch-shm-dir-XXXXXX/manager.sock") <= 107) or not is_right
+    monkeypatch.setattr("tempfile.tempdir", folder)
+    with nullcontext() if is_right else pytest.raises(ValueError, match=r"TMPDIR \(/x+\) must be at most 72 bytes"):
+        check_temporary_folder()
