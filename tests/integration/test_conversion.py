@@ -27,6 +27,7 @@ from megatron_dllm.hf.export_config import to_hf_config
 from megatron_dllm.hf.name_table import is_fp32
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
+from tests.integration.ours import load_ours, logits_of
 from tests.reference_model import expected_logits, random_weights, tiny_model
 from tests.tiny_models import as_qwen3
 
@@ -42,24 +43,6 @@ def _visible(blocks: list[int]) -> Tensor:
 
 def _ids(model: ModelConfig, rows: int = 2) -> Tensor:
     return torch.randint(0, model.vocab_size, (rows, LENGTH), generator=torch.Generator().manual_seed(5))
-
-
-def _load(folder: Path) -> Any:
-    from megatron_dllm.checkpoint.loading import load_weights
-    from megatron_dllm.model.gpt import build_model
-    from megatron_dllm.parallel.groups import Groups
-
-    model = build_model(read_stored_model(folder).model, ParallelConfig(), Groups.current())
-    load_weights(folder, [model])
-    return model.eval()
-
-
-@torch.no_grad()
-def _megatron_logits(model: Any, ids: Tensor, blocks: list[int]) -> Tensor:
-    roles = torch.zeros(*ids.shape, 3, dtype=torch.int32)
-    roles[..., 1] = torch.tensor(blocks)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.logits(ids, positions, roles, torch.arange(ids.numel())).view(*ids.shape, -1)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +72,7 @@ def test_ling_logits_equal_the_reference(llada2: tuple[ModelConfig, dict[str, Te
     ids = _ids(model)
     positions = torch.arange(LENGTH).expand_as(ids)
     expected = expected_logits(model, weights, ids, positions, _visible(MASKS[mask]).expand(2, -1, -1))
-    actual = _megatron_logits(_load(folder / "mcore"), ids, MASKS[mask])
+    actual = logits_of(load_ours(folder / "mcore"), ids, MASKS[mask])
     assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
@@ -162,7 +145,7 @@ def test_exported_generate_equals_ours(
 
     model, _, folder = llada2
     exported = _from_pretrained(folder / "llada2", dtype=torch.float32)
-    module = _load(folder / "mcore")
+    module = load_ours(folder / "mcore")
     generator = torch.Generator().manual_seed(11)
     for length in (1, 3, 8, 13, 16):
         prompt = torch.randint(0, 90, (length,), generator=generator).tolist()
@@ -185,7 +168,7 @@ def test_exported_generate_stops_like_ours(llada2: tuple[ModelConfig, dict[str, 
     eos = free[15]
     contract = DecodingContract(8, model.max_position_embeddings, model.mask_token_id, (eos,))
     expected = decode(
-        CachedForward(_load(folder / "mcore")), prompt, DecodingConfig(max_new_tokens=30, threshold=0.3), contract
+        CachedForward(load_ours(folder / "mcore")), prompt, DecodingConfig(max_new_tokens=30, threshold=0.3), contract
     )
     actual = exported.generate(torch.tensor([prompt]), block_size=8, max_new_tokens=30, threshold=0.3, eos_token_id=eos)
     assert expected.stop_reason == "eos"
@@ -265,7 +248,7 @@ def _check_against_transformers(original: Any, folder: Path) -> None:
     model = read_stored_model(folder / "mcore").model
     ids = _ids(model)
     expected = original(ids).logits
-    actual = _megatron_logits(_load(folder / "mcore"), ids, MASKS["causal"])
+    actual = logits_of(load_ours(folder / "mcore"), ids, MASKS["causal"])
     assert float((actual - expected).abs().max()) <= 1e-5
     mcore_to_hf.convert(folder / "mcore", folder / "back", model.family)
     assert compare(folder / "hf", folder / "back").is_equal

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from megatron_dllm.checkpoint.stored_model import read_stored_model
-from megatron_dllm.config import DecodingConfig, ModelConfig, ParallelConfig
+from megatron_dllm.config import DecodingConfig, ModelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.hf.export_config import to_hf_config
 from megatron_dllm.hf.name_table import weight_map
+from tests.integration.ours import load_ours, logits_of
 from tests.integration.test_generate import write_tokenizer
 from tests.reference_model import tiny_model
 from tests.tiny_models import as_qwen3
@@ -85,16 +86,6 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
 
 
-def load_ours(folder: Path) -> Any:
-    from megatron_dllm.checkpoint.loading import load_weights
-    from megatron_dllm.model.gpt import build_model
-    from megatron_dllm.parallel.groups import Groups
-
-    model = build_model(read_stored_model(folder).model, ParallelConfig(), Groups.current())
-    load_weights(folder, [model])
-    return model.eval()
-
-
 def prompt_of(length: int, seed: int = 11) -> list[int]:
     return torch.randint(0, 90, (length,), generator=torch.Generator().manual_seed(seed + length)).tolist()
 
@@ -118,10 +109,7 @@ def test_logits_equal_ours(export: Export) -> None:
     ids = torch.randint(0, export.model.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(5))
     for blocks in ([0] * LENGTH, [i // 4 for i in range(LENGTH)]):
         block = torch.tensor(blocks)
-        roles = torch.zeros(2, LENGTH, 3, dtype=torch.int32)
-        roles[..., 1] = block
-        positions = torch.arange(LENGTH).expand_as(ids)
-        expected = ours.logits(ids, positions, roles, torch.arange(ids.numel())).view(2, LENGTH, -1)
+        expected = logits_of(ours, ids, blocks)
         actual = model(ids, attention_mask=(block.unsqueeze(0) <= block.unsqueeze(1))[None, None]).logits
         assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
