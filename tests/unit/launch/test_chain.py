@@ -65,10 +65,19 @@ def test_runs_lie_where_the_cluster_keeps_them_unless_told_otherwise(recipes: Pa
     assert folders("experiment=tiny_base", "cluster.run_root='/große'") == ["/große/base"]
 
 
+def test_a_conversion_without_chats_is_the_beginning_of_the_one_with_them() -> None:
+    words = ["cluster=h100x8", "name=mine", "inputs.hf=/data/hf", "inputs.train=/data/t", "inputs.validation=/data/v"]
+    full = compose_chain(["experiment=llada2_mini_full", *words])
+    chat = compose_chain(["experiment=llada2_mini_chat", *words, "inputs.chats=/data/c"])
+    assert full.jobs[-1].name == "export" and full.jobs == chat.jobs[: len(full.jobs)]
+    with pytest.raises(ValueError, match=r"inputs\.chats must be given"):
+        compose_chain(["experiment=llada2_mini_chat", *words])
+
+
 def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
     chain = compose_chain(
         [
-            "experiment=llada2_mini_full",
+            "experiment=llada2_mini_chat",
             "cluster=h100x8",
             "cluster.cpu_partition=cpu",
             "root=/r",
@@ -78,9 +87,9 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
             "inputs.chats=/data/c",
         ]
     )
-    names = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "evaluate", "sft", "cap", "export"]
+    names = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "evaluate", "export", "sft", "cap", "export_chat"]
     assert [job.name for job in chain.jobs] == names
-    before = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "merge", "sft", "cap"]
+    before = ["hf_to_mcore", "warmup", "stable", "decay", "merge", "evaluate", "merge", "sft", "cap"]
     assert [job.after for job in chain.jobs] == [(), *((name,) for name in before)]
     options = {job.name: sbatch_options(chain, job, Path("/project")) for job in chain.jobs}
     for name in names:
@@ -95,15 +104,17 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
         "--nodes=8",
         "--nodes=1",
         "--nodes=1",
+        "--nodes=1",
         "--nodes=8",
         "--nodes=8",
         "--nodes=1",
     ]
     configs = [job.config for job in chain.jobs if job.config]
     assert [config.checkpoint.load for config in configs] == [
-        f"/r/llada2_mini_full/{name}" for name in ("start", "warmup", "stable", "merged", "sft")
+        f"/r/llada2_mini_chat/{name}" for name in ("start", "warmup", "stable", "merged", "sft")
     ]
-    assert "/r/llada2_mini_full/cap" in chain.jobs[-1].arguments
+    exports = {job.name: job.arguments for job in chain.jobs if job.name.startswith("export")}
+    assert "/r/llada2_mini_chat/merged" in exports["export"] and "/r/llada2_mini_chat/cap" in exports["export_chat"]
     *configs, sft, cap = configs
     assert sft.schedule.stages["sft"].sft == cap.schedule.stages["cap"].sft is not None
     assert {sft.data.train, cap.data.train} == {"/data/c"} and sft.model == configs[0].model
@@ -139,7 +150,7 @@ def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:
         (["experiment=three", "jobs.first.nodes=2"], "must be 1 for a tool"),
         (["experiment=three", "jobs.base.ranks_per_node=2"], "belong to a tool"),
         (["experiment=three", "cluster=h100x8", "jobs.first.ranks_per_node=9"], "every rank needs a GPU of its own"),
-        (["experiment=llada2_mini_full", "inputs.train=x"], "inputs.hf, inputs.validation, inputs.chats must be given"),
+        (["experiment=llada2_mini_full", "inputs.train=x"], "inputs.hf, inputs.validation must be given"),
         (["experiment=llada2_mini_full", "inputs.hff=x"], "inputs.hff is not a key"),
         (["experiment=three", "jobs.first.module='os;ls'"], "dotted name of a Python module"),
         (["experiment=tiny_base", "cluster.time_limit='1 day'"], "must read HH:MM:SS"),
@@ -198,9 +209,9 @@ def test_a_folder_with_one_chain_adds_to_the_shipped_recipes(tmp_path: Path) -> 
 def test_paths_stay_as_they_were_typed_in_every_job(name: str) -> None:
     inputs = {key: f"/data/{name}/{key}" for key in ("hf", "train", "validation", "chats")}
     words = [f"inputs.{key}={value}" for key, value in inputs.items()]
-    chain = compose_chain(["experiment=llada2_mini_full", f"root=/runs/{name}", *words])
+    chain = compose_chain(["experiment=llada2_mini_chat", f"root=/runs/{name}", *words])
     jobs = {job.name: job for job in chain.jobs}
-    assert chain.folder == Path(f"/runs/{name}/llada2_mini_full")
+    assert chain.folder == Path(f"/runs/{name}/llada2_mini_chat")
     config = jobs["warmup"].config
     assert config is not None and (config.data.train, config.data.validation) == (inputs["train"], inputs["validation"])
     assert config.run.root == str(chain.folder) and config.checkpoint.load == f"{chain.folder}/start"

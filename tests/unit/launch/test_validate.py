@@ -194,8 +194,9 @@ def test_the_project_s_own_chains_hang_together_in_any_folder(tmp_path: Path, na
     assert not [sentence for sentence in check_chain(chain) if "runs/demo" not in sentence]
 
 
-def test_the_whole_conversion_is_submitted_as_its_comment_says(tmp_path: Path) -> None:
-    comment = (RECIPES / "chain" / "llada2_mini_full.yaml").read_text().split("#   ", 1)[1].split("\n# inputs")[0]
+@pytest.mark.parametrize("name", ["llada2_mini_full", "llada2_mini_chat"])
+def test_the_whole_conversion_is_submitted_as_its_comment_says(tmp_path: Path, name: str) -> None:
+    comment = (RECIPES / "chain" / f"{name}.yaml").read_text().split("#   ", 1)[1].split("\n# inputs")[0]
     words = shlex.split(re.sub(r"\\\n#", "", comment).replace("/data/", f"{tmp_path}/data/"))
     assert words[:2] == ["python", "launch/submit.py"]
     hf = tmp_path / "data" / "Ling-mini-base-2.0"
