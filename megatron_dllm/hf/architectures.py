@@ -30,10 +30,10 @@ AUTO_MAP = {
     },
 }
 FAMILY_OF_MODEL_TYPE = {
-    # dFactory calls its training form of llada2_moe by a name of its own.
     "bailing_moe": "bailing_moe",
     "bailing_moe_v2": "bailing_moe",
     "llada2_moe": "llada2_moe",
+    # dFactory calls its training form of llada2_moe by a name of its own.
     "llada2_moe_veomni": "llada2_moe",
     "qwen3_moe": "qwen3_moe",
     "sdar_moe": "sdar_moe",

@@ -28,8 +28,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
 # From which the end of a document is taken where the tokenizer names none.
 GENERATION_FILE = "generation_config.json"
 
@@ -168,7 +166,7 @@ def named_tokenizer(named: Path | None, otherwise: Path) -> TokenizerFiles:
     return files
 
 
-def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size: int) -> list[str]:
+def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size: int) -> None:
     """Copy the tokenizer's files; give it the mask token if it has none.
 
     Args:
@@ -176,13 +174,10 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
         target: an existing folder.
         mask_id: of the model, as `settle_special_tokens` decided it.
         vocab_size: rows of the embedding.
-
-    Returns:
-        Names of the files written.
     """
-    paths = [path for path in tokenizer_files(files.folder) if path.name != GENERATION_FILE]
-    for path in paths:
-        shutil.copyfile(path, target / path.name)
+    for path in tokenizer_files(files.folder):
+        if path.name != GENERATION_FILE:
+            shutil.copyfile(path, target / path.name)
     if files.exists and files.special_id("mask_token") != mask_id:
         if not files.tokenizer:
             raise ValueError(
@@ -192,7 +187,6 @@ def copy_tokenizer(files: TokenizerFiles, target: Path, mask_id: int, vocab_size
         own_text = files.texts.get(mask_id) if files.mask_id() == mask_id else None
         text = own_text or RESERVED_MASK_IDS.get(vocab_size, (None, "<|mask|>"))[1]
         _declare_mask(files, target, text, mask_id)
-    return [path.name for path in paths]
 
 
 def name_tokenizer_class(folder: Path) -> None:
