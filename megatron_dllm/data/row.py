@@ -229,7 +229,7 @@ def _next_tokens(clean: CopyTokens, kinds: NDArray[np.uint8] | None) -> _Targets
         np.zeros(count, np.float32),
         np.zeros(count, np.bool_),
         count,
-        len(np.unique(clean.segments[positions])),
+        _num_different(clean.segments[positions]),
     )
 
 
@@ -245,5 +245,10 @@ def _masked_tokens(noisy: NoisyTokens, noise: RowNoise, slots: _Slots, num_views
         noise.t[of_target],
         noisy.is_fill[of_target[1]],
         num_views * int(noisy.is_maskable.sum()),
-        num_views * len(np.unique(noisy.turns[noisy.is_maskable])),
+        num_views * _num_different(noisy.turns[noisy.is_maskable]),
     )
+
+
+def _num_different(numbers: IntArray) -> int:
+    """How many different numbers there are among small ones [n], none below 0 (np.unique takes 0.5 ms a row longer)."""
+    return int(np.count_nonzero(np.bincount(numbers)))
