@@ -13,9 +13,10 @@ from megatron_dllm.run.command import listen, run_command
 if __name__ == "__main__":
     listen()
 
+import argparse
+import difflib
 import inspect
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, fields, is_dataclass
@@ -23,6 +24,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.config.generate import GenerateConfig
+from megatron_dllm.config.rules import check
 from megatron_dllm.config.train import TrainConfig
 
 _FIELD = re.compile(r"^    (?P<name>\w+): ")
@@ -96,13 +98,9 @@ def _default(field: Field[Any]) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def markdown(title: str, schema: type, beginning: str = "") -> str:
-    """The keys below a dataclass that begin so, as a table with a heading."""
-    rows = [
-        f"| `{key.name}` | {_cell(key.kind)} | `{key.default}` | {_cell(key.meaning)} |"
-        for key in keys_of(schema)
-        if key.name.startswith(beginning)
-    ]
+def markdown(title: str, schema: type) -> str:
+    """The keys below a dataclass, as a table with a heading."""
+    rows = [f"| `{key.name}` | {_cell(key.kind)} | `{key.default}` | {_cell(key.meaning)} |" for key in keys_of(schema)]
     return "\n".join([f"## {title}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
 
 
@@ -131,17 +129,24 @@ def page() -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print the reference, or the keys that begin as asked; exit code 2 if there are none."""
-    words = sys.argv[1:] if words is None else words
-    if not words:
+    """Print the reference, or the keys that begin as asked.
+
+    Raises:
+        ValueError: no key begins so.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("beginning", nargs="?", help="of the keys to be shown; all where it is left out")
+    beginning = parser.parse_args(words).beginning
+    if beginning is None:
         print(page())
         return 0
-    found = [key for schema in SECTIONS.values() for key in keys_of(schema) if key.name.startswith(words[0])]
+    keys = [key for schema in SECTIONS.values() for key in keys_of(schema)]
+    found = [key for key in keys if key.name.startswith(beginning)]
+    nearest = difflib.get_close_matches(beginning, [key.name for key in keys], n=3, cutoff=0.0)
+    check(bool(found), f"{beginning!r} must be the beginning of a key; the nearest keys are {', '.join(nearest)}.")
     for key in found:
         print(f"{key.name} ({key.kind}, default {key.default})\n    {key.meaning}")
-    if not found:
-        print(f"no key begins with {words[0]}", file=sys.stderr)
-    return 0 if found else 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -65,5 +65,9 @@ def test_the_command_prints_the_keys_that_begin_so(capsys: pytest.CaptureFixture
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[::2]] == [
         f"optimizer.adam_{name}" for name in ("beta1", "beta2", "eps")
     ]
-    assert main(["optimiser"]) == 2
-    assert capsys.readouterr().err == "no key begins with optimiser\n"
+    with pytest.raises(
+        ValueError, match=r"^'optimiser' must be the beginning of a key; the nearest keys are .*optimizer"
+    ):
+        main(["optimiser"])
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
