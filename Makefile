@@ -77,8 +77,8 @@ kill: install
 clean:
 	rm -rf runs/demo
 
-# Three seeds of SFT and CAP from the demo's merge, and of SFT from random weights: half an hour on two free cores; writes
-# benchmarks/results/tiny_sft_study.md
+# Three seeds of SFT and CAP from the demo's merge, and of SFT from random weights; writes
+# benchmarks/results/tiny_sft_study.md. Not run yet.
 sft-study: demo
 	$(BIN)/python launch/local.py experiment=tiny_sft_study
 
