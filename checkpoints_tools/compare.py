@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints_tools.command import prepare_tool
+from checkpoints_tools.command import prepare_tool, whole_number
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.comparing import compared
 from megatron_dllm.checkpoint.merging.inputs import HFInput, MergeInput, TensorTable, TorchDistInput, open_input
@@ -219,7 +219,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
-    parser.add_argument("--limit", type=int, default=20, help="lines of every kind (default 20)")
+    parser.add_argument("--limit", type=whole_number(0), default=20, help="lines of every kind (default 20)")
     arguments = parser.parse_args()
     prepare_tool()
     result = compare(arguments.a, arguments.b)

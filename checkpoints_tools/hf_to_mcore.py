@@ -150,6 +150,8 @@ def next_commands(output: Path) -> list[str]:
 
 
 def _mask_token_id(text: str) -> int | None:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"({text}) must be the id of a token, or auto")
     return None if text == "auto" else int(text)
 
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.command import prepare_tool
+from checkpoints_tools.command import prepare_tool, whole_number
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.merging.averaging import WEIGHTS, merge_weights
 from megatron_dllm.checkpoint.merging.inputs import MergeInput, check_alike, open_input, tell_differences
@@ -141,12 +141,6 @@ def merge(
             item.close()
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"({text}) must be a whole number of at least 1")
-    return int(text)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -154,11 +148,13 @@ def main() -> None:
     source.add_argument("--run", type=Path, help="run folder: its best checkpoints")
     source.add_argument("--checkpoints", type=Path, nargs="+", help="these folders, oldest first")
     parser.add_argument("--output", type=Path, required=True, help="folder to make; must not exist")
-    parser.add_argument("--k", type=_positive, help="how many of a run (default 5, or last_n)")
+    parser.add_argument("--k", type=whole_number(1), help="how many of a run (default 5, or last_n)")
     parser.add_argument("--metric", choices=METRICS, default="elbo", help="of validation.json; lower is better")
-    parser.add_argument("--block_size", type=_positive, help="at which the metric was measured (default: the target)")
     parser.add_argument(
-        "--last_n", type=_positive, help="only the last n checkpoints; alone: all of them, evaluated or not"
+        "--block_size", type=whole_number(1), help="at which the metric was measured (default: the target)"
+    )
+    parser.add_argument(
+        "--last_n", type=whole_number(1), help="only the last n checkpoints; alone: all of them, evaluated or not"
     )
     parser.add_argument("--weights", choices=WEIGHTS, default="uniform", help="uniform, or imitating a decay (WSM)")
     parser.add_argument("--input_format", choices=FORMATS, default="auto")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from benchmarks.synthetic import write_synthetic
+from checkpoints_tools import compare as compare_tool
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from checkpoints_tools.compare import compare
 from checkpoints_tools.merge_topk import merge
@@ -458,6 +459,19 @@ def test_mask_token_needs_a_row_and_an_id(tmp_path: Path) -> None:
         hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out")
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out", 7)
     assert read_stored_model(tmp_path / "out").model == replace(LING, mask_token_id=7)
+
+
+def test_an_argument_that_is_no_number_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tool, arguments, message in (
+        (hf_to_mcore, ["--mask_token_id", "1.5"], "--mask_token_id: (1.5) must be the id of a token, or auto"),
+        (compare_tool, ["--limit", "-1"], "--limit: (-1) must be a whole number of at least 0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["tool", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            tool.main()
+        assert message in capsys.readouterr().err
 
 
 def test_the_mask_token_enters_with_the_tokenizer(
