@@ -17,12 +17,11 @@ if __name__ == "__main__":
 import argparse
 import json
 import logging
-import os
 import random
-import shutil
 from itertools import islice
 from pathlib import Path
 
+from megatron_dllm.checkpoint.output_folder import output_folder
 from megatron_dllm.evaluation.tasks.catalogue import TASKS
 from megatron_dllm.evaluation.tasks.task import Task, questions
 from megatron_dllm.run.files import write_text
@@ -46,19 +45,12 @@ def write_chats(output: Path, num_train: int, num_held_out: int, seed: int = 0) 
     for name, number in (("num_train", num_train), ("num_held_out", num_held_out)):
         if number <= 0:
             raise ValueError(f"{name} ({number}) must be positive; give a number of chats of each task.")
-    if output.exists():
-        raise ValueError(f"output ({output}) exists; nothing is overwritten: name a new folder.")
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    with output_folder(output, 0) as temporary:
         for name, number, held_out in ((TRAIN, num_train, False), (HELD_OUT, num_held_out, True)):
             lines = [line for task in TASKS.values() for line in _lines(task, number, seed, held_out)]
             random.Random(seed).shuffle(lines)
             write_text(temporary / name, "".join(lines))
             log.info("%s: %d chats", output / name, len(lines))
-        os.rename(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _lines(task: Task, number: int, seed: int, held_out: bool) -> list[str]:
