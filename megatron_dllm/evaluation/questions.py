@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from megatron_dllm.data.chat import Chat, chat_of, question_of
 from megatron_dllm.data.reading import BadDocumentError
 from megatron_dllm.evaluation.tasks.catalogue import TASKS
+from megatron_dllm.inference.prompts import numbered_lines, parse_line
 
 _UNNAMED = "chats"
 
@@ -52,9 +52,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
     """
     if not path.is_file():
         raise ValueError(f'chats ({path}) is not a file; name a .jsonl file with "messages" a line.')
-    # Lines end at line feeds alone: splitlines() also cuts at U+2028, inside a text.
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    questions = [_question(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    questions = [_question(line, place) for line, place in numbered_lines(path)]
     if not questions:
         raise ValueError(f"chats ({path}) holds no chat; write one a line.")
     seen: Counter[str] = Counter()
@@ -67,14 +65,12 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 
 
 def _question(line: str, place: str) -> Question:
+    record = parse_line(line, place)
     try:
-        record = json.loads(line)
         chat = question_of(record)
         expected = chat_of(record).messages[-1]
     except BadDocumentError as error:
         raise ValueError(f"{place}: {error}; give a chat that ends with an answer.") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} ({line[:80]}) is no JSON ({error}); write a chat as JSON.") from None
     if expected["role"] != "assistant":
         raise ValueError(f"{place}: the chat ends with {expected['role']}; give one that ends with an answer.")
     return Question(str(record.get("task", _UNNAMED)), chat, expected["content"])

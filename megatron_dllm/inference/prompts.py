@@ -40,7 +40,7 @@ def read_requests(config: GenerateConfig) -> list[str | Chat]:
     if config.prompt is not None:
         return [config.prompt]
     if config.messages is not None:
-        return [_chat(_json(config.messages, "messages"), "messages")]
+        return [_chat(parse_line(config.messages, "messages"), "messages")]
     if config.chats_file is not None:
         return [*read_chats(Path(config.chats_file))]
     assert config.prompts_file is not None, "validate() asks for one of the four"
@@ -51,7 +51,7 @@ def _read_texts(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f'prompts_file ({path}) is not a file; name a text file, or .jsonl with a "prompt" a line.')
     is_json = path.suffix == ".jsonl"
-    prompts = [_json_prompt(line, place) if is_json else line for line, place in _lines(path)]
+    prompts = [_json_prompt(line, place) if is_json else line for line, place in numbered_lines(path)]
     if not prompts:
         raise ValueError(f"prompts_file ({path}) holds no prompt; write one a line.")
     return prompts
@@ -65,13 +65,13 @@ def read_chats(path: Path) -> list[Chat]:
     """
     if not path.is_file():
         raise ValueError(f'chats_file ({path}) is not a file; name a .jsonl file with "messages" a line.')
-    chats = [_chat(_json(line, place), place) for line, place in _lines(path)]
+    chats = [_chat(parse_line(line, place), place) for line, place in numbered_lines(path)]
     if not chats:
         raise ValueError(f"chats_file ({path}) holds no chat; write one a line.")
     return chats
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Lines that hold anything, each with its place. A byte order mark is no text."""
     # Lines end at line feeds alone: splitlines() also cuts at U+2028, inside a prompt.
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
@@ -87,7 +87,12 @@ def _chat(value: Any, place: str) -> Chat:
         raise ValueError(f"{place}: {error}; give messages with role and content, the last one of the user.") from None
 
 
-def _json(text: str, place: str) -> Any:
+def parse_line(text: str, place: str) -> Any:
+    """The JSON that stands at a place.
+
+    Raises:
+        ValueError: it is none, naming the place.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -95,7 +100,7 @@ def _json(text: str, place: str) -> Any:
 
 
 def _json_prompt(line: str, place: str) -> str:
-    value = _json(line, place)
+    value = parse_line(line, place)
     prompt = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(f'{place} ({line[:80]}) must be an object with a non-empty text "prompt".')
