@@ -13,6 +13,7 @@ import torch
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.diffusion.losses.step_sums import NUM_BUCKETS
+from megatron_dllm.run.files import naming
 from megatron_dllm.run.names import METRICS
 from megatron_dllm.training.observers.curves import Curves, TensorBoard, WandB
 from megatron_dllm.training.observers.metrics_file import read_metrics
@@ -70,8 +71,9 @@ class MetricsWriter(Observer):
     def write(self, step: int, record: dict[str, Any]) -> None:
         """Append a record; numbers also go to TensorBoard and W&B under their names."""
         record = {"step": step, **record}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(Path(self._file.name)):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         for curves in self._curves:
             curves.write(record)
 
