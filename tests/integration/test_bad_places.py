@@ -112,14 +112,19 @@ def _bad_output(kind: str, folder: Path) -> Path:
     }[kind]
 
 
-def _refusal(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a command in this process and return its sentence; anything but a user's mistake comes out as it is."""
+def _refusal(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a command in this process and return its sentence; anything but a user's mistake comes out as it is.
+
+    Nothing may be left in the folder that was not there before.
+    """
     module, *arguments = command.split(" ")
     monkeypatch.setattr("sys.argv", [module, *arguments])
-    with pytest.raises((ValueError, OSError)) as caught:
+    before = left_in(folder)
+    with _at_most(60), pytest.raises((ValueError, OSError)) as caught:
         importlib.import_module(module).main()
     message = sentence(caught.value)
     assert message and "\n" not in message
+    assert left_in(folder) == before
     return message
 
 
@@ -148,10 +153,8 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
     name: str, kind: str, sound: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = _bad_output(kind, tmp_path)
-    before = left_in(tmp_path)
-    with _at_most(60):
-        _refusal(WRITERS[name].format(**vars(sound), bad=bad), monkeypatch)
-    assert left_in(tmp_path) == before and (tmp_path / "file").read_text() == "mine"
+    _refusal(WRITERS[name].format(**vars(sound), bad=bad), tmp_path, monkeypatch)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -163,11 +166,8 @@ def test_what_cannot_be_read_is_one_sentence(
     name: str, kind: str, sound: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = _bad_input(kind, tmp_path)
-    before = left_in(tmp_path)
-    with _at_most(60):
-        message = _refusal(READERS[name].format(**vars(sound), bad=bad, out=tmp_path / "out"), monkeypatch)
+    message = _refusal(READERS[name].format(**vars(sound), bad=bad, out=tmp_path / "out"), tmp_path, monkeypatch)
     assert str(bad) in message
-    assert left_in(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -176,6 +176,5 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
 ) -> None:
     # tokenized text and answers are small; both are written in parts
     limit = {"tokenize": 2000, "generate": 0}.get(name, 4000)
-    with _at_most(60), full_disk(limit):
-        _refusal(WRITERS[name].format(**vars(sound), bad=tmp_path / "out"), monkeypatch)
-    assert left_in(tmp_path) == set()
+    with full_disk(limit):
+        _refusal(WRITERS[name].format(**vars(sound), bad=tmp_path / "out"), tmp_path, monkeypatch)
