@@ -24,6 +24,8 @@ from megatron_dllm.config.fitting import fitted
 from megatron_dllm.config.recipe_source import RECIPES, recipe_names, register, split_folder
 from megatron_dllm.config.rules import check
 
+SWEEP_FLAGS = ("--multirun", "-m")
+
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra; recipes/train.yaml starts from `train_schema`."""
@@ -198,9 +200,6 @@ def compose_train_config(overrides: Sequence[str], config_name: str = "train", r
     return to_train_config(compose_dict(overrides, config_name, recipes))
 
 
-_SWEEP_FLAGS = ("--multirun", "-m")
-
-
 def prepare_command_line(arguments: Sequence[str]) -> list[str]:
     """The command line as Hydra should read it: every text and number as it was typed (`config.command_line`).
 
@@ -210,7 +209,7 @@ def prepare_command_line(arguments: Sequence[str]) -> list[str]:
     Raises:
         ValueError: with that sentence.
     """
-    is_sweep = any(word in _SWEEP_FLAGS for word in arguments)
+    is_sweep = any(word in SWEEP_FLAGS for word in arguments)
     words = typed_words(TrainConfig, arguments, is_sweep)
     folder, rest = split_folder(words)
     if is_sweep or any(word.startswith(("-", "hydra", "+hydra")) for word in rest):

@@ -15,11 +15,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_dllm.compose import compose_dict, prepare_command_line, register_schemas
+from megatron_dllm.compose import SWEEP_FLAGS, compose_dict, prepare_command_line, register_schemas
 from megatron_dllm.config.recipe_source import RECIPES, split_folder
 from megatron_dllm.run.exit_codes import EXIT_REFUSED
-
-_SWEEP_FLAGS = ("--multirun", "-m")
 
 
 def hydra_command(task: Callable[[Any], int]) -> None:
@@ -70,9 +68,9 @@ def check_sweep(words: Sequence[str]) -> None:
     Raises:
         ValueError: naming the folder and two members that share it.
     """
-    if not any(word in _SWEEP_FLAGS for word in words):
+    if not any(word in SWEEP_FLAGS for word in words):
         return
-    folder, rest = split_folder([word for word in words if word not in _SWEEP_FLAGS])
+    folder, rest = split_folder([word for word in words if word not in SWEEP_FLAGS])
     if any(word.startswith("-") or "hydra/sweeper" in word for word in rest):
         return
     try:
