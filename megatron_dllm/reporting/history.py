@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from megatron_dllm.reporting.records import Record, number, numbers, read_records
+from megatron_dllm.reporting.records import Record, number, numbers
+from megatron_dllm.run.files import read_json_lines
 from megatron_dllm.run.names import CODE_STATE, CONFIG, CONTRACT, LEASE, METRICS, STARTS, VALIDATION
 
 
@@ -156,7 +157,7 @@ def _run_folders(folder: Path) -> list[Path]:
 
 
 def _read_run(folder: Path) -> Run:
-    records = read_records(folder / METRICS)
+    records = read_json_lines(folder / METRICS)
     return Run(
         folder.resolve(),
         _plain_yaml(folder / CONFIG),
@@ -183,7 +184,7 @@ def _plain_yaml(path: Path) -> dict[str, Any]:
 def _changes(starts: Path) -> list[str]:
     """What starts.jsonl says of changed values."""
     found = []
-    for start in read_records(starts):
+    for start in read_json_lines(starts):
         changes = start.get("changes")
         if isinstance(changes, dict):
             when = f"{start.get('time')}, at step {start.get('step')}"
@@ -193,7 +194,7 @@ def _changes(starts: Path) -> list[str]:
 
 
 def _attempts(lease: Path) -> list[Attempt]:
-    records = [record for path in sorted(lease.glob("generation_*")) for record in read_records(path)]
+    records = [record for path in sorted(lease.glob("generation_*")) for record in read_json_lines(path)]
     return [Attempt(str(record.get("owner", "")), number(record.get("time"))) for record in records]
 
 
@@ -266,7 +267,7 @@ def _job_folders(folder: Path) -> dict[str, Path]:
     """Folders of a chain's jobs under launch/, in the order in which they first started."""
     times = {}
     for path in folder.glob("launch/*/events.jsonl"):
-        times[path.parent] = min((number(event.get("time")) for event in read_records(path)), default=float("inf"))
+        times[path.parent] = min((number(event.get("time")) for event in read_json_lines(path)), default=float("inf"))
     return {path.name: path for path in sorted(times, key=lambda path: (times[path], path.name))}
 
 
@@ -281,7 +282,7 @@ def _durations(folder: Path, jobs: dict[str, Path]) -> list[Duration]:
 
 
 def _seconds_of_ends(job: Path) -> float:
-    ends = [event for event in read_records(job / "events.jsonl") if event.get("event") == "end"]
+    ends = [event for event in read_json_lines(job / "events.jsonl") if event.get("event") == "end"]
     return float(np.sum(numbers(ends, "seconds"))) if ends else float("nan")
 
 
@@ -305,7 +306,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 def _samples(folder: Path) -> list[Record]:
     """Decoded texts: lines with a prompt and a text, in any file of JSON lines beside the runs."""
     paths = [path for path in sorted(folder.glob("*.jsonl")) if path.name != METRICS]
-    lines = [record for path in paths for record in read_records(path)]
+    lines = [record for path in paths for record in read_json_lines(path)]
     return [r for r in lines if isinstance(r.get("prompt"), str) and isinstance(r.get("text"), str)]
 
 

@@ -1,11 +1,9 @@
-"""Lines of JSON that a run wrote, and the numbers in them, with nothing where there is nothing."""
+"""Numbers in the records that a run wrote, with nothing where there is nothing."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,25 +12,6 @@ from numpy.typing import NDArray
 Record = dict[str, Any]
 # A series with a hole of more than so many logging intervals is drawn as two.
 _LONGEST_STEP = 3.0
-
-
-def read_records(path: Path) -> list[Record]:
-    """Objects of a file of JSON lines; none where there is no file.
-
-    A line that is no object is passed over: the last one may be half-written, by a run that was killed or still goes
-    on. Lines end at line feeds alone, because a text may hold other separators, such as U+2028.
-    """
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            records.append(value)
-    return records
 
 
 def number(value: object) -> float:

@@ -137,6 +137,25 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines; none where there is no file.
+
+    A line that is no object is passed over: the last one may be half-written, by a run that was killed or still goes
+    on. Lines end at line feeds alone, because a text may hold other separators, such as U+2028.
+    """
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            records.append(value)
+    return records
+
+
 def sync(path: Path) -> None:
     """Make what was written to a file, or renamed in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

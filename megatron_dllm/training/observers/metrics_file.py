@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_dllm.run.files import write_text
+from megatron_dllm.run.files import read_json_lines, write_text
 from megatron_dllm.run.names import METRICS
 
 Record = dict[str, Any]
@@ -14,18 +14,7 @@ Record = dict[str, Any]
 
 def read_metrics(run_folder: Path) -> list[Record]:
     """The records of a run, none without a file; a line that a killed process left half-written is passed over."""
-    path = run_folder / METRICS
-    if not path.is_file():
-        return []
-    return [record for line in path.read_bytes().split(b"\n") if (record := _parsed(line)) is not None]
-
-
-def _parsed(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return [record for record in read_json_lines(run_folder / METRICS) if isinstance(record.get("step"), int)]
 
 
 def trim_metrics(run_folder: Path, step: int, is_validated: bool = True) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
 
@@ -123,3 +124,12 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
                 write()
                 write()  # a line may have gone in part
             assert caught.value.filename == str(path)
+
+
+def test_half_written_and_foreign_lines_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    text = "a\u2028b\u2029c\x85d\x0be"
+    whole = [json.dumps({"step": 1, "text": text}, ensure_ascii=False), "", "3", "[1]", "\x00\x00", '{"step": 2}\r']
+    path.write_bytes("\n".join(whole).encode() + b'\n{"step": 3, "lo' + b"\xff")
+    assert files.read_json_lines(path) == [{"step": 1, "text": text}, {"step": 2}]
+    assert files.read_json_lines(tmp_path / "none.jsonl") == []
