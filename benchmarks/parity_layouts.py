@@ -20,6 +20,8 @@ from megatron_dllm.config import (
 )
 
 CONTEXT_LENGTH, BLOCK_SIZE, ROW_LENGTH = 32, 4, 96
+# Beside the corpus of the other stages, for the one that blends two.
+SECOND_CORPUS = "second_corpus"
 GLOBAL_BATCH_SIZE = 4
 VOCAB_SIZE, EOS, PAD, MASK = 128, 0, 1, 2
 LEARNING_RATE = 1e-2
@@ -205,14 +207,23 @@ STAGES: dict[str, StageConfig] = {
     "complementary": replace(_BLOCKS, num_views=2, view_relation="complementary", t_max=0.999),
     "single_view": _BLOCKS,
     "mdlm": replace(_BLOCKS, block_size=CONTEXT_LENGTH),
+    "blend": replace(_BLOCKS, train=[0.6, "corpus", 0.4, SECOND_CORPUS]),
 }
 # Noise on the embeddings of masked tokens, where a stage has it.
 EMBEDDING_NOISE = {"complementary": 0.3}
 
 
 def train_config(layout: Layout, stage: StageConfig, corpus: Path) -> TrainConfig:
-    """The whole configuration of one comparison. What one rank is expected to make of it leaves no output out."""
+    """The whole configuration of one comparison. What one rank is expected to make of it leaves no output out.
+
+    Args:
+        layout: of the ranks.
+        stage: what they train. The corpora of a blend of its own lie beside `corpus`.
+        corpus: prefix of what the other stages train on.
+    """
     stage = replace(stage, micro_batch_size=layout.micro_batch_size)
+    if isinstance(stage.train, list):
+        stage = replace(stage, train=[str(corpus.parent / v) if isinstance(v, str) else v for v in stage.train])
     training = TrainingConfig(
         skip_unused_outputs=layout not in EXPECTED.values(),
         moe_router_bias_update_rate=0.0 if layout.model == SKIPPING else 1e-3,

@@ -15,7 +15,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.parity_layouts import EMBEDDING_NOISE, EXPECTED, LEARNING_RATE, SKIPPING, STAGES, Layout, train_config
+from benchmarks.parity_layouts import (
+    EMBEDDING_NOISE,
+    EXPECTED,
+    LEARNING_RATE,
+    SECOND_CORPUS,
+    SKIPPING,
+    STAGES,
+    Layout,
+    train_config,
+)
 from benchmarks.tiny_run import write_corpus
 from megatron_dllm.config import RunConfig, TrainConfig
 
@@ -50,13 +59,14 @@ class Difference:
 
 
 def prepare(folder: str, variants: set[str]) -> dict[str, Trained]:
-    """On one rank: write corpus, start checkpoints and the expected weights of every stage of these variants."""
+    """On one rank: write corpora, start checkpoints and the expected weights of every stage of these variants."""
     from megatron.core import parallel_state
 
     from megatron_dllm.parallel import groups
 
     path = Path(folder)
     write_corpus(path / "corpus", num_documents=300)
+    write_corpus(path / SECOND_CORPUS, num_documents=200, seed=1)
     results = {}
     for variant in variants:
         layout = EXPECTED[variant]
@@ -136,25 +146,25 @@ def _check_skipping(chunks: list[nn.Module], expected: bool) -> None:
 
 
 def _loader(config: TrainConfig, groups: Any) -> Iterator[Any]:
-    from megatron_dllm.data.corpus import Corpus
     from megatron_dllm.data.geometry import RowGeometry
     from megatron_dllm.data.loader import BatchLoader, RowDataset
-    from megatron_dllm.data.packing import RowStream
     from megatron_dllm.diffusion.noise import NoiseSpec
+    from megatron_dllm.training.blends import stage_shares
+    from megatron_dllm.training.sources import Sources
+    from megatron_dllm.training.start import new_stream
 
-    stage = config.schedule.stages["only"]
-    corpus = Corpus(config.data.train, config.model)
-    noise = None if stage.objective == "ar" else NoiseSpec.for_stage(config.noise, stage)
+    stage, sources = config.schedule.stages["only"], Sources(config)
+    stream = new_stream(config, sources)
+    stream.use(stage_shares(config, sources)["only"])
     dataset = RowDataset(
-        corpus,
+        stream.documents,
         RowGeometry.of_stage(stage, config.schedule, config.data),
-        noise,
+        None if stage.objective == "ar" else NoiseSpec.for_stage(config.noise, stage),
         config.run.seed,
         config.model.mask_token_id,
         config.model.pad_token_id,
         config.model.eos_token_id,
     )
-    stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk, spans=corpus.spans)
     return iter(
         BatchLoader(
             dataset,

@@ -10,6 +10,7 @@ from benchmarks.parity_run import Trained, prepare
 from benchmarks.ranks import run_ranks
 
 Start = tuple[str, dict[str, Trained]]
+ONE_CORPUS = [name for name, stage in STAGES.items() if stage.train is None]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,15 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     ],
 )
 def test_layouts_train_what_one_rank_trains(name: str, start: Start) -> None:
-    assert violations(measure(ALL_LAYOUTS[name], *start, list(STAGES)), "fp32") == []
+    assert violations(measure(ALL_LAYOUTS[name], *start, ONE_CORPUS), "fp32") == []
+
+
+@pytest.mark.parametrize("name", ["TP2", "PP2", "CP2"])
+def test_a_blend_of_two_corpora_trains_as_on_one_rank(name: str, start: Start) -> None:
+    expected = start[1]
+    for one, two in zip(expected["single_view_fp32_experts"].losses, expected["blend_fp32_experts"].losses, strict=True):
+        assert one != pytest.approx(two, rel=1e-4), "the second corpus has no part in the step"
+    assert violations(measure(ALL_LAYOUTS[name], *start, ["blend"]), "fp32") == []
 
 
 @pytest.mark.parametrize("name", ["TP2 x CP2", "PP2 x EP2", "PP2 x EP2 overlap, skipping"])
