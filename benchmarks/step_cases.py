@@ -51,7 +51,7 @@ def model_config(name: str, **changes: Any) -> ModelConfig:
         fields = {**MODELS[name], **_TOKENS}
     else:
         path = Path(__file__).resolve().parents[1] / "recipes" / "model" / f"{SLICES[name]}.yaml"
-        fields = yaml.safe_load(path.read_text(encoding="utf-8")) | {"num_layers": 4, "mask_embedding_noise": 0.0}
+        fields = yaml.safe_load(path.read_text(encoding="utf-8")) | {"num_layers": 4}
     return ModelConfig(**(fields | changes))
 
 
