@@ -48,6 +48,7 @@ class Lengths:
     spans: None = None
     num_bytes: None = None
     chat_template: None = None
+    is_paired: bool = False
 
     @property
     def fingerprint(self) -> str:

@@ -23,6 +23,7 @@ class ToySource:
     num_bytes = None
     fingerprint = "toy"
     chat_template = None
+    is_paired = False
 
     def __init__(self) -> None:
         self.document_lengths: NDArray[np.int32] = np.array(

@@ -160,7 +160,12 @@ class BlendStream:
                 continue
             seed = mix_key(self._seed, number) if number else self._seed
             stream = RowStream(
-                source.document_lengths, seed, self._chunk, spans=source.spans, first_number=first_number(number)
+                source.document_lengths,
+                seed,
+                self._chunk,
+                spans=source.spans,
+                first_number=first_number(number),
+                is_paired=source.is_paired,
             )
             if "position" in corpus:
                 stream.load_state_dict(corpus.pop("position"))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.data.index_file import check_files, check_index
+from megatron_dllm.data.preference import PAIRS
 from megatron_dllm.data.spans import Spans
 from megatron_dllm.data.spans_file import read_spans
 from megatron_dllm.data.sums_file import Sums, content_fingerprint, read_sums, sampled_fingerprint
@@ -31,7 +32,7 @@ _PAGES_LOOKED_AT = 1024  # of .bin, before a run starts
 _DESCRIBED: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("num_tokens", "num_bytes", "max_token_id"), (int,)),
     **dict.fromkeys(("eos_token_id", "mask_token_id"), (int, type(None))),
-    **dict.fromkeys(("tokenizer_fingerprint", "chat_template_sha256", "fingerprint"), (str, type(None))),
+    **dict.fromkeys(("tokenizer_fingerprint", "chat_template_sha256", "fingerprint", "kind"), (str, type(None))),
 }
 
 
@@ -49,6 +50,7 @@ class Corpus:
         spans: of every document, memory-mapped; None where there is no PREFIX.spans.
         num_bytes: UTF-8 bytes of the text they came from; None where PREFIX.json is missing.
         chat_template: SHA-256 of the template that rendered the chats; None for text.
+        is_paired: whether they are preference pairs, see `data.preference`.
 
     Raises:
         ValueError: where a file is missing, cut off, empty, or made with another tokenizer.
@@ -68,6 +70,7 @@ class Corpus:
         description = _read_description(prefix)
         self.num_bytes: int | None = description.get("num_bytes")
         self.chat_template: str | None = description.get("chat_template_sha256")
+        self.is_paired: bool = description.get("kind") == PAIRS
         _check_description(prefix, description, model, tokenizer, self.num_tokens)
         self._sums = read_sums(prefix)
         self._bin: NDArray[np.uint8] = np.memmap(prefix + ".bin", mode="r", dtype=np.uint8)
@@ -134,7 +137,13 @@ class Corpus:
         return tokens
 
     def sample_id(self, document: int, offset: int) -> int:
-        """Place of a token in the whole corpus: a number that identifies the segment that begins there."""
+        """Place of a token in the whole corpus: a number that identifies the segment that begins there.
+
+        Of pairs it is the document's number, see `data.preference`; a later part of a document gets a number further
+        on, which is even or odd as the document's is.
+        """
+        if self.is_paired:
+            return document + offset * len(self.document_lengths)
         return self._first_byte(document) // self._token_bytes + offset
 
     def _first_byte(self, document: int) -> int:

@@ -36,6 +36,8 @@ class RowGeometry:
         fill: "eos" puts trained end-of-text tokens between the end of a turn and the end of its block, see
             `data.noisy_blocks`; "none" nothing. It concerns sources with spans alone, as turn_boundary does.
         turn_boundary: what a turn that ends in mid-block sees behind it, see `data.noisy_blocks`.
+        rows_of_pairs: rows of a global batch of preference pairs: both sides of a pair lie in the same so many rows,
+            counted from the stage's first one; None: documents have nothing to do with each other.
     """
 
     objective: str
@@ -48,6 +50,7 @@ class RowGeometry:
     shift: bool | None = None
     fill: str = "none"
     turn_boundary: str = "all"
+    rows_of_pairs: int | None = None
 
     def __post_init__(self) -> None:
         # The configuration has refused these; that a validation's rows are long enough shows only here.
@@ -65,6 +68,9 @@ class RowGeometry:
         has_turns = (self.fill, self.turn_boundary) != ("none", "all")
         assert not has_turns or (is_noisy and self.block_origin == "document"), (
             f"fill ({self.fill}) and turn_boundary ({self.turn_boundary}) need block_diffusion on the document's grid"
+        )
+        assert self.rows_of_pairs is None or (self.rows_of_pairs > 1 and self.block_origin == "document"), (
+            f"rows_of_pairs ({self.rows_of_pairs}) must be 2 or more, so that any pair fits, on the document's grid"
         )
         longest = np.array([self.context_length])
         needed = self.num_views * self.context_length + int(clean_lengths(self, longest, np.zeros_like(longest))[0])

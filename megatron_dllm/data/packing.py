@@ -7,7 +7,8 @@ The sequence is a pure function of (seed, epoch, geometry), the same whatever th
 
 A row is filled by what its segments really cost: noisy views of the blocks with a token that may carry a
 loss, plus the clean tokens that a later such block reads. Lengths and spans decide; tokens are not read.
-Only one chunk is planned at a time, so neither memory nor start-up time grows with the corpus.
+Only one chunk is planned at a time, so neither memory nor start-up time grows with the corpus. A stage of preference
+pairs packs them into whole global batches instead (`data.pair_packing`).
 
 When the geometry changes in mid-chunk, the segments not yet emitted are packed anew. The position is
 therefore "the n-th row under geometry A, then the m-th under B, ..." of one chunk: a few numbers, from
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 
 from megatron_dllm.data.costs import document_tokens, forward_tokens, segment_costs
 from megatron_dllm.data.geometry import RowGeometry, row_starts
+from megatron_dllm.data.pair_packing import assign_pair_rows
 from megatron_dllm.data.shuffle import KeyedPermutation
 from megatron_dllm.data.spans import Spans, segment_spans
 
@@ -144,6 +146,7 @@ class RowStream:
         shuffle: false keeps the documents in their own order (validation).
         spans: of the documents; None: plain text. Segments without a token that may carry a loss are left out.
         first_number: what documents and ordinals begin at in the plans: those of a blend's other corpora stay apart.
+        is_paired: documents 2i and 2i + 1 belong together (see `data.preference`) and are shuffled as one.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class RowStream:
         shuffle: bool = True,
         spans: Spans | None = None,
         first_number: int = 0,
+        is_paired: bool = False,
     ) -> None:
         if len(document_lengths) == 0:
             raise ValueError("document_lengths (0 documents) must not be empty; tokenize a corpus with text in it.")
@@ -163,8 +167,10 @@ class RowStream:
         self._identity = {"num_documents": len(document_lengths), "seed": seed, "chunk": chunk, "shuffle": shuffle}
         if spans is not None:
             self._identity["num_spans"] = len(spans.table)
-        self._seed, self._chunk, self._shuffle = seed, chunk, shuffle
-        self._num_chunks = -(-len(document_lengths) // chunk)
+        self._seed, self._shuffle, self._is_paired = seed, shuffle, is_paired
+        # A pair is never cut by the end of a chunk.
+        self._chunk = chunk + chunk % 2 if is_paired else chunk
+        self._num_chunks = -(-len(document_lengths) // self._chunk)
         self._epoch, self._chunk_index, self._num_segments_before, self._num_dropped = 0, 0, 0, 0
         self._emitted: list[tuple[RowGeometry, int]] = []  # of this chunk: rows under each geometry, in order
         self._planned: tuple[RowGeometry, list[Segments]] | None = None  # rows left in this chunk, last one first
@@ -227,7 +233,15 @@ class RowStream:
 
     def copy(self) -> RowStream:
         """An independent stream at the same position (the lengths are shared)."""
-        other = RowStream(self._lengths, self._seed, self._chunk, self._shuffle, self._spans, self._first_number)
+        other = RowStream(
+            self._lengths,
+            self._seed,
+            self._identity["chunk"],
+            self._shuffle,
+            self._spans,
+            self._first_number,
+            self._is_paired,
+        )
         other.load_state_dict(self.state_dict())
         return other
 
@@ -242,7 +256,7 @@ class RowStream:
             order = np.argsort(rows, kind="stable")
             segments = segments[order]
             segments[:, [DOCUMENT, ORDINAL]] += self._first_number
-            plans = np.split(segments, np.cumsum(np.bincount(rows))[:-1]) if len(rows) else []
+            plans = np.split(segments, np.cumsum(_row_sizes(rows, geometry))[:-1]) if len(rows) else []
             self._planned = (geometry, plans[::-1])
         return self._planned[1]
 
@@ -259,7 +273,7 @@ class RowStream:
         """[p, 4] the documents of the current chunk as segments of any length, in order of arrival."""
         size = len(self._lengths)
         places = np.arange(self._chunk_index * self._chunk, min((self._chunk_index + 1) * self._chunk, size))
-        documents = KeyedPermutation(size, (self._seed, self._epoch))(places) if self._shuffle else places
+        documents = self._shuffled(places) if self._shuffle else places
         whole = np.zeros((len(documents), 4), dtype=np.int64)
         whole[:, DOCUMENT], whole[:, LENGTH] = documents, self._lengths[documents]
         whole = whole[whole[:, LENGTH] > 0]
@@ -267,8 +281,19 @@ class RowStream:
             self._spans.take(whole[:, DOCUMENT]).check(whole[:, DOCUMENT], whole[:, LENGTH])
         return whole
 
+    def _shuffled(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] documents at places [n] of this epoch's order; of pairs the order of the pairs."""
+        size, key = len(self._lengths), (self._seed, self._epoch)
+        if not self._is_paired:
+            return KeyedPermutation(size, key)(places)
+        return 2 * KeyedPermutation(size // 2, key)(places // 2) + places % 2
+
     def _rows(self, segments: Segments, geometry: RowGeometry) -> NDArray[np.int64]:
-        return assign_rows(geometry, segments[:, LENGTH], segment_spans(self._spans, segments))
+        spans = segment_spans(self._spans, segments)
+        if geometry.rows_of_pairs is None:
+            return assign_rows(geometry, segments[:, LENGTH], spans)
+        _check_pairs(segments, self._is_paired)
+        return assign_pair_rows(geometry, segments[:, LENGTH], spans)
 
     def _next_chunk(self, geometry: RowGeometry) -> None:
         context_length = self._context_length_at_start(geometry)
@@ -280,6 +305,20 @@ class RowStream:
         if self._chunk_index == self._num_chunks:
             self._epoch, self._chunk_index, self._num_segments_before = self._epoch + 1, 0, 0
         self._emitted, self._planned = [], None
+
+
+def _check_pairs(segments: Segments, is_paired: bool) -> None:
+    """Segments [p, 4] must be both sides of pairs, whole; a stage of pairs refuses other documents before it starts."""
+    documents = segments[:, DOCUMENT]
+    is_right = is_paired and len(documents) % 2 == 0 and not (documents[::2] % 2).any()
+    assert is_right and (documents[1::2] == documents[::2] + 1).all(), "the rows of a stage of pairs hold whole pairs"
+
+
+def _row_sizes(rows: NDArray[np.int64], geometry: RowGeometry) -> NDArray[np.int64]:
+    """[r] segments of each row, for the rows [p] of segments; the last batch of pairs is filled up with empty rows."""
+    group = geometry.rows_of_pairs or 1
+    num_rows = -(-(int(rows.max()) + 1) // group) * group
+    return np.bincount(rows, minlength=num_rows)
 
 
 @dataclass(frozen=True)
@@ -328,6 +367,7 @@ def estimate_fill(
     chunk: int,
     num_chunks: int = 4,
     spans: Spans | None = None,
+    is_paired: bool = False,
 ) -> RowFill:
     """How full the rows of a stage are, from the first chunks of the corpus.
 
@@ -338,9 +378,10 @@ def estimate_fill(
         chunk: documents that are packed together.
         num_chunks: chunks to look at, at most one epoch.
         spans: of the documents; None: plain text.
+        is_paired: as of `RowStream`.
     """
     documents = min(len(document_lengths), num_chunks * chunk)
-    stream = RowStream(document_lengths, seed, chunk, spans=spans)
+    stream = RowStream(document_lengths, seed, chunk, spans=spans, is_paired=is_paired)
     num_document = num_forward = num_rows = num_segments = 0
     while True:
         plan = stream.next(geometry)

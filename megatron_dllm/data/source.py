@@ -60,6 +60,10 @@ class Source(Documents, Protocol):
     def chat_template(self) -> str | None:
         """SHA-256 of the template that rendered the chats; None for other documents."""
 
+    @property
+    def is_paired(self) -> bool:
+        """Whether documents 2i and 2i + 1 are the answers that were chosen and rejected, see `data.preference`."""
+
     def verify(self) -> None:
         """Raise ValueError where what is read would be damaged; on one rank, before a run starts."""
 

@@ -57,7 +57,13 @@ def row_of(config: TrainConfig, corpus_prefix: str) -> ExampleRow:
     dataset = RowDataset(
         corpus, geometry, noise, config.run.seed, model.mask_token_id, model.pad_token_id, model.eos_token_id
     )
-    stream = RowStream(corpus.document_lengths, config.run.seed, config.data.packing_chunk, spans=corpus.spans)
+    stream = RowStream(
+        corpus.document_lengths,
+        config.run.seed,
+        config.data.packing_chunk,
+        spans=corpus.spans,
+        is_paired=corpus.is_paired,
+    )
     plans = [stream.next(geometry) for _ in range(_ROWS_LOOKED_AT)]
     plan = max(plans, key=lambda plan: int((plan.segments[:, LENGTH] > 2 * stage.block_size).sum()))
     return ExampleRow(

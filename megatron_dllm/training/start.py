@@ -291,6 +291,7 @@ def _measure_fills(config: TrainConfig, schedule: BlockSchedule, sources: Source
                     seed=config.run.seed,
                     chunk=config.data.packing_chunk,
                     spans=source.spans,
+                    is_paired=source.is_paired,
                 )
     return fills
 

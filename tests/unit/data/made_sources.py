@@ -20,6 +20,7 @@ class MadeSource:
     answers: bool = False
     num_bytes: None = None
     chat_template: None = None
+    is_paired: bool = False
 
     @property
     def fingerprint(self) -> str:
