@@ -168,6 +168,8 @@ def build_batch(documents: Documents, variant: Variant, mask_token_id: int, mult
         row_keys=torch.arange(len(rows)),
         sample_ids=starts.repeat(len(rows)),
         num_segments=torch.full((len(rows),), len(starts)),
+        segment_epochs=torch.zeros(len(starts) * len(rows), dtype=torch.int64),
+        segment_maskable=torch.tensor(documents.lengths).repeat(len(rows)),
         is_fill=torch.zeros(len(targets), dtype=torch.bool),
         num_maskable=torch.tensor(total * len(views)),
         num_answers=torch.tensor(len(documents.lengths) * len(views)),

@@ -62,6 +62,8 @@ def tiny_batch(
         loss_weights=weights,
         target_t=torch.full((len(targets),), mask_ratio),
         num_segments=torch.tensor([len(lengths) for lengths in rows]),
+        segment_epochs=torch.zeros(sum(len(row) for row in rows), dtype=torch.int64),
+        segment_maskable=torch.tensor([length for lengths in rows for length in lengths]),
         row_keys=torch.arange(b) * 7919 + 13,
         sample_ids=torch.arange(sum(len(row) for row in rows)),
         is_fill=torch.zeros(len(targets), dtype=torch.bool),

@@ -50,6 +50,8 @@ class Batch:
     Attributes:
         sample_ids: [p] int64, sample ids of the segments in the micro-batch, in order.
         num_segments: [b] int64, how many of these segments lie in each row.
+        segment_epochs: [p] int64, the pass over the corpus that each segment belongs to.
+        segment_maskable: [p] int64, tokens of each segment that could have carried a loss, once for all its views.
         row_keys: [b] int64, a number that identifies the row's content wherever it is computed.
         input_ids: [b, s] int64, what the model reads: x_t in noisy views, x_0 in clean copies.
         position_ids: [b, s] int64, position inside the segment; every copy of a token shares it.
@@ -68,6 +70,8 @@ class Batch:
 
     sample_ids: Tensor = field(metadata=_SEGMENT | _DIGESTED)
     num_segments: Tensor = field(metadata=_ROW)
+    segment_epochs: Tensor = field(metadata=_SEGMENT)
+    segment_maskable: Tensor = field(metadata=_SEGMENT)
     row_keys: Tensor = field(metadata=_ROW | _DIGESTED)
     input_ids: Tensor = field(metadata=_TOKEN | _DIGESTED)
     position_ids: Tensor = field(metadata=_TOKEN)

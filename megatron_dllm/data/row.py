@@ -44,6 +44,8 @@ class Row:
 
     sample_ids: IntArray
     num_segments: IntArray
+    segment_epochs: IntArray
+    segment_maskable: IntArray
     row_keys: IntArray
     input_ids: IntArray
     position_ids: IntArray
@@ -128,6 +130,8 @@ def lay_out_row(
     return Row(
         sample_ids=content.sample_ids,
         num_segments=np.array([len(content.sample_ids)], dtype=np.int64),
+        segment_epochs=np.full(len(content.sample_ids), plan.epoch, dtype=np.int64),
+        segment_maskable=np.bincount(targets.maskable_segments, minlength=len(content.sample_ids)),
         row_keys=np.array([row_key(plan, content)], dtype=np.int64),
         input_ids=_padded(np.where(is_masked, mask_token_id, slots.take(tokens, "ids")), length, pad_token_id),
         position_ids=_padded(slots.take(tokens, "position_ids"), length, 0),
@@ -154,13 +158,17 @@ def lay_out_row(
 
 @dataclass(frozen=True)
 class _Targets:
-    """Per target ([T]): its slot, token, weight, noise level and whether it is fill; and what could have been one."""
+    """Per target ([T]): its slot, token, weight, noise level and whether it is fill; and what could have been one.
+
+    Of what could have been one, `maskable_segments` [m] has the segment of each token, once for all views.
+    """
 
     positions: IntArray
     ids: IntArray
     weights: FloatArray
     t: FloatArray
     is_fill: BoolArray
+    maskable_segments: IntArray
     num_maskable: int
     num_answers: int
 
@@ -228,6 +236,7 @@ def _next_tokens(clean: CopyTokens, kinds: NDArray[np.uint8] | None) -> _Targets
         np.ones(count, np.float32),
         np.zeros(count, np.float32),
         np.zeros(count, np.bool_),
+        clean.segments[positions],
         count,
         _num_different(clean.segments[positions]),
     )
@@ -244,6 +253,7 @@ def _masked_tokens(noisy: NoisyTokens, noise: RowNoise, slots: _Slots, num_views
         noise.loss_weights[of_target],
         noise.t[of_target],
         noisy.is_fill[of_target[1]],
+        noisy.segments[noisy.is_maskable],
         num_views * int(noisy.is_maskable.sum()),
         num_views * _num_different(noisy.turns[noisy.is_maskable]),
     )

@@ -23,8 +23,8 @@ from megatron_dllm.data.loader import BatchLoader, RowDataset
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.data.source import Source, check_fills_a_row
 from megatron_dllm.evaluation.conditions import SEED, conditions_of
+from megatron_dllm.evaluation.scores import score_documents
 from megatron_dllm.model.objective import AR, Objective, validation_objective
-from megatron_dllm.model.pipeline import run_schedule
 from megatron_dllm.parallel.groups import Groups
 
 
@@ -60,7 +60,6 @@ def check_corpus(config: TrainConfig, corpus: Source, names: Iterable[str]) -> N
             raise ValueError(f"validation ({name}) cannot run: {error}") from None
 
 
-@torch.no_grad()
 def evaluate(
     chunks: list[nn.Module],
     config: TrainConfig,
@@ -84,24 +83,17 @@ def evaluate(
     Raises:
         EvaluationStopped: `must_stop` said so.
     """
-    was_training = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
     lengths = validation_lengths(corpus.document_lengths, config.evaluation.num_tokens)
     nats: dict[str, float] = {}
-    try:
-        for name in names:
-            loss, count = 0.0, 0.0
-            objective = validation_objective(name)
-            for step in _loader(config, groups, corpus, lengths, name, objective):
-                if must_stop():
-                    raise EvaluationStopped
-                sums = run_schedule(chunks, step.micro_batches, device, groups, objective, forward_only=True)
-                loss, count = loss + float(sums.loss), count + float(sums.count)
-            nats[name] = loss / max(count, 1.0)
-    finally:
-        for chunk, training in zip(chunks, was_training, strict=True):
-            chunk.train(training)
+    for name in names:
+        elbo, count = 0.0, 0
+        objective = validation_objective(name)
+        for step in _loader(config, groups, corpus, lengths, name, objective):
+            if must_stop():
+                raise EvaluationStopped
+            scores = score_documents(chunks, step.micro_batches, device, groups, num_views=1)
+            elbo, count = elbo + float(scores.means.sum()), count + int(scores.num_maskable.sum())
+        nats[name] = -elbo / max(count, 1)
     target = 0 if names == [AR] else config.evaluation.block_sizes[0]
     conditions = conditions_of(config, corpus, int(lengths.sum()))
     return Validation(nats, _bits_per_byte(nats, corpus), target, conditions)

@@ -70,7 +70,7 @@ def local_batches(micro_batches: Sequence[Batch], context: ProcessGroup, device:
     return [shard.to(device) for shard in shards]
 
 
-def _run(
+def run_batches(
     chunks: list[nn.Module],
     micro_batches: Sequence[Batch],
     device: torch.device,
@@ -82,7 +82,23 @@ def _run(
     observe: Callable[[Batch], None] | None = None,
     entropy_temperature: float | None = None,
 ) -> list[Any]:
-    """What `finish` said last of each micro-batch, in order; nothing except on the last pipeline stage."""
+    """Run micro-batches through the schedule (a collective).
+
+    Args:
+        chunks: the local model.
+        micro_batches: this data-parallel rank's, of whole rows.
+        device: where to compute.
+        groups: of this rank.
+        finish: what to compute from a micro-batch, or this context rank's part of it, and its outputs: a loss, what it
+            adds to the denominator, and what is returned.
+        forward_only: leave out the backward pass.
+        noise: on the embeddings of masked tokens.
+        observe: told each micro-batch before its forward pass.
+        entropy_temperature: what the head is asked for, see `model.head`.
+
+    Returns:
+        What `finish` said last of each micro-batch, in order; nothing except on the last pipeline stage.
+    """
     rows, row_length = micro_batches[0].input_ids.shape
     local = local_batches(micro_batches, groups.context, device)
     iterators = [iter(local) for _ in chunks]
@@ -99,43 +115,6 @@ def _run(
     return found
 
 
-@torch.no_grad()
-def score_documents(
-    chunks: list[nn.Module],
-    micro_batches: Sequence[Batch],
-    device: torch.device,
-    groups: Groups,
-    score: Callable[[Batch, TargetOutputs], Tensor],
-) -> list[Tensor]:
-    """One number for each segment, without gradients (a collective of the ranks that hold the same rows).
-
-    Losses that compare documents take it first: their coefficients scale `loss_weights`, and an ordinary step trains.
-
-    Args:
-        chunks: the local model.
-        micro_batches: this data-parallel rank's, of whole rows.
-        device: where to compute.
-        groups: of this rank.
-        score: [T] what each target adds to its segment, e.g. minus its weighted NLL.
-
-    Returns:
-        For each micro-batch [p] fp64 sums on the host, in the order of its `sample_ids`.
-    """
-
-    def finish(batch: Batch, outputs: TargetOutputs) -> tuple[Tensor, Tensor, Tensor]:
-        sums = torch.zeros(len(batch.sample_ids), dtype=torch.float64, device=device)
-        sums.index_add_(0, batch.target_segments, score(batch, outputs).double())
-        return sums.new_zeros(()), batch.num_maskable.new_zeros((), dtype=torch.int32), sums
-
-    parts = _run(chunks, micro_batches, device, groups, finish, forward_only=True)
-    sizes = [len(batch.sample_ids) for batch in micro_batches]
-    flat = torch.cat(parts) if parts else torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-    # Context ranks hold parts of the rows; of the pipeline's ranks only the last has scores.
-    dist.all_reduce(flat, group=groups.context)
-    dist.all_reduce(flat, group=groups.pipeline)
-    return list(torch.split(flat.cpu(), sizes))
-
-
 def run_schedule(
     chunks: list[nn.Module],
     micro_batches: Sequence[Batch],
@@ -143,11 +122,10 @@ def run_schedule(
     groups: Groups,
     objective: Objective,
     *,
-    forward_only: bool,
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
 ) -> StepSums:
-    """The sums of one global batch and, unless `forward_only`, the gradients (a collective).
+    """The sums of one global batch, and its gradients in the buffers of the chunks (a collective).
 
     Args:
         chunks: the local model.
@@ -155,7 +133,6 @@ def run_schedule(
         device: where to compute.
         groups: of this rank.
         objective: whose loss is taken.
-        forward_only: leave out the backward pass.
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
 
@@ -163,13 +140,13 @@ def run_schedule(
         The sums over the global batch on the host, the same on every rank.
     """
     finish = partial(_local_loss, objective.loss, groups.context.rank() == 0)
-    parts: list[StepSums] = _run(
+    parts: list[StepSums] = run_batches(
         chunks,
         micro_batches,
         device,
         groups,
         finish,
-        forward_only=forward_only,
+        forward_only=False,
         noise=noise,
         observe=observe,
         entropy_temperature=objective.entropy_temperature,

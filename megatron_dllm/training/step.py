@@ -61,9 +61,7 @@ def train_step(
     engine.optimizer.zero_grad()
     biases = _moving_expert_biases(engine)
     biases_before = [bias.clone() for bias in biases]
-    sums = run_schedule(
-        engine.chunks, micro_batches, device, engine.groups, objective, forward_only=False, noise=noise, observe=observe
-    )
+    sums = run_schedule(engine.chunks, micro_batches, device, engine.groups, objective, noise=noise, observe=observe)
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
     result = StepResult(sums, grad_norm, False)

@@ -269,3 +269,13 @@ def test_no_target_misses_what_was_left_out(block_origin: str, num_views: int, s
         }
 
     assert targets(True) == targets(False)
+
+
+def test_what_could_carry_a_loss_is_counted_once_for_all_views() -> None:
+    geometry = RowGeometry("block_diffusion", 4, 8, 64, 3, fill="eos", turn_boundary="split_views")
+    # Answers of 2 and 3 tokens, the first filled up with 2 to its block's end; a segment without an answer.
+    row = make_row([6, 3, 4], geometry, spec(3), epoch=2, kinds=[0] * 4 + [1] * 2 + [0] * 3 + [0, 1, 1, 1])
+    assert row.segment_maskable.tolist() == [4, 0, 3] and row.num_maskable == 3 * 7
+    assert row.segment_epochs.tolist() == [2, 2, 2]
+    ar = make_row([6, 3], RowGeometry("ar", 1, 8, 64, 0), None)
+    assert ar.segment_maskable.tolist() == [5, 2]
