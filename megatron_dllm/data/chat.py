@@ -19,7 +19,11 @@ from megatron_dllm.data.reading import BadDocumentError
 
 Message = dict[str, Any]
 
-COLUMNS = ("messages", "conversations", "prompt", "response", "instruction", "input", "output", "system", "tools")
+# Of a parquet file; the last three are those of preference pairs (`data.pair`).
+COLUMNS = (
+    *("messages", "conversations", "prompt", "response", "instruction", "input", "output", "system", "tools"),
+    *("question", "chosen", "rejected"),
+)
 _PAIRS = (("prompt", "response"), ("instruction", "output"))
 _ROLES = {
     "system": "system",

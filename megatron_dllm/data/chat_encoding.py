@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,9 @@ class ChatEncoding:
     max_length: int | None = None
     overlong: Overlong = "drop"
 
+    kind = "chat"
+    plural = "chats"
+
     def validate(self) -> None:
         """Raise ValueError for settings that cannot work."""
         if self.max_length is not None and self.max_length < 2:
@@ -45,6 +49,10 @@ class ChatEncoding:
     def load(self) -> ChatEncoder:
         """Read the tokenizer and its template."""
         return ChatEncoder(ChatTemplate.load(self.folder), self)
+
+    def left_out(self, tally: Mapping[str, int]) -> str:
+        """How many documents were dropped and why, for a message."""
+        return f"{tally['num_overlong_dropped']} were longer than max_length"
 
 
 @dataclass(frozen=True)
@@ -64,19 +72,7 @@ class ChatEncoder:
                 encoded += self._fit(self.documents(document), tally)
             except BadDocumentError as error:
                 bad.append(f"{document.source}: {error}")
-        tally["num_supervised_tokens"] = sum(
-            stop - start for document in encoded for start, stop, kind in document.spans if kind == MASKABLE
-        )
-        spans = Spans.of_lists([document.spans for document in encoded])
-        return EncodedBatch(
-            tokens=join_tokens([document.ids for document in encoded]),
-            lengths=[len(document.ids) for document in encoded],
-            num_bytes=sum(len(document.text.encode("utf-8")) for document in encoded),
-            num_empty=0,
-            bad=bad,
-            spans=Spans(spans.bounds, spans.table.astype(np.int32)),
-            tally=dict(tally),
-        )
+        return batch_of(encoded, bad, tally)
 
     def documents(self, document: RawDocument) -> list[ChatDocument]:
         """The documents that one chat becomes, however long they are.
@@ -91,6 +87,10 @@ class ChatEncoder:
         """The token that fills up an answer's last block, as text: the one that ends a document."""
         eos = TokenizerFiles(Path(self.template.folder)).eos_id()
         return self.decode([eos]) if eos is not None else "end of text"
+
+    def title(self, number: int, total: int) -> str:
+        """What the document with a number, from 1, of the documents of one chat is called."""
+        return f"document {number} of {total}"
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, special ones included."""
@@ -121,3 +121,20 @@ class ChatEncoder:
         spans = [(start, min(stop, last), kind) for start, stop, kind in document.spans if start < last]
         text = self.decode(ids)
         return ChatDocument(ids, [*spans, (last, max_length, MASKED)], text) if spans else None
+
+
+def batch_of(documents: list[ChatDocument], bad: list[str], tally: Counter[str]) -> EncodedBatch:
+    """Documents as one batch, with what is counted of them."""
+    tally["num_supervised_tokens"] = sum(
+        stop - start for document in documents for start, stop, kind in document.spans if kind == MASKABLE
+    )
+    spans = Spans.of_lists([document.spans for document in documents])
+    return EncodedBatch(
+        tokens=join_tokens([document.ids for document in documents]),
+        lengths=[len(document.ids) for document in documents],
+        num_bytes=sum(len(document.text.encode("utf-8")) for document in documents),
+        num_empty=0,
+        bad=bad,
+        spans=Spans(spans.bounds, spans.table.astype(np.int32)),
+        tally=dict(tally),
+    )

@@ -109,6 +109,15 @@ class ChatTemplate:
             documents.append(answer)
         return documents
 
+    def last_answer(self, chat: Chat) -> ChatDocument:
+        """A chat that ends with an answer, which alone carries a loss, whatever the assistant said before.
+
+        Raises:
+            BadDocumentError, ValueError: as for `documents`.
+        """
+        self._check_texts(chat)
+        return self._answer(chat, len(chat.messages) - 1)
+
     def prompt(self, chat: Chat) -> str:
         """The text that a server gives the model when the assistant is to speak.
 

@@ -1,4 +1,4 @@
-"""Chats on the screen as the model will see them: what it reads, and what it learns to say."""
+"""Chats and pairs on the screen as the model will see them: what it reads, and what it learns to say."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from megatron_dllm.config.rules import check
-from megatron_dllm.data.chat_encoding import ChatEncoder, ChatEncoding
 from megatron_dllm.data.chat_template import ChatDocument
+from megatron_dllm.data.pair_encoding import TemplateEncoder, TemplateEncoding
 from megatron_dllm.data.reading import BadDocumentError, read_batches
 from megatron_dllm.data.spans import FIXED
 
@@ -20,17 +20,17 @@ _PROMPT, _SUPERVISED, _FILL, _BAD = "dim", "bold green", "cyan", "red"
 
 def show_chats(
     files: list[Path],
-    chats: ChatEncoding,
+    chats: TemplateEncoding,
     num_chats: int,
     block_size: int | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the first chats of some files; a bad one with the reason why it is bad.
+    """Print the first chats or pairs of some files; a bad one with the reason why it is bad.
 
     Args:
-        files: of chats, in order.
+        files: in order.
         chats: how they become documents; shown whole, whatever `max_length` is.
-        num_chats: how many.
+        num_chats: how many chats, or pairs.
         block_size: of the stage that will train them, whose rows fill up the last block of an answer; None: no fill.
         console: where to; None: standard output.
 
@@ -49,11 +49,12 @@ def show_chats(
             console.print(Text(f"{source}: {content}", _BAD), soft_wrap=True)
             continue
         for number, document in enumerate(content, start=1):
-            console.rule(f"{source}, document {number} of {len(content)}, {len(document.ids)} tokens", align="left")
+            title = encoder.title(number, len(content))
+            console.rule(f"{source}, {title}, {len(document.ids)} tokens", align="left")
             console.print(_coloured(document, encoder, block_size), soft_wrap=True)
 
 
-def _chats(files: list[Path], encoder: ChatEncoder) -> Iterator[tuple[str, list[ChatDocument] | BadDocumentError]]:
+def _chats(files: list[Path], encoder: TemplateEncoder) -> Iterator[tuple[str, list[ChatDocument] | BadDocumentError]]:
     for batch in read_batches(files, None):
         for document in batch.documents:
             try:
@@ -62,7 +63,7 @@ def _chats(files: list[Path], encoder: ChatEncoder) -> Iterator[tuple[str, list[
                 yield document.source, error
 
 
-def _coloured(document: ChatDocument, encoder: ChatEncoder, block_size: int | None) -> Text:
+def _coloured(document: ChatDocument, encoder: TemplateEncoder, block_size: int | None) -> Text:
     """A document as text; brackets mark what is supervised where there are no colours."""
     text, done = Text(), 0
     spans = [(start, stop) for start, stop, kind in document.spans if kind != FIXED]

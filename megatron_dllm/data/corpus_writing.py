@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_dllm.data.chat_encoding import ChatEncoding
 from megatron_dllm.data.encoding import EncodedBatch, Encoding, TextEncoding, join_spans
 from megatron_dllm.data.encoding_processes import encode_in_order, encoding_processes
 from megatron_dllm.data.listing import list_files
+from megatron_dllm.data.pair_encoding import TemplateEncoding
 from megatron_dllm.data.reading import read_batches
 from megatron_dllm.data.spans import Spans
 from megatron_dllm.data.spans_file import write_spans
@@ -43,7 +43,7 @@ _OUTPUTS = (".bin", ".idx", ".spans", ".sums", ".json")
 
 @dataclass
 class TokenizeCounts:
-    """What went in and what came out; `num_tokens` includes the end-of-text tokens, `tally` is of chats alone."""
+    """What went in and what came out; `num_tokens` includes the end-of-text tokens, `tally` is of chats and pairs."""
 
     num_documents: int = 0
     num_tokens: int = 0
@@ -55,8 +55,9 @@ class TokenizeCounts:
 
     @property
     def num_seen(self) -> int:
-        """Texts or chats that were read."""
-        return self.tally.get("num_chats", self.num_documents) + self.num_empty_documents + self.num_bad_lines
+        """Texts, chats or pairs that were read."""
+        num_good = self.tally["num_chats"] + self.tally["num_pairs"] if self.tally else self.num_documents
+        return num_good + self.num_empty_documents + self.num_bad_lines
 
     def described(self) -> dict[str, int]:
         """All counts by name."""
@@ -81,7 +82,7 @@ def tokenize_corpus(
     *,
     num_workers: int = 1,
     text_key: str = "text",
-    chats: ChatEncoding | None = None,
+    chats: TemplateEncoding | None = None,
     max_bad_fraction: float = 0.01,
     overwrite: bool = False,
 ) -> TokenizeCounts:
@@ -93,7 +94,7 @@ def tokenize_corpus(
         output: prefix of the files to write.
         num_workers: processes that tokenize.
         text_key: key or column that holds the text.
-        chats: the inputs hold chats, which become documents in this way; None: they hold text.
+        chats: the inputs hold chats or pairs, which become documents in this way; None: they hold text.
         max_bad_fraction: share of documents that may be unreadable.
         overwrite: replace an existing corpus.
 
@@ -121,7 +122,7 @@ def tokenize_corpus(
         try:
             counts = _write(listing.files, key, encoding, description["vocab_size"], temporary, num_workers)
             _move_bad_lines(temporary, output, counts)
-            _check_counts(counts, max_bad_fraction, output)
+            _check_counts(counts, max_bad_fraction, output, chats)
             description |= {"fingerprint": write_sums(temporary)}
             _describe(temporary + ".json", description, counts, inputs, listing.left_out)
             with uninterrupted():
@@ -219,7 +220,7 @@ def _move_bad_lines(temporary: str, output: str, counts: TokenizeCounts) -> None
         Path(output + ".bad_lines.txt").unlink(missing_ok=True)
 
 
-def _check_counts(counts: TokenizeCounts, max_bad_fraction: float, output: str) -> None:
+def _check_counts(counts: TokenizeCounts, max_bad_fraction: float, output: str, chats: TemplateEncoding | None) -> None:
     num_seen = counts.num_seen
     if counts.num_bad_lines > max_bad_fraction * num_seen:
         raise ValueError(
@@ -227,10 +228,10 @@ def _check_counts(counts: TokenizeCounts, max_bad_fraction: float, output: str) 
             f"({max_bad_fraction}) allows; all are listed in {output}.bad_lines.txt: "
             "repair them or raise --max_bad_fraction."
         )
-    if counts.num_documents == 0 and counts.tally:
+    if counts.num_documents == 0 and counts.tally and chats is not None:
         raise ValueError(
-            f"the input ({num_seen} chats, {counts.num_bad_lines} of them bad) holds no document to train on; "
-            f"{counts.tally['num_overlong_dropped']} were longer than max_length: give more chats or a larger one."
+            f"the input ({num_seen} {chats.plural}, {counts.num_bad_lines} of them bad) holds no document to train on; "
+            f"{chats.left_out(counts.tally)}: give more {chats.plural}, or a larger max_length."
         )
     if counts.num_documents == 0:
         raise ValueError(
@@ -238,7 +239,7 @@ def _check_counts(counts: TokenizeCounts, max_bad_fraction: float, output: str) 
         )
 
 
-def _describe_tokenizer(folder: str, chats: ChatEncoding | None) -> dict[str, Any]:
+def _describe_tokenizer(folder: str, chats: TemplateEncoding | None) -> dict[str, Any]:
     """What a corpus says of its tokenizer and of how chats became documents; refuses a folder that lacks either."""
     tokenizer = TextTokenizer.load(folder)
     description = {
@@ -254,7 +255,8 @@ def _describe_tokenizer(folder: str, chats: ChatEncoding | None) -> dict[str, An
     chats.validate()
     chats.load()  # refuses a template that is of no use
     settings = {"max_length": chats.max_length, "overlong": chats.overlong}
-    return description | {"kind": "chat", "chat_template_sha256": chat_template_fingerprint(Path(folder)), **settings}
+    template = {"kind": chats.kind, "chat_template_sha256": chat_template_fingerprint(Path(folder))}
+    return description | template | settings
 
 
 def _describe(

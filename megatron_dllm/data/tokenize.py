@@ -1,12 +1,14 @@
-"""Tokenizes text or chats into Megatron's .bin/.idx, the documents in the order of the input.
+"""Tokenizes text, chats or preference pairs into Megatron's .bin/.idx, the documents in the order of the input.
 
     python -m megatron_dllm.data.tokenize --input PATH ... --tokenizer DIR --output PREFIX
     python -m megatron_dllm.data.tokenize --input PATH ... --tokenizer DIR --output PREFIX --kind chat
+    python -m megatron_dllm.data.tokenize --input PATH ... --tokenizer DIR --output PREFIX --kind pairs
     python -m megatron_dllm.data.tokenize --input PATH ... --tokenizer DIR --kind chat --inspect 3
 
 A text ends in the tokenizer's end-of-text token. A chat is rendered by the tokenizer's chat template and ends where
-its last answer ends; PREFIX.spans says which tokens the assistant says. `--inspect` shows the first chats with these
-tokens coloured, and writes nothing. Writes PREFIX.bin and PREFIX.idx, PREFIX.sums with their checksums, and
+its last answer ends; PREFIX.spans says which tokens the assistant says. A pair becomes two such documents, prompt and
+chosen answer, prompt and rejected answer. `--inspect` shows the first chats or pairs with what the assistant says
+coloured, and writes nothing. Writes PREFIX.bin and PREFIX.idx, PREFIX.sums with their checksums, and
 PREFIX.json that says from what and with which tokenizer they were made; all under temporary names until
 they are complete. The output does not depend on the number of workers. Documents that cannot be read are
 counted and listed in PREFIX.bad_lines.txt; more of them than `--max_bad_fraction` is an error. What is left out of a
@@ -29,6 +31,7 @@ from megatron_dllm.data.chat_view import show_chats
 from megatron_dllm.data.corpus_writing import TokenizeCounts, tokenize_corpus
 from megatron_dllm.data.formats import KNOWN
 from megatron_dllm.data.listing import list_files
+from megatron_dllm.data.pair_encoding import PairEncoding, TemplateEncoding
 
 logger = logging.getLogger("megatron_dllm.data.tokenize")  # also where this module runs as __main__
 
@@ -43,13 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--input", nargs="+", required=True, help=f"files or folders: {KNOWN}")
     parser.add_argument("--tokenizer", required=True, help="folder of a HF fast tokenizer")
     parser.add_argument("--output", help="prefix of the files to write")
-    parser.add_argument("--kind", choices=("text", "chat"), default="text", help="what the documents are")
+    parser.add_argument("--kind", choices=("text", "chat", "pairs"), default="text", help="what the documents are")
     parser.add_argument("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="tokenizing processes")
     parser.add_argument("--text_key", default="text", help="JSON key or parquet column of the text")
     parser.add_argument("--max_bad_fraction", type=float, default=0.01, help="share of unreadable documents allowed")
-    parser.add_argument("--max_length", type=int, help="most tokens of a chat; the stage's context_length")
+    parser.add_argument(
+        "--max_length", type=int, help="most tokens of a chat or of a side of a pair; the stage's context_length"
+    )
     parser.add_argument("--overlong", choices=OVERLONG, help="what happens to longer chats (default: drop)")
-    parser.add_argument("--inspect", type=int, metavar="N", help="show N chats and write nothing")
+    parser.add_argument("--inspect", type=int, metavar="N", help="show N chats or pairs and write nothing")
     parser.add_argument("--block_size", type=int, metavar="B", help="of the stage: --inspect shows the fill too")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing corpus")
     options = parser.parse_args(arguments)
@@ -73,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _chats_of(options: argparse.Namespace) -> ChatEncoding | None:
-    """How chats become documents, None for text; refuses options that do not go together."""
+def _chats_of(options: argparse.Namespace) -> TemplateEncoding | None:
+    """How chats or pairs become documents, None for text; refuses options that do not go together."""
     if options.output is None and options.inspect is None:
         raise ValueError("output (none) must be a prefix of the files to write; add --output.")
     if options.block_size is not None and options.inspect is None:
@@ -83,9 +88,15 @@ def _chats_of(options: argparse.Namespace) -> ChatEncoding | None:
         )
     if options.kind == "chat":
         return ChatEncoding(options.tokenizer, options.max_length, options.overlong or "drop")
+    if options.kind == "pairs":
+        if options.overlong == "truncate":
+            raise ValueError("overlong (truncate) is for chats alone: half an answer is no preference; leave it out.")
+        return PairEncoding(options.tokenizer, options.max_length)
     for name in ("max_length", "overlong", "inspect", "block_size"):
         if getattr(options, name) is not None:
-            raise ValueError(f"{name} ({getattr(options, name)}) is for chats alone; add --kind chat or leave it out.")
+            raise ValueError(
+                f"{name} ({getattr(options, name)}) is for chats and pairs alone; add --kind, or leave it out."
+            )
     return None
 
 
@@ -97,14 +108,32 @@ def _report(output: str, counts: TokenizeCounts) -> None:
         f"({counts.num_bytes / counts.num_tokens:.2f} a token); left out "
         f"{counts.num_empty_documents:,} empty and {counts.num_bad_lines:,} bad documents"
     )
-    if counts.tally:
-        tally = counts.tally
-        logger.info(
-            f"of {tally['num_chats']:,} chats {tally['num_split_chats']:,} became several documents, as the template "
-            f"renders their earlier turns in another way; {tally['num_overlong_dropped']:,} documents were too long "
-            f"and dropped, {tally['num_overlong_truncated']:,} truncated; {tally['num_supervised_tokens']:,} tokens "
-            f"({tally['num_supervised_tokens'] / counts.num_tokens:.1%}) carry a loss"
-        )
+    if "num_pairs" in counts.tally:
+        logger.info(_of_pairs(counts))
+    elif counts.tally:
+        logger.info(_of_chats(counts))
+
+
+def _of_pairs(counts: TokenizeCounts) -> str:
+    """What happened to the pairs, in a sentence."""
+    tally, num_pairs = counts.tally, counts.num_documents // 2
+    return (
+        f"of {tally['num_pairs']:,} pairs {tally['num_equal_dropped']:,} had two equal answers, "
+        f"{tally['num_empty_dropped']:,} an empty one, {tally['num_overlong_dropped']:,} were too long, and all these "
+        f"were dropped; a chosen answer has {tally['num_chosen_tokens'] / num_pairs:.1f} tokens, a rejected one "
+        f"{tally['num_rejected_tokens'] / num_pairs:.1f}"
+    )
+
+
+def _of_chats(counts: TokenizeCounts) -> str:
+    """What happened to the chats, in a sentence."""
+    tally = counts.tally
+    return (
+        f"of {tally['num_chats']:,} chats {tally['num_split_chats']:,} became several documents, as the template "
+        f"renders their earlier turns in another way; {tally['num_overlong_dropped']:,} documents were too long "
+        f"and dropped, {tally['num_overlong_truncated']:,} truncated; {tally['num_supervised_tokens']:,} tokens "
+        f"({tally['num_supervised_tokens'] / counts.num_tokens:.1%}) carry a loss"
+    )
 
 
 if __name__ == "__main__":
