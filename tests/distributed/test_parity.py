@@ -44,11 +44,8 @@ def test_layouts_train_what_one_rank_trains(name: str, start: Start) -> None:
 
 @pytest.mark.parametrize("name", ["TP2", "PP2", "CP2"])
 def test_a_blend_of_two_corpora_trains_as_on_one_rank(name: str, start: Start) -> None:
-    expected = start[1]
-    for one, two in zip(
-        expected["single_view_fp32_experts"].losses, expected["blend_fp32_experts"].losses, strict=True
-    ):
-        assert one != pytest.approx(two, rel=1e-4), "the second corpus has no part in the step"
+    one, two = (start[1][f"{stage}_fp32_experts"] for stage in ("single_view", "blend"))
+    assert not set(one.fingerprints) & set(two.fingerprints), "the second corpus has no part in a step"
     assert violations(measure(ALL_LAYOUTS[name], *start, ["blend"]), "fp32") == []
 
 
