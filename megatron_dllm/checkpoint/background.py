@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_dllm.checkpoint.manifest import checksum
-from megatron_dllm.run.disk_full import DiskFull, failed_write
+from megatron_dllm.run.disk_full import failed_write
 
 _PR_SET_PDEATHSIG = 1
 
@@ -46,7 +46,7 @@ def write_now(request: AsyncRequest) -> Written:
     """Write the files of a request in this process.
 
     Raises:
-        DiskFull: there was no room.
+        OSError: there was no room (DiskFull), or no right to write.
         RuntimeError: anything else that went wrong.
     """
     return _write(request.async_fn, _staged(request))
@@ -79,7 +79,10 @@ def _write(function: Any, buckets: list[Any]) -> Written:
         if isinstance(records, Exception):
             raise failed_write(path, records) from records
         written.records[index] = records
-        written.checksums[path.name] = checksum(path)
+        try:
+            written.checksums[path.name] = checksum(path)
+        except OSError as failed:
+            raise failed_write(path, failed) from failed
     return written
 
 
@@ -113,7 +116,7 @@ class BackgroundWrite:
         """What was written, or None while the writer is at it.
 
         Raises:
-            DiskFull: the writer had no room.
+            OSError: the writer had no room (DiskFull), or no right to write.
             RuntimeError: it failed or died, saying how.
             TimeoutError: it is not done in time; it is killed.
         """
@@ -165,7 +168,7 @@ def _child(function: Callable[..., None] | None, buckets: list[Any], sender: Any
     logging.disable()
     try:
         sender.send((_write(function, buckets), None))
-    except DiskFull as error:
+    except OSError as error:
         sender.send((None, error))
     except Exception as error:
         sender.send((None, RuntimeError(f"the checkpoint's writer failed: {type(error).__name__}: {error}")))

@@ -17,10 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
@@ -29,6 +26,7 @@ from megatron_dllm.checkpoint.background import BackgroundWrite, Written, hand_o
 from megatron_dllm.checkpoint.deadline import Deadline
 from megatron_dllm.checkpoint.manifest import damaged_files, read_manifest, write_manifest
 from megatron_dllm.checkpoint.meta import CheckpointMeta, write_meta
+from megatron_dllm.checkpoint.request import request_save, save_strategy
 from megatron_dllm.checkpoint.sharded_state import model_state, optimizer_state
 from megatron_dllm.parallel.agreement import raise_together
 from megatron_dllm.parallel.device import local_device
@@ -62,8 +60,11 @@ def _check_space(folder: Path) -> None:
 def _altered_file(folder: Path, parts: Sequence[dict[str, Any]]) -> Exception | None:
     """Read the files of a rank far from this one, so of another node; an error where they are not what it wrote."""
     part = parts[(dist.get_rank() + max(1, len(parts) // 2)) % len(parts)]
-    problems = damaged_files(folder, part, part)
-    return OSError(f"{problems[0]}; the storage does not keep what is written to it") if problems else None
+    try:
+        problems = damaged_files(folder, part, part)
+    except OSError as error:
+        return RuntimeError(f"reading back {folder}: {error}")
+    return RuntimeError(f"{problems[0]}; the storage does not keep what is written to it") if problems else None
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,7 @@ class CheckpointWriter:
         self._before_publish = before_publish
         self._reads_back = reads_back and not is_async
         self._background: tuple[_Save, BackgroundWrite] | None = None
-        self._strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-        if group.size() > 1:
-            self._strategy = FullyParallelSaveStrategyWrapper(self._strategy, group, True)
+        self._strategy = save_strategy(group)
         use_local_results()
 
     def save(
@@ -125,11 +124,7 @@ class CheckpointWriter:
             sharded: dict[str, Any] = dict(model)
             if optimizer is not None:
                 sharded["optimizer"] = optimizer_state(optimizer, model, is_loading=False)
-            try:
-                request = dist_checkpointing.save(sharded, str(temporary), self._strategy, async_sharded_save=True)
-            except (OSError, RuntimeError) as failed:  # torch hides what the operating system said
-                raise failed_write(temporary, failed) from failed
-            assert request is not None, "an asynchronous save must return a request"
+            request = request_save(sharded, temporary, self._strategy)
             save = _Save(temporary, final, request, meta, state)
             if self._is_async:
                 self._background = (save, BackgroundWrite(request, self._timeout))
@@ -149,7 +144,7 @@ class CheckpointWriter:
 
         Raises:
             RuntimeError: on every rank, when a rank's writer failed, died, or took too long.
-            DiskFull: on every rank, when there was no room.
+            OSError: on every rank, when there was no room (DiskFull), or no right to write.
         """
         if self._background is None:
             return
@@ -202,11 +197,8 @@ class CheckpointWriter:
     def _complete(self, save: _Save, written: Written) -> None:
         """Describe, verify and rename a folder whose tensor files all ranks have written."""
         hand_over(save.request, written)
-        try:
-            for finalize in save.request.finalize_fns:
-                finalize()
-        except (OSError, RuntimeError) as failed:
-            raise failed_write(save.temporary, failed) from failed
+        for finalize in save.request.finalize_fns:
+            finalize()
         parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(parts, written.checksums)
         if self._reads_back:

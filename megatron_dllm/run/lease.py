@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_dllm.run.files import naming
 from megatron_dllm.run.names import LEASE
 
 # Set by the job script: the generation its launcher acquired for this start of the run.
@@ -75,7 +76,7 @@ class Lease:
                 descriptor = os.open(lease._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             except FileExistsError:
                 continue
-            with os.fdopen(descriptor, "w") as file:
+            with naming(lease._path), os.fdopen(descriptor, "w") as file:
                 file.write(record + "\n")
             lease._announce()
             return lease
@@ -87,7 +88,7 @@ class Lease:
     def _announce(self) -> None:
         """Write the generation into `current` in place, never lowering it."""
         descriptor = os.open(self.folder / "current", os.O_CREAT | os.O_RDWR, 0o644)
-        with os.fdopen(descriptor, "r+") as file:
+        with naming(self.folder / "current"), os.fdopen(descriptor, "r+") as file:
             text = file.read().strip()
             if text.isdigit() and int(text) >= self.generation:
                 return

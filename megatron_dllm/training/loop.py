@@ -21,6 +21,7 @@ from megatron_dllm.data.loader import BatchLoader, GlobalStep, RowDataset
 from megatron_dllm.diffusion.block_schedule import Stage
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise
+from megatron_dllm.parallel.agreement import failing_together
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.run.names import REPLAY
 from megatron_dllm.training.engine import set_learning_rate
@@ -44,10 +45,17 @@ class Trainer:
     def train(self) -> int:
         """Train to the end of the schedule; returns the process's exit code."""
         try:
-            return self._train()
-        finally:
-            for observer in self.run.observers:
-                observer.close()
+            code = self._train()
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error counts: a full disk takes no last words either
+                self._close()
+            raise
+        self._close()
+        return code
+
+    def _close(self) -> None:
+        for observer in self.run.observers:
+            observer.close()
 
     def _train(self) -> int:
         run = self.run
@@ -198,8 +206,10 @@ class Trainer:
         if report.is_logged:
             for observer in self.run.observers:
                 measured |= observer.measure(report)
-        for observer in self.run.observers:
-            observer.after_step(report, measured)
+        # Rank 0 writes what is logged: where it cannot, the ranks end together.
+        with failing_together() if report.is_logged else contextlib.nullcontext():
+            for observer in self.run.observers:
+                observer.after_step(report, measured)
 
     def _save_or_stop(self, stage: Stage, before: int, is_stage_end: bool) -> int | None:
         """Write the checkpoint that is due; the exit code of a run that was asked to stop."""

@@ -19,6 +19,7 @@ from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise
+from megatron_dllm.parallel.agreement import failing_together
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.files import remove, write_json
 from megatron_dllm.run.names import REPLAY
@@ -46,19 +47,19 @@ def dump_step(
         write: of tensors by name, and a path.
     """
     folder = run_folder / REPLAY / f"step_{step:07d}"
-    if dist.get_rank() == 0:
-        remove(folder)
-        folder.mkdir(parents=True)
-        write_json(folder / "step.json", {"step": step, "data_parallel_size": groups.data.size(), **record})
-    dist.barrier()
-    if not any(group.rank() for group in (groups.tensor, groups.pipeline, groups.context)):
-        tensors = {
-            f"{index}.{item.name}": getattr(batch, item.name).cpu().contiguous()
-            for index, batch in enumerate(micro_batches)
-            for item in fields(Batch)
-        }
-        write(tensors, str(folder / f"data_{groups.data.rank():05d}.safetensors"))
-    dist.barrier()
+    with failing_together():
+        if dist.get_rank() == 0:
+            remove(folder)
+            folder.mkdir(parents=True)
+            write_json(folder / "step.json", {"step": step, "data_parallel_size": groups.data.size(), **record})
+    with failing_together():
+        if not any(group.rank() for group in (groups.tensor, groups.pipeline, groups.context)):
+            tensors = {
+                f"{index}.{item.name}": getattr(batch, item.name).cpu().contiguous()
+                for index, batch in enumerate(micro_batches)
+                for item in fields(Batch)
+            }
+            write(tensors, str(folder / f"data_{groups.data.rank():05d}.safetensors"))
     return folder
 
 

@@ -14,6 +14,7 @@ from megatron_dllm.checkpoint.saving import CheckpointWriter
 from megatron_dllm.checkpoint.validation import Validation, write_validation
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
+from megatron_dllm.parallel.agreement import failing_together
 from megatron_dllm.run.names import TOKENIZER, VALIDATION
 from megatron_dllm.training.engine import Engine, gathered_parameters
 from megatron_dllm.training.observers.observer import Observer
@@ -86,8 +87,9 @@ class Saver:
         Returns:
             False where a request to stop left the validation to the next start.
         """
-        for observer in self.observers:
-            observer.before_save(state.step)
+        with failing_together():
+            for observer in self.observers:
+                observer.before_save(state.step)
         with gathered_parameters(self.engine, self.config.optimizer.overlap_param_gather):
             meta = self._meta(stage, state, reason)
             folder = self.writer.save(state.step, self.engine.chunks, self.engine.optimizer, meta, asdict(state))
@@ -97,10 +99,10 @@ class Saver:
         if validation is not None:
             self.writer.finish()
             _write_validation(folder, validation)
-        if dist.get_rank() == 0:
-            rules = self.config.checkpoint
-            retire(self.checkpoints, rules.keep_last, rules.keep_best, rules.keep_every)
-        dist.barrier()
+        with failing_together():
+            if dist.get_rank() == 0:
+                rules = self.config.checkpoint
+                retire(self.checkpoints, rules.keep_last, rules.keep_best, rules.keep_every)
         return validation is not None or not reason.is_validated
 
     def validate_resumed(self, folder: Path, schedule: BlockSchedule, state: RunState) -> None:
@@ -141,5 +143,7 @@ class Saver:
 
 
 def _write_validation(folder: Path, validation: Validation) -> None:
-    if dist.get_rank() == 0:
-        write_validation(folder, validation)
+    """Write what a checkpoint came to, on rank 0 (a collective)."""
+    with failing_together():
+        if dist.get_rank() == 0:
+            write_validation(folder, validation)

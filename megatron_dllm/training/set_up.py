@@ -14,7 +14,7 @@ from megatron_dllm.checkpoint.saving import CheckpointWriter
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.hf.tokenizer_folder import tokenizer_files
-from megatron_dllm.parallel.agreement import raise_together
+from megatron_dllm.parallel.agreement import failing_together, raise_together
 from megatron_dllm.parallel.device import local_device
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.code_version import code_state, commit
@@ -58,6 +58,7 @@ def set_up(
     Raises:
         LeaseLost: a newer start of the run writes its folder.
         ValueError: a rank cannot read the documents that rank 0 has read, or every checkpoint is damaged.
+        OSError: on every rank, where rank 0 cannot write the run folder.
     """
     config = replace(given_config, parallel=start.layout)
     checkpoints = run_checkpoints(config)
@@ -77,10 +78,11 @@ def set_up(
     state = start.resume.state if start.resume is not None else RunState(stream=stream.state_dict())
     stream.load_state_dict(state.stream)
     state = replace(state, blends=stage_shares(config, sources))
-    if dist.get_rank() == 0:
-        _write_run_files(given_config, start, checkpoints.parent)
-    setting = Setting(config, given_config, checkpoints.parent, start.schedule, engine, device, start.wandb.mode)
-    observers = [*parts.make_observers(setting), *parts.extra_observers]
+    with failing_together():
+        if dist.get_rank() == 0:
+            _write_run_files(given_config, start, checkpoints.parent)
+        setting = Setting(config, given_config, checkpoints.parent, start.schedule, engine, device, start.wandb.mode)
+        observers = [*parts.make_observers(setting), *parts.extra_observers]
     validator = None
     if sources.validation is not None:
         validator = Validator(config, engine, sources.validation, device, stop, observers)
@@ -151,8 +153,13 @@ def _writer(
 
 
 def _prepare_folder(config: TrainConfig, start: Start) -> None:
-    """On rank 0: tidy up what an interrupted start left, keep the tokenizer, say what the run will do."""
-    if dist.get_rank() == 0:
+    """On rank 0: tidy up what an interrupted start left, keep the tokenizer, say what the run will do.
+
+    A collective, as every rank hears what the disk refuses.
+    """
+    with failing_together():
+        if dist.get_rank() != 0:
+            return
         checkpoints = run_checkpoints(config)
         checkpoints.mkdir(parents=True, exist_ok=True)
         for left in folders.clean_temporary(checkpoints):
@@ -163,7 +170,6 @@ def _prepare_folder(config: TrainConfig, start: Start) -> None:
         for text in (*start.warnings, *(f"{change} (changed since the start before)" for change in start.changes)):
             log.warning("%s", text)
         print_stage_table(config, start)
-    dist.barrier()
 
 
 def _write_run_files(given_config: TrainConfig, start: Start, run_folder: Path) -> None:

@@ -12,6 +12,7 @@ from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.source import Source
 from megatron_dllm.diffusion.block_schedule import Stage
 from megatron_dllm.evaluation.elbo import EvaluationStopped, evaluate, validation_names
+from megatron_dllm.parallel.agreement import failing_together
 from megatron_dllm.training.engine import Engine
 from megatron_dllm.training.observers.observer import Observer
 from megatron_dllm.training.reports import ValidationReport
@@ -62,6 +63,7 @@ class Validator:
         except EvaluationStopped:
             return None
         report = ValidationReport(stage, state.step, state.consumed_tokens, is_stage_end, result)
-        for observer in self.observers:
-            observer.after_validation(report)
+        with failing_together():
+            for observer in self.observers:
+                observer.after_validation(report)
         return result

@@ -253,11 +253,26 @@ def test_a_writer_that_fails_is_an_error_on_every_rank(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, expected[key]) for key, tensor in read_tensors(checkpoints / name).items())
 
 
-def _full_disk(folder: Path) -> tuple[str, str, str]:
-    """What is said where the checkpoint before would not fit, and where rank 0's disk is full in spite of that.
+class _full_at_the_end(_limit_files):
+    """A disk that is full once the tensors are written."""
 
-    Between the two, the kind of the second error.
-    """
+    def __enter__(self) -> Callable[[Any], None]:
+        from megatron_dllm.checkpoint.saving import CheckpointWriter
+
+        def limited(writer: Any, save: Any, written: Any) -> None:
+            with _limit_files(self._is_here, self._num_bytes):
+                complete(writer, save, written)
+
+        self._patch, complete = pytest.MonkeyPatch(), CheckpointWriter._complete
+        self._patch.setattr(CheckpointWriter, "_complete", limited)
+        return lambda writer: None
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
+
+
+def _full_disk(folder: Path) -> tuple[str, list[str]]:
+    """What is said where the checkpoint before would not fit, and where rank 0's disk is full in spite of that."""
     engine = build(folder, ParallelConfig())
     fill_moments(engine)
     writer = writer_of(folder)
@@ -266,19 +281,22 @@ def _full_disk(folder: Path) -> tuple[str, str, str]:
     with pytest.raises(DiskFull) as no_space, pytest.MonkeyPatch.context() as patch:
         patch.setattr("megatron_dllm.checkpoint.saving.shutil.disk_usage", lambda path: usage._replace(free=5000))
         save(writer, 2, engine)
-    # Less than common.pt, which rank 0 writes alone; the other hears of it when that process is gone.
-    with pytest.raises((DiskFull, RuntimeError)) as quota, _limit_files(dist.get_rank() == 0, num_bytes=10):
-        save(writer, 2, engine)
+    said = []
+    for fault in (_limit_files, _full_at_the_end):  # common.pt and .metadata, which rank 0 writes alone
+        with pytest.raises(DiskFull) as quota, fault(dist.get_rank() == 0, num_bytes=10):
+            save(writer, 2, engine)
+        said.append(str(quota.value))
     assert [f.name for f in folders.list_checkpoints(writer._checkpoints)] == ["step_0000001"]
-    return str(no_space.value), quota.type.__name__, str(quota.value)
+    return str(no_space.value), said
 
 
 def test_a_full_disk_is_named_before_or_while_writing(tmp_path: Path) -> None:
-    said = run_ranks(_full_disk, 2, tmp_path, timeout_s=300.0)
-    for no_space, _, quota in said:
-        assert re.search(r"rank 0 .* as step_0000001 does, and 4.66e-06 GiB are free; make room, or choose", no_space)
-        assert re.search(r"writing .*step_0000002.*; (if the disk is full, )?make room, or choose another run", quota)
-    assert [kind for _, kind, _ in said] == ["DiskFull", "RuntimeError"]
+    first, second = run_ranks(_full_disk, 2, tmp_path, timeout_s=300.0)
+    assert first == second, "every rank says the same"
+    no_space, quotas = first
+    assert re.search(r"rank 0 .* as step_0000001 does, and 4.66e-06 GiB are free; make room, or choose", no_space)
+    for quota in quotas:
+        assert re.search(r"rank 0 of 2 failed: writing .*step_0000002.*File too large.*; make room, or", quota)
 
 
 def test_a_save_that_does_not_end_ends_the_process() -> None:

@@ -79,7 +79,8 @@ class MetricsWriter(Observer):
 
     def close(self) -> None:
         """Flush and close every sink."""
-        self._file.close()
+        with naming(Path(self._file.name)):
+            self._file.close()
         for curves in self._curves:
             curves.close()
 
