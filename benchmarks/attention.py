@@ -6,13 +6,15 @@
 A row is [x_t; x_0]: every document with one noisy view and its whole clean copy, 2 x length tokens. The limit
 beside the ratios is the share of (query, key) pairs that the mask allows. The last line of a mask is torch's causal
 attention of one sequence with as many visible pairs, which needs no mask: the pace that its kernel can reach. CPU
-times are CPU seconds; on CUDA, wall seconds until the device is done. The backends take turns, and the shortest
-repetition counts. Memory on CPU counts the tensors that torch operations return, not what kernels use inside.
+times are CPU seconds; on CUDA, wall seconds of several passes that the device computes one after the other without
+waiting for the host, divided by their number. The backends take turns, and the shortest repetition counts. Memory on
+CPU counts the tensors that torch operations return, not what kernels use inside.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,9 +34,11 @@ from megatron_dllm.model.attention.backends import BACKENDS
 NOTE = (
     "ratio and peak_ratio are against the first backend of the same mask; limit is the share of visible pairs. "
     "causal: torch's causal attention of one sequence with as many visible pairs; causal_pace: its time over the "
-    "backend's. tflops_s counts visible pairs and 3 times the forward pass."
+    "backend's. causal_flash: the same by torch's flash kernel, where torch would choose another. tflops_s counts "
+    "visible pairs and 3 times the forward pass."
 )
-CAUSAL = "causal"
+CAUSAL, CAUSAL_FLASH = "causal", "causal_flash"
+CUDA_PASSES = 10
 
 
 class LiveMemory(TorchDispatchMode):
@@ -134,21 +138,33 @@ class Run:
         torch.autograd.grad(self.forward(), self.inputs, self.grad)
 
 
-def causal_run(pairs: int, inputs: tuple[Tensor, ...], grad: Tensor) -> Run:
+def causal_run(
+    pairs: int, inputs: tuple[Tensor, ...], grad: Tensor, kernel: torch.nn.attention.SDPBackend | None = None
+) -> Run:
     """Causal attention, heads as in `inputs`, over one sequence of n tokens with n (n + 1) / 2 nearest to `pairs`.
 
-    No mask of a row [x_t; x_0] has so many that n would be longer than the row.
+    No mask of a row [x_t; x_0] has so many that n would be longer than the row. `kernel` None: torch's own choice.
     """
     length = round(((8 * pairs + 1) ** 0.5 - 1) / 2)
     inputs = tuple(tensor.detach()[:, :, :length].contiguous().requires_grad_() for tensor in inputs)
     query, key, value = inputs
-    return Run(
-        lambda: F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
-        ),
-        inputs,
-        grad[:, :, :length].contiguous(),
-    )
+
+    def forward() -> Tensor:
+        with contextlib.nullcontext() if kernel is None else torch.nn.attention.sdpa_kernel(kernel):
+            return F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1]
+            )
+
+    return Run(forward, inputs, grad[:, :, :length].contiguous())
+
+
+def seconds_of(run: Run, device: torch.device) -> float:
+    """One forward and backward pass; on CUDA the mean of several, so that the host's own time is hidden."""
+    passes = CUDA_PASSES if device.type == "cuda" else 1
+    started = clock(device)
+    for _ in range(passes):
+        run.step()
+    return (clock(device) - started) / passes
 
 
 def measure(args: argparse.Namespace, length: int, documents: str, block: int, device: torch.device) -> list[dict]:
@@ -173,6 +189,9 @@ def measure(args: argparse.Namespace, length: int, documents: str, block: int, d
         run = Run(lambda module=module, plan=plan: module.attend(*inputs, plan, scale), inputs, grad)
         runs[backend], rows[backend] = run, {"plan_seconds": plan_seconds}
     runs[CAUSAL], rows[CAUSAL] = causal_run(pairs, inputs, grad), {"plan_seconds": 0.0}
+    if device.type == "cuda" and dtype != torch.float32:
+        flash = torch.nn.attention.SDPBackend.FLASH_ATTENTION
+        runs[CAUSAL_FLASH], rows[CAUSAL_FLASH] = causal_run(pairs, inputs, grad, flash), {"plan_seconds": 0.0}
     for backend, run in runs.items():
         run.step()
         peak, kept = measure_memory(run.forward, run.inputs, run.grad)
@@ -190,9 +209,7 @@ def measure(args: argparse.Namespace, length: int, documents: str, block: int, d
         )
     for _ in range(args.repeats):
         for backend, run in runs.items():
-            started = clock(device)
-            run.step()
-            rows[backend]["seconds"] = min(rows[backend]["seconds"], clock(device) - started)
+            rows[backend]["seconds"] = min(rows[backend]["seconds"], seconds_of(run, device))
     base = rows[args.backends[0]]
     for row in rows.values():
         row["ratio"] = row["seconds"] / base["seconds"]
@@ -233,8 +250,9 @@ def main() -> None:
             for block in dict.fromkeys(block or length for block in args.blocks):
                 if block > length:
                     continue
-                rows += measure(args, length, documents, block, device)
-                for row in rows[-len(args.backends) - 1 :]:
+                measured = measure(args, length, documents, block, device)
+                rows += measured
+                for row in measured:
                     print(row, flush=True)
                 write_results(output, "Attention backends, forward and backward", about, {"rows": rows}, NOTE)
 

@@ -45,7 +45,7 @@ def _cpu_name() -> str:
 def command_line() -> str:
     """The command that runs this program again, from the repository's root."""
     spec = sys.modules["__main__"].__spec__
-    program = f"-m {spec.name}" if spec else os.path.relpath(sys.argv[0], ROOT)
+    program = f"-m {spec.name.removesuffix('.__main__')}" if spec else os.path.relpath(sys.argv[0], ROOT)
     return " ".join(["python", program, *sys.argv[1:]])
 
 

@@ -1,0 +1,1 @@
+"""The acceptance run on one GPU: see `benchmarks.gpu.__main__`."""
