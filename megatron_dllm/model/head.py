@@ -1,8 +1,9 @@
 """The LM head and its cross entropy, on the tokens that carry a loss and on nothing else.
 
-Logits exist for one chunk of targets at a time, forward and backward: the backward pass forms them again
-from the hidden states. With a vocabulary of 157,184 the fp32 logits of one row of 8192 tokens would take
-5 GB; a chunk takes 256 MB, however long the row.
+Logits exist for one chunk at a time: of some targets in the forward pass, of some tokens of the vocabulary in the
+backward pass, which forms them again from the hidden states. So each part of the weight's gradient is one product
+over all targets, written once; what is added up is the gradient of the hidden states, which is small. With a
+vocabulary of 157,184 the fp32 logits of one row of 8192 tokens would take 5 GB; a chunk takes 256 MB at the most.
 
 Tensor parallelism: every rank holds v/tp rows of the weight and computes the part of the sum over its shard;
 what the ranks have to agree on is a few vectors of length T, exchanged once per call and not once per chunk.
@@ -17,13 +18,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
+from megatron_dllm.model.fused import fused
 from megatron_dllm.model.vocabulary_sums import EntropyOf, ShardSums
 
 # Elements of a chunk's logits (targets x local vocabulary): on CPU where it was fastest (larger ones leave the
 # caches), elsewhere enough to fill the device.
 CHUNK_ELEMENTS = {"cpu": 8 * 1024 * 1024, "cuda": 64 * 1024 * 1024}
-# Targets of a chunk at the least: a matrix product of fewer rows waits for the weight's memory.
-MIN_CHUNK_TARGETS = 256
+# Targets or tokens of a chunk at the least: a matrix product of fewer rows waits for the memory of its other side.
+MIN_CHUNK_ROWS = 256
 
 
 def target_cross_entropy(
@@ -54,11 +56,27 @@ def target_cross_entropy(
     Returns:
         The outputs of the T targets.
     """
-    if chunk_elements is None:
-        rows = max(MIN_CHUNK_TARGETS, CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cuda"]) // weight.shape[0])
-    else:
-        rows = max(1, chunk_elements // weight.shape[0])
-    return TargetOutputs(*_TargetCrossEntropy.apply(hidden, weight, target_ids, tp_group, rows, entropy_temperature))
+    least = MIN_CHUNK_ROWS if chunk_elements is None else 1
+    elements = chunk_elements or CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cuda"])
+    rows, columns = (max(least, elements // max(1, size)) for size in (len(weight), len(target_ids)))
+    return TargetOutputs(
+        *_TargetCrossEntropy.apply(hidden, weight, target_ids, tp_group, (rows, columns), entropy_temperature)
+    )
+
+
+@fused
+def _nll_gradient(logits: Tensor, log_partition: Tensor, ids: Tensor, grad_nll: Tensor) -> Tensor:
+    """[T, c] in the precision of `logits`: grad_nll (p - onehot) for some columns of the logits.
+
+    Args:
+        logits: [T, c].
+        log_partition: [T] fp32 log of the sum over the whole vocabulary.
+        ids: [T] int64 column of each target; below 0 or from c on: not among these.
+        grad_nll: [T] fp32.
+    """
+    p = torch.exp(logits.float() - log_partition.unsqueeze(-1))
+    is_target = ids.unsqueeze(-1) == torch.arange(logits.shape[1], device=logits.device)
+    return ((p - is_target.float()) * grad_nll.unsqueeze(-1)).to(logits.dtype)
 
 
 def _entropy_gradient(log_p: Tensor, p: Tensor, of_entropy: EntropyOf, grad_entropy: Tensor) -> Tensor:
@@ -81,28 +99,33 @@ def _entropy_gradient(log_p: Tensor, p: Tensor, of_entropy: EntropyOf, grad_entr
 
 
 def _logits_gradient(
-    log_p: Tensor, local_ids: Tensor, is_local: Tensor, grad_nll: Tensor, of_entropy: tuple[EntropyOf, Tensor] | None
+    logits: Tensor, log_partition: Tensor, ids: Tensor, grad_nll: Tensor, of_entropy: tuple[EntropyOf, Tensor] | None
 ) -> Tensor:
     """Gradient of a chunk's logits: grad_nll (p - onehot), and what the entropy adds.
 
     Args:
-        log_p: [t, v/tp] fp32 log probabilities of the local tokens; overwritten.
-        local_ids: [t] int64 local row of the target.
-        is_local: [t] bool, whether this rank holds the target.
-        grad_nll: [t] fp32.
-        of_entropy: the entropy and its gradient [t] fp32; None without entropy.
+        logits: [T, c] in the model's precision; fp32 ones may be overwritten.
+        log_partition: [T] fp32 log of the sum over the whole vocabulary.
+        ids: [T] int64 column of each target; below 0 or from c on: not among these.
+        grad_nll: [T] fp32.
+        of_entropy: the entropy and its gradient [T] fp32; None without entropy.
 
     Returns:
-        [t, v/tp] fp32.
+        [T, c] in the model's precision.
     """
+    if logits.is_cuda and of_entropy is None:
+        return _nll_gradient(logits, log_partition, ids, grad_nll)
+    dtype = logits.dtype
+    log_p = logits.float().sub_(log_partition.unsqueeze(-1))
     if of_entropy is None:
         grad, added = log_p.exp_(), None
     else:
         grad = log_p.exp()
         added = _entropy_gradient(log_p, grad, *of_entropy)
-    grad.scatter_add_(-1, local_ids.unsqueeze(-1), -is_local.float().unsqueeze(-1))
+    is_here = (ids >= 0) & (ids < logits.shape[1])
+    grad.scatter_add_(-1, torch.where(is_here, ids, 0).unsqueeze(-1), -is_here.float().unsqueeze(-1))
     grad.mul_(grad_nll.unsqueeze(-1))
-    return grad if added is None else grad.add_(added)
+    return (grad if added is None else grad.add_(added)).to(dtype)
 
 
 class _TargetCrossEntropy(torch.autograd.Function):
@@ -115,7 +138,7 @@ class _TargetCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         target_ids: Tensor,
         tp_group: ProcessGroup | None,
-        rows: int,
+        chunk: tuple[int, int],
         entropy_temperature: float | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         vocab = weight.shape[0]
@@ -124,15 +147,16 @@ class _TargetCrossEntropy(torch.autograd.Function):
         is_local = (local_ids >= 0) & (local_ids < vocab)
         local_ids = torch.where(is_local, local_ids, 0)
         shard = ShardSums(len(target_ids), hidden.device, entropy_temperature)
+        rows, columns = chunk
         for start in range(0, len(target_ids), rows):
             part = slice(start, start + rows)
-            shard.add_chunk(part, torch.matmul(hidden[part], weight.t()).float(), local_ids[part])
+            shard.add_chunk(part, torch.matmul(hidden[part], weight.t()), local_ids[part])
         sums = shard.merge(is_local, first_id, tp_group)
         is_correct = sums.best_id == target_ids
         entropy, offset = (sums.of_entropy.entropy, sums.of_entropy.offset) if sums.of_entropy else (None, None)
         max_probability = sums.max_probability if sums.of_entropy else None
         ctx.save_for_backward(hidden, weight, local_ids, is_local, sums.log_partition, entropy, offset)
-        ctx.rows, ctx.entropy_temperature = rows, entropy_temperature
+        ctx.columns, ctx.entropy_temperature = columns, entropy_temperature
         ctx.mark_non_differentiable(is_correct, *([] if max_probability is None else [max_probability]))
         return sums.log_partition - sums.target, is_correct, entropy, max_probability
 
@@ -141,21 +165,18 @@ class _TargetCrossEntropy(torch.autograd.Function):
         ctx: Any, grad_nll: Tensor, _: Any, grad_entropy: Tensor | None, __: Any
     ) -> tuple[Tensor, Tensor, None, None, None, None]:
         hidden, weight, local_ids, is_local, log_partition, entropy, offset = ctx.saved_tensors
-        num_targets, rows = len(local_ids), ctx.rows
-        grad_hidden = torch.empty_like(hidden)
+        of_entropy = None
+        if entropy is not None and grad_entropy is not None:
+            of_entropy = EntropyOf(ctx.entropy_temperature, entropy, offset), grad_entropy
+        ids = torch.where(is_local, local_ids, -1)
         # Several chunks are summed in fp32: a bf16 sum would round away what the later chunks add.
-        sum_dtype = torch.float32 if num_targets > rows else weight.dtype
-        grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device)
-        for start in range(0, num_targets, rows):
-            part = slice(start, start + rows)
-            log_p = torch.matmul(hidden[part], weight.t()).float().sub_(log_partition[part].unsqueeze(-1))
-            of_entropy = None
-            if entropy is not None and grad_entropy is not None:
-                of_entropy = EntropyOf(ctx.entropy_temperature, entropy[part], offset[part]), grad_entropy[part]
-            grad = _logits_gradient(log_p, local_ids[part], is_local[part], grad_nll[part], of_entropy).to(weight.dtype)
-            grad_hidden[part] = torch.matmul(grad, weight)
-            if grad_weight.dtype == grad.dtype:
-                grad_weight.addmm_(grad.t(), hidden[part])
-            else:
-                grad_weight += torch.matmul(grad.t(), hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        is_divided = ctx.columns < len(weight)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32 if is_divided else hidden.dtype)
+        grad_weight = torch.empty_like(weight)
+        for start in range(0, len(weight), ctx.columns):
+            part = weight[start : start + ctx.columns]
+            logits = torch.matmul(hidden, part.t())
+            grad = _logits_gradient(logits, log_partition, ids - start, grad_nll, of_entropy)
+            torch.matmul(grad.t(), hidden, out=grad_weight[start : start + ctx.columns])
+            grad_hidden += torch.matmul(grad, part)
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None

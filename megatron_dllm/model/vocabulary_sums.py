@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from megatron_dllm.model.fused import fused
+
 
 @dataclass(frozen=True)
 class EntropyOf:
@@ -53,6 +55,20 @@ class VocabularySums:
     of_entropy: EntropyOf | None
 
 
+@fused
+def _chunk_sums(logits: Tensor, local_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[t] fp32 largest logit, [t] int64 its id, [t] fp32 the target's logit and [t] fp32 S, of logits [t, v/tp].
+
+    Args:
+        logits: [t, v/tp] in any precision.
+        local_ids: [t] int64.
+    """
+    logits = logits.float()
+    best, best_id = logits.max(dim=-1)
+    target = logits.gather(-1, local_ids.unsqueeze(-1)).squeeze(-1)
+    return best, best_id, target, torch.exp(logits - best.unsqueeze(-1)).sum(dim=-1)
+
+
 class ShardSums:
     """What one rank's shard of the vocabulary says about each target, filled chunk by chunk.
 
@@ -79,9 +95,15 @@ class ShardSums:
 
         Args:
             part: which targets.
-            logits: [t, v/tp] fp32 of these targets; overwritten.
+            logits: [t, v/tp] of these targets, in the model's precision; fp32 ones may be overwritten.
             local_ids: [t] int64 rows of the local weight that belong to their targets.
         """
+        if logits.is_cuda and self.temperature is None:
+            best, self.best_id[part], self.target[part], sums = _chunk_sums(logits, local_ids)
+            self.log_sum[part] = sums.log_().add_(best)
+            self.best[part] = best
+            return
+        logits = logits.float()
         best, self.best_id[part] = logits.max(dim=-1)
         self.target[part] = logits.gather(-1, local_ids.unsqueeze(-1)).squeeze(-1)
         logits.sub_(best.unsqueeze(-1))
