@@ -200,6 +200,11 @@ def _check_keys(reader: TorchDistReader, names: WeightMap, model: ModelConfig) -
                 f"{reader.folder}: tensor {keys[key]} has shape {list(found[keys[key]].shape)}, "
                 f"contract.json asks for {list(shape)}; one of the two belongs to another model."
             )
+        if not found[keys[key]].dtype.is_floating_point:
+            raise ValueError(
+                f"{reader.folder}: tensor {keys[key]} has dtype {found[keys[key]].dtype}, weights are floating point; "
+                "the checkpoint is damaged: choose another one."
+            )
     return keys
 
 

@@ -153,11 +153,21 @@ def read_meta(folder: Path) -> CheckpointMeta:
     place = f"{path}: "
     return CheckpointMeta(
         model=content["model"],
-        semantics=read_fields(Semantics, content["contract"], f"{place}contract."),
+        semantics=_read_semantics(content["contract"], f"{place}contract."),
         position=_read_part(Position, content, place),
         provenance=_read_part(Provenance, content, place),
         corpora=_read_corpora(content.get("corpora", []), place),
     )
+
+
+def _read_semantics(table: Mapping[str, Any], place: str) -> Semantics:
+    semantics = read_fields(Semantics, table, place)
+    for name in ("block_size", "context_length"):
+        if getattr(semantics, name) < 1:
+            raise ValueError(
+                f"{place}{name} ({getattr(semantics, name)}) must be at least 1: the file is damaged; choose another."
+            )
+    return semantics
 
 
 def _read_corpora(tables: Any, place: str) -> tuple[CorpusRecord, ...]:

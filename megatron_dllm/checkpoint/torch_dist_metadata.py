@@ -174,7 +174,16 @@ def _tables(folder: Path, metadata: _Record) -> DistMetadata:
         dtype = entry.get("properties").state[0]
         chunks = tuple(_chunk(folder, key, chunk, places) for chunk in entry.get("chunks"))
         tensors[key] = DistTensor(dtype, tuple(entry.get("size")), chunks)
+        _check_whole(folder, key, tensors[key])
     return DistMetadata(tensors, frozenset(objects))
+
+
+def _check_whole(folder: Path, key: str, tensor: DistTensor) -> None:
+    num_stored, num_elements = sum(prod(chunk.sizes) for chunk in tensor.chunks), prod(tensor.shape)
+    if num_stored < num_elements:
+        raise ValueError(
+            f"{folder}: tensor {key} is stored incompletely ({num_stored} of {num_elements} elements); save it again."
+        )
 
 
 def _check_place(folder: Path, name: str, place: tuple[str, int, int], sizes: dict[str, int]) -> None:

@@ -171,7 +171,8 @@ class TorchDistReader:
                 f"{self.folder / chunk.file_name}: tensor {key} is damaged at byte {chunk.start} "
                 f"({error}); copy or save it again."
             ) from error
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != chunk.sizes:
+        entry = self.metadata.tensors[key]
+        if not isinstance(tensor, Tensor) or (tuple(tensor.shape), tensor.dtype) != (chunk.sizes, entry.dtype):
             raise ValueError(
                 f"{self.folder / chunk.file_name}: {key} does not hold the tensor it should; save it again."
             )
