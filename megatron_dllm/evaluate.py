@@ -1,12 +1,12 @@
 """Measure the validation ELBO of a checkpoint: a merged or exported one, say, or an old one at other block sizes.
 
-    python -m megatron_dllm.evaluate checkpoint.load=DIR data.validation=PREFIX [key=value ...]
+    python -m megatron_dllm.evaluate checkpoint=DIR data.validation=PREFIX [block_sizes=[1,4,32]] [key=value ...]
     torchrun --nproc_per_node N -m megatron_dllm.evaluate ... [parallel.tensor_model_parallel_size=2]
 
 DIR is a run folder, a torch_dist checkpoint or an HF folder, and brings the model; of an autoregressive one the exact
 NLL is measured. The result is printed and written beside the weights as validation.json, or to a file of yours. Keys
 are those of a training run, and an experiment may be named for its layout and evaluation settings. Most often given,
-with their defaults:
+with their defaults (checkpoint= and block_sizes= are short for the full names):
 
     evaluation.block_sizes=[...]      the checkpoint's own; the first one ranks checkpoints
     evaluation.num_tokens=2e6         document tokens, whole documents, or the whole corpus
@@ -39,13 +39,12 @@ from rich.text import Text
 from megatron_dllm.checkpoint.validation import Validation, read_validation_file, write_validation_file
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import RunConfig
-from megatron_dllm.config.evaluate import EvaluateConfig
+from megatron_dllm.config.evaluate import EvaluateConfig, spelled_out
 from megatron_dllm.config.recipe_source import split_folder
-from megatron_dllm.evaluation.request import Request, open_config, read_request
+from megatron_dllm.evaluation.request import Request, open_config, open_target, read_request
 from megatron_dllm.run.files import parents_made
 from megatron_dllm.run.names import VALIDATION
 from megatron_dllm.run.place import is_rank_zero, world_size
-from megatron_dllm.run.stream import check_writable
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def compose_words(words: Sequence[str]) -> Any:
     Raises:
         ValueError: an unknown key, or a value of a wrong type.
     """
-    folder, rest = split_folder(words)
+    folder, rest = split_folder(spelled_out(words))
     ConfigStore.instance().store(name="evaluate_schema", node=open_config())
     return compose_dict(rest, "evaluate", folder, EvaluateConfig)
 
@@ -84,11 +83,8 @@ def measure(composed: Any) -> Measured:
     prepare_host()
     from megatron_dllm.data.corpus import Corpus
     from megatron_dllm.evaluation.elbo import check_corpus, evaluate
-    from megatron_dllm.model.paths import choose_paths
-    from megatron_dllm.parallel.device import DeviceFacts, local_device
-    from megatron_dllm.parallel.groups import destroy, initialize
     from megatron_dllm.parallel.meeting import meet
-    from megatron_dllm.training.engine import build_chunks
+    from megatron_dllm.training.measuring import measured_model
 
     def decide() -> tuple[Request, Path]:
         request = read_request(composed, world_size())
@@ -96,59 +92,19 @@ def measure(composed: Any) -> Measured:
         corpus = _open(config, Corpus)
         corpus.verify()
         check_corpus(config, corpus, request.names)
-        return request, _open_target(request)
+        return request, open_target(request, VALIDATION, _earlier)
 
     timeout = composed.run.distributed_timeout_minutes
     meeting = meet(RunConfig(name="evaluation", distributed_timeout_minutes=timeout))
     request, target = meeting.decide(decide)
-    config = request.config
-    # Refuses what cannot run here.
-    choose_paths(config.model, config.parallel, DeviceFacts.here(), config.training.attention_backend)
-    groups = initialize(config.parallel, config.run, meeting)
-    try:
-        chunks = build_chunks(config, groups)
-        _load(request, chunks)
-        corpus = _open(config, Corpus)
-        validation = evaluate(chunks, config, groups, corpus, list(request.names), local_device())
-    finally:
-        destroy()
+    with measured_model(request, meeting) as model:
+        corpus = _open(request.config, Corpus)
+        validation = evaluate(model.chunks, model.config, model.groups, corpus, list(request.names), model.device)
     return Measured(request, target, validation)
 
 
 def _open(config: EvaluateConfig, corpus: Any) -> Any:
     return corpus(config.data.validation, config.model, config.data.tokenizer)
-
-
-def _load(request: Request, chunks: Sequence[Any]) -> None:
-    """Put the weights into the local model."""
-    from megatron.core.utils import unwrap_model
-
-    from megatron_dllm.checkpoint.loading import load_weights
-    from megatron_dllm.inference.load import load_hf_weights
-
-    weights = request.weights
-    if not weights.is_hf:
-        load_weights(weights.folder, chunks, request.config.checkpoint.verify)
-        return
-    for chunk in chunks:
-        load_hf_weights(weights.folder, unwrap_model(chunk))
-
-
-def _open_target(request: Request) -> Path:
-    """Where the result goes: a place that can be written and has no result yet, unless that may be replaced.
-
-    Raises:
-        ValueError: saying which of the two it is not.
-    """
-    config = request.config
-    target = Path(config.output) if config.output else request.weights.folder / VALIDATION
-    check_writable(target)
-    if target.exists() and not config.overwrite:
-        raise ValueError(
-            f"{target} exists ({_earlier(target)}); nothing is overwritten: give overwrite=true to replace it, or "
-            "output=FILE to write elsewhere."
-        )
-    return target
 
 
 def _earlier(target: Path) -> str:

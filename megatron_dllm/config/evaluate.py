@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_dllm.config.train import TrainConfig
 
 # Longest segment, unless given, for weights that do not say in which context they were trained.
 LONGEST_CONTEXT = 4096
+# What a measuring command calls its most common keys.
+SHORT_NAMES = {"checkpoint": "checkpoint.load", "block_sizes": "evaluation.block_sizes"}
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """`key=value` words with the full names of their keys."""
+    pairs = [word.partition("=") for word in words]
+    return ["".join((SHORT_NAMES.get(key, key) if equals else key, equals, value)) for key, equals, value in pairs]
 
 
 @dataclass

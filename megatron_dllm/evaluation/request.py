@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,11 @@ from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.model.objective import AR
 from megatron_dllm.parallel.device import DeviceFacts
+from megatron_dllm.run.stream import check_writable
 
 _STAGE = "evaluation"
+# Named as the training corpus of a measurement that reads none.
+_NO_CORPUS = "requests"
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,65 @@ def read_request(composed: Any, world_size: int) -> Request:
             f"checkpoint.load ({load}) and data.validation ({validation}) must be set: name the checkpoint (of a run, "
             "of a tool, or an HF folder) and the held-out corpus."
         )
+    request = settle(composed, open_weights(composed), world_size)
+    if not request.config.evaluation.num_tokens:
+        raise ValueError("evaluation.num_tokens (0) measures nothing; give a number of tokens, or leave it out.")
+    return request
+
+
+def open_weights(composed: Any) -> WeightsFolder:
+    """What checkpoint.load names.
+
+    Raises:
+        ValueError: nothing, or nothing that can be read as a model.
+    """
+    load = composed.checkpoint.load
+    if not load:
+        raise ValueError(
+            f"checkpoint.load ({load}) must be set: name a run, one of its step_* folders, or an HF folder."
+        )
     if not Path(load).is_dir():
         raise ValueError(f"checkpoint.load ({load}) is not a folder; give an HF folder, a run or one of its step_*.")
-    weights = read_weights_folder(Path(load))
+    return read_weights_folder(Path(load))
+
+
+def settle(composed: Any, weights: WeightsFolder, world_size: int) -> Request:
+    """Fill in what the command line leaves open, and check the whole.
+
+    Args:
+        composed: DictConfig made from a schema as `open_config` makes it; it is not changed.
+        weights: of the checkpoint.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: a value that cannot work or that contradicts the checkpoint.
+    """
     config = _filled(composed, weights, world_size)
     config.validate(world_size)
-    if not config.evaluation.num_tokens:
-        raise ValueError("evaluation.num_tokens (0) measures nothing; give a number of tokens, or leave it out.")
     names = [str(size) for size in config.evaluation.block_sizes] if weights.is_diffusion else [AR]
     return Request(config, weights, tuple(names))
+
+
+def open_target(request: Request, name: str, describe: Callable[[Path], str]) -> Path:
+    """Where the result goes: a place that can be written and has no result yet, unless that may be replaced.
+
+    Args:
+        request: whose `output` is the place, or else a file beside the weights.
+        name: of that file.
+        describe: says what an earlier result is.
+
+    Raises:
+        ValueError: saying which of the two it is not.
+    """
+    config = request.config
+    target = Path(config.output) if config.output else request.weights.folder / name
+    check_writable(target)
+    if target.exists() and not config.overwrite:
+        raise ValueError(
+            f"{target} exists ({describe(target)}); nothing is overwritten: give overwrite=true to replace it, or "
+            "output=FILE to write elsewhere."
+        )
+    return target
 
 
 def _filled(composed: Any, weights: WeightsFolder, world_size: int) -> EvaluateConfig:
@@ -83,7 +137,7 @@ def _filled(composed: Any, weights: WeightsFolder, world_size: int) -> EvaluateC
     bring_model(config.model, model, weights.folder, IDENTITY)
     context_length = weights.context_length or min(model.max_position_embeddings, LONGEST_CONTEXT)
     fill(config.run, name=_STAGE)
-    fill(config.data, train=config.data.validation, block_origin=weights.block_origin or "document")
+    fill(config.data, train=config.data.validation or _NO_CORPUS, block_origin=weights.block_origin or "document")
     fill(config.schedule, context_length=context_length)
     fill(config.parallel, precision=weights.precision or ("bf16" if DeviceFacts.here().is_cuda else "fp32"))
     fill(config.evaluation, block_sizes=[weights.block_size], num_tokens=HELD_OUT_TOKENS)

@@ -13,7 +13,7 @@ from launch.chain import LAUNCH_KEYS
 from launch.jobs import LaunchConfig
 from megatron_dllm.compose import schema_keys
 from megatron_dllm.config import GenerateConfig, TrainConfig
-from megatron_dllm.config.evaluate import EvaluateConfig
+from megatron_dllm.config.evaluate import SHORT_NAMES, EvaluateConfig
 from tests.house.mentions import FOLDERS, PACKAGE, Mention
 
 # What our pages name of others: flags of torchrun, SLURM and pip; arguments of transformers and torch; a key of Hydra.
@@ -153,7 +153,7 @@ class Existing:
         generating = set(schema_keys(GenerateConfig))
         return {
             **dict.fromkeys(TRAINING, training),
-            "megatron_dllm.evaluate": {*training, *schema_keys(EvaluateConfig)},
+            "megatron_dllm.evaluate": {*training, *schema_keys(EvaluateConfig), *SHORT_NAMES},
             **dict.fromkeys(LAUNCHING, launching),
             "megatron_dllm.generate": generating,
             "": {
@@ -161,6 +161,7 @@ class Existing:
                 *launching,
                 *generating,
                 *schema_keys(EvaluateConfig),
+                *SHORT_NAMES,
                 *(key.rsplit(".", 1)[-1] for key in launching),
             },
         }

@@ -47,6 +47,12 @@ def test_a_recipe_of_training_gives_its_layout_and_evaluation_alone(diffusion: P
     assert (request.names, request.config.schedule.context_length) == (("8", "16"), 32)
 
 
+def test_the_common_keys_have_short_names(diffusion: Path) -> None:
+    composed = compose_words([f"checkpoint={diffusion}", "data.validation=held_out", "block_sizes=[4,8]"])
+    assert composed.checkpoint.load == str(diffusion)
+    assert read_request(composed, 1).names == ("4", "8")
+
+
 def test_an_autoregressive_model_is_measured_exactly(checkpoint: Path, hf: Path) -> None:
     assert read(checkpoint).names == read(hf).names == ("ar",)
     assert read(hf).weights.is_hf and not read(checkpoint).weights.is_hf
