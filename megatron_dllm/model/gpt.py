@@ -22,6 +22,7 @@ from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.attention.backends import BACKENDS
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import CachedPass
+from megatron_dllm.model.dispatch import use_gathers
 from megatron_dllm.model.embedding import mask_noise_std, mean_row_norm, token_normals
 from megatron_dllm.model.head import target_cross_entropy
 from megatron_dllm.model.last_layer import LastLayer, can_skip_outputs, flat_rows, rows_to_keep
@@ -59,7 +60,7 @@ def build_model(
     training = training or TrainingConfig()
     paths = paths or choose_paths(model, parallel, DeviceFacts.here(), training.attention_backend)
     config = transformer_config(model, parallel, paths, training)
-    return DiffusionGPTModel(
+    built = DiffusionGPTModel(
         model,
         config,
         block_spec(config, paths, vp_stage, can_skip_outputs(model, config, training)),
@@ -68,6 +69,9 @@ def build_model(
         post_process=groups.is_last_stage(vp_stage),
         vp_stage=vp_stage,
     ).to(local_device())
+    if paths.experts.name in ("grouped", "sections"):
+        use_gathers(built)
+    return built
 
 
 class DiffusionGPTModel(GPTModel):
