@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from megatron_dllm.config.rules import check, check_choice
+from megatron_dllm.run.place import check_socket_folder
 
 CONTAINER_KINDS = ("none", "pyxis", "apptainer")
 _TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d{1,3}):(\d{2}):(\d{2})$")
@@ -107,7 +108,7 @@ class ClusterConfig:
     environment: dict[str, str] = field(default_factory=dict)
     # More sbatch options, each entry one whole option: "--switches=1".
     sbatch_options: list[str] = field(default_factory=list)
-    # Fast local folder of a node for temporary files; null: the system's.
+    # Fast local folder of a node for temporary files, of at most 72 bytes, as sockets lie below it; null: the system's.
     scratch: str | None = None
     # Where runs go unless they say otherwise (root of a chain, run.root of an experiment). All nodes must share it.
     run_root: str | None = None
@@ -137,6 +138,10 @@ class ClusterConfig:
         self.container.validate()
         self._check_numbers()
         self._check_words()
+        if self.scratch:
+            check_socket_folder("cluster.scratch", self.scratch)
+        if "TMPDIR" in self.environment:
+            check_socket_folder("cluster.environment.TMPDIR", self.environment["TMPDIR"])
 
     def _check_numbers(self) -> None:
         check(

@@ -11,7 +11,7 @@ one global batch, which the next stage has then already consumed; the boundaries
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dllm.config import ScheduleConfig, StageConfig
@@ -73,12 +73,15 @@ class BlockSchedule:
     stages: tuple[Stage, ...]
 
     @classmethod
-    def from_config(cls, config: ScheduleConfig, epoch_tokens: Mapping[str, int] | None = None) -> BlockSchedule:
+    def from_config(
+        cls, config: ScheduleConfig, epoch_tokens: Mapping[str, int] | None = None, prompted: Collection[str] = ()
+    ) -> BlockSchedule:
         """Lay the configured stages end to end.
 
         Args:
             config: a schedule whose own `validate` has passed.
             epoch_tokens: document tokens of one pass over the corpus, by stage name; needed for stages in epochs.
+            prompted: stages with documents whose tokens do not all carry a loss, beside those that train chats.
 
         Returns:
             The schedule.
@@ -98,7 +101,7 @@ class BlockSchedule:
         if not stages:
             raise ValueError("schedule.stages ({}) must name at least one stage; choose a schedule group.")
         schedule = cls(tuple(stages))
-        schedule._check_lengths(config.tokens_per_row)
+        schedule._check_lengths(config.tokens_per_row, prompted)
         schedule._check_rates()
         return schedule
 
@@ -151,11 +154,12 @@ class BlockSchedule:
         """
         return next((stage for stage in self.stages if before < stage.end <= after), None)
 
-    def _check_lengths(self, tokens_per_row: int) -> None:
+    def _check_lengths(self, tokens_per_row: int, prompted: Collection[str]) -> None:
         """A step overshoots into the next stage, so that one too must be longer than the batch of the step."""
         previous = 0
         for stage in self.stages:
-            own = max_batch_tokens(stage.config, tokens_per_row)
+            has_prompts = stage.config.sft is not None or stage.name in prompted
+            own = max_batch_tokens(stage.config, tokens_per_row, has_prompts)
             needed = max(own, previous)
             if stage.end - stage.start < needed:
                 whose = "its own" if own == needed else "the preceding stage's"
@@ -185,13 +189,18 @@ def _num_tokens(name: str, stage: StageConfig, epoch_tokens: Mapping[str, int]) 
     return max(1, round(stage.num_epochs * epoch_tokens[name]))
 
 
-def max_batch_tokens(stage: StageConfig, tokens_per_row: int) -> int:
+def max_batch_tokens(stage: StageConfig, tokens_per_row: int, has_prompts: bool) -> int:
     """The most document tokens that one global batch of a stage can hold.
 
-    That is when every row is full and no document stores a clean copy, as documents of one block do not. The prompts of
-    chats have no noisy copies either.
+    That is when every row is full and no document stores a clean copy, as documents of one block do not. Prompts have
+    no noisy copies: a row of them holds as many document tokens as it is long.
+
+    Args:
+        stage: of the schedule.
+        tokens_per_row: the row's length.
+        has_prompts: some tokens carry no loss, as those that come before an answer.
     """
-    if stage.sft is not None:
+    if has_prompts:
         return stage.global_batch_size * tokens_per_row
     return stage.global_batch_size * (tokens_per_row // max(stage.num_noisy_copies, 1))
 

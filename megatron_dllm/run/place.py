@@ -132,11 +132,23 @@ def check_temporary_folder() -> None:
     Raises:
         ValueError: its path is too long.
     """
-    folder = tempfile.gettempdir()
+    check_socket_folder("TMPDIR", tempfile.gettempdir())
+
+
+def check_socket_folder(name: str, folder: str) -> None:
+    """Refuse a folder for temporary files whose path leaves no room for the sockets below it.
+
+    Args:
+        name: of the variable or key that says so, for the message.
+        folder: its value.
+
+    Raises:
+        ValueError: it is too long.
+    """
     if len(os.fsencode(folder)) > _LONGEST_TEMPORARY:
         raise ValueError(
-            f"TMPDIR ({folder}) must be at most {_LONGEST_TEMPORARY} bytes long: the sockets of worker processes lie "
-            "below it, and the kernel limits their paths; set TMPDIR to a shorter folder, such as /tmp."
+            f"{name} ({folder}) must be at most {_LONGEST_TEMPORARY} bytes long: the sockets of worker processes lie "
+            f"below it, and the kernel limits their paths; set {name} to a shorter folder, such as /tmp."
         )
 
 

@@ -44,6 +44,11 @@ class Sources:
         """The training documents of a stage."""
         return tuple(Share(self.corpora[part.prefix], part.share) for part in self._config.blend_of(name))
 
+    def prompted_stages(self) -> list[str]:
+        """Names of the stages with documents that say which of their tokens carry a loss."""
+        stages = self._config.schedule.stages
+        return [name for name in stages if any(part.source.spans is not None for part in self.of_stage(name))]
+
     @cached_property
     def validation(self) -> Source | None:
         """The held-out documents, or None where the run measures nothing.

@@ -124,7 +124,7 @@ def decide_start(
         ValueError: a schedule, corpus, tokenizer or checkpoint that cannot work, or another number of ranks than the
             next stage asks for, saying why.
     """
-    schedule = BlockSchedule.from_config(config.schedule, epoch_tokens(config, sources))
+    schedule = BlockSchedule.from_config(config.schedule, epoch_tokens(config, sources), sources.prompted_stages())
     _check_sources(config, schedule, sources)
     resume, damaged = _find_resume(config, dict(passed_over or {}))
     past = read_past(run_checkpoints(config).parent)

@@ -301,5 +301,11 @@ def test_epochs_and_a_share_of_warmup_become_tokens():
 def test_a_batch_of_chats_may_be_all_prompts():
     """Of text with two views a batch holds at most 4 x 8 tokens; prompts have no noisy copies."""
     pair = {"num_views": 2, "view_relation": "complementary", "t_min": 0.2, "t_max": 0.8}
-    assert max_batch_tokens(stage(1000, **pair), 16) == 32
-    assert max_batch_tokens(stage(1000, sft=SftConfig(), **pair), 16) == 64
+    assert max_batch_tokens(stage(1000, **pair), 16, has_prompts=False) == 32
+    assert max_batch_tokens(stage(1000, **pair), 16, has_prompts=True) == 64
+    for short, prompted in ((stage(40, **pair), ["short"]), (stage(40, sft=SftConfig(), **pair), [])):
+        config = ScheduleConfig(context_length=8, row_length=16, stages={"short": short})
+        if prompted:
+            BlockSchedule.from_config(config)
+        with pytest.raises(ValueError, match=r"short\.num_tokens \(40\) must be at least .* \(64, its own\)"):
+            BlockSchedule.from_config(config, prompted=prompted)

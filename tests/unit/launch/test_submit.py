@@ -79,6 +79,18 @@ def test_a_job_s_script_is_its_owner_s_alone(
     assert holding == scripts and {path.stat().st_mode & 0o777 for path in scripts} == {0o600}
 
 
+@pytest.mark.parametrize("key", ["cluster.scratch", "cluster.environment.TMPDIR"])
+def test_a_folder_too_long_for_sockets_is_refused_before_anything_is_submitted(
+    key: str, pair: list[str], tmp_path: Path
+) -> None:
+    longest = "/" + 71 * "x"
+    word = f"+{key}=" if "environment" in key else f"{key}="
+    with pytest.raises(ValueError, match=rf"{key} \({longest}y\) must be at most 72 bytes long"):
+        submit.main([*pair, f"{word}{longest}y"])
+    assert (tmp_path / "calls").read_text() == ""
+    submit.main([*pair, f"{word}{longest}", "--dry_run"])
+
+
 def test_an_interrupted_submission_leaves_no_jobs(
     pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

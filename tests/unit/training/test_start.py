@@ -209,6 +209,21 @@ def test_a_damaged_corpus_does_not_start(config: TrainConfig, corpora: list[str]
         decide(with_train(config, [1, corpora[0], 1, corpora[1]]))
 
 
+def test_a_stage_of_prompts_is_longer_than_a_row_of_them(config: TrainConfig, corpora: list[str]) -> None:
+    """Two views of text leave 48 of a row's 96 tokens to documents; a document of which one token is asked fills it."""
+    batch = config.schedule.stages["decay"].global_batch_size
+    config = with_train(config, corpora[0], packing_chunk=400)
+    config = with_stage(config, "decay", num_tokens=batch * config.schedule.tokens_per_row - 1)
+    stages = {"decay": config.schedule.stages["decay"]}
+    config = replace(config, schedule=replace(config.schedule, stages=stages))
+    decide(config)
+    sources = Sources(config)  # kept: the lengths are its mapped memory
+    lengths = sources.corpora[corpora[0]].document_lengths.tolist()
+    write_spans(Path(corpora[0] + ".spans"), Spans.of_lists([[(n - 1, n, MASKABLE)] for n in lengths]))
+    with pytest.raises(ValueError, match=r"schedule\.stages\.decay\.num_tokens .* must be at least what one global"):
+        decide(config)
+
+
 def test_segments_without_a_loss_are_told(config: TrainConfig, corpora: list[str]) -> None:
     config = with_train(config, corpora[0], packing_chunk=400)
     sources = Sources(config)  # kept: the lengths are its mapped memory
