@@ -72,6 +72,11 @@ class Corpus:
         self.chat_template: str | None = description.get("chat_template_sha256")
         self.is_paired: bool = description.get("kind") == PAIRS
         _check_description(prefix, description, model, tokenizer, self.num_tokens)
+        if self.is_paired and (self.spans is None or len(self.document_lengths) % 2):
+            raise ValueError(
+                f"corpus {prefix} ({len(self.document_lengths)} documents, {'no' if self.spans is None else 'with'} "
+                f"{spans_path.name}) must hold two documents of each pair, with their spans; tokenize the pairs again."
+            )
         self._sums = read_sums(prefix)
         self._bin: NDArray[np.uint8] = np.memmap(prefix + ".bin", mode="r", dtype=np.uint8)
         self._stated_fingerprint = _stated_fingerprint(prefix, description, self._sums)

@@ -221,3 +221,14 @@ def test_a_corpus_of_which_nothing_was_recorded(write_corpus: Callable[..., str]
 def test_a_description_of_wrong_types(write_corpus: Callable[..., str], model: ModelConfig) -> None:
     with pytest.raises(ValueError, match=r"corpus.json: num_tokens \('12'\) must be of type int"):
         Corpus(write_corpus(DOCUMENTS, description={"num_tokens": "12"}), model)
+
+
+@pytest.mark.parametrize(("num_documents", "has_spans"), [(3, True), (4, False)], ids=["half a pair", "no spans"])
+def test_pairs_that_are_not_whole(
+    write_corpus: Callable[..., str], model: ModelConfig, num_documents: int, has_spans: bool
+) -> None:
+    prefix = write_corpus([[5, 6, 0]] * num_documents, description={"kind": "pairs"})
+    if has_spans:
+        write_spans(Path(prefix + ".spans"), Spans.of_lists([[(1, 3, 1)]] * num_documents))
+    with pytest.raises(ValueError, match=rf"\({num_documents} documents, .*\) must hold two documents of each pair"):
+        Corpus(prefix, model)
