@@ -4,6 +4,7 @@
     python -m megatron_dllm.generate checkpoint=DIR prompts_file=prompts.jsonl output=texts.jsonl
     python -m megatron_dllm.generate checkpoint=DIR messages='[{"role": "user", "content": "Hi"}]'
     python -m megatron_dllm.generate checkpoint=DIR chats_file=chats.jsonl output=answers.jsonl
+    torchrun --nproc_per_node N -m megatron_dllm.generate ... [tensor_model_parallel_size=2]
 
 DIR is an HF folder, a run folder or one torch_dist checkpoint. Keys and defaults: `config.GenerateConfig`;
 `--help` lists them. The text goes to standard output, everything else to standard error.
@@ -19,8 +20,7 @@ if __name__ == "__main__":
 import json
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -32,18 +32,18 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
-from tokenizers import Tokenizer
 
 from megatron_dllm.compose import compose_dict
-from megatron_dllm.config import GenerateConfig
+from megatron_dllm.config import GenerateConfig, ParallelConfig, RunConfig
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.data.tokenizer import load_tokenizer
-from megatron_dllm.diffusion.decode import decode
+from megatron_dllm.diffusion.decode import DecodingContract, Finished, requests_of
 from megatron_dllm.diffusion.generation import Generation
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.inference.prompts import Prompt, encode_requests, read_requests
-from megatron_dllm.inference.source import read_source
-from megatron_dllm.run.place import require_one_process
+from megatron_dllm.inference.source import CheckpointSource, read_source
+from megatron_dllm.inference.stopping import StopStrings
+from megatron_dllm.run.place import is_rank_zero, world_size
 from megatron_dllm.run.stream import result_lines
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class PromptResult:
         prompt: as text; a chat's is what its template makes of it.
         generation: tokens and numbers of forward passes, see `diffusion.decode`.
         token_texts: text of each generated token, special ones included.
-        seconds: wall time of decoding, loading not included.
+        seconds: wall time in which it was decoded, together with others.
     """
 
     prompt: str
@@ -78,56 +78,95 @@ class PromptResult:
             "num_generated_tokens": len(generation.generated_ids),
             "num_denoising_forwards": generation.num_denoising_forwards,
             "tokens_per_forward": generation.tokens_per_forward,
+            "tokens_per_forward_with_commits": generation.tokens_per_forward_with_commits,
             "seconds": self.seconds,
         }
 
 
 def generate(config: GenerateConfig, tell: Callable[[PromptResult], None] | None = None) -> list[PromptResult]:
-    """Load a checkpoint and decode all prompts, in order, one at a time.
+    """Load a checkpoint and decode all prompts, many at a time (a collective); results are in order.
 
-    The prompt with index i is sampled with seed + i, so a text does not depend on the prompts before it.
+    The prompt with index i is sampled with seed + i, so a text does not depend on the prompts beside it.
 
     Args:
         config: what to decode, and how.
-        tell: called with each result as it comes.
+        tell: called on rank 0 with each result, in order, as soon as those before it are known.
 
     Raises:
         ValueError: an impossible setting, checkpoint or prompt; before the weights are read wherever possible.
     """
     config.validate()
-    require_one_process("decoding")
+    # megatron-core takes seconds to import, which a wrong key or an empty file should not cost.
+    from megatron_dllm.parallel.meeting import meet
+
+    run = RunConfig(name="decoding", seed=config.seed)
+    meeting = meet(run)
+    plan = meeting.decide(lambda: _plan(config))
+    from megatron_dllm.host import prepare_host
+
+    prepare_host()
+    from megatron_dllm.inference.decoder import Decoder
+    from megatron_dllm.inference.load import load_model
+    from megatron_dllm.parallel.groups import started
+
+    source, stopping = plan.source, StopStrings(load_tokenizer(TokenizerFiles(plan.source.tokenizer)), (*config.stop,))
+    requests = [
+        replace(request, stop=stopping.find) for request in requests_of([prompt.ids for prompt in plan.prompts], config)
+    ]
+    results: list[PromptResult] = []
+    is_first = meeting.rank == 0
+    with _written(config.output if is_first else None) as write, started(plan.layout, run, meeting) as groups:
+        model = load_model(source, groups, config.precision, config.attention_backend, plan.layout)
+        decoder = Decoder(model, groups, plan.contract, config.batch_size)
+        # On a terminal the texts themselves show how far it is.
+        bar, is_hidden = Console(stderr=True), not is_first or (tell is not None and sys.stdout.isatty())
+        stream = track(decoder.stream(requests, config), "decoding", len(requests), console=bar, disable=is_hidden)
+        for done in _in_order(stream):
+            results.append(_result(plan.prompts[done.index], done, stopping))
+            if is_first:
+                write(json.dumps(results[-1].to_dict(), ensure_ascii=False))
+                if tell is not None:
+                    tell(results[-1])
+    if config.output is not None:
+        log.info("wrote %d texts to %s", len(results), config.output)
+    return results
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What rank 0 has read and decided: prompts, the checkpoint, how it is decoded and split."""
+
+    prompts: list[Prompt]
+    source: CheckpointSource
+    contract: DecodingContract
+    layout: ParallelConfig
+
+
+def _plan(config: GenerateConfig) -> _Plan:
+    """Read the prompts and the checkpoint's sizes.
+
+    Raises:
+        ValueError: what is impossible about them.
+    """
     if config.temperature == 0.0 and (config.top_p < 1.0 or config.top_k > 0):
         log.warning("top_p and top_k have no effect at temperature 0; set a temperature to sample.")
     requests = read_requests(config)
     source = read_source(config)
-    tokenizer = load_tokenizer(TokenizerFiles(source.tokenizer))
-    prompts, contract = encode_requests(requests, tokenizer, source)
-    # megatron-core takes seconds to import, which a wrong key or an empty file should not cost.
-    from megatron_dllm.host import prepare_host
+    prompts, contract = encode_requests(requests, load_tokenizer(TokenizerFiles(source.tokenizer)), source)
+    from megatron_dllm.parallel.device import DeviceFacts
 
-    prepare_host()
-    from megatron_dllm.inference.load import CachedForward, load_model
-    from megatron_dllm.parallel.groups import single_rank
+    return _Plan(prompts, source, contract, config.layout(source.model, world_size(), DeviceFacts.here().is_cuda))
 
-    results = []
-    with _written(config.output) as write, single_rank(config.seed) as groups:
-        model = load_model(source, groups, config.precision, config.attention_backend)
-        device = next(model.parameters()).device
-        # On a terminal the texts themselves show how far it is.
-        indices, bar, is_hidden = range(len(prompts)), Console(stderr=True), tell is not None and sys.stdout.isatty()
-        for index in track(indices, "decoding", console=bar, transient=True, disable=is_hidden):
-            start = time.perf_counter()
-            generation = decode(
-                CachedForward(model), prompts[index].ids, replace(config, seed=config.seed + index), contract, device
-            )
-            seconds = time.perf_counter() - start
-            results.append(_result(prompts[index], generation, tokenizer, seconds))
-            write(json.dumps(results[-1].to_dict(), ensure_ascii=False))
-            if tell is not None:
-                tell(results[-1])
-    if config.output is not None:
-        log.info("wrote %d texts to %s", len(results), config.output)
-    return results
+
+def _in_order(texts: Iterable[Finished]) -> Iterator[Finished]:
+    """The texts by index, each held back until those before it have come."""
+    held: dict[int, Finished] = {}
+    due = 0
+    for text in texts:
+        held[text.index] = text
+        while due in held:
+            yield held.pop(due)
+            due += 1
 
 
 @contextmanager
@@ -140,10 +179,10 @@ def _written(output: str | None) -> Iterator[Callable[[str], None]]:
         yield write
 
 
-def _result(prompt: Prompt, generation: Generation, tokenizer: Tokenizer, seconds: float) -> PromptResult:
-    text = tokenizer.decode(generation.generated_ids, skip_special_tokens=True)
-    token_texts = [tokenizer.decode([token], skip_special_tokens=False) for token in generation.generated_ids]
-    return PromptResult(prompt.text, text, generation, token_texts, seconds)
+def _result(prompt: Prompt, done: Finished, stopping: StopStrings) -> PromptResult:
+    decode = stopping.tokenizer.decode
+    token_texts = [decode([token], skip_special_tokens=False) for token in done.generation.generated_ids]
+    return PromptResult(prompt.text, stopping.text_of(done.generation), done.generation, token_texts, done.seconds)
 
 
 def show_text(result: PromptResult) -> None:
@@ -212,7 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_dllm").setLevel(logging.INFO)
-    show_speed(generate(parse_arguments(arguments), show_text))
+    results = generate(parse_arguments(arguments), show_text)
+    if is_rank_zero():
+        show_speed(results)
     return 0
 
 

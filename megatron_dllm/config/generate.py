@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
-from megatron_dllm.config.parallel import PRECISIONS
+from megatron_dllm.config.model import ModelConfig
+from megatron_dllm.config.parallel import PRECISIONS, ParallelConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive, check_values
 from megatron_dllm.config.training import ATTENTION_BACKENDS
 
+RULES = ("threshold", "factor", "hierarchy", "entropy_bound")
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 REQUESTS = ("prompt", "prompts_file", "messages", "chats_file")
 
 
@@ -17,9 +20,18 @@ REQUESTS = ("prompt", "prompts_file", "messages", "chats_file")
 class DecodingConfig:
     """How a block of masks becomes tokens. Lengths count tokens, probabilities lie in [0, 1]."""
 
-    # A step keeps every predicted token whose probability exceeds this, and at least `min_tokens_per_step` of them.
+    # Which predicted tokens a step keeps: threshold, factor, hierarchy or entropy_bound (docs/decoding.md).
+    rule: str = "threshold"
+    # Rules threshold and hierarchy keep every token whose probability exceeds this.
     threshold: float = 0.95
-    # Tokens that every step keeps at least.
+    # Rule factor keeps the n surest tokens for the largest n with (n + 1)(1 - probability of the n-th) below this.
+    factor: float = 1.0
+    # Rule hierarchy also keeps the surest token of each run of masked neighbours if its probability exceeds this.
+    low_threshold: float = 0.4
+    # Rule entropy_bound keeps the surest tokens while their entropies, without the largest, add up to at most so many
+    # nats.
+    entropy_bound: float = 0.1
+    # Tokens that every step keeps at least, whatever the rule.
     min_tokens_per_step: int = 1
     # Most tokens that are generated.
     max_new_tokens: int = 256
@@ -38,6 +50,14 @@ class DecodingConfig:
             0.0 < self.threshold <= 1.0,
             f"threshold ({self.threshold}) must lie in (0, 1]; 1 accepts min_tokens_per_step tokens a step.",
         )
+        check_choice("rule", self.rule, RULES)
+        check(
+            0.0 <= self.low_threshold <= 1.0,
+            f"low_threshold ({self.low_threshold}) must lie in [0, 1]; 0 keeps one token of every run.",
+        )
+        for name in ("factor", "entropy_bound"):
+            value = getattr(self, name)
+            check(0.0 <= value < float("inf"), f"{name} ({value}) must be finite and not negative; 0 is the strictest.")
         for name in ("min_tokens_per_step", "max_new_tokens"):
             check_positive(name, getattr(self, name))
         check(
@@ -75,6 +95,41 @@ class GenerateConfig(DecodingConfig):
     precision: str | None = None
     # Implementation of attention, as training.attention_backend.
     attention_backend: str = "auto"
+    # Prompts that are decoded at a time, on each replica of the model; a text does not depend on the others.
+    batch_size: int = 16
+    # Strings that end a text; they are looked for after every block, and cut off.
+    stop: list[str] = field(default_factory=list)
+    # Ranks that share the matrices of each layer (TP).
+    tensor_model_parallel_size: int = 1
+    # Ranks that share the layers (PP).
+    pipeline_model_parallel_size: int = 1
+    # Ranks that share the experts of each layer (EP).
+    expert_model_parallel_size: int = 1
+
+    def layout(self, model: ModelConfig, world_size: int, is_cuda: bool) -> ParallelConfig:
+        """The layout of the ranks.
+
+        Args:
+            model: sizes.
+            world_size: number of ranks.
+            is_cuda: whether there is a GPU.
+
+        Raises:
+            ValueError: the model cannot be split so, or not over so many ranks.
+        """
+        layout = ParallelConfig(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            expert_model_parallel_size=self.expert_model_parallel_size,
+            expert_tensor_parallel_size=1 if self.expert_model_parallel_size > 1 else None,
+            sequence_parallel=self.tensor_model_parallel_size > 1 and model.is_moe,
+            precision=self.precision or ("bf16" if is_cuda else "fp32"),
+        )
+        try:
+            layout.validate(world_size, model)
+        except ValueError as error:  # the keys of decoding have no group
+            raise ValueError(str(error).removeprefix("parallel: ").replace("parallel.", "")) from None
+        return layout
 
     def validate(self) -> None:
         """Raise ValueError where the request is incomplete or contradicts itself; files are checked when opened."""
@@ -86,6 +141,9 @@ class GenerateConfig(DecodingConfig):
             f"{', '.join(REQUESTS)} ({', '.join(given) or 'none is given'}): give exactly one of the four.",
         )
         check(self.prompt != "", "prompt ('') is empty; give at least one token to continue from.")
+        for name in ("batch_size", *LAYOUT):
+            check_positive(name, getattr(self, name))
+        check("" not in self.stop, f"stop ({self.stop}) must not hold an empty string; every text would end at once.")
         for name in ("block_size", "context_length"):
             value = getattr(self, name)
             check(value is None or value > 0, f"{name} ({value}) must be positive; null takes the checkpoint's.")
@@ -94,4 +152,5 @@ class GenerateConfig(DecodingConfig):
             f"precision ({self.precision}) is not known; use one of {', '.join(PRECISIONS)}, or null.",
         )
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        check_values(self, unbounded=("seed",))
+        # A stop string may be white space.
+        check_values(replace(self, stop=[]), unbounded=("seed",))

@@ -1,10 +1,12 @@
-"""Block-by-block threshold decoding (LLaDA2.0 section 5.4), for any model that offers a forward pass.
+"""Block-by-block decoding of many texts at once (LLaDA2.0 section 5.4), for any model that offers a forward pass.
 
-The block grid starts at position 0 of the prompt. Whole prompt blocks are committed first, as clean
-tokens; the prompt's tail shares the first generated block, where it stays as it is. Each step predicts
-every masked token of the block and keeps those it is sure of. A finished block is run once more as
-clean tokens, so that later blocks see keys and values computed without a mask: in training, too, they
-only ever saw clean copies.
+The block grid starts at position 0 of the prompt. Whole prompt blocks are committed first, as clean tokens; the
+prompt's tail shares the first generated block, where it stays as it is. Each pass predicts every masked token of a
+text's block and keeps those it is sure of (`acceptance`). A finished block is run once more as clean tokens, so that
+later blocks see keys and values computed without a mask: in training, too, they only ever saw clean copies.
+
+Texts go at their own pace: in one pass some fill a block and others commit theirs; a text that has ended leaves, and a
+waiting prompt takes its place. What a text becomes does not depend on the others.
 
 `block_size == 1` decodes from left to right, one token a step; `block_size >= context_length` is MDLM
 decoding, where prompt and continuation are one block and nothing is ever committed.
@@ -12,36 +14,22 @@ decoding, where prompt and continuation are one block and nothing is ever commit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_dllm.config import DecodingConfig
-from megatron_dllm.diffusion.generation import Generation, Text
-from megatron_dllm.diffusion.prediction import accept, predict
-from megatron_dllm.diffusion.roles import BLOCK, CLEAN_VIEW, VIEW
+from megatron_dllm.diffusion.decoding_batch import DecodingBatch
+from megatron_dllm.diffusion.decoding_pass import Alone, DecodingPass, Forward, Peers, clean_pass, idle_pass
+from megatron_dllm.diffusion.generation import Generation, Request, Text
+from megatron_dllm.diffusion.prediction import predict
+from megatron_dllm.diffusion.prefill import Entrant, plan_prefill
 
-NOISY_VIEW = 1
-
-
-class Forward(Protocol):
-    """A model's forward pass, with its own cache of keys and values; every prompt needs a fresh one."""
-
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
-        """Run the tokens of one block (or of the prompt's whole blocks) after everything committed so far.
-
-        Args:
-            input_ids: [b, n] int64, token ids; the mask token where nothing is known yet.
-            position_ids: [b, n] int64, places from the prompt's start.
-            roles: [b, n, 3] int32 (doc, block, view); view 1 while a block is denoised, 0 in a commit.
-            commit: keep these tokens' keys and values for all later calls. Otherwise nothing is kept.
-
-        Returns:
-            [b, n, v] logits; position i predicts token i. Never read after a commit, so None will do there.
-        """
+_ALONE = Alone()
 
 
 @dataclass(frozen=True)
@@ -74,76 +62,178 @@ class DecodingContract:
             )
 
 
-def decode(
-    forward: Forward,
-    prompt_ids: Sequence[int],
-    config: DecodingConfig,
-    contract: DecodingContract,
-    device: torch.device | str = "cpu",
-) -> Generation:
-    """Continue one prompt until an eos, max_new_tokens or the end of the context.
+@dataclass(frozen=True)
+class Finished:
+    """A text that has ended.
 
-    A block is always denoised to its end; tokens past max_new_tokens are cut off afterwards.
+    Attributes:
+        index: of its request.
+        seconds: since it entered the batch.
+    """
+
+    index: int
+    generation: Generation
+    seconds: float
+
+
+def requests_of(prompts: Sequence[Sequence[int]], config: DecodingConfig, first: int = 0) -> list[Request]:
+    """Prompts with the length and the seeds of a configuration; the one with index i is sampled with seed + i.
 
     Args:
-        forward: the model, with an empty cache.
-        prompt_ids: token ids of the prompt, without a mask token.
-        config: threshold, sampling and length.
+        prompts: token ids.
+        config: max_new_tokens and seed.
+        first: index of the first prompt.
+    """
+    return [Request(ids, config.max_new_tokens, config.seed + first + i) for i, ids in enumerate(prompts)]
+
+
+def decode(
+    forward: Forward, prompt_ids: Sequence[int], config: DecodingConfig, contract: DecodingContract
+) -> Generation:
+    """Continue one prompt; see `decode_all`."""
+    return decode_all(forward, requests_of([prompt_ids], config), config, contract)[0]
+
+
+def decode_all(
+    forward: Forward,
+    requests: Sequence[Request],
+    config: DecodingConfig,
+    contract: DecodingContract,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    peers: Peers = _ALONE,
+) -> list[Generation]:
+    """Continue prompts, in their order; see `decode_stream`."""
+    found = {done.index: done for done in decode_stream(forward, requests, config, contract, batch_size, device, peers)}
+    return [found[index].generation for index in range(len(requests))]
+
+
+def decode_stream(
+    forward: Forward,
+    requests: Sequence[Request],
+    config: DecodingConfig,
+    contract: DecodingContract,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    peers: Peers = _ALONE,
+) -> Iterator[Finished]:
+    """Continue prompts until an eos, a stop, their max_new_tokens or the end of the context; each as soon as it ends.
+
+    Each text is what its prompt alone would give. A block is always denoised to its end; tokens past the limit are cut
+    off afterwards. On several ranks of one model all must call this with the same requests, and read it to its end.
+
+    Args:
+        forward: the model; what its slots held is overwritten.
+        requests: prompts without a mask token.
+        config: rule, threshold and sampling; lengths and seeds are the requests'.
         contract: block grid and special tokens of the checkpoint.
-        device: where the tensors given to `forward` live.
+        batch_size: most texts at a time.
+        device: where the logits are.
+        peers: the other ranks.
 
     Raises:
         ValueError: an impossible setting, or a prompt that is empty, too long or holds the mask token;
             logits that are not finite.
     """
-    return decode_together(forward, [prompt_ids], config, contract, device)[0]
-
-
-def decode_together(
-    forward: Forward,
-    prompts: Sequence[Sequence[int]],
-    config: DecodingConfig,
-    contract: DecodingContract,
-    device: torch.device | str = "cpu",
-) -> list[Generation]:
-    """Continue several prompts in the same passes; each text is what the prompt alone would give.
-
-    A finished text stays in the passes until the last one has finished, so texts of like length go well together.
-
-    Args:
-        forward: the model, with an empty cache.
-        prompts: token ids of the prompts; all have the same number of whole blocks (len // block_size). The one with
-            index i is sampled with seed + i.
-        config: threshold, sampling and length.
-        contract: block grid and special tokens of the checkpoint.
-        device: where the tensors given to `forward` live.
-
-    Raises:
-        ValueError: as `decode`.
-    """
     config.validate()
     contract.validate()
-    for prompt_ids in prompts:
-        check_prompt(prompt_ids, contract)
-    block_size = contract.block_size
-    (num_whole,) = {len(prompt_ids) // block_size for prompt_ids in prompts}
-    texts = [Text.begin(prompt_ids, config.max_new_tokens, contract.context_length) for prompt_ids in prompts]
-    generators = [torch.Generator(device=device).manual_seed(config.seed + index) for index in range(len(prompts))]
-    start = num_whole * block_size
-    if start:
-        whole = torch.tensor([text.ids[:start] for text in texts], dtype=torch.int64, device=device)
-        _commit(forward, whole, 0, block_size, texts)
-    while True:
-        end = min(start + block_size, contract.context_length)
-        block, is_masked = _open_block(texts, start, end, contract.mask_token_id, device)
-        passes = _denoise(forward, block, is_masked, start, config, contract, generators)
-        for text, row, row_passes in zip(texts, block.tolist(), passes.tolist(), strict=True):
-            if not text.is_finished:
-                text.add_block(row, row_passes, start, contract.eos_token_ids)
-        if all(text.is_finished for text in texts):
-            return [text.generation(contract.eos_token_ids) for text in texts]
-        _commit(forward, block, start, block_size, texts)
-        start = end
+    for request in requests:
+        check_prompt(request.ids, contract)
+    return _Decoder(forward, config, contract, batch_size, device, peers).run(requests)
+
+
+class _Decoder:
+    """A decoding with what does not change in it, and the texts that are on their way."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        config: DecodingConfig,
+        contract: DecodingContract,
+        batch_size: int,
+        device: torch.device | str,
+        peers: Peers,
+    ) -> None:
+        self._forward, self._config, self._contract = forward, config, contract
+        self._batch_size, self._device, self._peers = batch_size, device, peers
+        self._batch = DecodingBatch(
+            batch_size,
+            contract.block_size,
+            contract.context_length,
+            contract.mask_token_id,
+            contract.eos_token_ids,
+            config,
+        )
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Finished]:
+        """Decode all; yields each when it has ended."""
+        waiting = deque(enumerate(requests))
+        while True:
+            self._enter(waiting)
+            found = self._pass(self._batch.next_pass() if len(self._batch) else None)
+            if found is None:
+                return
+            if len(self._batch):
+                yield from self._leave(self._batch.take(found))
+
+    def _enter(self, waiting: deque[tuple[int, Request]]) -> None:
+        """Fill the batch up with waiting prompts."""
+        num_entering = min(self._batch_size - len(self._batch), len(waiting))
+        if not num_entering:
+            return
+        entering = [waiting.popleft() for _ in range(num_entering)]
+        texts = [Text.begin(request, index, self._contract.context_length, self._device) for index, request in entering]
+        present = [text.ids[: self._batch.num_kept(row)] for row, text in enumerate(self._batch.texts)]
+        size = self._contract.block_size
+        whole = [text.ids[: len(text.ids) // size * size] for text in texts]
+        for group in plan_prefill(present, whole, size):
+            self._prefill(group)
+        for text, ids in zip(texts, whole, strict=True):
+            text.num_commits = int(bool(ids))
+            self._batch.add(text)
+
+    def _prefill(self, group: Sequence[Entrant]) -> None:
+        """Store the whole blocks of some prompts."""
+        for entrant in group:
+            if entrant.source is not None:
+                self._forward.copy(entrant.source, entrant.slot, entrant.num_shared)
+        if any(entrant.num_computed for entrant in group):
+            runs = [(entrant.num_shared, entrant.ids[entrant.num_shared :]) for entrant in group]
+            self._pass(clean_pass(group[0].slot, runs, self._contract.block_size))
+
+    def _pass(self, step: DecodingPass | None) -> Tensor | None:
+        """Compute a pass together with the peers.
+
+        Args:
+            step: that this rank needs; None: none.
+
+        Returns:
+            [P, 3] float64 predictions of its wanted tokens (`Proposals.packed`); None where no rank needs a pass.
+        """
+        shape = self._peers.agree((0, 0) if step is None else step.shape)
+        if shape == (0, 0):
+            return None
+        step = (idle_pass() if step is None else step).padded(*shape)
+        pieces = [self._predict(step, rows, logits) for rows, logits in self._forward.run(step) if len(logits)]
+        if not len(step.wanted):
+            return torch.zeros(0, 3, dtype=torch.float64)
+        return self._peers.share(torch.cat(pieces) if pieces else None, len(step.wanted))
+
+    def _predict(self, step: DecodingPass, rows: range, logits: Tensor) -> Tensor:
+        """[p, 3] predictions of the wanted tokens of some rows, from their logits [p, v]."""
+        # A row without wanted tokens may be that of a prompt that enters, or padding.
+        asking = [row for row in rows if step.counts[row]]
+        generators = [self._batch.texts[row].generator for row in asking]
+        counts = [step.counts[row] for row in asking]
+        return predict(logits, self._contract.mask_token_id, self._config, generators, counts).packed().cpu()
+
+    def _leave(self, rows: Sequence[int]) -> Iterator[Finished]:
+        """Take the texts of some rows out of the batch."""
+        done = [self._batch.texts[row] for row in rows]
+        for move in self._batch.remove(rows):
+            self._forward.copy(move.source, move.target, move.num_kept)
+        now = time.perf_counter()
+        return (Finished(text.index, text.generation(), now - text.begun) for text in done)
 
 
 def check_prompt(prompt_ids: Sequence[int], contract: DecodingContract) -> None:
@@ -160,70 +250,3 @@ def check_prompt(prompt_ids: Sequence[int], contract: DecodingContract) -> None:
             f"prompt holds the mask token ({contract.mask_token_id}) at position "
             f"{list(prompt_ids).index(contract.mask_token_id)}; take it out of the text."
         )
-
-
-def _places(start: int, ids: Tensor, block_size: int, view: int) -> tuple[Tensor, Tensor]:
-    """position_ids [b, n] and roles [b, n, 3] of the tokens `ids` [b, n], which begin at position `start`."""
-    position_ids = torch.arange(start, start + ids.shape[1], device=ids.device).expand_as(ids)
-    roles = torch.zeros(*ids.shape, 3, dtype=torch.int32, device=ids.device)
-    roles[..., BLOCK] = position_ids // block_size
-    roles[..., VIEW] = view
-    return position_ids, roles
-
-
-def _commit(forward: Forward, ids: Tensor, start: int, block_size: int, texts: Sequence[Text]) -> None:
-    """Store the clean tokens `ids` [b, n] from position `start`; counts the pass for the texts that need it."""
-    position_ids, roles = _places(start, ids, block_size, CLEAN_VIEW)
-    forward(ids, position_ids, roles, commit=True)
-    for text in texts:
-        text.num_commits += not text.is_finished
-
-
-def _open_block(
-    texts: Sequence[Text], start: int, end: int, mask_token_id: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Ids [b, n] of the block from `start` to `end`, and [b, n] which are to be found; none of a finished text."""
-    known = [[] if text.is_finished else text.ids[start:] for text in texts]
-    rows = [ids + [mask_token_id] * (end - start - len(ids)) for ids in known]
-    num_known = [end - start if text.is_finished else len(ids) for text, ids in zip(texts, known, strict=True)]
-    block = torch.tensor(rows, dtype=torch.int64, device=device)
-    return block, torch.arange(end - start, device=device) >= torch.tensor(num_known, device=device).unsqueeze(1)
-
-
-def _denoise(
-    forward: Forward,
-    block: Tensor,
-    is_masked: Tensor,
-    start: int,
-    config: DecodingConfig,
-    contract: DecodingContract,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
-    """Fill the masked tokens of a block in place.
-
-    Args:
-        forward: the model.
-        block: [b, n] int64 tokens, the mask token where they are to be found; filled in place.
-        is_masked: [b, n] bool, which are to be found; all False afterwards.
-        start: position of the block.
-        config: threshold and sampling.
-        contract: block grid and special tokens.
-        generators: of each row's samples.
-
-    Returns:
-        [b, n] int64 pass that accepted a token, from 1 on; 0 where it was known.
-    """
-    position_ids, roles = _places(start, block, contract.block_size, NOISY_VIEW)
-    passes = torch.zeros_like(block)
-    while bool(is_masked.any()):
-        logits = forward(block, position_ids, roles, commit=False)
-        assert logits is not None, "a forward that commits nothing must return logits"
-        number = int(passes.max()) + 1
-        for row in is_masked.any(dim=1).nonzero().squeeze(1).tolist():
-            places = is_masked[row].nonzero().squeeze(1)
-            token_ids, confidence = predict(logits[row, places], contract.mask_token_id, config, generators[row])
-            is_accepted = accept(confidence, config.threshold, config.min_tokens_per_step)
-            block[row, places[is_accepted]] = token_ids[is_accepted]
-            is_masked[row, places[is_accepted]] = False
-            passes[row, places[is_accepted]] = number
-    return passes

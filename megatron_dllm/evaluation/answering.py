@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from tokenizers import Tokenizer
 
 from megatron_dllm.config import DecodingConfig
-from megatron_dllm.diffusion.decode import DecodingContract, Forward, decode_together
+from megatron_dllm.diffusion.decode import requests_of
 from megatron_dllm.diffusion.generation import Generation
 from megatron_dllm.evaluation.answer_scores import ShownAnswer, TaskScore
 from megatron_dllm.evaluation.questions import Question
+from megatron_dllm.inference.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -44,45 +44,24 @@ class Answer:
 
 
 def answer_all(
-    new_forward: Callable[[], Forward],
+    decoder: Decoder,
     questions: Sequence[Question],
     prompts: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
     config: DecodingConfig,
-    contract: DecodingContract,
-    device: torch.device | str,
-    batch_size: int,
 ) -> list[Answer]:
-    """Answers in the order of the questions.
+    """Answers in the order of the questions, on every rank (a collective).
 
     Args:
-        new_forward: gives the model with an empty cache.
+        decoder: of the model.
         questions: what is asked.
         prompts: token ids of each question.
         tokenizer: turns tokens into text.
-        config: threshold and length.
-        contract: block grid, and the tokens that end an answer.
-        device: of the model.
-        batch_size: most questions in the same passes.
+        config: rule and length.
     """
-    answers: dict[int, Answer] = {}
-    for places in _batches(prompts, contract.block_size, batch_size):
-        chosen = [prompts[place] for place in places]
-        generations = decode_together(new_forward(), chosen, config, contract, device)
-        for place, generation in zip(places, generations, strict=True):
-            text = tokenizer.decode(generation.generated_ids, skip_special_tokens=True)
-            answers[place] = Answer(questions[place], text, generation)
-    return [answers[place] for place in range(len(questions))]
-
-
-def _batches(prompts: Sequence[Sequence[int]], block_size: int, batch_size: int) -> Iterator[list[int]]:
-    """Places of prompts that can be decoded together: with the same number of whole blocks."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for place, prompt in enumerate(prompts):
-        groups[len(prompt) // block_size].append(place)
-    for group in groups.values():
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+    generations = decoder.decode(requests_of(prompts, config), config)
+    texts = [tokenizer.decode(found.generated_ids, skip_special_tokens=True) for found in generations]
+    return [Answer(*parts) for parts in zip(questions, texts, generations, strict=True)]
 
 
 def score(answers: Sequence[Answer]) -> dict[str, TaskScore]:

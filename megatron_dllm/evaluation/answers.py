@@ -65,23 +65,17 @@ def measure(options: argparse.Namespace) -> AnswerScores:
 
     prepare_host()
     from megatron_dllm.evaluation.answering import answer_all, score
-    from megatron_dllm.inference.load import CachedForward, load_model
+    from megatron_dllm.inference.decoder import Decoder
+    from megatron_dllm.inference.load import load_model
     from megatron_dllm.parallel.groups import single_rank
 
     thresholds, shown = [], []
     with single_rank(config.seed) as groups:
         model = load_model(source, groups, config.precision, config.attention_backend)
-        device = next(model.parameters()).device
+        decoder = Decoder(model, groups, contract, options.batch_size)
         for threshold in track(options.thresholds, "answering", console=Console(stderr=True), transient=True):
             answers = answer_all(
-                lambda: CachedForward(model),
-                questions,
-                [prompt.ids for prompt in prompts],
-                tokenizer,
-                replace(config, threshold=threshold),
-                contract,
-                device,
-                options.batch_size,
+                decoder, questions, [prompt.ids for prompt in prompts], tokenizer, replace(config, threshold=threshold)
             )
             thresholds.append(ThresholdScores(threshold, score(answers)))
             if threshold == _nearest(options.thresholds, SHOWN_THRESHOLD):

@@ -7,64 +7,52 @@ that the conversion tools use.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from torch import Tensor
 
 from megatron_dllm.checkpoint.loading import load_weights
 from megatron_dllm.checkpoint.streaming import check_finite
-from megatron_dllm.config import ParallelConfig
+from megatron_dllm.config import ParallelConfig, TrainingConfig
 from megatron_dllm.hf.model_folder import open_model_folder
 from megatron_dllm.hf.name_table import Piece
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.inference.source import CheckpointSource
-from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.gpt import DiffusionGPTModel, build_model
 from megatron_dllm.model.paths import choose_paths
 from megatron_dllm.parallel.device import DeviceFacts
 from megatron_dllm.parallel.groups import Groups
 
 
-class CachedForward:
-    """The `diffusion.decode.Forward` of a megatron model: committed tokens live in a `KVCache`."""
-
-    def __init__(self, model: DiffusionGPTModel) -> None:
-        self._model = model
-        self._cache = KVCache()
-
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
-        """See `diffusion.decode.Forward`; a commit skips the head."""
-        num_logits = 0 if commit else input_ids.numel()
-        positions = torch.arange(num_logits, device=input_ids.device)
-        cached = self._cache.open(roles, is_committing=commit)
-        logits = self._model.logits(input_ids, position_ids, roles, positions, cached)
-        if commit:
-            self._cache.store(cached)
-        return None if commit else logits.view(*input_ids.shape, -1)
-
-
 def load_model(
-    source: CheckpointSource, groups: Groups, precision: str | None, attention_backend: str
+    source: CheckpointSource,
+    groups: Groups,
+    precision: str | None,
+    attention_backend: str,
+    layout: ParallelConfig | None = None,
 ) -> DiffusionGPTModel:
     """Build the model on this process's device, load its weights, set it to evaluation.
 
     Args:
         source: from `read_source`.
-        groups: of this rank; the model is whole on every rank.
+        groups: of this rank.
         precision: of parameters and activations; None: bf16 on a GPU, fp32 without one.
         attention_backend: see `config.training.ATTENTION_BACKENDS`.
+        layout: which part of the model this rank holds; None: all of it.
 
     Raises:
         ValueError: weights are missing, or do not fit the model.
     """
     facts = DeviceFacts.here()
-    layout = ParallelConfig(precision=precision or ("bf16" if facts.is_cuda else "fp32"))
+    precision = precision or ("bf16" if facts.is_cuda else "fp32")
+    layout = replace(layout or ParallelConfig(), precision=precision)
     paths = choose_paths(source.model, layout, facts, attention_backend)
-    model = build_model(source.model, layout, groups, paths=paths)
+    # Rows stay apart, each with the keys of its own slot, up to the last layer.
+    training = TrainingConfig(attention_backend=attention_backend, skip_unused_outputs=False)
+    model = build_model(source.model, layout, groups, paths=paths, training=training)
     if source.is_hf:
         load_hf_weights(source.folder, model)
     else:

@@ -154,8 +154,34 @@ class DiffusionGPTModel(GPTModel):
             [P, v] logits, gathered over the tensor ranks.
         """
         assert self.pre_process and self.post_process, "logits need the whole model on one pipeline stage"
-        embeddings = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        local = torch.matmul(self._decode(embeddings, position_ids, roles, positions, cached), self._head_weight().t())
+        return self.head_logits(self.states(input_ids, position_ids, roles, positions, cached))
+
+    def states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        roles: Tensor,
+        positions: Tensor,
+        cached: CachedPass | None = None,
+    ) -> Tensor:
+        """What the head reads of chosen tokens; before the last pipeline stage, what the next stage reads of all.
+
+        Args:
+            input_ids: [b, s] tokens.
+            position_ids: [b, s] positions in the documents.
+            roles: [b, s, 3] token roles.
+            positions: [P] indexes into the flattened [b * s] tokens.
+            cached: the tokens that these come behind (`KVCache.open`); None: these are all.
+
+        Returns:
+            [P, h] hidden states, or [s, b, h] (s/tp with sequence parallelism) for the next stage.
+        """
+        hidden = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        return self._decode(hidden, position_ids, roles, positions, cached)
+
+    def head_logits(self, states: Tensor) -> Tensor:
+        """[P, v] logits, gathered over the tensor ranks, of hidden states [P, h]."""
+        local = torch.matmul(states, self._head_weight().t())
         return tensor_parallel.gather_from_tensor_model_parallel_region(local, group=self.tp_group)
 
     def _embed(self, batch: Batch, mask_noise_sigma: float, noise_seed: int) -> Tensor:

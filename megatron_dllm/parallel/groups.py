@@ -138,16 +138,29 @@ def initialize(parallel: ParallelConfig, run: RunConfig, meeting: Meeting | None
 
 
 @contextmanager
-def single_rank(seed: int) -> Iterator[Groups]:
-    """Process groups of one rank, unless the caller has started groups already; those stay."""
+def started(parallel: ParallelConfig, run: RunConfig, meeting: Meeting | None = None) -> Iterator[Groups]:
+    """Process groups of a layout while the block runs, unless the caller has started groups already; those stay.
+
+    Args:
+        parallel: sizes of the layout, already validated.
+        run: backend, timeout and seed.
+        meeting: where the ranks have met; None: they meet now.
+    """
     if parallel_state.model_parallel_is_initialized():
         yield Groups.current()
         return
-    groups = initialize(ParallelConfig(), RunConfig(name="single", seed=seed))
+    groups = initialize(parallel, run, meeting)
     try:
         yield groups
     finally:
         destroy()
+
+
+@contextmanager
+def single_rank(seed: int) -> Iterator[Groups]:
+    """Process groups of one rank, unless the caller has started groups already; those stay."""
+    with started(ParallelConfig(), RunConfig(name="single", seed=seed)) as groups:
+        yield groups
 
 
 def seed_everything(seed: int) -> None:

@@ -306,7 +306,7 @@ def test_a_replay_gives_the_loss_of_the_step(built: Any, stage: StageConfig) -> 
 
 def test_a_chat_that_is_learned_by_heart_is_answered_and_ended(one_rank: None) -> None:
     """The last block, most of which is fill, takes no more passes than others."""
-    from megatron_dllm.inference.load import CachedForward
+    from megatron_dllm.inference.cached_forward import CachedForward
 
     model, source = build(), Chats([[(5, 21)]])  # answer: tokens 5..25, the last block begins at 24
     optimizer = torch.optim.Adam(model.parameters())

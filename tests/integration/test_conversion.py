@@ -141,7 +141,7 @@ def test_exported_model_trains(llada2: tuple[ModelConfig, dict[str, Tensor], Pat
 def test_exported_generate_equals_ours(
     llada2: tuple[ModelConfig, dict[str, Tensor], Path], block_size: int, settings: dict[str, Any]
 ) -> None:
-    from megatron_dllm.inference.load import CachedForward
+    from megatron_dllm.inference.cached_forward import CachedForward
 
     model, _, folder = llada2
     exported = _from_pretrained(folder / "llada2", dtype=torch.float32)
@@ -159,7 +159,7 @@ def test_exported_generate_equals_ours(
 
 
 def test_exported_generate_stops_like_ours(llada2: tuple[ModelConfig, dict[str, Tensor], Path]) -> None:
-    from megatron_dllm.inference.load import CachedForward
+    from megatron_dllm.inference.cached_forward import CachedForward
 
     model, _, folder = llada2
     exported = _from_pretrained(folder / "llada2", dtype=torch.float32)

@@ -97,7 +97,7 @@ def expected_tokens(
     module: Any, model: ModelConfig, prompt: list[int], block_size: int = 8, **settings: Any
 ) -> list[int]:
     """What the decoding of this project gives, prompt included."""
-    from megatron_dllm.inference.load import CachedForward
+    from megatron_dllm.inference.cached_forward import CachedForward
 
     contract = DecodingContract(block_size, model.max_position_embeddings, model.mask_token_id, (model.eos_token_id,))
     return prompt + decode(CachedForward(module), prompt, DecodingConfig(**settings), contract).generated_ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from torch import Tensor
 from benchmarks.ranks import run_ranks
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
 from megatron_dllm.config import DecodingConfig, GenerateConfig, ModelConfig, ParallelConfig
-from megatron_dllm.diffusion.decode import DecodingContract, decode, decode_together
+from megatron_dllm.diffusion.decode import DecodingContract, decode, requests_of
+from megatron_dllm.diffusion.decoding_pass import DecodingPass
+from megatron_dllm.diffusion.roles import CLEAN_VIEW, VIEW
 from megatron_dllm.generate import PromptResult, generate, parse_arguments
 from tests.integration.tiny_chain import run_module
 from tests.tiny_models import as_qwen3
@@ -133,23 +136,27 @@ class UncachedForward:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
-        self.committed: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.committed: list[DecodingPass] = []
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
-        if commit:
-            self.committed.append((input_ids, position_ids, roles))
-            return None
-        ids, positions, all_roles = (
-            torch.cat(parts, 1) for parts in zip(*self.committed, (input_ids, position_ids, roles), strict=True)
+    def run(self, step: DecodingPass) -> Iterator[tuple[range, Tensor]]:
+        if bool((step.roles[..., VIEW] == CLEAN_VIEW).all()):
+            self.committed.append(step)
+            return
+        ids, positions, roles = (
+            torch.cat([getattr(part, name) for part in (*self.committed, step)], 1)
+            for name in ("input_ids", "position_ids", "roles")
         )
-        chosen = torch.arange(ids.shape[1] - input_ids.shape[1], ids.shape[1])
-        return self.model.logits(ids, positions, all_roles, chosen).unsqueeze(0)
+        yield range(1), self.model.logits(ids, positions, roles, step.wanted + ids.shape[1] - step.shape[1])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        raise AssertionError("there is one text")
 
 
 @pytest.mark.parametrize(("block_size", "threshold"), [(1, 0.5), (4, 0.5), (8, 0.5), (64, 1.0)])
 def test_cached_decoding_equals_uncached(one_rank: Any, run: Path, block_size: int, threshold: float) -> None:
-    from megatron_dllm.inference.load import CachedForward, load_model
+    from megatron_dllm.inference.cached_forward import CachedForward
+    from megatron_dllm.inference.load import load_model
     from megatron_dllm.inference.source import read_source
 
     source = read_source(replace(SETTINGS, checkpoint=str(run), prompt="x"))
@@ -241,17 +248,24 @@ def test_chats_are_answered_up_to_the_end_of_the_turn(one_rank: None, tmp_path: 
     assert without_time(alone) == without_time(results[:1])
 
 
-def test_prompts_decoded_together_give_the_texts_of_each_alone(one_rank: Any, run: Path) -> None:
-    from megatron_dllm.inference.load import CachedForward, load_model
+def test_a_hundred_prompts_decoded_together_give_the_texts_of_each_alone(one_rank: Any, run: Path) -> None:
+    from megatron_dllm.inference.cached_forward import CachedForward
+    from megatron_dllm.inference.decoder import Decoder
+    from megatron_dllm.inference.load import load_model
     from megatron_dllm.inference.source import read_source
 
     model = load_model(read_source(replace(SETTINGS, checkpoint=str(run), prompt="x")), one_rank, "fp32", "auto")
     contract = DecodingContract(8, 64, MODEL.mask_token_id, (0, 1, 17))
     config = DecodingConfig(threshold=0.5, max_new_tokens=30)
-    prompts = [list(range(3, 3 + length)) for length in (8, 11, 15, 13)]
+    generator = torch.Generator().manual_seed(3)
+    prompts = [
+        torch.randint(3, 30, (int(torch.randint(1, 60, (), generator=generator)),), generator=generator).tolist()
+        for _ in range(100)
+    ]
     expected = [decode(CachedForward(model), prompt, config, contract) for prompt in prompts]
-    assert decode_together(CachedForward(model), prompts, config, contract) == expected
-    assert len({len(generation.steps_per_block) for generation in expected}) > 1, "all texts end at once"
+    assert Decoder(model, one_rank, contract, 16).decode(requests_of(prompts, config), config) == expected
+    assert len({len(generation.steps_per_block) for generation in expected}) > 2, "all texts end at once"
+    assert len({tuple(generation.generated_ids) for generation in expected}) > 50
 
 
 def test_step_folder_and_run_folder_are_the_same_checkpoint(run: Path) -> None:
@@ -274,6 +288,16 @@ def test_sampled_text_depends_on_the_seed_and_the_place_of_the_prompt(run: Path,
     assert first.text != second.text
     later, _ = generate(replace(config, seed=config.seed + 1))
     assert later.text == second.text
+
+
+def test_stop_strings_cut_the_text_and_end_it(run: Path, prompts_file: Path) -> None:
+    config = replace(SETTINGS, checkpoint=str(run), prompts_file=str(prompts_file))
+    free = generate(config)
+    letter = free[0].text[9]
+    for before, stopped in zip(free, generate(replace(config, stop=[letter, "\n\n"])), strict=True):
+        assert stopped.text == before.text.partition(letter)[0]
+        assert (stopped.generation.stop_reason == "stop") == (letter in before.text)
+        assert len(stopped.generation.steps_per_block) <= len(before.generation.steps_per_block)
 
 
 def test_output_is_written_once(run: Path, prompts_file: Path, tmp_path: Path) -> None:
@@ -314,6 +338,10 @@ def test_autoregressive_checkpoint_is_refused(one_rank: None, tmp_path: Path) ->
         ({"prompt": "a", "block_size": 0}, r"block_size \(0\) must be positive"),
         ({"prompt": "a", "attention_backend": "magic"}, r"attention_backend \(magic\) is not known"),
         ({"prompt": "a", "precision": "fp8"}, r"precision \(fp8\) is not known"),
+        ({"prompt": "a", "rule": "best"}, r"rule \(best\) is not known; use one of threshold, factor"),
+        ({"prompt": "a", "batch_size": 0}, r"batch_size \(0\) must be positive"),
+        ({"prompt": "a", "stop": ["b", ""]}, r"stop \(\['b', ''\]\) must not hold an empty string"),
+        ({"prompt": "a", "tensor_model_parallel_size": 2}, r"^tensor x pipeline x context \(2 x 1 x 1 = 2\)"),
     ],
 )
 def test_what_a_user_gets_wrong_is_a_value_error(run: Path, options: dict[str, object], message: str) -> None:

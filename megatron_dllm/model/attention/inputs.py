@@ -12,11 +12,14 @@ from typing import Any
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_dllm.model.attention import chunked
+from megatron_dllm.model.attention import chunked, dense
 from megatron_dllm.model.attention.backends import Backend
 from megatron_dllm.model.attention.context_parallel import KeyExchange, gather_roles, plan_exchange
 from megatron_dllm.model.attention.kv_cache import CachedPass
 from megatron_dllm.model.attention.selection import num_selected, select_roles
+
+# Queries of a row up to which a pass behind cached keys writes out its mask even without such keys, and with them.
+_FEW_QUERIES, _MANY_QUERIES = 64, 512
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,7 @@ class AttentionPlanner:
             cached: a pass of the KV cache.
         """
         assert self.context is None or cached is None or self.context.size() == 1, "the KV cache holds whole rows"
-        # The number of keys grows with every block that is decoded.
-        backend = chunked if cached is not None and self.backend.IS_COMPILED_PER_SHAPE else self.backend
+        backend = self.backend if cached is None else _backend_of(cached, roles, self.backend)
         exchange, heads, query_roles, key_roles = None, None, roles, roles
         if cached is not None:
             key_roles = cached.key_roles
@@ -124,6 +126,17 @@ class AttentionPlanner:
             heads=heads,
             cached=cached,
         )
+
+
+def _backend_of(cached: CachedPass, roles: Tensor, chosen: Backend) -> Backend:
+    """What attends in a pass of the KV cache with token roles [b, s, 3].
+
+    A few queries of each row on all its keys are one call with a small mask. Whole prompts go through the backend of
+    the model unless it is compiled for every number of keys.
+    """
+    if cached.has_stored or roles.shape[1] <= _FEW_QUERIES:
+        return dense if roles.shape[1] <= _MANY_QUERIES else chunked
+    return chunked if chosen.IS_COMPILED_PER_SHAPE else chosen
 
 
 def _keep(rows: Tensor, roles: Tensor, key_roles: Tensor, backend: Backend) -> KeptQueries:

@@ -4,91 +4,30 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_dllm.config import DecodingConfig
-from megatron_dllm.diffusion.decode import DecodingContract, decode, decode_together
-from megatron_dllm.diffusion.generation import Generation
-from megatron_dllm.diffusion.roles import visible
-
-VOCAB, HIDDEN, MAX_LENGTH = 23, 16, 64
-MASK, EOS, OTHER_EOS = 22, 21, 20
-NO_EOS = 10_000
-CONTRACT = DecodingContract(block_size=4, context_length=MAX_LENGTH, mask_token_id=MASK, eos_token_ids=(NO_EOS,))
-PROMPT = [3, 1, 4, 1, 5, 9, 2]
-
-
-class ToyModel:
-    """Two layers of fixed random attention: a token's logits depend on the tokens it sees, and on theirs."""
-
-    def __init__(self, seed: int = 0, sharpness: float = 6.0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.embedding, self.position = draw(VOCAB, HIDDEN), draw(MAX_LENGTH, HIDDEN)
-        self.layers = [[gain * draw(HIDDEN, HIDDEN) / HIDDEN**0.5 for gain in (1, 1, 3)] for _ in range(2)]
-        self.head = draw(HIDDEN, VOCAB) * sharpness / HIDDEN**0.5
-
-    def logits(self, ids: Tensor, positions: Tensor, roles: Tensor) -> Tensor:
-        """[n, v] logits of n tokens that attend to one another as their roles allow."""
-        hidden = self.embedding[ids] + self.position[positions]
-        mask = visible(roles, roles)
-        for query, key, value in self.layers:
-            scores = (hidden @ query) @ (hidden @ key).T / HIDDEN**0.5
-            hidden = torch.tanh(hidden + scores.masked_fill(~mask, -math.inf).softmax(1) @ (hidden @ value))
-        return hidden @ self.head
-
-
-class CachedForward:
-    """The toy model with the cache a serving engine has: keys and values of committed tokens, per layer."""
-
-    def __init__(self, model: ToyModel) -> None:
-        self.model = model
-        self.cache = [(torch.zeros(0, HIDDEN).double(), torch.zeros(0, HIDDEN).double()) for _ in model.layers]
-        self.roles = torch.zeros(0, 3, dtype=torch.int32)
-        self.calls: list[tuple[bool, list[int], list[int], list[list[int]]]] = []
-
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
-        self.calls.append((commit, input_ids[0].tolist(), position_ids[0].tolist(), roles[0].tolist()))
-        hidden = self.model.embedding[input_ids[0]] + self.model.position[position_ids[0]]
-        key_roles = torch.cat([self.roles, roles[0]])
-        mask = visible(roles[0], key_roles)
-        for i, (query, key, value) in enumerate(self.model.layers):
-            keys = torch.cat([self.cache[i][0], hidden @ key])
-            values = torch.cat([self.cache[i][1], hidden @ value])
-            if commit:
-                self.cache[i] = keys, values
-            scores = (hidden @ query) @ keys.T / HIDDEN**0.5
-            hidden = torch.tanh(hidden + scores.masked_fill(~mask, -math.inf).softmax(1) @ values)
-        if commit:
-            self.roles = key_roles
-            return None
-        return (hidden @ self.model.head).unsqueeze(0)
-
-
-class ScriptedForward:
-    """Logits that depend on the position alone: `script[position]` = (token, its probability)."""
-
-    def __init__(self, script: dict[int, tuple[int, float]]) -> None:
-        self.script = script
-        self.num_commits = 0
-
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
-        if commit:
-            self.num_commits += 1
-            return None
-        logits = torch.empty(1, input_ids.shape[1], VOCAB)
-        for i, position in enumerate(position_ids[0].tolist()):
-            token, probability = self.script.get(position, (7, 0.99))
-            logits[0, i] = math.log((1 - probability) / (VOCAB - 1))
-            logits[0, i, token] = math.log(probability)
-        return logits
+from megatron_dllm.diffusion.decode import decode, decode_all, decode_stream, requests_of
+from megatron_dllm.diffusion.decoding_pass import DecodingPass
+from megatron_dllm.diffusion.generation import Generation, Request
+from tests.unit.diffusion.toy_decoder import (
+    CONTRACT,
+    EOS,
+    MASK,
+    MAX_LENGTH,
+    OTHER_EOS,
+    PROMPT,
+    VOCAB,
+    CachedForward,
+    ScriptedForward,
+    ToyModel,
+)
 
 
 def expected_decode(
@@ -198,23 +137,10 @@ def test_counts_of_passes() -> None:
     assert result.tokens_per_forward == 17 / sum(result.steps_per_block)
 
 
-class TogetherForward:
-    """Several prompts in one pass, each computed by itself."""
-
-    def __init__(self, model: ToyModel, num_texts: int) -> None:
-        self.rows = [CachedForward(model) for _ in range(num_texts)]
-
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
-        parts = [
-            row(input_ids[i : i + 1], position_ids[i : i + 1], roles[i : i + 1], commit)
-            for i, row in enumerate(self.rows)
-        ]
-        return None if commit else torch.cat([part for part in parts if part is not None])
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}])
-def test_texts_decoded_together_are_those_of_their_prompts_alone(options: dict[str, float]) -> None:
-    prompts = [[*PROMPT, 6], [1, *PROMPT, 6], [8] * 11, [EOS] * 10]
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"rule": "factor"}, {"rule": "hierarchy"}])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+def test_texts_decoded_together_are_those_of_their_prompts_alone(options: dict[str, Any], batch_size: int) -> None:
+    prompts = [[*PROMPT, 6], [1, *PROMPT, 6, 3, 3], [8] * 11, [EOS] * 10, [5], [*PROMPT, 6, 2], [8] * 12]
     config = replace(DecodingConfig(max_new_tokens=26, threshold=0.6), **options)
     contract = replace(CONTRACT, eos_token_ids=(EOS, 12), context_length=30)
     model = ToyModel(1, sharpness=4.0)
@@ -222,8 +148,75 @@ def test_texts_decoded_together_are_those_of_their_prompts_alone(options: dict[s
         decode(CachedForward(model), prompt, replace(config, seed=config.seed + index), contract)
         for index, prompt in enumerate(prompts)
     ]
-    assert decode_together(TogetherForward(model, len(prompts)), prompts, config, contract) == expected
+    forward = CachedForward(model)
+    assert decode_all(forward, requests_of(prompts, config), config, contract, batch_size) == expected
     assert len({len(generation.steps_per_block) for generation in expected}) > 1, "all texts end at once"
+    num_passes = sum(text.num_denoising_forwards + text.num_commit_forwards for text in expected)
+    assert forward.num_passes <= num_passes / (1 if batch_size == 1 else 1.5)
+
+
+def test_a_hundred_random_cases_decode_as_they_do_alone() -> None:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    for case in range(100):
+        model, block_size = ToyModel(case, sharpness=4.0), draw(1, 9)
+        contract = replace(CONTRACT, block_size=block_size, eos_token_ids=(EOS,), context_length=draw(30, 50))
+        rule = ("threshold", "factor", "hierarchy", "entropy_bound")[case % 4]
+        config = DecodingConfig(rule=rule, threshold=0.7, entropy_bound=0.5, temperature=float(case % 3 == 0))
+        shared = [draw(0, 20) for _ in range(draw(0, 20))]
+        prompts = [shared + [draw(0, 20) for _ in range(draw(1, 9))] for _ in range(draw(2, 6))]
+        requests = [Request(ids, draw(1, 20), seed) for seed, ids in enumerate(prompts)]
+        expected = [
+            decode(
+                CachedForward(model),
+                request.ids,
+                replace(config, seed=request.seed, max_new_tokens=request.max_new_tokens),
+                contract,
+            )
+            for request in requests
+        ]
+        assert decode_all(CachedForward(model), requests, config, contract, draw(1, 6)) == expected
+
+
+def test_a_text_that_ends_makes_room_at_once() -> None:
+    prompts = [[9] * 4, [1] * 4, [2] * 4, [3] * 4]
+    config, contract = DecodingConfig(), replace(CONTRACT, eos_token_ids=(EOS,))
+    requests = [Request(ids, length, 0) for ids, length in zip(prompts, (24, 4, 4, 4), strict=True)]
+    done = list(decode_stream(ScriptedForward({}), requests, config, contract, batch_size=2))
+    assert [text.index for text in done] == [1, 2, 3, 0], "the short ones share the second place, one after the other"
+    assert all(text.seconds > 0 for text in done)
+
+
+def test_prompts_that_begin_alike_compute_the_beginning_once() -> None:
+    prompts = [[*PROMPT, 6, *PROMPT, token] for token in (1, 2, 3)]  # 16 tokens, the first 12 in common
+    config = DecodingConfig(max_new_tokens=4)
+    forward = CachedForward(ToyModel())
+    found = decode_all(forward, requests_of(prompts, config), config, CONTRACT)
+    assert found == [decode(CachedForward(ToyModel()), prompt, config, CONTRACT) for prompt in prompts]
+    assert [len(ids) for commit, ids, *_ in forward.calls if commit] == [16, 4, 4]
+
+
+def test_a_stop_ends_a_text_behind_its_block_and_cuts_it() -> None:
+    asked = []
+
+    def stop(generated: Sequence[int]) -> int | None:
+        asked.append(list(generated))
+        return 3 if len(generated) > 4 else None
+
+    contract = replace(CONTRACT, eos_token_ids=(EOS,))
+    requests = [Request([9] * 4, 20, 0, stop), Request([9] * 4, 8, 0)]
+    stopped, free = decode_all(ScriptedForward({}), requests, DecodingConfig(), contract)
+    assert (stopped.generated_ids, stopped.stop_reason, stopped.steps_per_block) == ([7] * 3, "stop", [1, 1])
+    assert (free.generated_ids, free.stop_reason) == ([7] * 8, "max_new_tokens")
+    assert asked == [[7] * 4, [7] * 8]
+    asked.clear()
+    (ended,) = decode_all(ScriptedForward({6: (EOS, 0.99)}), requests[:1], DecodingConfig(), contract)
+    assert (ended.generated_ids, ended.stop_reason, asked) == ([7, 7, EOS], "eos", [[7, 7]])
+    (late,) = decode_all(ScriptedForward({10: (EOS, 0.99)}), requests[:1], DecodingConfig(), contract)
+    assert (late.generated_ids, late.stop_reason) == ([7] * 3, "stop"), "the stop comes before the eos"
 
 
 def test_every_token_knows_the_pass_that_accepted_it() -> None:
@@ -247,14 +240,9 @@ def test_tokens_per_forward_counts_what_is_kept() -> None:
 def test_threshold_accepts_above_and_falls_back_to_the_most_probable() -> None:
     script = {4: (1, 0.5), 5: (2, 0.96), 6: (3, 0.6), 7: (4, 0.97)}
 
-    scripted, seen = ScriptedForward(script), []
-
-    def forward(input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor | None:
-        seen.append(input_ids[0].tolist())
-        return scripted(input_ids, position_ids, roles, commit)
-
+    forward = ScriptedForward(script)
     result = decode(forward, [9] * 4, DecodingConfig(max_new_tokens=4), CONTRACT)
-    assert seen[1:] == [[MASK] * 4, [MASK, 2, MASK, 4], [MASK, 2, 3, 4]]
+    assert forward.seen[1:] == [[MASK] * 4, [MASK, 2, MASK, 4], [MASK, 2, 3, 4]]
     assert result.steps_per_block == [3]
 
 
@@ -331,6 +319,10 @@ def test_impossible_prompt_or_contract_is_refused(prompt: list[int], contract: d
         {"threshold": 0.0},
         {"threshold": 1.01},
         {"threshold": math.nan},
+        {"rule": "best"},
+        {"factor": -1.0},
+        {"low_threshold": 1.5},
+        {"entropy_bound": math.inf},
         {"min_tokens_per_step": 0},
         {"max_new_tokens": 0},
         {"temperature": -0.1},
@@ -347,9 +339,10 @@ def test_impossible_option_is_refused_by_name(options: dict[str, float]) -> None
 
 
 def test_broken_logits_are_refused() -> None:
-    def forward(input_ids: Tensor, position_ids: Tensor, roles: Tensor, commit: bool) -> Tensor:
-        return torch.full((1, input_ids.shape[1], VOCAB), math.nan)
+    class Broken(ScriptedForward):
+        def run(self, step: DecodingPass) -> Iterator[tuple[range, Tensor]]:
+            yield range(1), torch.full((len(step.wanted), VOCAB), math.nan)
 
     for temperature in (0.0, 1.0):
         with pytest.raises(ValueError, match=r"logits .* must be finite"):
-            decode(forward, [1], DecodingConfig(temperature=temperature), CONTRACT)
+            decode(Broken({}), [1], DecodingConfig(temperature=temperature), CONTRACT)

@@ -74,45 +74,69 @@ def test_mistakes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", ["dense", "chunked", "shared_prefix"])
-def test_kv_cache_stands_for_the_blocks_decoded_before(backend: str) -> None:
-    """Block by block with the cache, a row's longer prompt included, equals one pass over everything."""
-    clean = torch.stack([torch.zeros(12), torch.arange(12) // 4, torch.zeros(12)], -1).int().repeat(2, 1, 1)
-    clean[1, :2, 0] = -1
-    noisy = clean[:, 8:].clone()
-    noisy[..., 2] = 1
-    together = torch.cat([clean, noisy], dim=1)
-    tensors = draw(together)
+@pytest.mark.parametrize("block_size", [4, 80])
+def test_kv_cache_stands_for_the_blocks_decoded_before(backend: str, block_size: int) -> None:
+    """Rows at different places, block by block with the cache, equal one pass of each over everything."""
+    cache = KVCache()
+    num_kept = (2, 1, 0)  # blocks in front of the noisy one
+    wholes = [_row(number, block_size) for number in num_kept]
+    tensors = [draw(whole) for whole in wholes]
+    with torch.no_grad():
+        expected = [attend(backend, parts, whole) for parts, whole in zip(tensors, wholes, strict=True)]
+        places = [0, 0, 0]
+        for _ in range(3):
+            roles = torch.cat(
+                [whole[:, place : place + block_size] for whole, place in zip(wholes, places, strict=True)]
+            )
+            positions = torch.tensor(places).unsqueeze(1) + torch.arange(block_size)
+            now = [
+                torch.cat(
+                    [parts[kind][place : place + block_size] for parts, place in zip(tensors, places, strict=True)], 1
+                )
+                for kind in range(3)
+            ]
+            got = attend(backend, now, roles, cached=cache.open(1, positions, roles))
+            for row, place in enumerate(places):
+                wanted = expected[row][place : place + block_size, 0]
+                assert (got[:, row] - wanted).abs().max() < 1e-5
+            places = [
+                min(place + block_size, number * block_size) for place, number in zip(places, num_kept, strict=True)
+            ]
+
+
+def _row(num_kept: int, block_size: int) -> Tensor:
+    """[1, (num_kept + 1) * block_size, 3] roles of clean blocks and a noisy one behind them."""
+    block = torch.arange((num_kept + 1) * block_size) // block_size
+    return torch.stack([torch.zeros_like(block), block, (block == num_kept).long()], -1).int().unsqueeze(0)
+
+
+def test_kv_cache_copies_the_beginning_of_a_slot() -> None:
+    whole = _row(2, 4)
+    tensors, positions = draw(whole), torch.arange(12).unsqueeze(0)
     cache = KVCache()
     with torch.no_grad():
-        expected = attend(backend, tensors, together)
-        for place in (slice(0, 4), slice(4, 8)):
-            roles = clean[:, place].contiguous()
-            done = cache.open(roles, is_committing=True)
-            got = attend(backend, [tensor[place] for tensor in tensors], roles, cached=done)
-            cache.store(done)
-            assert (got - expected[place]).abs().max() < 1e-5
-        assert len(cache) == 8
-        for _ in range(2):
-            got = attend(backend, [tensor[12:] for tensor in tensors], noisy, cached=cache.open(noisy))
-            assert (got - expected[12:]).abs().max() < 1e-5
-            assert len(cache) == 8
-
-
-def test_kv_cache_stores_clean_tokens_only() -> None:
-    roles = draw_roles(CASES["one view"], 0)
-    cache = KVCache()
-    with pytest.raises(ValueError, match="only clean tokens"):
-        cache.open(roles, is_committing=True)
-    done = cache.open(roles)
-    attend("dense", draw(roles), roles, cached=done)
-    with pytest.raises(AssertionError, match="opened to be stored"):
-        cache.store(done)
-    assert len(cache) == 0
+        expected = attend("dense", tensors, whole)
+        first = slice(0, 8)
+        attend(
+            "dense",
+            [part[first] for part in tensors],
+            whole[:, first],
+            cached=cache.open(0, positions[:, first], whole[:, first]),
+        )
+        cache.open(2, positions[:, :1], torch.full((1, 1, 3), -1, dtype=torch.int32))
+        cache.copy(0, 2, 8)
+        noisy = slice(8, 12)
+        cached = cache.open(2, positions[:, noisy], whole[:, noisy])
+        got = attend("dense", [part[noisy] for part in tensors], whole[:, noisy], cached=cached)
+    assert (got - expected[noisy]).abs().max() < 1e-5
 
 
 def test_a_growing_number_of_keys_is_not_compiled_for() -> None:
     """Every block that is decoded adds keys: flex would compile each time."""
-    roles = torch.zeros(1, 4, 3, dtype=torch.int32)
     planner = AttentionPlanner(BACKENDS["flex"])
-    assert planner.prepare(roles, cached=KVCache().open(roles)).backend is BACKENDS["chunked"]
+    for length, start, expected in ((4, 0, "dense"), (4, 8, "dense"), (100, 0, "chunked"), (600, 8, "chunked")):
+        roles = torch.zeros(1, length, 3, dtype=torch.int32)
+        positions = torch.arange(start, start + length).unsqueeze(0)
+        cached = KVCache().open(0, positions, roles)
+        assert planner.prepare(roles, cached=cached).backend is BACKENDS[expected]
     assert planner.prepare(roles, has_plain_layers=False).backend is BACKENDS["flex"]

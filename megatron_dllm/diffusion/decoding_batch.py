@@ -1,0 +1,154 @@
+"""The texts that are being written at a time, one a row, and their open blocks as tensors on the host.
+
+A row fills the masks of its block, pass by pass. When there are none left, the block belongs to the text; the row's
+next pass runs it once more as clean tokens, whose keys and values are kept, and the pass after that begins the next
+block.
+A row whose text has ended is taken out, and the last row moves to its place, so that rows have no gaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_dllm.config import DecodingConfig
+from megatron_dllm.diffusion.acceptance import accept
+from megatron_dllm.diffusion.decoding_pass import NOISY_VIEW, DecodingPass, places
+from megatron_dllm.diffusion.generation import Text
+from megatron_dllm.diffusion.prediction import Proposals
+from megatron_dllm.diffusion.roles import VIEW
+
+
+@dataclass(frozen=True)
+class Move:
+    """A text's row changes; `num_kept` of its tokens have keys and values."""
+
+    source: int
+    target: int
+    num_kept: int
+
+
+class DecodingBatch:
+    """Rows of texts.
+
+    Attributes:
+        texts: of the rows.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        block_size: int,
+        context_length: int,
+        mask_token_id: int,
+        eos_token_ids: tuple[int, ...],
+        config: DecodingConfig,
+    ) -> None:
+        """Make a batch without texts.
+
+        Args:
+            size: most rows.
+            block_size: of the grid.
+            context_length: where the last block of a text ends at the latest.
+            mask_token_id: stands for an unknown token.
+            eos_token_ids: any of these ends a text.
+            config: what is accepted.
+        """
+        self.texts: list[Text] = []
+        self._block_size, self._context_length = block_size, context_length
+        self._mask, self._eos, self._config = mask_token_id, eos_token_ids, config
+        width = min(block_size, context_length)
+        self._ids = torch.zeros(size, width, dtype=torch.int64)
+        self._is_masked = torch.zeros(size, width, dtype=torch.bool)
+        self._passes = torch.zeros(size, width, dtype=torch.int64)
+        self._starts = torch.zeros(size, dtype=torch.int64)
+        self._lengths = torch.zeros(size, dtype=torch.int64)
+        self._is_filled = torch.zeros(size, dtype=torch.bool)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def num_kept(self, row: int) -> int:
+        """Tokens of a text whose keys and values are kept."""
+        return int(self._starts[row])
+
+    def add(self, text: Text) -> None:
+        """Put a text, whose whole blocks are kept, into a row of its own."""
+        self.texts.append(text)
+        self._open_block(len(self.texts) - 1)
+
+    def _open_block(self, row: int) -> None:
+        """Begin the next block of a row: what the text has of it, then masks."""
+        ids = self.texts[row].ids
+        start = len(ids) // self._block_size * self._block_size
+        length = min(start + self._block_size, self._context_length) - start
+        known = len(ids) - start
+        self._ids[row] = self._mask
+        self._ids[row, :known] = torch.tensor(ids[start:], dtype=torch.int64)
+        self._is_masked[row] = False
+        self._is_masked[row, known:length] = True
+        self._passes[row] = 0
+        self._starts[row], self._lengths[row], self._is_filled[row] = start, length, False
+
+    def next_pass(self) -> DecodingPass:
+        """The pass that takes every text a step further."""
+        num_rows = len(self.texts)
+        lengths = self._lengths[:num_rows]
+        width = int(lengths.max())
+        positions, roles = places(self._starts[:num_rows], lengths, width, self._block_size)
+        roles[..., VIEW] = torch.where(self._is_filled[:num_rows], roles[..., VIEW].T, NOISY_VIEW).T
+        is_masked = self._is_masked[:num_rows, :width]
+        return DecodingPass(
+            first_slot=0,
+            input_ids=self._ids[:num_rows, :width].clone(),
+            position_ids=positions,
+            roles=roles,
+            wanted=is_masked.flatten().nonzero().squeeze(1),
+            counts=is_masked.sum(dim=1).tolist(),
+        )
+
+    def take(self, found: Tensor) -> list[int]:
+        """Take over what the pass has found.
+
+        Args:
+            found: [P, 3] float64 predictions of the wanted tokens (`Proposals.packed`).
+
+        Returns:
+            Rows whose text has ended.
+        """
+        num_rows = len(self.texts)
+        is_masked = self._is_masked[:num_rows]
+        was_denoised = is_masked.any(dim=1)
+        proposals = Proposals.unpacked(found, is_masked)
+        is_accepted = accept(proposals, is_masked, self._config)
+        self._passes[:num_rows][is_masked] += 1
+        self._ids[:num_rows][is_accepted] = proposals.token_ids[is_accepted]
+        is_masked &= ~is_accepted
+        for row in self._is_filled[:num_rows].nonzero().squeeze(1).tolist():
+            self.texts[row].num_commits += 1
+            self._open_block(row)
+        return [row for row in (was_denoised & ~is_masked.any(dim=1)).nonzero().squeeze(1).tolist() if self._fill(row)]
+
+    def _fill(self, row: int) -> bool:
+        """Hand the block of a row over to its text; returns whether that ends it."""
+        text, length = self.texts[row], int(self._lengths[row])
+        start, ids, passes = int(self._starts[row]), self._ids[row, :length], self._passes[row, :length]
+        text.add_block(ids.tolist(), passes.tolist(), start, self._eos)
+        self._is_filled[row] = True
+        return text.is_finished
+
+    def remove(self, rows: Sequence[int]) -> list[Move]:
+        """Take texts out; returns which of the others change their row, in order."""
+        moves = []
+        for row in sorted(rows, reverse=True):
+            last = len(self.texts) - 1
+            if row != last:
+                moves.append(Move(last, row, self.num_kept(last)))
+                self.texts[row] = self.texts[last]
+                for state in (self._ids, self._is_masked, self._passes, self._starts, self._lengths, self._is_filled):
+                    state[row] = state[last]
+            self.texts.pop()
+        return moves
