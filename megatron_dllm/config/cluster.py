@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from megatron_dllm.config.hardware import HardwareConfig
 from megatron_dllm.config.rules import check, check_choice
 from megatron_dllm.run.place import check_socket_folder
 
@@ -123,6 +124,8 @@ class ClusterConfig:
     node_bandwidth_gb_per_s: float = 0.0
     # The same of the network between nodes.
     network_bandwidth_gb_per_s: float = 0.0
+    # What a GPU and its links are rated at; a plan needs it, a launch does not.
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     @property
     def num_ranks_per_node(self) -> int:
@@ -136,6 +139,7 @@ class ClusterConfig:
             ValueError: naming the field, its value, the rule and the remedy.
         """
         self.container.validate()
+        self.hardware.validate()
         self._check_numbers()
         self._check_words()
         if self.scratch:

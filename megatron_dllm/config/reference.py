@@ -24,6 +24,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.config.generate import GenerateConfig
+from megatron_dllm.config.plan import PlanKeys
 from megatron_dllm.config.rules import check
 from megatron_dllm.config.train import TrainConfig
 
@@ -111,6 +112,7 @@ def _cell(text: str) -> str:
 SECTIONS = {
     "Training: train, evaluate, and the training jobs of a chain": TrainConfig,
     "Decoding: generate": GenerateConfig,
+    "Planning: plan, beside the keys of training": PlanKeys,
     "A cluster: cluster.KEY of the launcher, recipes/cluster/NAME.yaml": ClusterConfig,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from megatron_dllm.config.blend import BlendPart, blend_parts
@@ -120,6 +121,17 @@ class TrainConfig:
             )
         prefix = "parallel" if wish is self.parallel else f"schedule.stages.{name}.parallel"
         return f"On {world_size} ranks this works: {as_overrides(wish, layout, prefix)}"
+
+    def check_layout(self, layout: ParallelConfig, world_size: int, stages: Iterable[str]) -> None:
+        """Refuse a layout of so many ranks in which these stages cannot run.
+
+        Raises:
+            ValueError: saying what of it does not work.
+        """
+        for number, name in enumerate(stages):
+            if number == 0:  # sizes are the same for all of them
+                self._check_sizes(name, layout, world_size)
+            self._check_batch(name, self.schedule.stages[name], layout, world_size)
 
     def _check_sizes(self, name: str, layout: ParallelConfig, world_size: int) -> None:
         layout.validate(world_size, self.model)

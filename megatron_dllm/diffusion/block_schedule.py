@@ -226,11 +226,13 @@ class StageRow:
         stage: the stage.
         steps: estimated optimizer steps; None without an estimate of its rows.
         forward_tokens: estimated tokens the model sees; None likewise.
+        estimate: of its rows.
     """
 
     stage: Stage
     steps: int | None
     forward_tokens: int | None
+    estimate: RowEstimate | None = None
 
 
 def stage_table(schedule: BlockSchedule, estimates: Mapping[str, RowEstimate] | None = None) -> list[StageRow]:
@@ -253,7 +255,7 @@ def stage_table(schedule: BlockSchedule, estimates: Mapping[str, RowEstimate] | 
         estimate, batch = estimates[stage.name], stage.config.global_batch_size
         steps = math.ceil((stage.end - consumed) / (batch * estimate.document_tokens))
         consumed += steps * batch * estimate.document_tokens
-        rows.append(StageRow(stage, steps, round(steps * batch * estimate.forward_tokens)))
+        rows.append(StageRow(stage, steps, round(steps * batch * estimate.forward_tokens), estimate))
     return rows
 
 

@@ -14,6 +14,7 @@ from launch.jobs import LaunchConfig
 from megatron_dllm.compose import schema_keys
 from megatron_dllm.config import GenerateConfig, TrainConfig
 from megatron_dllm.config.evaluate import SHORT_NAMES, EvaluateConfig
+from megatron_dllm.config.plan import PlanConfig
 from tests.house.mentions import FOLDERS, PACKAGE, Mention
 
 # What our pages name of others: flags of torchrun, SLURM and pip; arguments of transformers and torch; a key of Hydra.
@@ -25,7 +26,7 @@ FOREIGN_KEYS = ("trust_remote_code", "torch.load", "defaults")
 # What the files are called that docs have their reader write: recipes/cluster/mine.yaml.
 READERS = "mine"
 HYDRA_FLAGS = ("--multirun", "--help", "--config-dir", "--config-name")
-TRAINING = ("megatron_dllm.train", "megatron_dllm.evaluate")
+TRAINING = ("megatron_dllm.train", "megatron_dllm.evaluate", "megatron_dllm.plan")
 LAUNCHING = ("launch/submit.py", "launch/local.py")
 
 
@@ -154,6 +155,7 @@ class Existing:
         return {
             **dict.fromkeys(TRAINING, training),
             "megatron_dllm.evaluate": {*training, *schema_keys(EvaluateConfig), *SHORT_NAMES},
+            "megatron_dllm.plan": {*training, *schema_keys(PlanConfig)},
             **dict.fromkeys(LAUNCHING, launching),
             "megatron_dllm.generate": generating,
             "": {
@@ -162,6 +164,7 @@ class Existing:
                 *generating,
                 *schema_keys(EvaluateConfig),
                 *SHORT_NAMES,
+                *schema_keys(PlanConfig),
                 *(key.rsplit(".", 1)[-1] for key in launching),
             },
         }

@@ -1,0 +1,101 @@
+"""Memory of a rank by closed form: model state exactly, activations by what each layer keeps for its backward pass."""
+
+from __future__ import annotations
+
+from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.planning.answer import RankMemory
+from megatron_dllm.planning.layers import LayerCost
+from megatron_dllm.planning.micro_batch import MicroBatch, rank_layers
+from megatron_dllm.planning.parameters import PipelineRank, Weights, rank_weights, replicas, virtual_size
+
+# Elements of the head's logits that exist at a time (`model.head`), each in fp32, as its gradient, and in bf16.
+CHUNK_ELEMENTS = 64 * 1024 * 1024
+_CHUNK_BYTES = 4 + 2 + 2
+# Bytes of the weight's gradient in the head: an fp32 sum and its bf16 copy.
+_HEAD_GRADIENT_BYTES = 6
+# A layer whose backward pass runs holds its kept bytes and the gradients of the largest of them.
+_WORKING_SET = 1.8
+
+
+def model_state(weights: Weights, layout: ParallelConfig, num_gpus: int) -> tuple[int, int, int]:
+    """Bytes of weights, of their gradients (fp32), and of this rank's shard of the optimizer.
+
+    The optimizer keeps Adam's two moments in fp32, and beside bf16 weights an fp32 copy of them.
+    """
+    dense, experts = replicas(layout, num_gpus)
+    is_bf16 = layout.precision == "bf16"
+    shard = weights.dense / dense + weights.experts / experts
+    return weights.total * (2 if is_bf16 else 4), weights.total * 4, round(shard * (12 if is_bf16 else 8))
+
+
+def rank_memory(
+    model: ModelConfig,
+    layout: ParallelConfig,
+    rank: PipelineRank,
+    batch: MicroBatch,
+    num_gpus: int,
+    reserve: int,
+    weights: Weights | None = None,
+) -> RankMemory:
+    """Bytes of a pipeline rank at the moment of a step at which it holds the most.
+
+    Args:
+        model: sizes.
+        layout: parallel sizes and recomputation.
+        rank: which layers it holds.
+        batch: what its layers cost for a micro-batch, and how many it has in a step.
+        num_gpus: of the run.
+        reserve: bytes beside the tensors.
+        weights: of the rank, where they are known already.
+    """
+    held = weights or rank_weights(model, layout, rank)
+    state = model_state(held, layout, num_gpus)
+    layers = rank_layers(rank, batch)
+    in_flight = pipeline_in_flight(layout, rank.index, batch.number)
+    kept = in_flight * sum(number * _kept(layout.recompute, cost) for number, cost in layers)
+    working = _working_set(layout.recompute, layers)
+    head = _head_bytes(model, layout, batch.targets) if rank.is_last else 0.0
+    # The head and a layer that is computed again come one after the other.
+    is_head = head >= working
+    return RankMemory(
+        # Ranks of megatron-core's order: the pipeline comes last.
+        rank=rank.index * (num_gpus // layout.pipeline_model_parallel_size),
+        weights=state[0],
+        gradients=state[1],
+        optimizer=state[2],
+        activations=round(kept + (0.0 if is_head else working)),
+        head=round(head) if is_head else 0,
+        reserve=reserve,
+    )
+
+
+def pipeline_in_flight(layout: ParallelConfig, index: int, number: int) -> float:
+    """Micro-batches whose activations a pipeline rank holds at once, in layers of the whole rank.
+
+    1F1B: the first of four ranks starts four micro-batches before the first comes back. Interleaved, a rank holds
+    pieces of its layers instead (megatron-core's warmup, and one).
+    """
+    size, pieces = layout.pipeline_model_parallel_size, virtual_size(layout)
+    if pieces == 1:
+        return min(number, size - index)
+    warmup = 2 * (size - index - 1) + (pieces - 1) * size + 1
+    return min(number * pieces, warmup) / pieces
+
+
+def _kept(recompute: str, cost: LayerCost) -> float:
+    if recompute == "full":
+        return cost.input
+    return cost.kept - cost.recomputed if recompute == "selective" else cost.kept
+
+
+def _working_set(recompute: str, layers: list[tuple[int, LayerCost]]) -> float:
+    if recompute != "full":
+        return 0.0
+    return _WORKING_SET * max((cost.kept for number, cost in layers if number), default=0.0)
+
+
+def _head_bytes(model: ModelConfig, layout: ParallelConfig, targets: float) -> float:
+    """The LM head's backward pass: a chunk of logits, the weight's gradient, and the targets' hidden states."""
+    rows = model.vocab_size / layout.tensor_model_parallel_size
+    chunk = min(CHUNK_ELEMENTS, targets * rows) * _CHUNK_BYTES
+    return chunk + _HEAD_GRADIENT_BYTES * model.hidden_size * rows + 8 * model.hidden_size * targets

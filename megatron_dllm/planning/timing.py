@@ -1,0 +1,204 @@
+"""Time of an optimizer step: what each pipeline rank does in a micro-batch, the bubble, gradients and the optimizer.
+
+A micro-batch takes its products and attention at a share of the rated speed, small operations at the speed of the
+GPU's memory, and its exchanges at the speed of the links; but at least as long as the host needs to start the kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from megatron_dllm.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_dllm.config.assumptions import AssumptionsConfig
+from megatron_dllm.config.hardware import HardwareConfig
+from megatron_dllm.planning.links import Links
+from megatron_dllm.planning.micro_batch import MicroBatch, rank_layers
+from megatron_dllm.planning.parameters import (
+    PipelineRank,
+    Weights,
+    expert_tensor_size,
+    rank_weights,
+    replicas,
+    virtual_size,
+)
+
+# Passes of the forward pass's size: forward and backward of products, of attention; of recomputation one more.
+_PRODUCT_PASSES, _ATTENTION_PASSES, _EXCHANGE_PASSES, _GATHER_PASSES = 3.0, 3.5, 2.0, 2.5
+# How often small operations read or write the kept bytes, and the bytes of a weight that a micro-batch reads and adds.
+_MEMORY_PASSES, _WEIGHT_BYTES = 8.0, 14.0
+# The head forms its logits twice: 8 operations for each weight and target.
+_HEAD_OPERATIONS = 8.0
+# What the optimizer reads and writes of a weight of its shard.
+_OPTIMIZER_BYTES = 40.0
+_GRADIENT_BYTES, _PARAMETER_BYTES = 4.0, 2.0
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, by what takes them; they add up."""
+
+    products: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    experts: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+    host: float = 0.0
+    pipeline: float = 0.0
+    gradients: float = 0.0
+    optimizer: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What executes: rated hardware, links, and the shares of them that a run reaches."""
+
+    hardware: HardwareConfig
+    links: Links
+    assumptions: AssumptionsConfig = field(repr=False)
+
+    @property
+    def product_rate(self) -> float:
+        """Operations of matrix products a second."""
+        return self.hardware.bf16_tflops * 1e12 * self.assumptions.product_efficiency
+
+    @property
+    def attention_rate(self) -> float:
+        """Operations of attention a second."""
+        return self.hardware.bf16_tflops * 1e12 * self.assumptions.attention_efficiency
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes of the GPU's memory a second."""
+        return self.hardware.memory_gb_per_s * 1e9 * self.assumptions.memory_efficiency
+
+
+def step_time(
+    model: ModelConfig,
+    layout: ParallelConfig,
+    ranks: tuple[PipelineRank, ...],
+    batch: MicroBatch,
+    machine: Machine,
+    num_gpus: int,
+    optimizer: OptimizerConfig,
+    weights: dict[PipelineRank, Weights] | None = None,
+) -> StepTime:
+    """Seconds of an optimizer step.
+
+    Args:
+        model: sizes.
+        layout: parallel sizes and recomputation.
+        ranks: of the pipeline; of those that hold the same layers, one is enough.
+        batch: a micro-batch of the stage.
+        machine: what executes it.
+        num_gpus: of the run.
+        optimizer: whether gradients and weights travel while the model computes.
+        weights: of the ranks, where they are known already.
+    """
+    held = {rank: weights[rank] if weights else rank_weights(model, layout, rank) for rank in ranks}
+    times = {rank: _micro_batch(model, layout, rank, batch, machine, held[rank]) for rank in ranks}
+    slowest = max(ranks, key=lambda rank: sum(times[rank].values()))
+    one = times[slowest]
+    seconds = sum(one.values())
+    sends = _sends(layout, batch, machine, num_gpus)
+    bubble = (layout.pipeline_model_parallel_size - 1) / virtual_size(layout) * seconds
+    gradients = max(_gradients(layout, held[rank], machine, num_gpus, optimizer, seconds) for rank in ranks)
+    return StepTime(
+        **{name: batch.number * value for name, value in one.items()},
+        pipeline=bubble + batch.number * sends,
+        gradients=gradients,
+        optimizer=max(_optimizer(layout, held[rank], machine, num_gpus) for rank in ranks),
+    )
+
+
+def _micro_batch(
+    model: ModelConfig,
+    layout: ParallelConfig,
+    rank: PipelineRank,
+    batch: MicroBatch,
+    machine: Machine,
+    weights: Weights,
+) -> dict[str, float]:
+    """Seconds of one micro-batch on a pipeline rank, forward and backward, by part."""
+    again = float(layout.recompute == "full")
+    attended_again = float(layout.recompute != "none")
+    layers = rank_layers(rank, batch)
+    tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
+
+    def total(name: str) -> float:
+        return sum(number * getattr(cost, name) for number, cost in layers)
+
+    products = total("products") * (_PRODUCT_PASSES + again)
+    if rank.is_last:
+        products += _HEAD_OPERATIONS * model.hidden_size * model.vocab_size / tp * batch.targets
+    moved = total("kept") * _MEMORY_PASSES * (1.0 + again / 3.0) + weights.total * _WEIGHT_BYTES
+    links = machine.links
+    etp, ep = expert_tensor_size(layout), layout.expert_model_parallel_size
+    parts = {
+        "products": products / machine.product_rate,
+        "attention": total("attention") * (_ATTENTION_PASSES + attended_again) / machine.attention_rate,
+        "memory": moved / machine.memory_rate,
+        "experts": links.exchange_seconds(total("exchanged") * (_EXCHANGE_PASSES + again), ep, etp),
+        "tensor": links.ring_seconds(total("gathered") * (_GATHER_PASSES + again), max(tp, etp), 1),
+        "context": links.ring_seconds(total("contexts") * cp / max(cp - 1, 1) * (_EXCHANGE_PASSES + again), cp, tp),
+    }
+    host = rank.num_layers * machine.assumptions.host_ms_per_layer / 1e3 * (1.0 + again / 3.0)
+    return {**parts, "host": max(host - sum(parts.values()), 0.0)}
+
+
+def _sends(layout: ParallelConfig, batch: MicroBatch, machine: Machine, num_gpus: int) -> float:
+    """Seconds in which a micro-batch's activations and their gradients travel to and from the next pipeline rank."""
+    size = layout.pipeline_model_parallel_size
+    if size == 1:
+        return 0.0
+    return machine.links.send_seconds(2.0 * virtual_size(layout) * batch.moe.input, num_gpus // size)
+
+
+def _gradients(
+    layout: ParallelConfig,
+    weights: Weights,
+    machine: Machine,
+    num_gpus: int,
+    optimizer: OptimizerConfig,
+    micro_batch: float,
+) -> float:
+    """Seconds for which the model waits on gradients that are summed and weights that are gathered.
+
+    Overlapped, gradients travel during the last micro-batch's backward pass, and weights during the first's forward.
+    """
+    dense, experts = replicas(layout, num_gpus)
+    apart = layout.expert_model_parallel_size * expert_tensor_size(layout)
+    tp = layout.tensor_model_parallel_size
+
+    def travel(size: float) -> float:
+        return machine.links.ring_seconds(weights.dense * size, dense, tp) + machine.links.ring_seconds(
+            weights.experts * size, experts, apart
+        )
+
+    reduced, gathered = travel(_GRADIENT_BYTES), travel(_PARAMETER_BYTES)
+    if optimizer.overlap_grad_reduce:
+        reduced = max(reduced - micro_batch * 2.0 / 3.0, 0.0)
+    if optimizer.overlap_param_gather:
+        gathered = max(gathered - micro_batch / 3.0, 0.0)
+    return reduced + gathered
+
+
+def _optimizer(layout: ParallelConfig, weights: Weights, machine: Machine, num_gpus: int) -> float:
+    dense, experts = replicas(layout, num_gpus)
+    return (weights.dense / dense + weights.experts / experts) * _OPTIMIZER_BYTES / machine.memory_rate
+
+
+def distinct_ranks(ranks: tuple[PipelineRank, ...]) -> tuple[PipelineRank, ...]:
+    """One pipeline rank of those that hold the same layers, the first of each."""
+    kinds = {(rank.num_dense, rank.num_moe, rank.is_first, rank.is_last): rank for rank in reversed(ranks)}
+    return tuple(sorted(kinds.values(), key=lambda rank: rank.index))

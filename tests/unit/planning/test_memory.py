@@ -1,0 +1,76 @@
+"""Memory by closed form, against what others have published and measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_dllm.compose import compose_train_config
+from megatron_dllm.config import ParallelConfig, TrainConfig
+from megatron_dllm.planning.answer import RankMemory
+from megatron_dllm.planning.layers import Tokens, layer_cost
+from megatron_dllm.planning.memory import pipeline_in_flight, rank_memory
+from megatron_dllm.planning.micro_batch import micro_batch_of
+from megatron_dllm.planning.parameters import pipeline_ranks
+from megatron_dllm.planning.rows import RowContent
+from tests.unit.config.configs import stage_config
+
+BF16 = ParallelConfig(precision="bf16")
+
+
+def _config(model: str, **layout: object) -> TrainConfig:
+    config = compose_train_config([f"model={model}", "data.train=x", "run.name=x"])
+    return replace(config, parallel=replace(BF16, **layout))
+
+
+def _memory(config: TrainConfig, row: RowContent, num_gpus: int, rank: int = 0) -> RankMemory:
+    stage = stage_config(global_batch_size=num_gpus)
+    batch = micro_batch_of(config.model, config.parallel, stage, row, num_gpus, 1.0, config.training)
+    return rank_memory(
+        config.model, config.parallel, pipeline_ranks(config.model, config.parallel)[rank], batch, num_gpus, 0
+    )
+
+
+def test_the_published_peak_of_qwen3_30b() -> None:
+    """Megatron-Bridge: 61.35 GB allocated on 16 H100, EP16, 4096 tokens of AR, gradients in bf16."""
+    config = _config("qwen3_30b_a3b", expert_model_parallel_size=16)
+    memory = _memory(config, RowContent(4096, 4096.0, 4096.0, 4096 * 4097 / 2, ""), 16)
+    in_bf16 = memory.total - memory.gradients // 2
+    assert in_bf16 / 1e9 == pytest.approx(61.35, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor_size", "expected"), [("ling_mini", 1, 99.8), ("ling_flash", 4, 48.3), ("qwen3_30b_a3b", 1, 123.8)]
+)
+def test_bytes_that_a_layer_keeps_for_a_token(model: str, tensor_size: int, expected: float) -> None:
+    """kB that were counted by hand, of tensors that the engine was seen to keep."""
+    config = _config(model, tensor_model_parallel_size=tensor_size, expert_tensor_parallel_size=1)
+    cost = layer_cost(config.model, config.parallel, Tokens(1000.0, 1000.0, 0.0), True, 1.0)
+    assert cost.kept / 1000 / 1e3 == pytest.approx(expected, abs=0.05)
+
+
+def test_the_optimizer_is_shared_by_replicas_of_each_kind_of_weight() -> None:
+    """100B on 64 GPUs, TP4 PP4 EP16: experts have one replica, dense weights four, and 12 bytes a weight each."""
+    sizes = dict(tensor_model_parallel_size=4, sequence_parallel=True, pipeline_model_parallel_size=4)
+    config = _config("ling_flash", **sizes, expert_model_parallel_size=16, expert_tensor_parallel_size=1)
+    memory = _memory(config, RowContent(8192, 4096.0, 2048.0, 0.0, ""), 64, rank=1)
+    experts = 8 * 256 // 16 * 3 * 4096 * 1024
+    dense = 109_119_488
+    assert memory.weights == 2 * (experts + dense) and memory.gradients == 4 * (experts + dense)
+    assert memory.optimizer == 12 * experts + 12 * dense // 4
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"), [(None, [4, 3, 2, 1]), (2, [11 / 2, 9 / 2, 7 / 2, 5 / 2])], ids=["1F1B", "interleaved"]
+)
+def test_micro_batches_in_flight(pieces: int | None, expected: list[float]) -> None:
+    layout = replace(BF16, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=pieces)
+    assert [pipeline_in_flight(layout, rank, 64) for rank in range(4)] == expected
+    assert max(pipeline_in_flight(layout, rank, 2) for rank in range(4)) == 2
+
+
+def test_each_way_to_recompute_keeps_less() -> None:
+    row = RowContent(8192, 4096.0, 2048.0, 4096.0**2, "")
+    kept = [_memory(_config("ling_mini", recompute=way), row, 8).total for way in ("none", "selective", "full")]
+    assert kept[0] > kept[1] > kept[2]

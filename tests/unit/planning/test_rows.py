@@ -1,0 +1,65 @@
+"""What a row holds: pairs counted on the mask, targets on the noise levels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.spans import FIXED, MASKABLE, Spans
+from megatron_dllm.diffusion.roles import visible
+from megatron_dllm.planning.rows import assumed_row, measured_row, visible_pairs
+from tests.unit.config.configs import stage_config
+
+GEOMETRY = RowGeometry("block_diffusion", 4, 32, 96, 1)
+
+
+def _expected_pairs(geometry: RowGeometry, length: int) -> int:
+    """Of one document, counted on the mask of its roles."""
+    blocks = [position if geometry.objective == "ar" else position // geometry.block_size for position in range(length)]
+    last = blocks[-1]
+    roles = [(0, block, view + 1) for view in range(geometry.num_views) for block in blocks]
+    is_ar, keeps_last = geometry.objective == "ar", not geometry.prune_clean and last > 0
+    roles += [(0, block, 0) for block in blocks if is_ar or block < last or keeps_last]
+    table = torch.tensor([roles], dtype=torch.int32)
+    return int(visible(table, table).sum())
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 13, 32])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        GEOMETRY,
+        replace(GEOMETRY, num_views=2),
+        replace(GEOMETRY, block_size=1),
+        replace(GEOMETRY, block_size=32),
+        replace(GEOMETRY, prune_clean=False),
+        replace(GEOMETRY, objective="ar", num_views=0),
+    ],
+)
+def test_pairs_are_those_of_the_mask(geometry: RowGeometry, length: int) -> None:
+    assert visible_pairs(geometry, np.array([length]))[0] == _expected_pairs(geometry, length)
+
+
+def test_a_row_holds_as_many_documents_as_fit() -> None:
+    """16 noisy and 12 clean tokens a document: three of them in 96; half of their tokens are masked."""
+    row = assumed_row(GEOMETRY, stage_config(t_min=0.0, t_max=1.0), 16)
+    assert (row.length, row.document_tokens, row.targets) == (96, 48.0, 24.0)
+    assert row.pairs == 3 * _expected_pairs(GEOMETRY, 16)
+
+
+def test_a_long_document_is_cut_at_the_context() -> None:
+    assert assumed_row(GEOMETRY, stage_config(), 10_000) == replace(
+        assumed_row(GEOMETRY, stage_config(), 32), source="assumed: documents of 32 tokens"
+    )
+
+
+def test_only_what_may_carry_a_loss_becomes_targets() -> None:
+    """Of 10 and 6 tokens, 4 and 2 may be masked; a row of 32 document tokens has twice as many of each."""
+    spans = Spans.of_lists([[(0, 6, FIXED), (6, 10, MASKABLE)], [(4, 6, MASKABLE)]])
+    row = measured_row(GEOMETRY, stage_config(t_min=0.0, t_max=1.0), 32.0, np.array([10, 6]), spans)
+    assert row.targets == pytest.approx(32 * (6 / 16) / 2)
+    assert row.pairs == 2 * (_expected_pairs(GEOMETRY, 10) + _expected_pairs(GEOMETRY, 6))

@@ -1,0 +1,92 @@
+"""Time of a step: sums worked out by hand, and what a change of the machine or the layout does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_dllm.config import OptimizerConfig, ParallelConfig
+from megatron_dllm.planning.layout_plan import Candidate, Setting, plan_stage
+from megatron_dllm.planning.links import Links
+from megatron_dllm.planning.rows import RowContent
+from megatron_dllm.planning.timing import StepTime
+from megatron_dllm.planning.work import StageWork
+from tests.unit.config.configs import model_config, stage_config, train_config
+from tests.unit.planning.setting import setting_for
+
+BF16 = ParallelConfig(precision="bf16")
+DENSE = model_config(num_moe_experts=0, moe_shared_expert_intermediate_size=0, num_layers=4, num_dense_layers=0)
+MOE = model_config(num_layers=4, num_dense_layers=0)
+LINKS = Links(node=100.0, network=10.0, gpus_per_node=8)
+
+
+def _time(layout: ParallelConfig, num_gpus: int, model=DENSE, setting: Setting | None = None, **batch: int) -> StepTime:
+    setting = setting or setting_for(train_config(model=model), host_ms_per_layer=0.0)
+    stage = stage_config(objective="ar", global_batch_size=batch.get("rows", 16))
+    row = RowContent(4096, 4096.0, 4096.0, 1e6, "")
+    return plan_stage(setting, StageWork("one", stage, row, 10**6), Candidate(layout, num_gpus)).time
+
+
+def test_products_and_attention_of_a_dense_model() -> None:
+    """6 operations a weight and token, 8 in the head; attention 3.5 times 4 x pairs x width of the heads."""
+    weights = 4 * (64 * (2 * 8 * 16 + 2 * 4 * 16) + 3 * 64 * 96)
+    operations = 16 * 4096 * (6 * weights + 8 * 192 * 64)
+    time = _time(BF16, 1)
+    assert time.products == pytest.approx(operations / (989e12 * 0.7))
+    assert time.attention == pytest.approx(16 * 4 * 3.5 * 4 * 1e6 * 8 * 16 / (989e12 * 0.4))
+    assert time.total == pytest.approx(sum(time.parts.values()))
+
+
+def test_full_recomputation_runs_the_forward_pass_again() -> None:
+    plain, again = _time(BF16, 1), _time(replace(BF16, recompute="full"), 1)
+    head = 16 * 4096 * 8 * 192 * 64 / (989e12 * 0.7)
+    assert again.products - head == pytest.approx((plain.products - head) * 4 / 3)
+    assert again.attention == pytest.approx(plain.attention * 4.5 / 3.5)
+
+
+def test_a_pipeline_waits_for_its_first_and_last_micro_batches() -> None:
+    """On four ranks three micro-batches' time is lost, on four with two pieces half of that."""
+    layout = replace(BF16, pipeline_model_parallel_size=2)
+    one = sum(_time(layout, 2, rows=2).parts[name] for name in ("products", "attention", "memory")) / 2
+    in_pieces = replace(layout, virtual_pipeline_model_parallel_size=2)
+    sends = 2 * 2 * 64 * 4096 * 2 / (450e9 * 0.65)
+    assert _time(layout, 2, rows=2).pipeline == pytest.approx(one + 2 * sends / 2, rel=1e-6)
+    assert _time(in_pieces, 2, rows=2).pipeline == pytest.approx(one / 2 + 2 * sends, rel=1e-6)
+
+
+def test_the_host_is_the_least_time_of_a_layer() -> None:
+    slow = setting_for(train_config(model=DENSE), host_ms_per_layer=1000.0)
+    assert _time(BF16, 1, setting=slow).total == pytest.approx(16 * 4.0, rel=0.01)
+
+
+def test_experts_beyond_the_node_wait_for_the_network() -> None:
+    inside = _time(replace(BF16, expert_model_parallel_size=8), 16, MOE)
+    beyond = _time(replace(BF16, expert_model_parallel_size=16), 16, MOE)
+    assert beyond.experts > 4 * inside.experts > 0.0
+
+
+def test_overlapped_gradients_hide_behind_the_last_micro_batch() -> None:
+    setting = setting_for(train_config(model=DENSE), host_ms_per_layer=0.0)
+    overlapped = replace(setting, optimizer=OptimizerConfig(overlap_grad_reduce=True, overlap_param_gather=True))
+    apart, together = _time(BF16, 2, setting=setting), _time(BF16, 2, setting=overlapped)
+    weights = 4 * (64 * 384 + 3 * 64 * 96 + 2 * 64 + 32) + 2 * 192 * 64 + 64
+    assert apart.gradients == pytest.approx(weights * 6 / 2 / (450e9 * 0.65))
+    assert together.gradients == 0.0 and together.products == apart.products
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "expected"),
+    [(1, 1, 0.0), (8, 1, 7 / 8 / 100), (2, 8, 1 / 2 / 10), (16, 1, 15 / 16 / 80), (4, 4, 3 / 4 / 20)],
+)
+def test_a_ring_goes_over_the_network_of_all_its_members(size: int, stride: int, expected: float) -> None:
+    """Rates of 100 in a node and 10 a GPU to others: two nodes of eight members have 80 between them."""
+    assert LINKS.ring_seconds(1.0, size, stride) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "expected"),
+    [(1, 1, 0.0), (8, 1, 7 / 8 / 100), (16, 1, (1 / 2 - 1 / 16) / 100 + 1 / 2 / 10), (2, 8, 1 / 2 / 10)],
+)
+def test_an_exchange_goes_over_each_gpu_s_own_network(size: int, stride: int, expected: float) -> None:
+    assert LINKS.exchange_seconds(1.0, size, stride) == pytest.approx(expected)

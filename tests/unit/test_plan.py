@@ -1,0 +1,131 @@
+"""The command: a verdict on a recipe, what would be better, refusals in one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_dllm.compose import RECIPES
+from megatron_dllm.plan import compose_words, gpu_counts, main, read_config, run
+from megatron_dllm.planning.run_plan import plan_run, setting_of
+from megatron_dllm.planning.work import assumed_work
+
+MINI = ["experiment=llada2_mini", "cluster=h100x8"]
+FLASH = ["experiment=llada2_flash", "cluster=h100x8", "nodes=8"]
+# Too small for anything.
+TINY_GPU = "cluster.hardware.memory_gb=5"
+
+
+def _peak(words: list[str]) -> int:
+    config, _ = read_config(compose_words(words))
+    setting = setting_of(config)
+    return plan_run(config, setting, assumed_work(config, config.assumptions), config.num_gpus).peak
+
+
+@pytest.mark.ranks
+def test_a_verdict_names_the_tightest_rank_its_parts_and_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(FLASH) == 0
+    text = capsys.readouterr().out
+    assert "llada2_flash on 8 nodes of h100x8 (64 GPUs, 80 GB): fits, worst rank 37.7 of 77.6 GB" in text
+    assert "pipeline rank 4 of 4, stage stable" in text
+    for part in ("parameters", "weights", "gradients", "optimizer", "activations", "head", "reserve"):
+        assert re.search(rf"^{part} .*(formula|assumed)", text, re.MULTILINE)
+    for stage in ("warmup_1", "stable", "decay_32", "total"):
+        assert re.search(rf"^{stage} ", text, re.MULTILINE)
+    assert "rows: assumed: documents of 4,096 tokens" in text and "not calibrated" in text
+
+
+@pytest.mark.ranks
+def test_the_words_of_an_option_give_what_they_promise(capsys: pytest.CaptureFixture[str]) -> None:
+    main(FLASH)
+    text = capsys.readouterr().out
+    options = dict(re.findall(r"^(faster|cheaper|smaller): (.*) \(.*; [\d.]+ GB\)$", text, re.MULTILINE))
+    assert "faster" in options and "parallel.recompute=none" in options["faster"]
+    for gain, words in options.items():
+        (promised,) = re.findall(rf"^{gain}: .*; ([\d.]+) GB\)$", text, re.MULTILINE)
+        assert _peak([*FLASH, *words.split()]) / 1e9 == pytest.approx(float(promised), abs=0.06)
+
+
+@pytest.mark.ranks
+def test_a_search_is_better_than_the_recipe_and_written_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*MINI, "search=true", f"output={tmp_path / 'plan'}"])
+    assert re.search(r"^search: \d{3} layouts tried, \d{3} fit$", capsys.readouterr().out, re.MULTILINE)
+    found = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    (best,) = found["options"]
+    assert best["gain"] == "best for time" and best["hours"] < found["hours"]
+    assert found["fits"] and found["peak_bytes"] == max(
+        memory["total"] for stage in found["stages"] for memory in stage["memory_bytes"]
+    )
+    assert sum(stage["gpu_hours"] for stage in found["stages"]) == pytest.approx(found["gpu_hours"])
+    assert (tmp_path / "plan" / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plan_that_does_not_fit_says_what_does() -> None:
+    words = ["experiment=llada2_flash", "nodes=2", "parallel.expert_model_parallel_size=4"]
+    with pytest.raises(
+        ValueError, match=r"needs 127\.\d GB.*optimizer.*limit is 77\.6 GB; on 4 nodes this fits: "
+    ) as caught:
+        run(words)
+    (remedy,) = re.findall(r"this fits: (.*) \([\d.]+ GB\)\.$", str(caught.value))
+    others = [word for word in words if word != "nodes=2"]
+    assert _peak([*others, *remedy.split()]) / 1e9 < 77.6
+
+
+def test_a_model_that_fits_nowhere_is_told_the_least_it_needs() -> None:
+    with pytest.raises(ValueError, match=r"nothing fits on up to \d+ nodes: the least .* GB, on \d+ GPUs with .*"):
+        run([*MINI, TINY_GPU])
+
+
+BAD = [
+    (["cluster.hardware.memory=80"], "cluster.hardware.memory is not a key.*memory_gb"),
+    (["cluster.hardware.memory_gb=-1"], "cluster.hardware.memory_gb .* must not be negative"),
+    (["cluster=laptop"], r"cluster.hardware.memory_gb \(0\) must be known to plan"),
+    (["cluster=h100"], "did you mean h100x8"),
+    (["nodes=0"], r"nodes \(0\) must be positive"),
+    (["nodes=100000"], r"nodes \(100000\) must have at most"),
+    (["nodes=3"], r"global_batch_size \(512\) must be a multiple of data parallel size.*24.*use 504 or 528"),
+    (["nodes=128"], r"global_batch_size \(512\).*1024.*use 1024"),
+    (["parallel.tensor_model_parallel_size=3"], r"On 8 ranks this works"),
+    (["objective=speed"], r"objective \(speed\) is not known"),
+    (["max_gpus=64"], r"max_gpus \(64\) has an effect only with search=true"),
+    (["max_gpus=4", "search=true"], r"max_gpus \(4\) must lie between a node's 8"),
+    (["assumptions.product_efficiency=2"], r"assumptions.product_efficiency \(2.0\) must lie in \(0, 1\]"),
+    (["assumptions.expert_imbalance=0.5"], r"expert_imbalance \(0.5\) must be at least 1"),
+    (["assumptions.interval_low=1.1"], "both sides of 1"),
+    (["assumptions.host_ms_per_layer=-1"], "must not be negative"),
+    (["assumptions.document_length=0"], r"document_length \(0\) must be positive"),
+    (["search=true", "schedule.stages.stable.world_size=8"], "stages"),
+    (["output=/"], r"output \(/\) exists"),
+    (["experiment=sft"], "checkpoint.load"),
+]
+
+
+@pytest.mark.ranks  # each composes all recipes
+@pytest.mark.parametrize(("words", "says"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_a_wrong_value_ends_in_one_sentence(words: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        run([*MINI, *words])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_search_takes_numbers_of_nodes_that_halve_or_third() -> None:
+    config, _ = read_config(compose_words([*MINI, "search=true", "max_gpus=100", "nodes=4"]))
+    assert gpu_counts(config) == [8, 16, 24, 32, 48, 64, 96]
+
+
+CLUSTERS = [path.stem for path in sorted((RECIPES / "cluster").glob("*x8.yaml"))]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize(("experiment", "nodes"), [("llada2_mini", 1), ("qwen3_30b_a3b", 2), ("llada2_flash", 8)])
+def test_no_recipe_is_refused(cluster: str, experiment: str, nodes: int) -> None:
+    words = [f"experiment={experiment}", f"cluster={cluster}", f"nodes={nodes}"]
+    config, _ = read_config(compose_words(words))
+    setting = setting_of(config)
+    assert plan_run(config, setting, assumed_work(config, config.assumptions), config.num_gpus).fits
