@@ -76,8 +76,12 @@ def train(config: TrainConfig, make_parts: Callable[[], Parts] | None = None) ->
 
 
 def _run(trainer: Trainer) -> int:
+    from megatron_dllm.training.weighing import StartRefused
+
     try:
         return trainer.train()
+    except StartRefused:
+        raise
     except ValueError as error:  # no user's mistake any more: keep the traceback
         raise RuntimeError(f"training failed: {error}") from error
 

@@ -112,6 +112,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def fingerprint(folder: Path) -> str:
+    """What tells a checkpoint from any other, wherever it lies: SHA-256 (hex) over the checksums of its files.
+
+    Raises:
+        ValueError: its manifest is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    listed = "".join(f"{name} {manifest[name]['sha256']}\n" for name in sorted(manifest))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
 def check_complete(folder: Path) -> None:
     """Refuse a folder with a file missing or cut short, or an altered description; tensors are compared when loading.
 

@@ -15,6 +15,7 @@ from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.generate import DecodingConfig, GenerateConfig
 from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.parallel import ParallelConfig
+from megatron_dllm.config.preference import PreferenceConfig, ReferenceConfig
 from megatron_dllm.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, RunConfig
 from megatron_dllm.config.schedule import ScheduleConfig, StageConfig
 from megatron_dllm.config.sft import SftConfig
@@ -33,6 +34,8 @@ __all__ = [
     "NoiseConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PreferenceConfig",
+    "ReferenceConfig",
     "RunConfig",
     "ScheduleConfig",
     "SftConfig",

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from megatron_dllm.config.blend import blend_parts
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.parallel import ParallelConfig
+from megatron_dllm.config.preference import PreferenceConfig
 from megatron_dllm.config.rules import (
     LARGEST_LENGTH,
     check,
@@ -69,6 +70,8 @@ class StageConfig:
     cap: CapConfig = field(default_factory=CapConfig)
     # Supervised fine-tuning on chats (LLaDA2.0 section 5.1); null: whatever may carry a loss is trained as it stands.
     sft: SftConfig | None = None
+    # Preference optimisation on pairs of answers (LLaDA2.0 section 5.3); null: every answer is trained.
+    preference: PreferenceConfig | None = None
     # Corpora and weights of this stage alone, in the form of data.train; null: data.train.
     train: Any = None
     # Whether position i predicts token i + 1; null: what the objective does (ar: true, block_diffusion: false).
@@ -130,6 +133,37 @@ class StageConfig:
         self.cap.validate(f"{prefix}.cap", self.objective)
         if self.sft is not None:
             self.sft.validate(prefix, self.objective, self.cap.coefficient)
+        if self.preference is not None:
+            self._check_preference(prefix, self.preference)
+
+    def _check_preference(self, prefix: str, preference: PreferenceConfig) -> None:
+        """The fields that decide what the score of an answer is."""
+        key = f"{prefix}.preference"
+        preference.validate(key, self.objective, self.num_views, self.view_relation)
+        check(
+            self.sft is not None and self.sft.loss_per == "token" and self.sft.fill_weight == 1.0,
+            f"{prefix}.sft must be given with {key}, with loss_per token and fill_weight 1: an answer's score is the "
+            "sum over its tokens, those behind its end included.",
+        )
+        check(
+            self.cap.coefficient == 0.0,
+            f"{prefix}.cap.coefficient ({self.cap.coefficient:g}) must be 0 with {key}, whose loss is of answers and "
+            "not of tokens; train the one after the other.",
+        )
+        check(
+            self.loss_weight == "elbo",
+            f"{prefix}.loss_weight ({self.loss_weight}) must be elbo with {key}, which compares ELBOs.",
+        )
+        check(
+            not preference.is_count or (self.t_min <= 0.001 and self.t_max == 1.0),
+            f"{prefix}.t_min, t_max ({self.t_min}, {self.t_max}) have no effect with {key}.is_count, which covers the "
+            "whole range; leave them out, or set is_count to false.",
+        )
+        check(
+            self.global_batch_size >= 2,
+            f"{prefix}.global_batch_size ({self.global_batch_size}) must be at least 2 with {key}: the two answers of "
+            "a pair may need a row each.",
+        )
 
     def _check_length(self, prefix: str) -> None:
         """The fields that say how long the stage and its warmup last."""

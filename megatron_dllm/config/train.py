@@ -10,6 +10,7 @@ from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.nearest_layout import as_overrides, nearest_layout
 from megatron_dllm.config.parallel import ParallelConfig
+from megatron_dllm.config.preference import FROZEN, ReferenceConfig
 from megatron_dllm.config.rules import check, check_positive, check_values, nearest_multiples
 from megatron_dllm.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, RunConfig
 from megatron_dllm.config.schedule import ScheduleConfig, StageConfig
@@ -26,6 +27,7 @@ class TrainConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    preference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -57,6 +59,44 @@ class TrainConfig:
         for name, stage in self.schedule.stages.items():
             self._check_block_grid(name, stage)
             self._validate_stage_layout(name, stage, world_size)
+        self._check_preferences()
+
+    def _check_preferences(self) -> None:
+        """What stages of preferences need of the run."""
+        kinds = {name: stage.preference is not None for name, stage in self.schedule.stages.items()}
+        if not any(kinds.values()):
+            return
+        name = next(name for name, is_preference in kinds.items() if is_preference)
+        key = f"schedule.stages.{name}.preference"
+        check(
+            all(kinds.values()),
+            f"{key} needs a run of its own: its reference is what the run starts from, and "
+            f"{', '.join(other for other, is_preference in kinds.items() if not is_preference)} would train it "
+            "otherwise; start a second run from the first one's checkpoint.",
+        )
+        check(
+            self.checkpoint.load is not None,
+            f"checkpoint.load (null) must name the weights that {key} starts from; give the run that was trained on "
+            "chats.",
+        )
+        check(
+            self.preference.reference is not None,
+            f"preference.reference (null) must be given with {key}: the scores of checkpoint.load, or {FROZEN} for a "
+            "copy of its weights in memory.",
+        )
+        for name, stage in self.schedule.stages.items():
+            check(
+                stage.preference is None or stage.preference.share_noise or self.preference.reference == FROZEN,
+                f"schedule.stages.{name}.preference.share_noise (false) needs preference.reference={FROZEN}: a file of "
+                "scores has those of the model's own masks.",
+            )
+        for setting in ("mask_embedding_noise", "moe_router_bias_update_rate"):
+            value = getattr(self.training, setting)
+            check(
+                value == 0.0,
+                f"training.{setting} ({value}) must be 0 with {key}: it would change the scores that the loss follows "
+                "from.",
+            )
 
     def _check_block_grid(self, name: str, stage: StageConfig) -> None:
         check(

@@ -95,6 +95,7 @@ class RowGeometry:
             shift=stage.shift,
             fill="none" if stage.sft is None else stage.sft.fill,
             turn_boundary="all" if stage.sft is None else stage.sft.turn_boundary,
+            rows_of_pairs=None if stage.preference is None else stage.global_batch_size,
         )
 
     def grid_starts(self, starts: IntArray) -> IntArray:

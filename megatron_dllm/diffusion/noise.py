@@ -53,6 +53,8 @@ class NoiseSpec:
         is_count: draw the number of masked tokens of a block uniformly, not t. See `_count_mask`.
         fill_weight: what the weight of end-of-text tokens that fill a block is multiplied by.
         loss_per: "token", or "answer": the weights of an answer's tokens are divided by their number.
+        share_levels: segments 2i and 2i + 1, by sample id and by ordinal, draw their levels alike (t_unit "block" and
+            "document"); masks stay their own.
     """
 
     t_unit: str
@@ -66,6 +68,7 @@ class NoiseSpec:
     is_count: bool = False
     fill_weight: float = 1.0
     loss_per: str = "token"
+    share_levels: bool = False
 
     def __post_init__(self) -> None:
         """Assert what the configuration has refused: a specification that no mask could follow."""
@@ -105,15 +108,18 @@ class NoiseSpec:
         Returns:
             The specification for `sample_noise`.
         """
+        is_count = stage.preference is not None and stage.preference.is_count
         return cls(
             t_unit=noise.t_unit,
             is_stratified=noise.is_stratified,
             at_least_one=stage.at_least_one,
             loss_weight=stage.loss_weight,
-            t_min=stage.t_min,
-            t_max=stage.t_max,
+            t_min=0.0 if is_count else stage.t_min,
+            t_max=1.0 if is_count else stage.t_max,
             num_views=stage.num_views,
             view_relation=stage.view_relation,
+            is_count=is_count,
+            share_levels=stage.preference is not None and stage.preference.share_levels,
             fill_weight=1.0 if stage.sft is None else stage.sft.fill_weight,
             loss_per="token" if stage.sft is None else stage.sft.loss_per,
         )
@@ -177,11 +183,18 @@ class _Blocks:
 
 @dataclass(frozen=True)
 class _Key:
-    """What identifies a segment to the generator, see `sample_noise`."""
+    """What identifies a segment to the generator, see `sample_noise`; its levels are drawn by `level_id`."""
 
     sample_id: int
+    level_id: int
     ordinal: int
     row_key: int
+
+    @classmethod
+    def of(cls, spec: NoiseSpec, sample_id: int, ordinal: int, row_key: int) -> _Key:
+        """The key of a segment, whose levels may be those of the one that it forms a pair with."""
+        shared = 2 if spec.share_levels else 1
+        return cls(sample_id, sample_id // shared * shared, ordinal // shared * shared, row_key)
 
 
 def sample_noise(
@@ -218,7 +231,7 @@ def sample_noise(
     if not len(maskable):
         return noise
     blocks = _Blocks.group(block_ids[maskable])
-    key = _Key(int(sample_id), int(ordinal), int(row_key))
+    key = _Key.of(spec, int(sample_id), int(ordinal), int(row_key))
     views, levels = _all_views(spec, Draws(int(seed), int(epoch)), key, blocks)
     noise.is_masked[:, maskable] = views
     noise.loss_weights[:, maskable] = np.where(views, _weights(spec, views, levels, blocks), 0.0)
@@ -247,13 +260,13 @@ def _unit_levels(spec: NoiseSpec, draws: Draws, key: _Key, num_blocks: int) -> F
         return np.repeat(draws.uniform(Purpose.LEVEL, key.row_key, 1), num_blocks)
     if not spec.is_stratified:
         count = num_blocks if spec.t_unit == "block" else 1
-        return np.broadcast_to(draws.uniform(Purpose.LEVEL, key.sample_id, count), num_blocks)
+        return np.broadcast_to(draws.uniform(Purpose.LEVEL, key.level_id, count), num_blocks)
     # If a second independent view were spread over ordinals as well, it would keep a constant distance to the first.
-    base = float(draws.uniform(Purpose.LEVEL, key.sample_id, 1)[0]) if draws.view else draws.even_level(key.ordinal)
+    base = float(draws.uniform(Purpose.LEVEL, key.level_id, 1)[0]) if draws.view else draws.even_level(key.ordinal)
     if spec.t_unit == "document":
         return np.full(num_blocks, base)
     # Stable: the order of equal keys must not depend on the machine.
-    stratum = np.argsort(draws.raw(Purpose.STRATUM, key.sample_id, num_blocks), kind="stable")
+    stratum = np.argsort(draws.raw(Purpose.STRATUM, key.level_id, num_blocks), kind="stable")
     return np.minimum((stratum + base) / num_blocks, _BELOW_ONE)
 
 
@@ -284,7 +297,7 @@ def _stratified_levels(spec: NoiseSpec, draws: Draws, key: _Key, blocks: _Blocks
     num_views, num_blocks = spec.num_views, len(blocks.size)
     u = _unit_levels(spec, draws, key, num_blocks)
     num_units = num_blocks if spec.t_unit == "block" else 1
-    identity = key.row_key if spec.t_unit == "row" else key.sample_id
+    identity = key.row_key if spec.t_unit == "row" else key.level_id
     raw = draws.raw(Purpose.VIEW_ORDER, identity, num_units * num_views).reshape(num_units, num_views)
     orders = np.broadcast_to(np.argsort(raw, axis=1, kind="stable"), (num_blocks, num_views)).T
     if not spec.is_count:

@@ -6,26 +6,35 @@ A method is such a value. The loop, the step and the schedule take it and never 
     rows are built with objective.noise             # None: nothing is masked
     objective.loss(batch, outputs)                  # the sum to differentiate, its denominator, the sums to log
 
-Losses are sums. The division happens once, by the count of the global batch (see `diffusion.losses.nll`).
+Losses are sums. The division happens once, by the count of the global batch (see `diffusion.losses.nll`). A loss that
+compares documents needs their scores first:
+
+    weighing = objective.weigh(scores, reference)   # factors of the loss weights; then the step is as ever
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
-from megatron_dllm.config import NoiseConfig, StageConfig
+from megatron_dllm.config import NoiseConfig, PreferenceConfig, StageConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.cap import LEVEL_MEANS, confidence_levels, right_entropy
+from megatron_dllm.diffusion.losses.document_scores import DocumentScores, Weighing
 from megatron_dllm.diffusion.losses.nll import weighted_nll
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
+from megatron_dllm.diffusion.losses.preference import PreferenceRule, weigh_pairs
 from megatron_dllm.diffusion.losses.step_sums import StepSums, token_sums
 from megatron_dllm.diffusion.noise import NoiseSpec
 
 AR = "ar"
+# The largest reward margin, beta times the margin, of a run that starts from its reference: scores that were computed
+# in another layout or in bf16 differ by rounding.
+START_REWARD = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,22 @@ class MicroLoss:
 
 
 LossFunction = Callable[[Batch, TargetOutputs], MicroLoss]
+Count = Callable[[Batch], Tensor]
+
+
+def maskable_tokens(batch: Batch) -> Tensor:
+    """[] int64 tokens that could have carried a loss, in every view."""
+    return batch.num_maskable
+
+
+def answers(batch: Batch) -> Tensor:
+    """[] int64 answers that could have carried a loss, once for each view."""
+    return batch.num_answers
+
+
+def documents(batch: Batch) -> Tensor:
+    """[] int64 segments of the micro-batch."""
+    return batch.num_segments.sum()
 
 
 @dataclass(frozen=True)
@@ -57,9 +82,12 @@ class Objective:
         extra_sums: names of what `loss` puts into `StepSums.extra`, in order.
         level_means: names of what `loss` puts into `StepSums.level_means`, in order.
         ratios: names of what `loss` puts into `StepSums.ratios`, in order.
-        is_per_answer: whether `loss` is a mean over answers, not over tokens.
+        count: of a micro-batch, what `loss` is a mean over.
         entropy_temperature: what the model is asked for (see `model.head`): the entropy of its predictions at this
             temperature, and their largest probability; None: neither.
+        weigh: from the scores of a global batch's documents, and [d, k] or [d, 1] fp64 those of a reference, to the
+            factors of their loss weights; None: the loss does not compare documents.
+        largest_start_margin: above which `Weighing.largest_margin` says that a run does not start from its reference.
     """
 
     noise: NoiseSpec | None
@@ -68,12 +96,10 @@ class Objective:
     extra_sums: tuple[str, ...] = ()
     level_means: tuple[str, ...] = ()
     ratios: tuple[str, ...] = ()
-    is_per_answer: bool = False
+    count: Count = maskable_tokens
     entropy_temperature: float | None = None
-
-    def count(self, batch: Batch) -> Tensor:
-        """[] int64 what a micro-batch adds to the denominator."""
-        return batch.num_answers if self.is_per_answer else batch.num_maskable
+    weigh: Callable[[DocumentScores, Tensor], Weighing] | None = None
+    largest_start_margin: float = math.inf
 
 
 def token_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
@@ -96,24 +122,23 @@ def cap_loss(coefficient: float, batch: Batch, outputs: TargetOutputs) -> MicroL
     return MicroLoss(total, batch.num_maskable, sums.with_extra(confidence_loss=confidence).with_level_means(levels))
 
 
-def chat_loss(token_loss: LossFunction, is_per_answer: bool, batch: Batch, outputs: TargetOutputs) -> MicroLoss:
-    """A loss of tokens, with what is logged of chats; `is_per_answer` divides it by the number of answers.
+def chat_loss(token_loss: LossFunction, count: Count, batch: Batch, outputs: TargetOutputs) -> MicroLoss:
+    """A loss of tokens, with what is logged of chats, as a mean over what `count` counts.
 
-    The weights of an answer's tokens are divided by its length where rows are built (`data.row_noise`).
+    For a mean over answers, the weights of their tokens are divided by their lengths where rows are built
+    (`data.row_noise`).
     """
     found = token_loss(batch, outputs)
-    num_targets = found.sums.num_targets
+    num_targets, counted = found.sums.num_targets, count(batch)
     sums = found.sums.with_ratios(fill_share=(batch.is_fill.sum(), num_targets))
-    if not is_per_answer:
-        return MicroLoss(found.total, found.count, sums)
-    return MicroLoss(found.total, batch.num_answers, replace(sums, count=batch.num_answers.double()))
+    return MicroLoss(found.total, counted, replace(sums, count=counted.double()))
 
 
 def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     """The objective that a stage of the configuration names.
 
     Args:
-        stage: its objective, shift, loss weight, range of t, views, confidence and chats.
+        stage: its objective, shift, loss weight, range of t, views, confidence, chats and preferences.
         noise: settings that hold for the whole run.
     """
     if stage.objective == AR:
@@ -129,9 +154,21 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
         )
     if stage.sft is None:
         return objective
-    is_per_answer = stage.sft.loss_per == "answer"
-    loss = partial(chat_loss, objective.loss, is_per_answer)
-    return replace(objective, loss=loss, ratios=("fill_share",), is_per_answer=is_per_answer)
+    count = answers if stage.sft.loss_per == "answer" else maskable_tokens
+    if stage.preference is not None:
+        count, objective = documents, _preferring(objective, stage.preference)
+    return replace(objective, loss=partial(chat_loss, objective.loss, count), ratios=("fill_share",), count=count)
+
+
+def _preferring(objective: Objective, preference: PreferenceConfig) -> Objective:
+    """An objective whose loss compares the two answers of pairs."""
+    beta, shares = preference.beta, preference.share_noise
+    return replace(
+        objective,
+        weigh=partial(weigh_pairs, PreferenceRule(beta, preference.sft_coefficient, shares)),
+        # Rounding alone; on other masks the scores of equal weights differ.
+        largest_start_margin=START_REWARD / beta if shares else math.inf,
+    )
 
 
 def validation_objective(name: str) -> Objective:

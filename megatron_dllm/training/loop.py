@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -31,6 +32,7 @@ from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.saving import reason_to_save
 from megatron_dllm.training.start import changes_layout
 from megatron_dllm.training.step import StepResult, train_step
+from megatron_dllm.training.weighing import check_start_margin, weigh_batches
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +177,11 @@ class Trainer:
 
     def _train_step(self, objective: Objective, step: GlobalStep, noise: EmbeddingNoise, is_logged: bool) -> StepResult:
         run = self.run
+        batches, weighing = weigh_batches(
+            run.engine.chunks, step.micro_batches, run.device, run.engine.groups, objective, run.reference
+        )
+        if weighing is not None and self.state.step == 0:
+            check_start_margin(objective, weighing)
         with contextlib.ExitStack() as stack:
             watches = [stack.enter_context(observer.around_step(is_logged)) for observer in run.observers]
             told = [watch for watch in watches if watch is not None]
@@ -184,7 +191,8 @@ class Trainer:
                     watch(batch)
 
             limit = run.spikes.limit(self.state.grad_norms)
-            return train_step(run.engine, step.micro_batches, run.device, objective, noise, observe, limit)
+            result = train_step(run.engine, batches, run.device, objective, noise, observe, limit)
+        return result if weighing is None else replace(result, sums=weighing.logged(result.sums))
 
     def _must_end(self, report: StepReport) -> bool:
         """Whether a step that was not applied ends the run; its batch is kept either way."""

@@ -18,6 +18,7 @@ from megatron_dllm.training.parts import Parts
 from megatron_dllm.training.saving import Saver
 from megatron_dllm.training.spikes import SpikeRule
 from megatron_dllm.training.stop import StopRequest
+from megatron_dllm.training.weighing import Reference
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Run:
         stop: requests to stop.
         device: where this rank computes.
         resumed_from: the checkpoint it continues from, if any.
+        reference: what losses that compare documents compare their scores with, if any.
     """
 
     given_config: TrainConfig
@@ -53,3 +55,4 @@ class Run:
     stop: StopRequest
     device: torch.device
     resumed_from: Path | None
+    reference: Reference | None

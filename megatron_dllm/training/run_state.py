@@ -22,6 +22,7 @@ class RunState:
         grad_norms: of the last steps applied in this stage: the next stage's noise gives other norms.
         num_skipped: steps skipped in a row, up to now.
         blends: by stage, the share of each corpus in the document tokens, by the corpus's fingerprint.
+        reference: fingerprint of the checkpoint that preferences are compared with; "" where there are none.
     """
 
     step: int = 0
@@ -31,6 +32,7 @@ class RunState:
     grad_norms: list[float] = field(default_factory=list)
     num_skipped: int = 0
     blends: dict[str, dict[str, float]] = field(default_factory=dict)
+    reference: str = ""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunState:

@@ -31,6 +31,7 @@ from megatron_dllm.training.observers.progress import print_stage_table
 from megatron_dllm.training.observers.standard import Setting
 from megatron_dllm.training.parts import Parts
 from megatron_dllm.training.past import as_yaml
+from megatron_dllm.training.reference import open_reference
 from megatron_dllm.training.run import Run
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.saving import Saver
@@ -77,7 +78,8 @@ def set_up(
     start = load_start(start, engine, decide_again, config.checkpoint.verify)
     state = start.resume.state if start.resume is not None else RunState(stream=stream.state_dict())
     stream.load_state_dict(state.stream)
-    state = replace(state, blends=stage_shares(config, sources))
+    reference = start.reference
+    state = replace(state, blends=stage_shares(config, sources), reference=reference.fingerprint if reference else "")
     with failing_together():
         if dist.get_rank() == 0:
             _write_run_files(given_config, start, checkpoints.parent)
@@ -104,6 +106,7 @@ def set_up(
         stop=stop,
         device=device,
         resumed_from=start.resume.folder if start.resume is not None else None,
+        reference=open_reference(config, engine, reference, device),
     )
     return Trainer(run, state)
 

@@ -14,13 +14,15 @@ from pathlib import Path
 
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.identity import check_identity, check_start
-from megatron_dllm.checkpoint.manifest import check_complete
+from megatron_dllm.checkpoint.manifest import check_complete, fingerprint
 from megatron_dllm.checkpoint.meta import CheckpointMeta, RunSemantics, Semantics, read_state
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
+from megatron_dllm.config.preference import FROZEN
+from megatron_dllm.config.rules import check
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowFill, estimate_fill
-from megatron_dllm.data.source import check_fills_a_row
+from megatron_dllm.data.source import Source, check_fills_a_row
 from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, StageRow, stage_table
 from megatron_dllm.evaluation.elbo import check_corpus, validation_names
 from megatron_dllm.model.objective import objective_of
@@ -55,6 +57,14 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class ReferenceWeights:
+    """The weights that preferences are compared with: their folder and its fingerprint."""
+
+    folder: Path
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Start:
     """What this start will do.
 
@@ -63,6 +73,7 @@ class Start:
         layout: in which it runs: that of the next stage, or of the run where that has finished.
         resume: where it continues; None for a new run.
         weights: what a new run starts from; None: random weights.
+        reference: what stages of preferences compare the model with; None where there are none.
         passed_over: newer checkpoints that are damaged, and why.
         table: what each stage will do, with steps estimated by packing the first documents.
         num_corpus_tokens: of the training documents.
@@ -75,6 +86,7 @@ class Start:
     layout: ParallelConfig
     resume: Resume | None
     weights: Weights | None
+    reference: ReferenceWeights | None
     passed_over: Mapping[Path, str]
     table: tuple[StageRow, ...]
     num_corpus_tokens: int
@@ -125,7 +137,11 @@ def decide_start(
             next stage asks for, saying why.
     """
     schedule = BlockSchedule.from_config(config.schedule, epoch_tokens(config, sources), sources.prompted_stages())
-    _check_sources(config, schedule, sources)
+    check_sources(config, schedule, sources)
+    check(
+        config.preference.reference in (None, FROZEN),
+        f"preference.reference ({config.preference.reference}) must be {FROZEN}: a file of scores is not read yet.",
+    )
     resume, damaged = _find_resume(config, dict(passed_over or {}))
     past = read_past(run_checkpoints(config).parent)
     blends: list[str] = []
@@ -134,6 +150,7 @@ def decide_start(
         check_place(schedule, resume.stored.position, resume.folder)
         if past is not None:
             check_trained(past, schedule, resume.stored.position)
+    reference = find_reference(config, resume)
     fills = _measure_fills(config, schedule, sources)
     wandb = decide_wandb(config.logging)
     next_stage = _next_stage(schedule, resume)
@@ -144,6 +161,7 @@ def decide_start(
         layout=config.parallel if next_stage is None else config.layout_of(next_stage.config),
         resume=resume,
         weights=None if resume is not None else _find_weights(config),
+        reference=reference,
         passed_over=damaged,
         table=tuple(stage_table(schedule, _estimates(config, schedule, fills))),
         num_corpus_tokens=sum(source.num_tokens for source in sources.corpora.values()),
@@ -159,19 +177,30 @@ def decide_start(
     )
 
 
-def _check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> None:
+def check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> None:
     """Refuse documents that are damaged, or too few for a stage's rows or a validation's."""
     trained, held_out = sources.corpora, sources.validation
     for source in (*trained.values(), *([] if held_out is None else [held_out])):
         source.verify()
     for stage in schedule.stages:
         for part in sources.of_stage(stage.name):
+            _check_pairs(stage, part.source)
             check_fills_a_row(part.source, RowGeometry.of_stage(stage.config, config.schedule, config.data))
     check_not_exhausted(config, sources)
     if held_out is None:
         return
     names = dict.fromkeys(name for stage in schedule.stages for name in validation_names(config, stage.config))
     check_corpus(config, held_out, names)
+
+
+def _check_pairs(stage: Stage, source: Source) -> None:
+    """Refuse documents that are no pairs in a stage that compares answers; pairs may be trained as chats."""
+    key = f"schedule.stages.{stage.name}.preference"
+    if stage.config.preference is not None and not source.is_paired:
+        raise ValueError(
+            f"{key} needs pairs of answers, and corpus {source.name} holds none; tokenize pairs with --kind pairs, or "
+            f"set {key}=null."
+        )
 
 
 def _find_resume(config: TrainConfig, passed_over: dict[Path, str]) -> tuple[Resume | None, dict[Path, str]]:
@@ -212,6 +241,28 @@ def _find_weights(config: TrainConfig) -> Weights | None:
     folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
     check_complete(folder)
     return Weights(folder, check_start(folder, config))
+
+
+def find_reference(config: TrainConfig, resume: Resume | None) -> ReferenceWeights | None:
+    """What preferences are compared with: the weights that the run started from, also where it goes on.
+
+    Raises:
+        ValueError: they are gone, damaged, of another model, or others than those that the run started from.
+    """
+    if not any(stage.preference for stage in config.schedule.stages.values()):
+        return None
+    assert config.checkpoint.load is not None, "the configuration has refused it"
+    folder = folders.resolve_checkpoint(Path(config.checkpoint.load))
+    check_complete(folder)
+    check_start(folder, config)
+    found = fingerprint(folder)
+    if resume is not None and resume.state.reference not in ("", found):
+        raise ValueError(
+            f"checkpoint.load ({config.checkpoint.load}) has other weights ({folder.name}, {found[:12]}) than the run "
+            f"started from ({resume.state.reference[:12]}), which its preferences are compared with; name that "
+            "checkpoint."
+        )
+    return ReferenceWeights(folder, found)
 
 
 def _check_same_stage(folder: Path, stored: CheckpointMeta, config: TrainConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -19,12 +19,17 @@ from megatron_dllm.training.engine import Engine
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did. `sums` are over the global batch, equal on every rank."""
+    """What one step did. `sums` are over the global batch, equal on every rank.
+
+    `micro_batches` are as they were trained: where a loss compares documents, their loss weights are not those of the
+    rows (`training.weighing`).
+    """
 
     sums: StepSums
     grad_norm: float
     is_applied: bool
     reason: str = ""
+    micro_batches: Sequence[Batch] = ()
 
     @property
     def loss(self) -> float:
@@ -64,7 +69,7 @@ def train_step(
     sums = run_schedule(engine.chunks, micro_batches, device, engine.groups, objective, noise=noise, observe=observe)
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
-    result = StepResult(sums, grad_norm, False)
+    result = StepResult(sums, grad_norm, True, "", micro_batches)
     reason = ""
     if not math.isfinite(result.loss) or not math.isfinite(grad_norm):
         reason = f"loss {result.loss}, gradient norm {grad_norm}: not finite"
@@ -73,10 +78,10 @@ def train_step(
     if reason:
         for bias, before in zip(biases, biases_before, strict=True):
             bias.copy_(before)
-        return StepResult(sums, grad_norm, False, reason)
+        return replace(result, is_applied=False, reason=reason)
     _clip(engine, grad_norm)
     engine.optimizer.step_with_ready_grads()
-    return StepResult(sums, grad_norm, True)
+    return result
 
 
 def _moving_expert_biases(engine: Engine) -> list[Tensor]:

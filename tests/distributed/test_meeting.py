@@ -70,5 +70,7 @@ def test_a_decision_can_be_handed_on() -> None:
     from megatron_dllm.training.start import Start
     from megatron_dllm.training.wandb_mode import WandBMode
 
-    start = Start(BlockSchedule(()), ParallelConfig(), None, None, {}, (), 7, (), ("careful",), WandBMode("disabled"))
+    start = Start(
+        BlockSchedule(()), ParallelConfig(), None, None, None, {}, (), 7, (), ("careful",), WandBMode("disabled")
+    )
     assert pickle.loads(pickle.dumps(start)) == start

@@ -13,13 +13,15 @@ from megatron_dllm.config import TrainConfig
 
 EXPERIMENTS = sorted(path.stem for path in (RECIPES / "experiment").glob("*.yaml"))
 # Their model is that of the checkpoint they start from.
-FROM_CHECKPOINT = ("cap", "convert", "sft")
+FROM_CHECKPOINT = ("cap", "convert", "dpo", "sft")
+PREFERENCES = ["checkpoint.load=sft", "preference.reference=frozen"]
 RANKS = {"llada2_mini": 8, "llada2_flash": 512, "qwen3_30b_a3b": 16}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_validates(name: str) -> None:
     model = ["model=tiny_moe"] if name in FROM_CHECKPOINT else []
+    model += PREFERENCES if "dpo" in name else []
     config = compose_train_config(
         [f"experiment={name}", "data.train=corpus", "data.validation=held_out", "run.name=test", *model]
     )

@@ -1,16 +1,20 @@
 """Scores of documents: what a validation, a loss that compares documents, and a likelihood are made of.
 
 The score of a document is an estimate of its ELBO: minus the sum of loss_weight * NLL over its masked tokens, in nats
-and not per token. Each noisy view gives one; their mean is the document's.
+and not per token. Each noisy view gives one; their mean is the document's. A loss that compares documents turns the
+scores of a global batch into a `Weighing`, with which an ordinary step trains it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_dllm.diffusion.losses.step_sums import StepSums
 
 
 @dataclass(frozen=True)
@@ -38,3 +42,41 @@ class DocumentScores:
         """The same by epoch and sample id, which no layout changes."""
         order = torch.from_numpy(np.lexsort((self.sample_ids.numpy(), self.epochs.numpy())))
         return DocumentScores(self.sample_ids[order], self.epochs[order], self.num_maskable[order], self.by_view[order])
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What the scores of a global batch come to: the loss, and the weights with which a step has its gradient.
+
+    Attributes:
+        scores: of the d documents.
+        factors: [d, k] fp64 what the loss weights of each document and view are multiplied by. The gradient is that of
+            the sum of the weighted NLLs, divided by d.
+        loss: [] fp64 the loss, not divided yet.
+        count: [] fp64 what the loss is divided by: pairs, say.
+        largest_margin: of all pairs, without its sign, nats; 0 where the model is its reference.
+        ratios: what is logged beside the loss, each a sum [] and what to divide it by [].
+    """
+
+    scores: DocumentScores
+    factors: Tensor
+    loss: Tensor
+    count: Tensor
+    largest_margin: float
+    ratios: Mapping[str, tuple[Tensor, Tensor]]
+
+    def of_documents(self, sample_ids: Tensor, epochs: Tensor) -> Tensor:
+        """[p, k] fp64 the factors of some documents.
+
+        Args:
+            sample_ids: [p] int64.
+            epochs: [p] int64 the pass over the corpus that each belongs to.
+        """
+        known = zip(self.scores.epochs.tolist(), self.scores.sample_ids.tolist(), strict=True)
+        place = {document: index for index, document in enumerate(known)}
+        rows = [place[document] for document in zip(epochs.tolist(), sample_ids.tolist(), strict=True)]
+        return self.factors[torch.tensor(rows, dtype=torch.int64)]
+
+    def logged(self, sums: StepSums) -> StepSums:
+        """The sums of the step that trained, with the loss itself instead of what had its gradient."""
+        return sums.with_loss(self.loss, self.count).with_ratios(**self.ratios)

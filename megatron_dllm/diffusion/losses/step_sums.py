@@ -83,6 +83,10 @@ class StepSums:
         table = buckets.view(NUM_BUCKETS, 3)
         return StepSums(loss, nll, num_correct, num_targets, count, num_maskable, table, names, means, ratios)
 
+    def with_loss(self, loss: Tensor, count: Tensor) -> StepSums:
+        """These with another loss [] and what it is divided by []."""
+        return replace(self, loss=loss.detach().double(), count=count.double())
+
     def with_extra(self, **sums: Tensor) -> StepSums:
         """These and further named sums, each []."""
         return replace(self, extra={**self.extra, **{name: value.detach().double() for name, value in sums.items()}})

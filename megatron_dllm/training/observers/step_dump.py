@@ -42,4 +42,4 @@ class StepDump(Observer):
             "embedding_noise": asdict(report.embedding_noise),
             "config": asdict(self.config),
         }
-        dump_step(self.run_folder, report.index, report.micro_batches, record, self.groups, self.write)
+        dump_step(self.run_folder, report.index, report.result.micro_batches, record, self.groups, self.write)

@@ -230,3 +230,72 @@ def test_tokens_outside_the_loss_mask_are_left_alone_in_every_view(relation: str
     noise = sample_noise(spec, block_ids=blocks_of(8, 8), loss_mask=loss_mask, **key)
     assert noise.is_masked.shape == (4, 64) and not noise.is_masked[:, ~loss_mask].any()
     np.testing.assert_array_equal(noise.loss_weights > 0, noise.is_masked)
+
+
+def enumerated_scores(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every mask of a block but the empty one: its probability under counts, and the score (less its sign) it gives."""
+    masks = all_masks(table.shape[1])[1:]
+    count, size = masks.sum(axis=1), table.shape[1]
+    probability = np.array([1 / (size * comb(size, int(m))) for m in count])
+    return probability, size / count * (table[1:] * masks).sum(axis=1)
+
+
+def test_shared_noise_varies_strictly_less_by_enumeration_and_not_at_all_for_equal_models() -> None:
+    reference = nll_table(4)
+    policy = reference + 0.1 * np.random.default_rng(9).uniform(-1, 1, reference.shape)
+    p, of_reference = enumerated_scores(reference)
+    _, of_policy = enumerated_scores(policy)
+
+    def variance(values: np.ndarray) -> float:
+        return float((p * values**2).sum() - (p * values).sum() ** 2)
+
+    assert p.sum() == pytest.approx(1.0, rel=1e-12)
+    shared, apart = variance(of_policy - of_reference), variance(of_policy) + variance(of_reference)
+    assert 0.0 < shared < 0.1 * apart
+    assert variance(of_reference - of_reference) == 0.0
+
+
+@pytest.mark.parametrize("is_constant", [False, True])
+def test_one_mask_for_each_level_varies_least_by_enumeration(is_constant: bool) -> None:
+    """Budget 2: two levels with a mask each against one level with two masks; alike only if the level says nothing."""
+    size, table = 4, nll_table(4)
+    p, scores = enumerated_scores(table)
+    level = all_masks(size)[1:].sum(axis=1)
+    means = np.array([(p * scores)[level == m].sum() / p[level == m].sum() for m in range(1, size + 1)])
+    if is_constant:
+        scores, means = scores - means[level - 1], np.zeros(size)
+    mean = (p * scores).sum()
+    between = float(((means - mean) ** 2).mean())
+    within = float((p * (scores - means[level - 1]) ** 2).sum())
+    two_levels, two_masks = (between + within) / 2, between + within / 2
+    # Enumerated in full: two independent masks, of levels of their own or of a common one.
+    pairs = [(i, j) for i in range(len(p)) for j in range(len(p))]
+    apart = sum(p[i] * p[j] * ((scores[i] + scores[j]) / 2 - mean) ** 2 for i, j in pairs)
+    common = sum(
+        p[i] * p[j] * size * ((scores[i] + scores[j]) / 2 - mean) ** 2 for i, j in pairs if level[i] == level[j]
+    )
+    assert apart == pytest.approx(two_levels, rel=1e-12) and common == pytest.approx(two_masks, rel=1e-12)
+    assert two_levels == pytest.approx(two_masks, rel=1e-12) if is_constant else two_levels < 0.99 * two_masks
+
+
+@pytest.mark.parametrize("unit", ["block", "document"])
+@pytest.mark.parametrize("is_stratified", [True, False])
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_the_sides_of_a_pair_may_share_their_levels(unit: str, is_stratified: bool, relation: str) -> None:
+    spec = replace(SINGLE, num_views=4, view_relation=relation, t_unit=unit, is_stratified=is_stratified)
+
+    def sides(share_levels: bool, first: int) -> list[SegmentNoise]:
+        own = replace(spec, share_levels=share_levels)
+        keys = [dict(sample_id=first + side, ordinal=2 * first + side) for side in (0, 1)]
+        rest = dict(seed=7, epoch=0, row_key=5, block_ids=blocks_of(8, 4), loss_mask=np.ones(32, bool))
+        return [sample_noise(own, **key, **rest) for key in keys]
+
+    chosen, rejected = sides(True, 40)
+    np.testing.assert_array_equal(chosen.t, rejected.t)
+    assert (chosen.is_masked != rejected.is_masked).any(), "masks stay their own"
+    other, _ = sides(True, 42)
+    assert (chosen.t != other.t).any()
+    apart, by_itself = sides(False, 40)
+    assert (apart.t != by_itself.t).any()
+    for name in ("is_masked", "loss_weights", "t"):
+        np.testing.assert_array_equal(getattr(chosen, name), getattr(apart, name))
