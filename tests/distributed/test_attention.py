@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 from benchmarks.ranks import run_ranks
 from megatron_dllm.model.attention import dense
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from tests.unit.model.attention.eager_kernel import small_backends
-from tests.unit.model.attention.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 
 # Name: the rows, whether tokens go to ranks by whole noisy blocks (else at random), the backend, and whether
 # the noisy keys can stay at home.

@@ -11,11 +11,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import dense
 from megatron_dllm.model.attention.backends import Backend
 from tests.unit.model.attention.eager_kernel import small_backends
-from tests.unit.model.attention.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 
 BACKENDS = small_backends(tile_size=8)
 SCALE = 0.3

@@ -10,11 +10,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from benchmarks.random_roles import CASES, draw_inputs, draw_roles
 from megatron_dllm.model.attention.backends import BACKENDS, Backend
 from megatron_dllm.model.attention.core import RoleAttention
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import KVCache
-from tests.unit.model.attention.random_roles import CASES, draw_inputs, draw_roles
 
 
 def build_layer(selects_rows: bool = False, **config: object) -> RoleAttention:

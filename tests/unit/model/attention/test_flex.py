@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
+from benchmarks.random_roles import CASES, draw_inputs, draw_roles
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import dense, flex
 from tests.unit.model.attention.eager_kernel import run_eagerly
-from tests.unit.model.attention.random_roles import CASES, draw_inputs, draw_roles
 
 
 def tiles_of(num: Tensor, indices: Tensor) -> Tensor:

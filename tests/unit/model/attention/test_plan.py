@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.random_roles import CASES, draw_roles
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention.plan import find_intervals
 from megatron_dllm.model.attention.tiles import build_tile_plan
-from tests.unit.model.attention.random_roles import CASES, draw_roles
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.random_roles import CASES, draw_roles
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention.selection import num_selected, select_queries, select_roles
 from tests.unit.model.attention.eager_kernel import small_backends
-from tests.unit.model.attention.random_roles import CASES, draw_roles
 from tests.unit.model.attention.test_core import attend, draw
 
 

@@ -10,13 +10,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RoleCase:
-    """What kind of rows to draw."""
+    """What kind of rows to draw.
+
+    Attributes:
+        num_views: noisy copies of each document.
+        block_size: tokens of a block; larger than any document: MDLM.
+        is_pruned: leave out clean blocks that no later block reads.
+        has_clean: there are clean copies.
+        is_row_grid: blocks are counted along the row, so that a document's first one may be short.
+        prompt_share: the share of a document's blocks, from its beginning, that have no noisy copy.
+        num_rows: rows.
+        row_length: tokens of a row.
+        max_document: tokens of the longest document.
+    """
 
     num_views: int = 1
     block_size: int = 4
     is_pruned: bool = True
     has_clean: bool = True
     is_row_grid: bool = False
+    prompt_share: float = 0.0
     num_rows: int = 2
     row_length: int = 120
     max_document: int = 40
@@ -34,6 +47,8 @@ CASES = {
     "ar": RoleCase(num_views=0, block_size=1, is_pruned=False),
     "noisy only": RoleCase(has_clean=False, block_size=4),
     "one long document": RoleCase(row_length=150, max_document=10_000, num_rows=1),
+    "prompts": RoleCase(prompt_share=0.6),
+    "prompts, two views": RoleCase(prompt_share=0.4, num_views=2, block_size=8),
     "tiny documents": RoleCase(max_document=3, block_size=2),
 }
 
@@ -54,7 +69,8 @@ def _draw_row(case: RoleCase, generator: torch.Generator) -> Tensor:
             length = case.row_length // copies - 1
         blocks = (torch.arange(length) + (before if case.is_row_grid else 0)) // case.block_size
         before += length
-        parts = [(view, blocks) for view in range(1, case.num_views + 1)]
+        answered = blocks[blocks - blocks[0] >= int(case.prompt_share * int(blocks[-1] - blocks[0] + 1))]
+        parts = [(view, answered) for view in range(1, case.num_views + 1)]
         if case.has_clean:
             parts.append((0, blocks[blocks < blocks[-1]] if case.is_pruned else blocks))
         row = torch.cat(
