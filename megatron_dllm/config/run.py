@@ -27,6 +27,9 @@ class RunConfig:
     distributed_backend: str = "auto"
     # Minutes after which a collective that some rank never joins ends the run.
     distributed_timeout_minutes: float = 10.0
+    # On a GPU, take operations that give the same bits each time, where torch has them: a resume then repeats a run's
+    # steps exactly, more slowly. Operations without such a form are named in a warning. A CPU's do in any case.
+    is_deterministic: bool = False
 
     def validate(self) -> None:
         """Raise ValueError if the name is not a plain folder name."""

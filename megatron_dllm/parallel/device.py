@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 import torch
@@ -41,3 +42,16 @@ class DeviceFacts:
 def local_device() -> torch.device:
     """The current CUDA device where there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def choose_determinism(is_deterministic: bool) -> None:
+    """Have torch take operations that give the same bits each time, or whichever are fastest, in this process.
+
+    Before the first matrix product on a GPU: cuBLAS reads its variable once.
+    """
+    if is_deterministic:
+        # Sums of a product split over several streams would come in any order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Whoever reads memory that nothing has written has a defect; filling it all is no cure.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(is_deterministic, warn_only=True)

@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dllm.config import ParallelConfig, RunConfig
 from megatron_dllm.host import prepare_host
+from megatron_dllm.parallel.device import choose_determinism
 from megatron_dllm.parallel.meeting import Meeting, meet
 from megatron_dllm.run.place import read_place
 
@@ -123,6 +124,7 @@ def initialize(parallel: ParallelConfig, run: RunConfig, meeting: Meeting | None
     Returns:
         The groups.
     """
+    choose_determinism(run.is_deterministic)
     start_process_group(run, meeting)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

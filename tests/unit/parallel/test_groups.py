@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import torch
+
 import megatron_dllm
+from megatron_dllm.config import ParallelConfig, RunConfig
 
 PACKAGE = Path(megatron_dllm.__file__).parent
 # How megatron-core's process-wide groups can be reached.
@@ -29,3 +32,17 @@ def _names(path: Path) -> set[str]:
 def test_megatrons_process_wide_groups_are_read_in_the_package_parallel_alone() -> None:
     readers = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if _names(path) & NAMES}
     assert readers == {"parallel"}
+
+
+def test_determinism_is_the_runs_choice_and_ends_with_it() -> None:
+    from megatron_dllm.host import prepare_host
+
+    prepare_host()
+    from megatron_dllm.parallel.groups import destroy, initialize
+
+    for is_deterministic in (True, False):
+        initialize(ParallelConfig(), RunConfig(name="run", is_deterministic=is_deterministic))
+        try:
+            assert torch.are_deterministic_algorithms_enabled() == is_deterministic
+        finally:
+            destroy()
