@@ -109,13 +109,15 @@ def scaled_config(folder: Path, name: str, scale: float, is_async: bool = False)
     )
 
 
-def write_corpus(prefix: Path, num_documents: int = 400, seed: int = 0) -> None:
-    """Random documents of log-normal length (median 16, sigma 1), some longer than a context."""
+def write_corpus(
+    prefix: Path, num_documents: int = 400, seed: int = 0, *, median: int = 16, longest: int = 120
+) -> None:
+    """Random documents of log-normal length (sigma 1), some longer than a context of the run above."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     rng = np.random.default_rng(seed)
     builder = IndexedDatasetBuilder(str(prefix) + ".bin", dtype=np.uint16)
-    for length in np.clip(rng.lognormal(np.log(16), 1.0, num_documents).astype(int), 1, 120):
+    for length in np.clip(rng.lognormal(np.log(median), 1.0, num_documents).astype(int), 1, longest):
         tokens = np.append(rng.integers(MASK + 1, VOCAB_SIZE, length - 1), EOS).astype(np.uint16)
         builder.add_document(tokens, [len(tokens)])
     builder.finalize(str(prefix) + ".idx")

@@ -1,0 +1,66 @@
+"""Starts the product's commands as a user would, on a machine where nothing was installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu.settings import Settings
+from megatron_dllm.run.code_version import ROOT
+from megatron_dllm.run.place import without_place
+
+# Characters of a command's last words that an error keeps.
+LAST_WORDS = 1500
+
+
+def run_command(settings: Settings, log: Path, words: Sequence[object], device: str | None = None) -> float:
+    """Run `python -m WORDS` to its end; returns its wall seconds.
+
+    Args:
+        settings: of the part: device and time limit.
+        log: file for what the command says.
+        words: the module, and its arguments.
+        device: cpu or cuda; None: the part's.
+
+    Raises:
+        RuntimeError: it failed; with its last words.
+        TimeoutError: it took longer than the part has.
+    """
+    started = time.perf_counter()
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", "-m", *map(str, words)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env=environment(device or settings.device),
+                timeout=settings.seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"{words[0]} was not done after {settings.seconds:.0f} s; it said {_end(log)}") from None
+    if done.returncode:
+        raise RuntimeError(f"{words[0]} ended with {done.returncode}: {_end(log)}")
+    return time.perf_counter() - started
+
+
+def environment(device: str) -> dict[str, str]:
+    """That of a command: this checkout's code, no GPU for the CPU, and fp32 products that are fp32.
+
+    Compilers share the cores: several commands may run beside each other.
+    """
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    changes = {"PYTHONPATH": path, "NVIDIA_TF32_OVERRIDE": "0", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    if device == "cpu":
+        changes["CUDA_VISIBLE_DEVICES"] = ""
+    return without_place(os.environ) | changes
+
+
+def _end(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace").strip()[-LAST_WORDS:]
