@@ -20,7 +20,7 @@ from benchmarks.gpu.kernels import facts_of
 from benchmarks.gpu.settings import Settings
 from megatron_dllm.config import DecodingConfig, ModelConfig, ParallelConfig
 from megatron_dllm.config.recipe_source import RECIPES
-from megatron_dllm.diffusion.decode import DecodingContract, decode_together
+from megatron_dllm.diffusion.decode import DecodingContract, requests_of
 
 BATCHES = (16, 1, 64)
 SMALL_BATCHES = (1, 3)
@@ -91,20 +91,20 @@ def _build(settings: Settings, sizes: Sizes, built: list[Any]) -> Found:
 
 def _measure(settings: Settings, sizes: Sizes, built: list[Any], batch: int, kept: int) -> Found:
     """Decode `batch` texts twice; the second time counts."""
-    from megatron_dllm.inference.load import CachedForward
+    from megatron_dllm.inference.decoder import Decoder
+    from megatron_dllm.parallel.groups import Groups
 
     model = built[0]
     ids = torch.randint(10, model.model_config.vocab_size // 2, (batch, sizes.prompt), generator=_generator())
     config = DecodingConfig(threshold=1.0, min_tokens_per_step=kept, max_new_tokens=sizes.new)
     contract = DecodingContract(BLOCK_SIZE, 4096, model.model_config.mask_token_id, ())
+    decoder = Decoder(model, Groups.current(), contract, batch)
     seconds = 0.0
     for tokens in (BLOCK_SIZE, sizes.new):
         _wait(settings)
         started = time.perf_counter()
-        forward = CachedForward(model)
-        texts = decode_together(
-            forward, ids.tolist(), replace(config, max_new_tokens=tokens), contract, settings.device
-        )
+        asked = replace(config, max_new_tokens=tokens)
+        texts = decoder.decode(requests_of(ids.tolist(), asked), asked)
         _wait(settings)
         seconds = time.perf_counter() - started
     passes = max(text.num_denoising_forwards + text.num_commit_forwards for text in texts)

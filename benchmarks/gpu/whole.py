@@ -114,7 +114,7 @@ def _convert_words(settings: Settings) -> list[str]:
 
 
 def _decode(settings: Settings) -> Found:
-    """Decode the demo's prompts with the exported model; the value is tokens per second, loading not counted."""
+    """Decode the demo's prompts together with the exported model; the value is tokens per second, without loading."""
     output = settings.folder / "samples.jsonl"
     words = [
         "megatron_dllm.generate",
@@ -126,6 +126,6 @@ def _decode(settings: Settings) -> Found:
     ]
     run_command(settings, settings.folder / "decode.log", words)
     texts = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    tokens, seconds = sum(text["num_generated_tokens"] for text in texts), sum(text["seconds"] for text in texts)
+    tokens, seconds = sum(text["num_generated_tokens"] for text in texts), max(text["seconds"] for text in texts)
     assert tokens, "no token was decoded"
     return Found(tokens / seconds, None, f"{tokens} tokens of {len(texts)} texts", {"sample": texts[0]["text"][:80]})

@@ -70,7 +70,7 @@ def test_the_whole_pipeline_on_the_cpu(settings: Settings) -> None:
     assert rows[-1]["check"] == "decode" and rows[-1]["value"] > 0.0
 
 
-@pytest.mark.slow
+@pytest.mark.ranks
 def test_decoding_speed_on_the_cpu(settings: Settings) -> None:
     rows = list(decoding.rows(settings))
     assert [row["status"] for row in rows] == ["ok"] * 5, rows
