@@ -19,6 +19,7 @@ class RoleCase:
         has_clean: there are clean copies.
         is_row_grid: blocks are counted along the row, so that a document's first one may be short.
         prompt_share: the share of a document's blocks, from its beginning, that have no noisy copy.
+        has_split_turns: some noisy blocks have further copies, in views of their own.
         num_rows: rows.
         row_length: tokens of a row.
         max_document: tokens of the longest document.
@@ -30,6 +31,7 @@ class RoleCase:
     has_clean: bool = True
     is_row_grid: bool = False
     prompt_share: float = 0.0
+    has_split_turns: bool = False
     num_rows: int = 2
     row_length: int = 120
     max_document: int = 40
@@ -50,6 +52,8 @@ CASES = {
     "prompts": RoleCase(prompt_share=0.6),
     "prompts, two views": RoleCase(prompt_share=0.4, num_views=2, block_size=8),
     "tiny documents": RoleCase(max_document=3, block_size=2),
+    "split turns": RoleCase(has_split_turns=True),
+    "split turns, two views": RoleCase(num_views=2, block_size=8, has_split_turns=True),
 }
 
 
@@ -71,6 +75,9 @@ def _draw_row(case: RoleCase, generator: torch.Generator) -> Tensor:
         before += length
         answered = blocks[blocks - blocks[0] >= int(case.prompt_share * int(blocks[-1] - blocks[0] + 1))]
         parts = [(view, answered) for view in range(1, case.num_views + 1)]
+        if case.has_split_turns:
+            is_split = torch.rand(int(blocks[-1]) + 1, generator=generator) < 0.4
+            parts += [(view + case.num_views, answered[is_split[answered]]) for view in range(1, case.num_views + 1)]
         if case.has_clean:
             parts.append((0, blocks[blocks < blocks[-1]] if case.is_pruned else blocks))
         row = torch.cat(

@@ -91,7 +91,7 @@ def measure(composed: Any) -> Measured:
         config = request.config
         corpus = _open(config, Corpus)
         corpus.verify()
-        check_corpus(config, corpus, request.names)
+        check_corpus(config, corpus, request.names, request.weights.sft)
         return request, open_target(request, VALIDATION, _earlier)
 
     timeout = composed.run.distributed_timeout_minutes
@@ -99,7 +99,8 @@ def measure(composed: Any) -> Measured:
     request, target = meeting.decide(decide)
     with measured_model(request, meeting) as model:
         corpus = _open(request.config, Corpus)
-        validation = evaluate(model.chunks, model.config, model.groups, corpus, list(request.names), model.device)
+        names, sft = list(request.names), request.weights.sft
+        validation = evaluate(model.chunks, model.config, model.groups, corpus, names, model.device, sft=sft)
     return Measured(request, target, validation)
 
 

@@ -120,6 +120,7 @@ class CheckpointMeta:
         position: how far it was trained.
         provenance: where it comes from.
         corpora: what its stage trains on; none for a converted model.
+        sft: how its stage trains chats, the fields of SftConfig; None where it does not.
     """
 
     model: Mapping[str, Any]
@@ -127,6 +128,7 @@ class CheckpointMeta:
     position: Position = field(default_factory=Position)
     provenance: Provenance = field(default_factory=Provenance)
     corpora: tuple[CorpusRecord, ...] = ()
+    sft: Mapping[str, Any] | None = None
 
     @property
     def is_diffusion(self) -> bool:
@@ -157,6 +159,7 @@ def read_meta(folder: Path) -> CheckpointMeta:
         position=_read_part(Position, content, place),
         provenance=_read_part(Provenance, content, place),
         corpora=_read_corpora(content.get("corpora", []), place),
+        sft=_read_sft(content.get("sft"), place),
     )
 
 
@@ -176,6 +179,12 @@ def _read_corpora(tables: Any, place: str) -> tuple[CorpusRecord, ...]:
     return tuple(read_fields(CorpusRecord, table, f"{place}corpora.{number}.") for number, table in enumerate(tables))
 
 
+def _read_sft(table: Any, place: str) -> Mapping[str, Any] | None:
+    if table is not None and not isinstance(table, dict):
+        raise ValueError(f"{place}sft ({table!r}) must be an object: the file is damaged; choose another.")
+    return table
+
+
 def _read_part(kind: type[T], content: Mapping[str, Any], place: str) -> T:
     """A part whose fields stand beside others in the file's outermost object."""
     names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
@@ -192,6 +201,7 @@ def write_meta(folder: Path, meta: CheckpointMeta) -> None:
         **asdict(meta.position),
         **provenance,
         **({"corpora": [asdict(corpus) for corpus in meta.corpora]} if meta.corpora else {}),
+        **({} if meta.sft is None else {"sft": dict(meta.sft)}),
     }
     write_json(folder / CONTRACT, content, sort_keys=True)
 

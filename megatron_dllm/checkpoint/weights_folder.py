@@ -7,10 +7,12 @@ from pathlib import Path
 
 from megatron_dllm.checkpoint.folder import is_hf_folder, resolve_checkpoint
 from megatron_dllm.checkpoint.stored_model import read_stored_model
-from megatron_dllm.config import ModelConfig
+from megatron_dllm.checkpoint.typed import read_fields
+from megatron_dllm.config import ModelConfig, SftConfig
 from megatron_dllm.hf.config_json import read_hf_config
 from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
+from megatron_dllm.run.names import CONTRACT
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class WeightsFolder:
         block_origin: where blocks begin to count; None where the folder does not say.
         precision: of the run that wrote it, if a run did.
         tokenizer: folder of the tokenizer, if there is one.
+        sft: how it was trained on chats; None where it was not, or the folder does not say.
     """
 
     folder: Path
@@ -38,6 +41,7 @@ class WeightsFolder:
     block_origin: str | None
     precision: str | None
     tokenizer: Path | None
+    sft: SftConfig | None = None
 
 
 def read_weights_folder(path: Path) -> WeightsFolder:
@@ -60,6 +64,7 @@ def read_weights_folder(path: Path) -> WeightsFolder:
         block_origin=semantics.block_origin,
         precision=stored.meta.provenance.precision,
         tokenizer=stored.tokenizer,
+        sft=None if stored.meta.sft is None else read_fields(SftConfig, stored.meta.sft, f"{path / CONTRACT}: sft."),
     )
 
 

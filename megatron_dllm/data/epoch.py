@@ -85,9 +85,24 @@ def check_chats(source: Source, geometry: RowGeometry, epoch: Epoch, stage: str)
             f"longer than schedule.context_length ({geometry.context_length}): it would be cut into answers without "
             f"their prompts; tokenize with --max_length {geometry.context_length}, or raise context_length."
         )
+    check_fits_a_row(source, geometry, epoch, stage)
+
+
+def check_fits_a_row(source: Source, geometry: RowGeometry, epoch: Epoch, what: str) -> None:
+    """Refuse chats that take more tokens than a row has, with the noisy blocks of their turns.
+
+    Args:
+        source: of the chats.
+        geometry: of the rows.
+        epoch: what one pass over the source comes to under this geometry.
+        what: has these rows, for the message.
+
+    Raises:
+        ValueError: naming the document, and what to do.
+    """
     if epoch.largest_cost > geometry.row_length:
         raise ValueError(
             f"schedule.row_length ({geometry.row_length}) must hold document {epoch.costliest} of corpus "
-            f"{source.name}, which takes {epoch.largest_cost} tokens in {stage} with the noisy blocks of its turns; "
+            f"{source.name}, which takes {epoch.largest_cost} tokens in {what} with the noisy blocks of its turns; "
             f"raise row_length to {epoch.largest_cost}."
         )

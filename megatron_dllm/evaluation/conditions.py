@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from megatron_dllm.checkpoint.validation import Conditions
-from megatron_dllm.config import TrainConfig
+from megatron_dllm.config import SftConfig, TrainConfig
 from megatron_dllm.data.source import Source
 from megatron_dllm.diffusion.noise import NoiseSpec
 
@@ -13,17 +13,20 @@ from megatron_dllm.diffusion.noise import NoiseSpec
 SEED = 0
 
 
-def conditions_of(config: TrainConfig, corpus: Source, num_tokens: int) -> Conditions:
+def conditions_of(config: TrainConfig, corpus: Source, num_tokens: int, sft: SftConfig | None = None) -> Conditions:
     """The conditions of a measurement.
 
     Args:
         config: of the run that measures.
         corpus: held-out documents.
-        num_tokens: document tokens that are measured.
+        num_tokens: document tokens that are measured, those of the fill not counted.
+        sft: how chats lie in their rows; None: as they stand.
     """
     blocks = config.data.block_origin
     if blocks == "row":  # then the rows decide which tokens share a block
         blocks += f" of {config.schedule.tokens_per_row} tokens, packed by {config.data.packing_chunk}"
+    if sft is not None and corpus.spans is not None:
+        blocks += f", fill {sft.fill}, turns {sft.turn_boundary}"
     noise = {**asdict(NoiseSpec.for_validation()), "seed": SEED}
     return Conditions(
         corpus=corpus.fingerprint,

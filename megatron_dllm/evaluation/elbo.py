@@ -1,8 +1,9 @@
 """Validation: the ELBO of a held-out corpus at given block sizes, or the exact NLL of an AR model.
 
-The rows and the noise are the same for every checkpoint, so differences between checkpoints are
-differences between models. The mask count of each block is drawn evenly from 1..B, which estimates the
-ELBO over all noise levels without bias and with less variance than drawing t (see `diffusion.noise`).
+The rows and the noise are the same for every checkpoint, so differences between checkpoints are differences between
+models. Chats have the rows that they are trained in, with their fill and the boundaries of their turns; a token of the
+fill counts as one of an answer does. The mask count of each block is drawn evenly from 1..B, which estimates the ELBO
+over all noise levels without bias and with less variance than drawing t (see `diffusion.noise`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from megatron_dllm.checkpoint.validation import Validation
-from megatron_dllm.config import StageConfig, TrainConfig
+from megatron_dllm.config import SftConfig, StageConfig, TrainConfig
+from megatron_dllm.data.epoch import check_fits_a_row, measure_epoch
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, RowDataset
 from megatron_dllm.data.packing import RowStream
@@ -37,9 +39,16 @@ def validation_names(config: TrainConfig, stage: StageConfig) -> list[str]:
     return [AR] if stage.objective == AR else [str(size) for size in config.evaluation.block_sizes]
 
 
-def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:
-    """Rows of the evaluation called `name`: a block size, or "ar"."""
+def validation_geometry(config: TrainConfig, name: str, sft: SftConfig | None = None) -> RowGeometry:
+    """Rows of an evaluation.
+
+    Args:
+        config: of the run.
+        name: of the evaluation: a block size, or "ar".
+        sft: how chats are trained; None: as they stand.
+    """
     is_ar = name == AR
+    turned = None if is_ar else sft
     return RowGeometry(
         objective="ar" if is_ar else "block_diffusion",
         block_size=1 if is_ar else int(name),
@@ -48,14 +57,29 @@ def validation_geometry(config: TrainConfig, name: str) -> RowGeometry:
         num_views=0 if is_ar else 1,
         block_origin=config.data.block_origin,
         prune_clean=config.data.prune_clean,
+        fill="none" if turned is None else turned.fill,
+        turn_boundary="all" if turned is None else turned.turn_boundary,
     )
 
 
-def check_corpus(config: TrainConfig, corpus: Source, names: Iterable[str]) -> None:
-    """Raise ValueError where held-out documents are too few for the rows of an evaluation, naming it."""
+def check_corpus(config: TrainConfig, corpus: Source, names: Iterable[str], sft: SftConfig | None = None) -> None:
+    """Refuse held-out documents that an evaluation cannot measure.
+
+    Args:
+        config: of the run.
+        corpus: held-out documents.
+        names: of the evaluations.
+        sft: how chats are trained; None: as they stand.
+
+    Raises:
+        ValueError: they are too few for its rows, or one of them does not fit into a row; naming the evaluation.
+    """
     for name in names:
         try:
-            check_fills_a_row(corpus, validation_geometry(config, name))
+            geometry = validation_geometry(config, name, sft)
+            check_fills_a_row(corpus, geometry)
+            if sft is not None and corpus.spans is not None:
+                check_fits_a_row(corpus, geometry, measure_epoch(corpus, geometry), f"validation ({name})")
         except ValueError as error:
             raise ValueError(f"validation ({name}) cannot run: {error}") from None
 
@@ -68,6 +92,7 @@ def evaluate(
     names: list[str],
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
+    sft: SftConfig | None = None,
 ) -> Validation:
     """Measure the NLL bound of the local model on `evaluation.num_tokens` tokens of the corpus (a collective).
 
@@ -79,6 +104,7 @@ def evaluate(
         names: block sizes as text, or "ar". The first one is reported as the target.
         device: where to compute.
         must_stop: asked on all ranks between batches.
+        sft: how chats are trained; None: as they stand.
 
     Raises:
         EvaluationStopped: `must_stop` said so.
@@ -88,14 +114,15 @@ def evaluate(
     for name in names:
         elbo, count = 0.0, 0
         objective = validation_objective(name)
-        for step in _loader(config, groups, corpus, lengths, name, objective):
+        geometry = validation_geometry(config, name, sft)
+        for step in _loader(config, groups, corpus, lengths, geometry, objective):
             if must_stop():
                 raise EvaluationStopped
             scores = score_documents(chunks, step.micro_batches, device, groups, num_views=1)
             elbo, count = elbo + float(scores.means.sum()), count + int(scores.num_maskable.sum())
         nats[name] = -elbo / max(count, 1)
     target = 0 if names == [AR] else config.evaluation.block_sizes[0]
-    conditions = conditions_of(config, corpus, int(lengths.sum()))
+    conditions = conditions_of(config, corpus, int(lengths.sum()), sft)
     return Validation(nats, _bits_per_byte(nats, corpus), target, conditions)
 
 
@@ -128,15 +155,22 @@ def _count_rows(stream: RowStream, geometry: RowGeometry) -> int:
 
 
 def _loader(
-    config: TrainConfig, groups: Groups, corpus: Source, lengths: NDArray[np.int64], name: str, objective: Objective
+    config: TrainConfig,
+    groups: Groups,
+    corpus: Source,
+    lengths: NDArray[np.int64],
+    geometry: RowGeometry,
+    objective: Objective,
 ) -> BatchLoader:
-    geometry = validation_geometry(config, name)
     ranks = groups.data.size()
     rows = config.evaluation.micro_batch_size
     # As many micro-batches at a time as pipeline stages keep them busy, and virtual stages take no fewer; rows of
     # padding fill them up.
     num_micro_batches = config.parallel.pipeline_model_parallel_size
-    dataset = RowDataset(corpus, geometry, objective.noise, SEED, config.model.mask_token_id, config.model.pad_token_id)
+    model = config.model
+    dataset = RowDataset(
+        corpus, geometry, objective.noise, SEED, model.mask_token_id, model.pad_token_id, model.eos_token_id
+    )
     stream = RowStream(lengths, SEED, config.data.packing_chunk, shuffle=False, spans=corpus.spans)
     return BatchLoader(
         dataset,

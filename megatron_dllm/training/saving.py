@@ -139,6 +139,7 @@ class Saver:
                 source=self.source,
             ),
             self.corpora[stage.name],
+            None if stage.config.sft is None else asdict(stage.config.sft),
         )
 
 

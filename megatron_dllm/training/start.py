@@ -189,8 +189,8 @@ def check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources
     check_not_exhausted(config, sources)
     if held_out is None:
         return
-    names = dict.fromkeys(name for stage in schedule.stages for name in validation_names(config, stage.config))
-    check_corpus(config, held_out, names)
+    for stage in schedule.stages:
+        check_corpus(config, held_out, validation_names(config, stage.config), stage.config.sft)
 
 
 def _check_pairs(stage: Stage, source: Source) -> None:

@@ -59,6 +59,7 @@ class Validator:
                 names,
                 self.device,
                 lambda: self.stop.agreed(self.device),
+                stage.config.sft,
             )
         except EvaluationStopped:
             return None

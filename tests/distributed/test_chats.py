@@ -21,7 +21,8 @@ from benchmarks.tiny_run import (
     train_here,
     train_ranks,
 )
-from megatron_dllm.config import CapConfig, CheckpointConfig, ParallelConfig, SftConfig, TrainConfig
+from megatron_dllm.checkpoint.validation import Validation, read_validation
+from megatron_dllm.config import CapConfig, CheckpointConfig, EvaluationConfig, ParallelConfig, SftConfig, TrainConfig
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 from megatron_dllm.run.names import METRICS
 
@@ -55,7 +56,9 @@ def config_of(folder: Path, name: str, layout: ParallelConfig | None = None) -> 
         ),
     )
     schedule = replace(config.schedule, row_length=160, stages={"sft": STAGE})
-    return replace(config, schedule=schedule, data=replace(config.data, packing_chunk=16))
+    data = replace(config.data, packing_chunk=16, validation=str(folder / "corpus"))
+    evaluation = EvaluationConfig(block_sizes=[STAGE.block_size], num_tokens=300)
+    return replace(config, schedule=schedule, data=data, evaluation=evaluation)
 
 
 def steps_of(config: TrainConfig) -> list[dict[str, Any]]:
@@ -87,6 +90,28 @@ def test_the_metrics_of_chats(one_rank_run: TrainConfig) -> None:
         assert step["confidence_loss"] > 0
 
 
+def _measure(checkpoint: Path, words: list[str]) -> Validation:
+    from megatron_dllm.evaluate import compose_words, measure
+
+    return measure(compose_words([f"checkpoint={checkpoint}", *words])).validation
+
+
+def test_a_checkpoint_is_measured_as_its_run_has_measured_it(one_rank_run: TrainConfig, tmp_path: Path) -> None:
+    """The chats in the rows of their training, with the fill: the checkpoint says how that was."""
+    checkpoint = max(checkpoints_of(one_rank_run).glob("step_*"))
+    words = [
+        f"data.validation={one_rank_run.data.validation}",
+        "evaluation.num_tokens=300",
+        f"output={tmp_path}/x.json",
+    ]
+    (found,) = run_ranks(_measure, 1, checkpoint, [*words, "schedule.row_length=160"], timeout_s=300.0)
+    expected = read_validation(checkpoint)
+    assert expected is not None and expected.conditions is not None
+    assert expected.conditions.blocks == "document, fill eos, turns split_views"
+    assert found.difference(expected) == ""
+    assert found.nats_per_token["8"] == pytest.approx(expected.nats_per_token["8"], rel=1e-6)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_what_one_rank_trains(name: str, one_rank_run: TrainConfig) -> None:
     folder = Path(one_rank_run.run.root).parent
@@ -98,6 +123,11 @@ def test_a_layout_trains_what_one_rank_trains(name: str, one_rank_run: TrainConf
         assert found[0][key] == pytest.approx(expected[0][key], rel=1e-5), key
         assert found[-1][key] == pytest.approx(expected[-1][key], rel=1e-3), key
     assert [step["data_fingerprint"] for step in found] == [step["data_fingerprint"] for step in expected]
+    measured, by_one_rank = (
+        [record["validation_elbo/8"] for record in read_metrics(c) if "validation" in record]
+        for c in (config, one_rank_run)
+    )
+    assert measured == pytest.approx(by_one_rank, rel=1e-3) and len(measured) == 2
 
 
 def test_a_run_that_is_stopped_in_an_epoch_ends_with_the_same_bits(one_rank_run: TrainConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.random_roles import draw_inputs
 from megatron_dllm.config import (
     CapConfig,
+    DataConfig,
     DecodingConfig,
+    EvaluationConfig,
     ModelConfig,
     NoiseConfig,
     ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
     SftConfig,
     StageConfig,
+    TrainConfig,
 )
+from megatron_dllm.config.sft import TURN_BOUNDARIES
 from megatron_dllm.data.batch import Batch, collate
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import RowDataset
@@ -28,11 +36,15 @@ from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.diffusion.noise import NoiseSpec
 from megatron_dllm.diffusion.roles import VIEW
+from megatron_dllm.evaluation.conditions import SEED
+from megatron_dllm.evaluation.elbo import evaluate
+from megatron_dllm.model.attention.backends import Backend
 from megatron_dllm.model.objective import objective_of
 from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.training.replay import replay_step
 from tests.reference_model import random_weights, tiny_model, to_megatron
+from tests.unit.model.attention.test_backends import BACKENDS, expected_results, greatest_error, results
 
 MODEL = tiny_model()
 EOS, MASK = MODEL.eos_token_id, MODEL.mask_token_id
@@ -59,6 +71,7 @@ class Chats:
     turns: list[list[tuple[int, int]]]
     changed_from: int | None = None
     name: str = "chats"
+    fingerprint: str = "chats"
     num_bytes: None = None
 
     @property
@@ -101,7 +114,13 @@ def built(one_rank: None) -> Any:
 
 
 def rows(
-    source: Chats, stage: StageConfig, documents: list[int], seed: int = 7, row_length: int = 800, **geometry: Any
+    source: Chats,
+    stage: StageConfig,
+    documents: list[int],
+    seed: int = 7,
+    row_length: int = 800,
+    noise: NoiseSpec | None = None,
+    **geometry: Any,
 ) -> Batch:
     """The documents in one row, each in the place of the epoch that its number gives."""
     rules = RowGeometry(
@@ -114,7 +133,7 @@ def rows(
         turn_boundary=stage.sft.turn_boundary,
         **geometry,
     )
-    dataset = RowDataset(source, rules, NoiseSpec.for_stage(NoiseConfig(), stage), seed, MASK, 93, EOS)
+    dataset = RowDataset(source, rules, noise or NoiseSpec.for_stage(NoiseConfig(), stage), seed, MASK, 93, EOS)
     lengths = source.document_lengths
     segments = np.array([[document, 0, lengths[document], document] for document in documents])
     return collate([dataset[RowPlan(segments, 0)]])
@@ -323,3 +342,44 @@ def test_a_chat_that_is_learned_by_heart_is_answered_and_ended(one_rank: None) -
     found = decode(CachedForward(model), tokens[:5], DecodingConfig(threshold=0.9, max_new_tokens=40), contract)
     assert found.stop_reason == "eos" and found.generated_ids == [*tokens[5:], EOS]
     assert len(found.steps_per_block) == 4 and found.steps_per_block[-1] <= max(found.steps_per_block[:-1])
+
+
+@pytest.mark.parametrize("boundary", ["split_views", "mask_later"])
+@torch.no_grad()
+def test_a_validation_measures_chats_in_the_rows_of_training(built: Any, boundary: str) -> None:
+    """Each chat alone in its row, its fill and turns as the stage says, under the noise of a validation."""
+    source, size, sft = Chats(TURNS), PAIR.block_size, SftConfig(turn_boundary=boundary)
+    stage = replace(PAIR, num_views=1, view_relation="independent", sft=sft)
+    config = TrainConfig(
+        run=RunConfig(name="test"),
+        model=MODEL,
+        data=DataConfig(train="chats", packing_chunk=4),
+        schedule=ScheduleConfig(context_length=64, row_length=800, stages={"sft": stage}),
+        evaluation=EvaluationConfig(block_sizes=[size], num_tokens=10_000),
+    )
+    expected = 0.0
+    num_supervised = 0
+    for document in range(len(TURNS)):
+        batch = rows(source, stage, [document], SEED, noise=NoiseSpec.for_validation())
+        expected += float((built(batch).nll.double() * batch.loss_weights).sum())
+        num_supervised += int(batch.num_maskable)
+    found = evaluate([built], config, Groups.current(), source, [str(size)], torch.device("cpu"), sft=sft)
+    assert found.nats_per_token[str(size)] == pytest.approx(expected / num_supervised, rel=1e-6)
+    assert found.conditions is not None
+    assert found.conditions.blocks == f"document, fill eos, turns {boundary}"
+    if boundary == "split_views":
+        ends = [np.cumsum([part for turn in turns for part in turn])[1::2] for turns in TURNS]
+        answers = sum(answer for turns in TURNS for _, answer in turns)
+        assert num_supervised == answers + sum(int((-stops % size).sum()) for stops in ends)
+    plain = evaluate([built], config, Groups.current(), source, [str(size)], torch.device("cpu"))
+    assert plain.nats_per_token != found.nats_per_token and plain.difference(found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("boundary", TURN_BOUNDARIES)
+def test_every_attention_backend_computes_the_rows_of_chats(backend: Backend, boundary: str) -> None:
+    roles = rows(Chats(TURNS), replace(PAIR, sft=SftConfig(turn_boundary=boundary)), [0, 1, 2, 3], row_length=400).roles
+    assert (int(roles[..., VIEW].max()) > PAIR.num_views) == (boundary == "split_views")
+    inputs, grad = draw_inputs(roles, roles)
+    found, expected = (compute(inputs, grad, roles, roles) for compute in (partial(results, backend), expected_results))
+    assert greatest_error(found, expected) < 1e-12
