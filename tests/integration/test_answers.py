@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_dllm.config import GenerateConfig
+from megatron_dllm.evaluation.answer_pairs import main as make_pairs
 from megatron_dllm.evaluation.answer_scores import TaskScore, read_answer_scores
 from megatron_dllm.evaluation.answers import main
 from megatron_dllm.generate import generate
@@ -76,3 +78,27 @@ def test_what_is_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=re.escape(message)):
             main(["--checkpoint", str(run), "--chats", chats, "--output", output, *words])
     assert not Path(output).exists()
+
+
+def test_pairs_of_sampled_answers_come_from_the_command_line(run: Path, tmp_path: Path) -> None:
+    chats = write_chats(tmp_path / "chats.jsonl", ["x"] * len(QUESTIONS))
+    config = GenerateConfig(checkpoint=str(run), chats_file=str(chats), threshold=0.9, max_new_tokens=12)
+    sampled = [generate(replace(config, temperature=1.0, seed=5 + 6 * number)) for number in (0, 1)]
+    # What is said to the third question in the second round is called right; no other answer is.
+    known = sampled[1][2].text.strip()
+    assert known and known != sampled[0][2].text.strip() and sampled[0][2].text.strip()
+    chats = write_chats(chats, ["x", "x", known, "x", "x", "x"])
+    output = tmp_path / "pairs.jsonl"
+    words = ["--checkpoint", str(run), "--chats", str(chats), "--output", str(output), "--max_new_tokens", "12"]
+    assert make_pairs([*words, "--num_samples", "2", "--seed", "5", "--batch_size", "4"]) == 0
+    (pair,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert pair == {
+        "prompt": [{"role": "user", "content": QUESTIONS[2]}],
+        "chosen": sampled[1][2].text,
+        "rejected": sampled[0][2].text,
+        "task": "task 0",
+    }
+    with pytest.raises(ValueError, match="exists; nothing is overwritten"):
+        make_pairs(words)
+    with pytest.raises(ValueError, match=r"temperature \(0\.0\) must be positive"):
+        make_pairs([*words, "--temperature", "0"])
