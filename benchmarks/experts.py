@@ -10,7 +10,7 @@ the ways take turns, and the shortest repetition counts. Memory on CPU counts th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,14 @@ def draw_sizes(num_experts: int, rows: int, busiest: float) -> Tensor:
     return sizes
 
 
-def padded_experts(
-    rows: Tensor, probs: Tensor, sizes: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]
-) -> Tensor:
+def padded_experts(rows: Tensor, probs: Tensor, sizes: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The experts as one batch, each padded to the busiest: [m, h]."""
     expert = torch.arange(len(sizes), device=rows.device).repeat_interleave(sizes)
     place = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[expert]
     slots = expert * int(sizes.max()) + place
     padded = rows.new_zeros(len(sizes) * int(sizes.max()), rows.shape[1]).index_copy(0, slots, rows)
-    gate, up = torch.bmm(padded.view(len(sizes), -1, rows.shape[1]), torch.stack(list(first)).transpose(1, 2)).chunk(
-        2, dim=-1
-    )
-    out = torch.bmm(F.silu(gate) * up, torch.stack(list(second)).transpose(1, 2))
+    gate, up = torch.bmm(padded.view(len(sizes), -1, rows.shape[1]), first.transpose(1, 2)).chunk(2, dim=-1)
+    out = torch.bmm(F.silu(gate) * up, second.transpose(1, 2))
     return out.flatten(0, 1)[slots] * probs
 
 
@@ -90,17 +86,31 @@ def build_experts(num_experts: int, hidden: int, inner: int, precision: str) -> 
     return built.decoder.layers[0].mlp.experts
 
 
+def sequential_like(experts: Any) -> Any:
+    """megatron-core's SequentialMLP of the same weights, whose gradients come to those of the two parameters."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+    layers = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    built = SequentialMLP(len(experts.weight1), experts.config, layers, get_default_pg_collection())
+    for expert, first, second in zip(built.local_experts, experts.weight1, experts.weight2, strict=True):
+        for layer, weight in ((expert.linear_fc1, first), (expert.linear_fc2, second)):
+            del layer.weight
+            layer.weight = weight
+    return built
+
+
 def ways_of(experts: Any, rows: Tensor, sizes: Tensor, probs: Tensor) -> dict[str, Callable[[], Tensor]]:
     """Name -> forward pass, the base of the ratios first."""
-    from megatron.core.transformer.moe.experts import SequentialMLP
-
     from megatron_dllm.model.experts import grouped_experts
 
-    first = [expert.linear_fc1.weight for expert in experts.local_experts]
-    second = [expert.linear_fc2.weight for expert in experts.local_experts]
+    first, second = experts.weight1, experts.weight2
+    sequential = sequential_like(experts)
     factor = probs.unsqueeze(-1)
     return {
-        "SequentialMLP": lambda: SequentialMLP.forward(experts, rows, sizes, probs)[0],
+        "SequentialMLP": lambda: sequential(rows, sizes, probs)[0],
         "ours": lambda: experts(rows, sizes, probs)[0],
         "grouped product": lambda: grouped_experts(rows, factor, sizes, first, second),
         "padded": lambda: padded_experts(rows, factor, sizes, first, second),

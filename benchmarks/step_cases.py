@@ -6,7 +6,7 @@ the logits of every token, a whole clean copy of every document, one clean copy 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +231,17 @@ def build(model: ModelConfig, variant: Variant, layout: ParallelConfig, has_atte
         if hasattr(module, "_maintain_float32_expert_bias"):
             module._maintain_float32_expert_bias()
     return built.train()
+
+
+def with_experts_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by parameter name, those of joined experts [e, ...] also under each expert's name in SequentialMLP."""
+    result = dict(tensors)
+    for name, tensor in tensors.items():
+        prefix, _, number = name.rpartition(".weight")
+        if prefix.endswith(".mlp.experts"):
+            for expert, part in enumerate(tensor):
+                result[f"{prefix}.local_experts.{expert}.linear_fc{number}.weight"] = part
+    return result
 
 
 def loss_of(built: Any, batch: Batch, variant: Variant) -> Tensor:

@@ -28,6 +28,7 @@ from benchmarks.step_cases import (
     model_config,
     needed_flops,
     step,
+    with_experts_apart,
 )
 from megatron_dllm.config import ParallelConfig, RunConfig
 from megatron_dllm.data.context_shard import take_context_shard
@@ -86,11 +87,11 @@ def _prepare(
 
 
 def _share_parameters(built: Any, first: Any) -> None:
-    """Let `built` use the weights and gradients of `first`."""
-    own = dict(built.named_parameters())
-    for name, parameter in first.named_parameters():
-        own[name].data = parameter.data
-        own[name].grad = parameter.grad
+    """Let `built` use the weights and gradients of `first`, whether its experts are modules of their own or not."""
+    data = with_experts_apart({name: parameter.data for name, parameter in first.named_parameters()})
+    grads = with_experts_apart({name: parameter.grad for name, parameter in first.named_parameters()})
+    for name, parameter in built.named_parameters():
+        parameter.data, parameter.grad = data[name], grads[name]
 
 
 def _allocate_gradients(built: Any) -> None:

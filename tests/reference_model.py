@@ -200,10 +200,12 @@ def to_megatron(model: ModelConfig, weights: Weights) -> Weights:
             continue
         result[target + "mlp.router.weight"] = weights[source + "mlp.gate.weight"]
         result[target + "mlp.router.expert_bias"] = weights[source + "mlp.gate.expert_bias"]
-        for expert in range(model.num_moe_experts):
-            result |= _mlp_to_megatron(
-                weights, f"{source}mlp.experts.{expert}.", f"{target}mlp.experts.local_experts.{expert}."
-            )
+        experts = [
+            _mlp_to_megatron(weights, f"{source}mlp.experts.{expert}.", "") for expert in range(model.num_moe_experts)
+        ]
+        for number in (1, 2):
+            joined = torch.stack([expert[f"linear_fc{number}.weight"] for expert in experts])
+            result[f"{target}mlp.experts.weight{number}"] = joined
         if model.moe_shared_expert_intermediate_size:
             result |= _mlp_to_megatron(weights, source + "mlp.shared_experts.", target + "mlp.shared_experts.")
     return result

@@ -1,8 +1,9 @@
-"""All experts of a rank at once: SequentialMLP's parameters and checkpoints, without a module call per expert.
+"""All experts of a rank at once, their weights in two parameters: SequentialMLP's checkpoints without its modules.
 
 The tokens arrive sorted by expert. Either one grouped matrix product serves all of them, or each expert that has
-tokens computes its rows, written into place: the grouped product wants the weights in one tensor, which often costs
-more than it gains (`model.paths` decides).
+tokens computes its rows, written into place (`model.paths` decides). The products want the weights of all experts in
+one tensor, and everything that is done once a parameter (gradients, their sums over micro-batches, the optimizer) is
+done twice a layer here, not twice for each of some hundred experts.
 """
 
 from __future__ import annotations
@@ -12,33 +13,39 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
 # The module, not its functions: without CUDA `host` replaces the compiled ones, whoever imported this before.
 from megatron.core.fusions import fused_bias_swiglu
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
-from torch import Tensor
-
-from megatron_dllm.model.weights import weight_of
+from torch import Tensor, nn
 
 
-class BatchedExperts(SequentialMLP):
-    """SequentialMLP (gated SiLU, no bias) whose forward pass computes its experts together.
+class BatchedExperts(MegatronModule):
+    """Experts (gated SiLU, no bias) that are computed together.
 
     Attributes:
+        weight1: [e, 2f, h] the first layers of the local experts: gates, then what they gate.
+        weight2: [e, h, f] their second layers.
         is_grouped: by one grouped product, else one expert after the other.
     """
 
-    def __init__(self, *args: Any, is_grouped: bool, **kwargs: Any) -> None:
-        """Take SequentialMLP's arguments, and how to compute."""
-        super().__init__(*args, **kwargs)
-        self.is_grouped = is_grouped
-        config = self.config
+    def __init__(self, num_local_experts: int, config: Any, *args: Any, is_grouped: bool, **kwargs: Any) -> None:
+        """Take SequentialMLP's arguments, whose first weights these are, and how to compute."""
+        super().__init__(config=config)
+        built = SequentialMLP(num_local_experts, config, *args, **kwargs)
         assert config.gated_linear_unit and config.activation_func is F.silu and not config.add_bias_linear, (
             "BatchedExperts computes gated SiLU without bias"
         )
         assert not (config.fp8 or config.fp4 or config.moe_apply_probs_on_input), (
             "BatchedExperts has neither fp8 nor probabilities on its input"
         )
+        self.weight1 = _joined([expert.linear_fc1.weight for expert in built.local_experts])
+        self.weight2 = _joined([expert.linear_fc2.weight for expert in built.local_experts])
+        self.is_grouped = is_grouped
+        self.ep_group, self.tp_group, self.dp_group = built.ep_group, built.tp_group, built.dp_group
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
@@ -54,31 +61,62 @@ class BatchedExperts(SequentialMLP):
             [m, h] outputs (partial sums where the experts are split over tensor ranks), and no bias.
         """
         hidden, probs = permuted_local_hidden_states, permuted_probs.unsqueeze(-1)
-        first = [weight_of(expert.linear_fc1) for expert in self.local_experts]
-        second = [weight_of(expert.linear_fc2) for expert in self.local_experts]
         if self.is_grouped:
-            return grouped_experts(hidden, probs, tokens_per_expert, first, second), None
-        return _SectionExperts.apply(hidden, probs, tokens_per_expert.tolist(), *first, *second), None
+            return grouped_experts(hidden, probs, tokens_per_expert, self.weight1, self.weight2), None
+        return _SectionExperts.apply(hidden, probs, tokens_per_expert.tolist(), self.weight1, self.weight2), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[tuple[int, int, int], ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """The two weights under the names and in the shapes that SequentialMLP's have in a checkpoint."""
+        axis = len(sharded_offsets)
+        expert = (axis, self.ep_group.rank(), self.ep_group.size())
+        rank, size = self.tp_group.rank(), self.tp_group.size()
+        replica = (0, 0, self.dp_group.rank())
+
+        def part(key: str, tensor: Tensor, tensor_axis: int, number: int, of: int, replica_id: Any) -> ShardedTensor:
+            place = (axis + tensor_axis, number, of)
+            return ShardedTensor.from_rank_offsets(
+                key, tensor, *sharded_offsets, expert, place, replica_id=replica_id, prepend_axis_num=axis
+            )
+
+        def split(key: str, weight: Tensor, replica_id: Any, _: Any) -> list[ShardedTensor]:
+            # Each tensor rank holds a part of the gates and the same part of what they gate.
+            gates, ups = weight.chunk(2, dim=1)
+            return [part(key, t, 1, rank + i * size, 2 * size, replica_id) for i, t in enumerate((gates, ups))]
+
+        first, second = (f"{prefix}experts.linear_fc{number}.weight" for number in (1, 2))
+        join = torch.no_grad()(lambda halves: torch.cat(halves, dim=1))
+        return {
+            f"{prefix}weight1": ShardedTensorFactory(first, self.weight1, split, join, replica),
+            f"{prefix}weight2": part(second, self.weight2, 2, rank, size, replica),
+        }
 
 
-def grouped_experts(
-    rows: Tensor, probs: Tensor, sizes: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]
-) -> Tensor:
+def _joined(weights: Sequence[nn.Parameter]) -> nn.Parameter:
+    """One parameter [e, ...] of e weights [...], with the marks that megatron-core's layers put on each."""
+    joined = nn.Parameter(torch.stack([weight.data for weight in weights]))
+    for name, mark in vars(weights[0]).items():
+        setattr(joined, name, mark + 1 if name == "partition_dim" else mark)
+    return joined
+
+
+def grouped_experts(rows: Tensor, probs: Tensor, sizes: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Every token through its expert by one grouped product for each of the two layers.
 
     Args:
         rows: [m, h] tokens sorted by expert.
         probs: [m, 1] factor on each token's output.
         sizes: [e] tokens of each expert.
-        first: e weights [2f, h].
-        second: e weights [h, f].
+        first: [e, 2f, h].
+        second: [e, h, f].
 
     Returns:
         [m, h].
     """
     ends = sizes.to(rows.device, non_blocking=True).cumsum(0).int()
-    inner = fused_bias_swiglu.weighted_bias_swiglu_impl(_GroupedProduct.apply(rows, ends, *first), None, probs)
-    return _GroupedProduct.apply(inner, ends, *second)
+    inner = fused_bias_swiglu.weighted_bias_swiglu_impl(_GroupedProduct.apply(rows, ends, first), None, probs)
+    return _GroupedProduct.apply(inner, ends, second)
 
 
 class _SectionExperts(torch.autograd.Function):
@@ -88,28 +126,24 @@ class _SectionExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, probs: Tensor, sizes: list[int], *weights: Tensor) -> Tensor:
-        first, second = weights[: len(sizes)], weights[len(sizes) :]
-        inner = rows.new_empty(rows.shape[0], first[0].shape[0])
-        out = rows.new_empty(rows.shape[0], second[0].shape[0])
+    def forward(ctx: Any, rows: Tensor, probs: Tensor, sizes: list[int], first: Tensor, second: Tensor) -> Tensor:
+        inner = rows.new_empty(rows.shape[0], first.shape[1])
+        out = rows.new_empty(rows.shape[0], second.shape[1])
         sections = zip(*(tensor.split(sizes) for tensor in (rows, probs, inner, out)), strict=True)
         for up, down, (part, factor, inner_part, out_part) in zip(first, second, sections, strict=True):
             if len(part):
                 torch.mm(part, up.t(), out=inner_part)
                 torch.mm(fused_bias_swiglu.weighted_swiglu(inner_part, factor), down.t(), out=out_part)
-        ctx.save_for_backward(rows, probs, inner, *weights)
+        ctx.save_for_backward(rows, probs, inner, first, second)
         ctx.sizes = sizes
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, probs, inner, *weights = ctx.saved_tensors
+        rows, probs, inner, first, second = ctx.saved_tensors
         sizes = ctx.sizes
-        first, second = weights[: len(sizes)], weights[len(sizes) :]
         grad_rows, grad_probs = torch.empty_like(rows), torch.empty_like(probs)
-        # A tensor for every weight, of zeros where an expert had no token: the data-parallel wrapper waits for all.
-        grad_first = rows.new_empty(len(sizes), *first[0].shape)
-        grad_second = rows.new_empty(len(sizes), *second[0].shape)
+        grad_first, grad_second = torch.empty_like(first), torch.empty_like(second)
         sections = zip(
             *(tensor.split(sizes) for tensor in (rows, probs, inner, grad, grad_rows, grad_probs)), strict=True
         )
@@ -126,25 +160,20 @@ class _SectionExperts(torch.autograd.Function):
             to_probs.copy_(grad_factor)
             torch.mm(grad_inner, up, out=to_rows)
             torch.mm(grad_inner.t(), part, out=grad_up)
-        return grad_rows, grad_probs, None, *grad_first.unbind(0), *grad_second.unbind(0)
+        return grad_rows, grad_probs, None, grad_first, grad_second
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Rows [m, k] in sections that end at `ends` [e] int32 (on the device), each times its weight [n, k] transposed.
-
-    The kernel wants all weights in one tensor. It is put together in both directions and kept in neither:
-    kept, it would be a second copy of the model.
-    """
+    """Rows [m, k] in sections that end at `ends` [e] int32 (on the device), times weights [e, n, k] transposed."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, ends, *weights)
-        return F.grouped_mm(rows.contiguous(), torch.stack(weights).transpose(1, 2), offs=ends)
+    def forward(ctx: Any, rows: Tensor, ends: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, ends, weight)
+        return F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, ends, *weights = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        rows, ends, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_rows = F.grouped_mm(grad, torch.stack(weights), offs=ends)
-        grad_weights = F.grouped_mm(grad.t(), rows.contiguous(), offs=ends)
-        return grad_rows, None, *grad_weights.unbind(0)
+        grad_rows = F.grouped_mm(grad, weight, offs=ends)
+        return grad_rows, None, F.grouped_mm(grad.t(), rows.contiguous(), offs=ends)
