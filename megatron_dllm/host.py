@@ -205,9 +205,11 @@ def _give_split_sizes_as_lists() -> None:
 def quiet_libraries() -> None:
     """Keep the engine's notes to its own developers off a user's terminal. For entry points, before they import it.
 
-    What they say is that optional packages are not installed and that torch functions will be renamed; errors and
-    this project's own warnings still show.
+    What they say is that optional packages are not installed, that torch functions will be renamed and that a barrier
+    uses the rank's device; errors and this project's own warnings still show.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"contextlib")
+    # megatron-core's own barriers; each rank has chosen its device before.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")

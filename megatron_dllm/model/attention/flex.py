@@ -276,7 +276,7 @@ def check_gradients(
     # products in TF32, which would change what a run computes, are off by a hundred times as much.
     tolerance = max(8 * torch.finfo(dtype).eps, FP32_TOLERANCE)
     for name, got, want in pairs:
-        error = float((got.double() - want).norm() / want.norm())
+        error = float((got.double() - want).detach().norm() / want.detach().norm())
         if not error < tolerance:
             raise RuntimeError(
                 f"attention_backend (flex): {name} is off by {error:.1e} on {device}, at most "
