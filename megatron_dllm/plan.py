@@ -2,6 +2,7 @@
 
     python -m megatron_dllm.plan experiment=NAME cluster=NAME nodes=N [key=value ...]
     python -m megatron_dllm.plan experiment=NAME cluster=NAME nodes=N search=true [max_gpus=N] [objective=cost]
+    python -m megatron_dllm.plan cluster=NAME calibrate=[RUN, ...]
 
 Nothing is started and no GPU is needed. Keys are those of a training run. With data.train the corpora are read as a
 start of the run reads them, and its rows are those that are packed; without, documents are assumed to be
@@ -34,6 +35,8 @@ from omegaconf import MISSING, OmegaConf
 from megatron_dllm.checkpoint.brought import fill, open_model
 from megatron_dllm.compose import compose_dict, to_train_config
 from megatron_dllm.config import EvaluationConfig
+from megatron_dllm.config.assumptions import AssumptionsConfig
+from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.config.plan import PlanConfig
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
@@ -132,6 +135,8 @@ def run(words: Sequence[str]) -> int:
         ValueError: a value that cannot work, or a plan that does not fit.
     """
     composed = compose_words(words)
+    if composed.calibrate is not None:
+        return _calibrate(composed)
     config, has_corpora = read_config(composed)
     if config.output is not None:
         check(not Path(config.output).exists(), f"output ({config.output}) exists; name a folder that does not.")
@@ -145,6 +150,28 @@ def run(words: Sequence[str]) -> int:
         _write(config, plan, cluster, options)
     if not plan.fits:
         raise ValueError(f"{shortfall(plan)}; {remedy(config, setting, work, options)}")
+    return 0
+
+
+def _calibrate(composed: Any) -> int:
+    """Fit the constants to runs, whose own configurations count; the cluster and the assumptions are the command's.
+
+    Raises:
+        ValueError: hardware that is not known, or a folder that is no run.
+    """
+    from megatron_dllm.planning.calibration import calibrate
+    from megatron_dllm.planning.calibration_screen import calibration_screen
+    from megatron_dllm.planning.observed import read_observations
+
+    cluster, assumptions = (OmegaConf.to_object(composed[name]) for name in ("cluster", "assumptions"))
+    assert isinstance(cluster, ClusterConfig) and isinstance(assumptions, AssumptionsConfig), "as the schema says"
+    cluster.validate()
+    cluster.hardware.check_known()
+    assumptions.validate()
+    folders = [str(folder) for folder in composed.calibrate]
+    observations = read_observations(folders, cluster, assumptions)
+    name = "+".join(Path(folder).name for folder in folders)
+    print(calibration_screen(calibrate(observations, assumptions, name)))
     return 0
 
 

@@ -11,15 +11,19 @@ _SHARES = ("product_efficiency", "attention_efficiency", "memory_efficiency", "l
 
 @dataclass
 class AssumptionsConfig:
-    """Constants of the planner's time and memory. None of the defaults was measured on this program."""
+    """Constants of the planner's time and memory; `calibrate=[RUN, ...]` fits the first three to runs of one's own.
+
+    The defaults of the three, and the interval, are those of published runs of other programs
+    (benchmarks/results/planner.md); the other constants are assumed. None was measured on this program.
+    """
 
     # Share of a GPU's rated products that matrix products reach.
-    product_efficiency: float = 0.7
+    product_efficiency: float = 0.83
     # Time in which the host starts the kernels of one layer, forward and backward pass of a micro-batch, in ms: a stage
     # cannot be faster, however small its products.
-    host_ms_per_layer: float = 5.0
+    host_ms_per_layer: float = 8.6
     # Share of the rated bandwidth of links that collectives reach.
-    link_efficiency: float = 0.65
+    link_efficiency: float = 0.7
     # Share of a GPU's rated products that attention reaches.
     attention_efficiency: float = 0.4
     # Share of the rated bandwidth of a GPU's memory that small operations and the optimizer reach.
@@ -31,9 +35,9 @@ class AssumptionsConfig:
     # Share of a GPU's memory beyond which a plan does not fit.
     memory_limit: float = 0.97
     # Step times are shown as an interval: from so many times the prediction ...
-    interval_low: float = 0.75
+    interval_low: float = 0.65
     # ... to so many times.
-    interval_high: float = 1.3
+    interval_high: float = 1.45
     # Tokens of a document where no corpus is given; null: context_length of the schedule.
     document_length: int | None = None
     # Name of the run that the constants were fitted to; null: none.

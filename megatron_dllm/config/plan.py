@@ -28,6 +28,8 @@ class PlanKeys:
     objective: str = "time"
     # Constants of the prediction.
     assumptions: AssumptionsConfig = field(default_factory=AssumptionsConfig)
+    # Folders of runs whose metrics the constants are fitted to, instead of a plan; null: a plan.
+    calibrate: list[str] | None = None
     # Folder for plan.json and the picture, which must not exist yet; null: only the screen.
     output: str | None = None
 

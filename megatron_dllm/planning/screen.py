@@ -132,7 +132,7 @@ def source_lines(plan: RunPlan) -> list[str]:
     """Where the numbers come from."""
     assumed = plan.setting.machine.assumptions
     rows = "; ".join(dict.fromkeys(stage.work.row.source for stage in plan.stages))
-    fitted = f"calibrated on {assumed.calibrated_on}" if assumed.calibrated_on else "not calibrated"
+    fitted = f"calibrated on {assumed.calibrated_on}" if assumed.calibrated_on else "not calibrated: calibrate=[RUN]"
     attention, memory = assumed.attention_efficiency, assumed.memory_efficiency
     return [
         f"rows: {rows}",

@@ -12,6 +12,7 @@ from megatron_dllm.compose import RECIPES
 from megatron_dllm.plan import compose_words, gpu_counts, main, read_config, run
 from megatron_dllm.planning.run_plan import plan_run, setting_of
 from megatron_dllm.planning.work import assumed_work
+from tests.unit.planning.made_run import write_run
 
 MINI = ["experiment=llada2_mini", "cluster=h100x8"]
 FLASH = ["experiment=llada2_flash", "cluster=h100x8", "nodes=8"]
@@ -102,6 +103,8 @@ BAD = [
     (["search=true", "schedule.stages.stable.world_size=8"], "stages"),
     (["output=/"], r"output \(/\) exists"),
     (["experiment=sft"], "checkpoint.load"),
+    (["calibrate=[/nowhere]"], r"calibrate \(/nowhere\) must name folders of runs"),
+    (["cluster=laptop", "calibrate=[/nowhere]"], r"cluster.hardware.memory_gb \(0\) must be known"),
 ]
 
 
@@ -111,6 +114,17 @@ def test_a_wrong_value_ends_in_one_sentence(words: list[str], says: str) -> None
     with pytest.raises(ValueError, match=says) as caught:
         run([*MINI, *words])
     assert "\n" not in str(caught.value)
+
+
+def test_calibration_ends_with_words_that_a_plan_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "mine")
+    assert main(["cluster=h100x8", f"calibrate=[{tmp_path / 'mine'}]"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^mine one +3\.000 ", text, re.MULTILINE) and "left out" in text
+    (words,) = re.findall(r"^plan with: (.*)$", text, re.MULTILINE)
+    config, _ = read_config(compose_words([*MINI, *words.split()]))
+    assert config.assumptions.calibrated_on == "mine"
+    assert config.assumptions.host_ms_per_layer > 9.0, "steps of seconds for a tiny model"
 
 
 def test_a_search_takes_numbers_of_nodes_that_halve_or_third() -> None:

@@ -18,11 +18,12 @@ from tests.unit.planning.setting import setting_for
 BF16 = ParallelConfig(precision="bf16")
 DENSE = model_config(num_moe_experts=0, moe_shared_expert_intermediate_size=0, num_layers=4, num_dense_layers=0)
 MOE = model_config(num_layers=4, num_dense_layers=0)
+SHARES = dict(product_efficiency=0.7, link_efficiency=0.65, host_ms_per_layer=0.0)
 LINKS = Links(node=100.0, network=10.0, gpus_per_node=8)
 
 
 def _time(layout: ParallelConfig, num_gpus: int, model=DENSE, setting: Setting | None = None, **batch: int) -> StepTime:
-    setting = setting or setting_for(train_config(model=model), host_ms_per_layer=0.0)
+    setting = setting or setting_for(train_config(model=model), **SHARES)
     stage = stage_config(objective="ar", global_batch_size=batch.get("rows", 16))
     row = RowContent(4096, 4096.0, 4096.0, 1e6, "")
     return plan_stage(setting, StageWork("one", stage, row, 10**6), Candidate(layout, num_gpus)).time
@@ -67,7 +68,7 @@ def test_experts_beyond_the_node_wait_for_the_network() -> None:
 
 
 def test_overlapped_gradients_hide_behind_the_last_micro_batch() -> None:
-    setting = setting_for(train_config(model=DENSE), host_ms_per_layer=0.0)
+    setting = setting_for(train_config(model=DENSE), **SHARES)
     overlapped = replace(setting, optimizer=OptimizerConfig(overlap_grad_reduce=True, overlap_param_gather=True))
     apart, together = _time(BF16, 2, setting=setting), _time(BF16, 2, setting=overlapped)
     weights = 4 * (64 * 384 + 3 * 64 * 96 + 2 * 64 + 32) + 2 * 192 * 64 + 64
