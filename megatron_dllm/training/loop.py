@@ -17,8 +17,7 @@ import torch.distributed as dist
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.loader import BatchLoader, GlobalStep, RowDataset
+from megatron_dllm.data.loader import GlobalStep
 from megatron_dllm.diffusion.block_schedule import Stage
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise
@@ -30,6 +29,7 @@ from megatron_dllm.training.reports import StepReport
 from megatron_dllm.training.run import Run
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.saving import reason_to_save
+from megatron_dllm.training.stage_rows import stage_loader
 from megatron_dllm.training.start import changes_layout
 from megatron_dllm.training.step import StepResult, train_step
 from megatron_dllm.training.weighing import check_start_margin, weigh_batches
@@ -108,27 +108,9 @@ class Trainer:
 
     def _steps(self, stage: Stage, objective: Objective) -> Iterator[GlobalStep]:
         """This rank's part of every global batch of a stage, from the run's position on."""
-        run, config = self.run, self.run.config
+        run = self.run
         run.stream.use(self.state.blends[stage.name])
-        dataset = RowDataset(
-            run.documents,
-            RowGeometry.of_stage(stage.config, config.schedule, config.data),
-            objective.noise,
-            config.run.seed,
-            config.model.mask_token_id,
-            config.model.pad_token_id,
-            config.model.eos_token_id,
-        )
-        loader = BatchLoader(
-            dataset,
-            run.stream,
-            global_batch_size=stage.config.global_batch_size,
-            micro_batch_size=stage.config.micro_batch_size,
-            data_parallel_rank=run.engine.groups.data.rank(),
-            data_parallel_size=run.engine.groups.data.size(),
-            num_workers=config.data.num_workers,
-        )
-        return iter(loader)
+        return iter(stage_loader(run.config, stage.config, objective, run.stream, run.engine.groups))
 
     def _step(self, stage: Stage, objective: Objective, step: GlobalStep, started: float) -> tuple[bool, int | None]:
         """One optimizer step with everything around it.

@@ -10,7 +10,6 @@ import torch
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.blend_stream import BlendStream
-from megatron_dllm.data.source import Documents
 from megatron_dllm.diffusion.block_schedule import BlockSchedule
 from megatron_dllm.training.engine import Engine
 from megatron_dllm.training.observers.observer import Observer
@@ -30,7 +29,6 @@ class Run:
         config: the same in the layout of this start.
         parts: what it is put together from.
         schedule: its stages.
-        documents: what its rows are read from.
         stream: the sequence of its rows, at the position where it continues.
         engine: model and optimizer.
         saver: of its checkpoints.
@@ -46,7 +44,6 @@ class Run:
     config: TrainConfig
     parts: Parts
     schedule: BlockSchedule
-    documents: Documents
     stream: BlendStream
     engine: Engine
     saver: Saver

@@ -95,7 +95,6 @@ def set_up(
         config=config,
         parts=parts,
         schedule=start.schedule,
-        documents=stream.documents,
         stream=stream,
         engine=engine,
         saver=Saver(
