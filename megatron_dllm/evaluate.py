@@ -15,6 +15,10 @@ with their defaults (checkpoint= and block_sizes= are short for the full names):
     parallel.precision=fp32           the run's; of an HF folder bf16 on a GPU, fp32 without one
     output=FILE                       instead of validation.json beside the weights
     overwrite=false                   replace an earlier result
+
+    torchrun --nproc_per_node N -m megatron_dllm.evaluate experiment=dpo checkpoint.load=DIR scores=PREFIX.scores
+
+scores the pairs of PREFIX instead, once: the words are those of the run of preferences that will read the file.
 """
 
 from __future__ import annotations
@@ -162,6 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(highlight=False, soft_wrap=True).print(Text(str(__doc__)))
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    if any(word.startswith("scores=") for word in words):
+        from megatron_dllm.training.score_command import score
+
+        score(words)
+        return 0
     measured = measure(compose_words(words))
     if is_rank_zero():
         show(measured)

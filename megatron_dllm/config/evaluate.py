@@ -25,5 +25,8 @@ class EvaluateConfig(TrainConfig):
 
     # JSON file with the result, which must not exist yet; null: validation.json beside the weights.
     output: str | None = None
+    # Score the pairs of data.train with checkpoint.load instead, for an experiment of preferences, and write the scores
+    # into this file; PREFIX.scores names the corpus too. Null: measure the ELBO.
+    scores: str | None = None
     # Replace an earlier result.
     overwrite: bool = False

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from megatron_dllm.checkpoint.loading import load_weights
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.config.preference import FROZEN
+from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.losses.document_scores import DocumentScores
+from megatron_dllm.evaluation.scores_file import StoredScores, open_scores
 from megatron_dllm.training.engine import Engine, build_chunks
 from megatron_dllm.training.start import ReferenceWeights
 from megatron_dllm.training.weighing import FrozenReference, Reference
+
+
+@dataclass(frozen=True)
+class StoredReference:
+    """Scores that were computed once, see `training.scoring`.
+
+    Attributes:
+        stored: of the corpus that the run trains on.
+    """
+
+    stored: StoredScores
+
+    def __call__(self, micro_batches: Sequence[Batch], scores: DocumentScores) -> Tensor:
+        """[d, k] fp64 the scores of the same documents by view."""
+        return self.stored.of(scores.sample_ids, scores.epochs)
 
 
 def open_reference(
@@ -27,6 +51,8 @@ def open_reference(
     """
     if weights is None:
         return None
+    if config.preference.reference != FROZEN:
+        return StoredReference(open_scores(Path(config.preference.reference or "")))
     # As for training: the copy takes the same paths as the model, and so comes to the same numbers.
     chunks = build_chunks(config, engine.groups, is_training=True)
     load_weights(weights.folder, chunks, config.checkpoint.verify)

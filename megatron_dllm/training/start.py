@@ -18,7 +18,6 @@ from megatron_dllm.checkpoint.manifest import check_complete, fingerprint
 from megatron_dllm.checkpoint.meta import CheckpointMeta, RunSemantics, Semantics, read_state
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.config.preference import FROZEN
-from megatron_dllm.config.rules import check
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowFill, estimate_fill
@@ -32,6 +31,7 @@ from megatron_dllm.training.blends import blend_changes, check_blends, check_not
 from megatron_dllm.training.epochs import chat_warnings, epoch_tokens
 from megatron_dllm.training.past import changes_since, check_place, check_trained, read_past
 from megatron_dllm.training.run_state import RunState
+from megatron_dllm.training.scores_needed import check_scored_corpus, check_scores, needed_headers
 from megatron_dllm.training.sources import Sources
 from megatron_dllm.training.wandb_mode import WandBMode, decide_wandb
 
@@ -136,12 +136,9 @@ def decide_start(
         ValueError: a schedule, corpus, tokenizer or checkpoint that cannot work, or another number of ranks than the
             next stage asks for, saying why.
     """
-    schedule = BlockSchedule.from_config(config.schedule, epoch_tokens(config, sources), sources.prompted_stages())
+    tokens = epoch_tokens(config, sources)
+    schedule = BlockSchedule.from_config(config.schedule, tokens, sources.prompted_stages())
     check_sources(config, schedule, sources)
-    check(
-        config.preference.reference in (None, FROZEN),
-        f"preference.reference ({config.preference.reference}) must be {FROZEN}: a file of scores is not read yet.",
-    )
     resume, damaged = _find_resume(config, dict(passed_over or {}))
     past = read_past(run_checkpoints(config).parent)
     blends: list[str] = []
@@ -151,6 +148,10 @@ def decide_start(
         if past is not None:
             check_trained(past, schedule, resume.stored.position)
     reference = find_reference(config, resume)
+    if reference is not None and config.preference.reference != FROZEN:
+        headers = needed_headers(config, sources, reference.fingerprint, schedule, tokens)
+        check_scores(Path(config.preference.reference or ""), headers)
+        check_scored_corpus(resume.state.stream if resume is not None else {}, sources)
     fills = _measure_fills(config, schedule, sources)
     wandb = decide_wandb(config.logging)
     next_stage = _next_stage(schedule, resume)
