@@ -35,6 +35,7 @@ from rich.text import Text
 
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import GenerateConfig, ParallelConfig, RunConfig
+from megatron_dllm.config.command_line import taken_as_typed
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.data.tokenizer import load_tokenizer
 from megatron_dllm.diffusion.decode import DecodingContract, Finished, requests_of
@@ -226,20 +227,14 @@ def parse_arguments(arguments: Sequence[str]) -> GenerateConfig:
     Raises:
         ValueError: an unknown key, or a value of a wrong type.
     """
-    texts: dict[str, str] = {}
-    others: list[str] = []
     recipes, words = split_folder(arguments)
-    for argument in words:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in _AS_TYPED:
-            others.append(argument)
-        elif key in texts:
-            raise ValueError(f"{key} ({value[:80]}) is given twice; prompts_file takes several prompts.")
-        else:
-            texts[key] = value
+    texts, others = taken_as_typed(words, _AS_TYPED)
+    for key, values in texts.items():
+        if len(values) > 1:
+            raise ValueError(f"{key} ({values[1][:80]}) is given twice; prompts_file takes several prompts.")
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
     composed: Any = OmegaConf.to_container(compose_dict(others, "generate", recipes, GenerateConfig), resolve=True)
-    return GenerateConfig(**(composed | texts))
+    return GenerateConfig(**(composed | {key: value for key, (value,) in texts.items()}))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

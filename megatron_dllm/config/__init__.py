@@ -19,6 +19,7 @@ from megatron_dllm.config.preference import PreferenceConfig, ReferenceConfig
 from megatron_dllm.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, RunConfig
 from megatron_dllm.config.schedule import ScheduleConfig, StageConfig
 from megatron_dllm.config.sft import SftConfig
+from megatron_dllm.config.study import StudyConfig
 from megatron_dllm.config.train import TrainConfig
 from megatron_dllm.config.training import TrainingConfig
 
@@ -40,6 +41,7 @@ __all__ = [
     "ScheduleConfig",
     "SftConfig",
     "StageConfig",
+    "StudyConfig",
     "TrainConfig",
     "TrainingConfig",
 ]

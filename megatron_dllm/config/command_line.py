@@ -153,3 +153,24 @@ def _item(text: str) -> str:
 def typed_words(schema: type, words: Sequence[str], is_sweep: bool = False) -> list[str]:
     """`typed_word` of every word."""
     return [typed_word(schema, word, is_sweep) for word in words]
+
+
+def taken_as_typed(words: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Values of keys that hold texts and paths, which Hydra's grammar is not to read.
+
+    Args:
+        words: `key=value` words.
+        keys: that are taken out.
+
+    Returns:
+        The values of each key that was given, in order, and the other words.
+    """
+    taken: dict[str, list[str]] = {}
+    others: list[str] = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in keys:
+            taken.setdefault(key, []).append(value)
+        else:
+            others.append(word)
+    return taken, others

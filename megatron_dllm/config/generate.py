@@ -6,13 +6,10 @@ from dataclasses import dataclass, field, replace
 
 from omegaconf import MISSING
 
-from megatron_dllm.config.model import ModelConfig
-from megatron_dllm.config.parallel import PRECISIONS, ParallelConfig
+from megatron_dllm.config.placement import PlacementConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive, check_values
-from megatron_dllm.config.training import ATTENTION_BACKENDS
 
 RULES = ("threshold", "factor", "hierarchy", "entropy_bound")
-LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 REQUESTS = ("prompt", "prompts_file", "messages", "chats_file")
 
 
@@ -70,7 +67,7 @@ class DecodingConfig:
 
 
 @dataclass
-class GenerateConfig(DecodingConfig):
+class GenerateConfig(DecodingConfig, PlacementConfig):
     """What `megatron_dllm.generate` loads, decodes and writes."""
 
     # An HF folder, a run folder, its checkpoints folder, or one torch_dist checkpoint folder.
@@ -85,55 +82,15 @@ class GenerateConfig(DecodingConfig):
     chats_file: str | None = None
     # JSON lines, one for each prompt; the file must not exist yet.
     output: str | None = None
-    # Null: the one that lies beside the weights.
-    tokenizer: str | None = None
     # Null: the block size that the checkpoint was trained with.
     block_size: int | None = None
-    # Prompt and generated tokens together; null: the model's max_position_embeddings.
-    context_length: int | None = None
-    # Null: fp32 on a CPU, bf16 on a GPU.
-    precision: str | None = None
-    # Implementation of attention, as training.attention_backend.
-    attention_backend: str = "auto"
-    # Prompts that are decoded at a time, on each replica of the model; a text does not depend on the others.
-    batch_size: int = 16
     # Strings that end a text; they are looked for after every block, and cut off.
     stop: list[str] = field(default_factory=list)
-    # Ranks that share the matrices of each layer (TP).
-    tensor_model_parallel_size: int = 1
-    # Ranks that share the layers (PP).
-    pipeline_model_parallel_size: int = 1
-    # Ranks that share the experts of each layer (EP).
-    expert_model_parallel_size: int = 1
-
-    def layout(self, model: ModelConfig, world_size: int, is_cuda: bool) -> ParallelConfig:
-        """The layout of the ranks.
-
-        Args:
-            model: sizes.
-            world_size: number of ranks.
-            is_cuda: whether there is a GPU.
-
-        Raises:
-            ValueError: the model cannot be split so, or not over so many ranks.
-        """
-        layout = ParallelConfig(
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-            expert_model_parallel_size=self.expert_model_parallel_size,
-            expert_tensor_parallel_size=1 if self.expert_model_parallel_size > 1 else None,
-            sequence_parallel=self.tensor_model_parallel_size > 1 and model.is_moe,
-            precision=self.precision or ("bf16" if is_cuda else "fp32"),
-        )
-        try:
-            layout.validate(world_size, model)
-        except ValueError as error:  # the keys of decoding have no group
-            raise ValueError(str(error).removeprefix("parallel: ").replace("parallel.", "")) from None
-        return layout
 
     def validate(self) -> None:
         """Raise ValueError where the request is incomplete or contradicts itself; files are checked when opened."""
-        super().validate()
+        DecodingConfig.validate(self)
+        self.validate_placement()
         check(self.checkpoint not in ("", MISSING), "checkpoint (not given) is required: name an HF or a run folder.")
         given = {name: getattr(self, name) for name in REQUESTS if getattr(self, name) is not None}
         check(
@@ -141,16 +98,10 @@ class GenerateConfig(DecodingConfig):
             f"{', '.join(REQUESTS)} ({', '.join(given) or 'none is given'}): give exactly one of the four.",
         )
         check(self.prompt != "", "prompt ('') is empty; give at least one token to continue from.")
-        for name in ("batch_size", *LAYOUT):
-            check_positive(name, getattr(self, name))
         check("" not in self.stop, f"stop ({self.stop}) must not hold an empty string; every text would end at once.")
-        for name in ("block_size", "context_length"):
-            value = getattr(self, name)
-            check(value is None or value > 0, f"{name} ({value}) must be positive; null takes the checkpoint's.")
         check(
-            self.precision is None or self.precision in PRECISIONS,
-            f"precision ({self.precision}) is not known; use one of {', '.join(PRECISIONS)}, or null.",
+            self.block_size is None or self.block_size > 0,
+            f"block_size ({self.block_size}) must be positive; null takes the checkpoint's.",
         )
-        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         # A stop string may be white space.
         check_values(replace(self, stop=[]), unbounded=("seed",))

@@ -26,6 +26,7 @@ from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.config.generate import GenerateConfig
 from megatron_dllm.config.plan import PlanKeys
 from megatron_dllm.config.rules import check
+from megatron_dllm.config.study import StudyConfig
 from megatron_dllm.config.train import TrainConfig
 
 _FIELD = re.compile(r"^    (?P<name>\w+): ")
@@ -112,6 +113,7 @@ def _cell(text: str) -> str:
 SECTIONS = {
     "Training: train, evaluate, and the training jobs of a chain": TrainConfig,
     "Decoding: generate": GenerateConfig,
+    "Decoding in many ways: study": StudyConfig,
     "Planning: plan, beside the keys of training": PlanKeys,
     "A cluster: cluster.KEY of the launcher, recipes/cluster/NAME.yaml": ClusterConfig,
 }

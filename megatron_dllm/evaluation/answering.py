@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from tokenizers import Tokenizer
 
@@ -79,3 +80,8 @@ def _score(answers: Sequence[Answer]) -> TaskScore:
         num_tokens=sum(len(answer.generation.generated_ids) for answer in answers),
         num_forwards=sum(answer.generation.num_denoising_forwards for answer in answers),
     )
+
+
+def median_tokens_per_forward(answers: Sequence[Answer]) -> float:
+    """Median over answers of the tokens per denoising pass of each."""
+    return median(answer.generation.tokens_per_forward for answer in answers)

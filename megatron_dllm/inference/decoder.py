@@ -71,5 +71,9 @@ class Decoder:
 
     def _decode(self, requests: Sequence[Request], config: DecodingConfig) -> Iterator[Finished]:
         """Texts of this replica."""
-        forward, peers = CachedForward(self.model, self.groups), GroupPeers(self.groups, self.device)
+        forward, peers = self.passes()
         return decode_stream(forward, requests, config, self.contract, self.batch_size, self.device, peers)
+
+    def passes(self) -> tuple[CachedForward, GroupPeers]:
+        """The model with an empty cache, and the ranks that share it."""
+        return CachedForward(self.model, self.groups), GroupPeers(self.groups, self.device)

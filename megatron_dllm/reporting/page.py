@@ -19,6 +19,7 @@ from megatron_dllm.reporting.history import Command, Duration, History, Run, Tra
 from megatron_dllm.reporting.markup import figure, table
 from megatron_dllm.reporting.records import Record, is_logged, number
 from megatron_dllm.reporting.results import Result
+from megatron_dllm.reporting.study import read_study_files, study_section
 from megatron_dllm.run.names import CHECKPOINTS
 
 _STYLE = """
@@ -50,6 +51,7 @@ def page(history: History, lines: Sequence[Result]) -> str:
         _results(lines),
         *(part for track in reversed(history.tracks) for part in _track(track, history, lines)),
         *answers_section(read_answers(history)),
+        *study_section(read_study_files(history)),
         *_samples(history.samples),
         *_durations(history.durations),
     ]

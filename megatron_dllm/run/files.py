@@ -21,22 +21,27 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def write_text(path: Path, text: str, mode: int | None = None) -> None:
-    """Write a text file in UTF-8, first under a temporary name.
+    """Write a text file in UTF-8 through `write_bytes`."""
+    write_bytes(path, text.encode(), mode)
+
+
+def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write a file, first under a temporary name.
 
     Args:
         path: of the file.
-        text: its new content.
+        content: its new content.
         mode: its permissions; None: those of the file that it replaces, or what the umask gives.
     """
     # Process numbers repeat in every container, and two of them may share the folder.
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
-        with naming(path), open(descriptor, "w", encoding="utf-8") as stream:
+        with naming(path), open(descriptor, "wb") as stream:
             with contextlib.suppress(FileNotFoundError):
                 if mode is None:
                     os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
-            stream.write(text)
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

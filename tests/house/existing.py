@@ -15,6 +15,7 @@ from megatron_dllm.compose import schema_keys
 from megatron_dllm.config import GenerateConfig, TrainConfig
 from megatron_dllm.config.evaluate import SHORT_NAMES, EvaluateConfig
 from megatron_dllm.config.plan import PlanConfig
+from megatron_dllm.config.study import StudyConfig
 from tests.house.mentions import FOLDERS, PACKAGE, Mention
 
 # What our pages name of others: flags of torchrun, SLURM and pip; arguments of transformers and torch; a key of Hydra.
@@ -151,13 +152,14 @@ class Existing:
         groups = {folder.name for folder in (self.root / "recipes").iterdir() if folder.is_dir()}
         training = {*schema_keys(TrainConfig), *groups}
         launching = {*schema_keys(LaunchConfig), *LAUNCH_KEYS, *training, "inputs.*"}
-        generating = set(schema_keys(GenerateConfig))
+        generating = {*schema_keys(GenerateConfig), *schema_keys(StudyConfig)}
         return {
             **dict.fromkeys(TRAINING, training),
             "megatron_dllm.evaluate": {*training, *schema_keys(EvaluateConfig), *SHORT_NAMES},
             "megatron_dllm.plan": {*training, *schema_keys(PlanConfig)},
             **dict.fromkeys(LAUNCHING, launching),
-            "megatron_dllm.generate": generating,
+            "megatron_dllm.generate": set(schema_keys(GenerateConfig)),
+            "megatron_dllm.study": set(schema_keys(StudyConfig)),
             "": {
                 *training,
                 *launching,

@@ -1,0 +1,303 @@
+"""Decode the same questions in many ways, and see what speed costs: accuracy against tokens per forward pass.
+
+    python -m megatron_dllm.study checkpoint=DIR [checkpoint=DIR ...] output=study.json [key=value ...]
+    torchrun --nproc_per_node N -m megatron_dllm.study ... [tensor_model_parallel_size=2]
+
+Every DIR is a folder as of generate whose tokenizer has a chat template. The questions are held-out ones of tasks
+whose answers a program can check (`tasks=[sort,add]`), or chats of a file (`chats_file=FILE`). Each is decoded at
+every block size, rule and value: `block_sizes=[8,32] rules=[threshold,factor,hierarchy] thresholds=[0.7,0.9]`. The
+table, written to the JSON file with a picture beside it, says which points no other beats. Keys and defaults:
+`config.StudyConfig`; `--help` lists them.
+"""
+
+from __future__ import annotations
+
+from megatron_dllm.run.command import listen, run_command
+
+if __name__ == "__main__":
+    listen()
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_dllm.compose import compose_dict
+from megatron_dllm.config import DecodingConfig, ParallelConfig, RunConfig
+from megatron_dllm.config.command_line import taken_as_typed
+from megatron_dllm.config.recipe_source import split_folder
+from megatron_dllm.config.study import SWEPT, StudyConfig
+from megatron_dllm.data.chat import question_of
+from megatron_dllm.data.tokenizer import load_tokenizer
+from megatron_dllm.diffusion.decode import DecodingContract
+from megatron_dllm.evaluation.questions import Question, read_questions
+from megatron_dllm.evaluation.study_results import Confidence, Point, Study, write_studies
+from megatron_dllm.evaluation.tasks.catalogue import TASKS
+from megatron_dllm.evaluation.tasks.task import questions
+from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
+from megatron_dllm.inference.prompts import encode_requests
+from megatron_dllm.inference.source import CheckpointSource, read_source
+from megatron_dllm.run.place import is_rank_zero, world_size
+from megatron_dllm.run.stream import check_writable
+
+log = logging.getLogger(__name__)
+_AS_TYPED = ("checkpoint", "chats_file", "output", "tokenizer")
+_TASK_SEED = 1
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What one checkpoint is asked.
+
+    Attributes:
+        prompts: tokens of each question.
+        answers: tokens of the right answers, with the token that ends them.
+        contract: how it is decoded, at the block size that it was trained with.
+    """
+
+    source: CheckpointSource
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    contract: DecodingContract
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What rank 0 has read and decided."""
+
+    questions: list[Question]
+    asked: list[_Asked]
+    layouts: list[ParallelConfig]
+
+
+def study(config: StudyConfig) -> list[Study]:
+    """Measure all checkpoints (a collective); nothing is written.
+
+    Raises:
+        ValueError: an impossible setting, checkpoint or question; before weights are read wherever possible.
+    """
+    config.validate()
+    # megatron-core takes seconds to import, which a wrong key should not cost.
+    from megatron_dllm.parallel.meeting import meet
+
+    run = RunConfig(name="study")
+    meeting = meet(run)
+    plan = meeting.decide(lambda: _plan(config))
+    from megatron_dllm.host import prepare_host
+
+    prepare_host()
+    from megatron_dllm.parallel.groups import started
+
+    with started(plan.layouts[0], run, meeting) as groups:
+        return [
+            _measure(config, name, plan.questions, asked, layout, groups)
+            for name, asked, layout in zip(config.checkpoint, plan.asked, plan.layouts, strict=True)
+        ]
+
+
+def _plan(config: StudyConfig) -> _Plan:
+    from megatron_dllm.parallel.device import DeviceFacts
+
+    if config.output is not None:
+        check_writable(Path(config.output))
+        if Path(config.output).exists():
+            raise ValueError(f"output ({config.output}) exists; nothing is overwritten: name a new file.")
+    found = _questions(config)
+    asked = [_ask(config, checkpoint, found) for checkpoint in config.checkpoint]
+    is_cuda = DeviceFacts.here().is_cuda
+    layouts = [
+        config.source(name).layout(one.source.model, world_size(), is_cuda)
+        for name, one in zip(config.checkpoint, asked, strict=True)
+    ]
+    return _Plan(found, asked, layouts)
+
+
+def _questions(config: StudyConfig) -> list[Question]:
+    """What is asked: a file's chats, or held-out questions of the tasks."""
+    if config.chats_file is not None:
+        return read_questions(Path(config.chats_file), config.num_questions)
+    unknown = [name for name in config.tasks if name not in TASKS]
+    if unknown:
+        raise ValueError(f"tasks ({', '.join(unknown)}) are not known; use some of {', '.join(TASKS)}.")
+    return [
+        Question(name, question_of({"messages": [{"role": "user", "content": text}]}), TASKS[name].answer(text))
+        for name in config.tasks or TASKS
+        for text in islice(questions(TASKS[name], _TASK_SEED, held_out=True), config.num_questions)
+    ]
+
+
+def _ask(config: StudyConfig, checkpoint: str, found: Sequence[Question]) -> _Asked:
+    source = read_source(config.source(checkpoint))
+    tokenizer = load_tokenizer(TokenizerFiles(source.tokenizer))
+    prompts, contract = encode_requests([question.chat for question in found], tokenizer, source)
+    answers = [tokenizer.encode(question.expected, add_special_tokens=False).ids for question in found]
+    end = contract.eos_token_ids[-1]
+    return _Asked(source, [prompt.ids for prompt in prompts], [[*ids, end] for ids in answers], contract)
+
+
+def _measure(
+    config: StudyConfig, name: str, found: Sequence[Question], asked: _Asked, layout: ParallelConfig, groups: Any
+) -> Study:
+    """Load one checkpoint and decode with every block size and setting."""
+    from megatron_dllm.inference.decoder import Decoder
+    from megatron_dllm.inference.load import load_model
+
+    model = load_model(asked.source, groups, config.precision, config.attention_backend, layout)
+    points: list[Point] = []
+    confidence: list[Confidence] = []
+    for size in config.block_sizes or [asked.contract.block_size]:
+        decoder = Decoder(model, groups, replace(asked.contract, block_size=size), config.batch_size)
+        rows = _confidence(config, asked, decoder)
+        confidence += rows
+        for setting in config.settings():
+            points.append(_point(decoder, found, asked, setting, rows))
+            log.info("%s, block %d, %s", name, size, _label(points[-1]))
+    device = f"{decoder.device.type}, {layout.precision}"
+    told = f"{len(found)} questions, at most {config.max_new_tokens} tokens, batch {config.batch_size}, {device}"
+    return Study(name, f"{told}, {groups.world.size()} ranks", points, confidence)
+
+
+def _confidence(config: StudyConfig, asked: _Asked, decoder: Any) -> list[Confidence]:
+    from megatron_dllm.evaluation.confidence import predict_answers, table
+
+    pairs = list(zip(asked.prompts, asked.answers, strict=True))
+    found = predict_answers(*decoder.passes(), pairs, decoder.contract, decoder.device)
+    return [row for threshold in config.thresholds for row in table(found, decoder.contract.block_size, threshold)]
+
+
+def _point(
+    decoder: Any, found: Sequence[Question], asked: _Asked, setting: DecodingConfig, rows: Sequence[Confidence]
+) -> Point:
+    """Decode all questions in one way."""
+    from megatron_dllm.evaluation.answering import answer_all, median_tokens_per_forward, score
+    from megatron_dllm.evaluation.confidence import expected_tokens_per_forward, mean_block
+
+    tokenizer = load_tokenizer(TokenizerFiles(asked.source.tokenizer))
+    begun = time.perf_counter()
+    answers = answer_all(decoder, found, asked.prompts, tokenizer, setting)
+    seconds = time.perf_counter() - begun
+    value, expected = getattr(setting, SWEPT[setting.rule][0]), None
+    if setting.rule == "threshold":
+        length = mean_block(list(zip(asked.prompts, asked.answers, strict=True)), decoder.contract)
+        expected = expected_tokens_per_forward([row for row in rows if row.threshold == value], length)
+    return Point(
+        block_size=decoder.contract.block_size,
+        rule=setting.rule,
+        value=value,
+        tasks=score(answers),
+        num_commits=sum(answer.generation.num_commit_forwards for answer in answers),
+        median_tokens_per_forward=median_tokens_per_forward(answers),
+        seconds=seconds,
+        expected_tokens_per_forward=expected,
+    )
+
+
+def _label(point: Point) -> str:
+    return (
+        f"{point.rule} {point.value:g}: {point.accuracy:.3f} right, {point.tokens_per_forward:.2f} tokens per forward"
+    )
+
+
+def show(studies: Sequence[Study]) -> None:
+    """Print a table of all points; a star marks those that no other point of the checkpoint beats."""
+    columns = (
+        "checkpoint",
+        "block",
+        "rule",
+        "value",
+        "right",
+        "TPF",
+        "with commits",
+        "median",
+        "expected",
+        "tokens/s",
+        "",
+    )
+    table = Table(*columns)
+    for one in studies:
+        front = one.front()
+        for point in one.points:
+            table.add_row(*map(Text, (one.name, *cells(point), "*" if point in front else "")))
+    # A file or a narrow terminal would cut the columns short.
+    console = Console(highlight=False, soft_wrap=True, width=max(Console().width, _WIDTH))
+    console.print(table)
+    for one in studies:
+        console.print(Text(f"{one.checkpoint}: {one.conditions}"))
+
+
+def cells(point: Point) -> Iterator[str]:
+    """A point's numbers as text."""
+    yield from (str(point.block_size), point.rule, f"{point.value:g}", f"{point.accuracy:.3f}")
+    yield from (f"{point.tokens_per_forward:.2f}", f"{point.tokens_per_forward_with_commits:.2f}")
+    yield f"{point.median_tokens_per_forward:.2f}"
+    expected = point.expected_tokens_per_forward
+    yield "-" if expected is None else f"{expected:.2f}"
+    yield f"{point.tokens_per_second:.0f}"
+
+
+def write(path: Path, studies: Sequence[Study]) -> None:
+    """Write the file and the picture beside it."""
+    from megatron_dllm.reporting.study import picture
+    from megatron_dllm.run.files import write_bytes
+
+    write_studies(path, studies)
+    write_bytes(path.with_suffix(".png"), picture(studies))
+    log.info("wrote %s and %s", path, path.with_suffix(".png"))
+
+
+def parse_arguments(arguments: Sequence[str]) -> StudyConfig:
+    """Compose study.yaml with `key=value` arguments; paths are taken as they are typed.
+
+    Raises:
+        ValueError: an unknown key, or a value of a wrong type.
+    """
+    recipes, words = split_folder(arguments)
+    texts, others = taken_as_typed(words, _AS_TYPED)
+    ConfigStore.instance().store(name="study_schema", node=StudyConfig)
+    composed: Any = OmegaConf.to_container(compose_dict(others, "study", recipes, StudyConfig), resolve=True)
+    checkpoints = texts.pop("checkpoint", [])
+    for key, values in texts.items():
+        if len(values) > 1:
+            raise ValueError(f"{key} ({values[1][:80]}) is given twice; give it once.")
+    return StudyConfig(**(composed | {"checkpoint": checkpoints} | {key: value for key, (value,) in texts.items()}))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "-h" in arguments or "--help" in arguments:
+        defaults = "\n".join(f"    {name}={value}" for name, value in _defaults())
+        Console(highlight=False, soft_wrap=True).print(Text(f"{__doc__}\n{defaults}"))
+        return 0
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("megatron_dllm").setLevel(logging.INFO if is_rank_zero() else logging.WARNING)
+    # A notebook's display has no part in pictures that go to a file.
+    os.environ.pop("MPLBACKEND", None)
+    config = parse_arguments(arguments)
+    studies = study(config)
+    if is_rank_zero():
+        show(studies)
+        if config.output is not None:
+            write(Path(config.output), studies)
+    return 0
+
+
+def _defaults() -> Iterator[tuple[str, Any]]:
+    empty = StudyConfig()
+    return ((item.name, getattr(empty, item.name)) for item in fields(StudyConfig))
+
+
+if __name__ == "__main__":
+    run_command(main)
