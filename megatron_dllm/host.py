@@ -191,13 +191,21 @@ def _use_cpu_random_state() -> None:
     logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
 
 
+class _SplitSizes(list[int]):
+    """A list that also answers what megatron-core asks of a host array."""
+
+    def tolist(self) -> list[int]:
+        """The sizes."""
+        return list(self)
+
+
 def _give_split_sizes_as_lists() -> None:
     """Gloo's all_to_all_single wants lists of int where NCCL takes host arrays."""
     dispatcher: Any = sys.modules["megatron.core.transformer.moe.token_dispatcher"]
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         del record_stream
-        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+        return _SplitSizes(tensor.tolist()) if as_numpy and torch.is_tensor(tensor) else tensor
 
     dispatcher.maybe_move_tensor_to_cpu = to_host
 

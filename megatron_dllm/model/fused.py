@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 Result = TypeVar("Result")
 
@@ -21,8 +22,12 @@ def fused(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def run(*tensors: Tensor) -> Result:
+        if has_torch_function(tensors):
+            # A mode that speaks for a device that is not here (`planning`) is told that this is one kernel.
+            return handle_torch_function(run, tensors, *tensors)
         return (_compiled(function) if tensors[0].is_cuda else function)(*tensors)
 
+    run.is_fused = True  # type: ignore[attr-defined]
     return run
 
 

@@ -7,6 +7,7 @@ carry a loss. Parameters, their names and their checkpoints are GPTModel's own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor
 from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-from megatron_dllm.model.attention.backends import BACKENDS
+from megatron_dllm.model.attention.backends import BACKENDS, Backend
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import CachedPass
 from megatron_dllm.model.dispatch import use_gathers
 from megatron_dllm.model.embedding import mask_noise_std, mean_row_norm, token_normals
+from megatron_dllm.model.forgetting import forget_after_use
 from megatron_dllm.model.head import target_cross_entropy
 from megatron_dllm.model.last_layer import LastLayer, can_skip_outputs, flat_rows, rows_to_keep
 from megatron_dllm.model.layer_specs import block_spec
@@ -43,6 +45,7 @@ def build_model(
     vp_stage: int | None = None,
     paths: Paths | None = None,
     training: TrainingConfig | None = None,
+    backends: Mapping[str, Backend] = BACKENDS,
 ) -> DiffusionGPTModel:
     """This rank's part of the model, with random weights.
 
@@ -53,6 +56,7 @@ def build_model(
         vp_stage: virtual pipeline stage, with interleaved pipelines.
         paths: the implementations; None: those chosen for this process's device.
         training: how it is trained; None: the defaults.
+        backends: of attention, by name.
 
     Returns:
         The model on this rank's device, in fp32 or bf16 parameters by parallel.precision.
@@ -64,13 +68,14 @@ def build_model(
         model,
         config,
         block_spec(config, paths, vp_stage, can_skip_outputs(model, config, training)),
-        AttentionPlanner(BACKENDS[paths.attention.name], groups.context, config.cp_comm_type == "a2a"),
+        AttentionPlanner(backends[paths.attention.name], groups.context, config.cp_comm_type == "a2a"),
         pre_process=groups.is_first_stage(vp_stage),
         post_process=groups.is_last_stage(vp_stage),
         vp_stage=vp_stage,
     ).to(local_device())
     if paths.experts.name in ("grouped", "sections"):
         use_gathers(built)
+    forget_after_use(built)
     return built
 
 

@@ -57,7 +57,7 @@ def target_cross_entropy(
         The outputs of the T targets.
     """
     least = MIN_CHUNK_ROWS if chunk_elements is None else 1
-    elements = chunk_elements or CHUNK_ELEMENTS.get(weight.device.type, CHUNK_ELEMENTS["cuda"])
+    elements = chunk_elements or CHUNK_ELEMENTS["cuda" if weight.is_cuda else "cpu"]
     rows, columns = (max(least, elements // max(1, size)) for size in (len(weight), len(target_ids)))
     return TargetOutputs(
         *_TargetCrossEntropy.apply(hidden, weight, target_ids, tp_group, (rows, columns), entropy_temperature)

@@ -126,6 +126,19 @@ def initialize(parallel: ParallelConfig, run: RunConfig, meeting: Meeting | None
     """
     choose_determinism(run.is_deterministic)
     start_process_group(run, meeting)
+    split_ranks(parallel, run.distributed_timeout_minutes)
+    seed_everything(run.seed)
+    return Groups.current()
+
+
+def split_ranks(parallel: ParallelConfig, timeout_minutes: float, has_gloo: bool = True) -> None:
+    """Make megatron-core's groups of a layout.
+
+    Args:
+        parallel: sizes of the layout, already validated.
+        timeout_minutes: after which a collective of these groups fails.
+        has_gloo: make a second set of groups for tensors on the host.
+    """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
@@ -133,10 +146,24 @@ def initialize(parallel: ParallelConfig, run: RunConfig, meeting: Meeting | None
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=run.distributed_timeout_minutes,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=has_gloo,
     )
-    seed_everything(run.seed)
-    return Groups.current()
+
+
+def group_labels() -> dict[str, str]:
+    """By the name that torch gave it, what each group of this rank is for: tp, pp, cp, ep, etp, tp_ep, dp or edp."""
+    groups = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "cp": parallel_state.get_context_parallel_group(),
+        "ep": parallel_state.get_expert_model_parallel_group(),
+        "etp": parallel_state.get_expert_tensor_parallel_group(),
+        "tp_ep": parallel_state.get_expert_tensor_and_model_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "edp": parallel_state.get_expert_data_parallel_group(),
+    }
+    return {group.group_name: label for label, group in groups.items()}
 
 
 @contextmanager

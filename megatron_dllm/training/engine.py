@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from megatron_dllm.config import OptimizerConfig, TrainConfig
+from megatron_dllm.model.attention.backends import BACKENDS, Backend
 from megatron_dllm.model.attention.flex import check_gradients
 from megatron_dllm.model.gpt import build_model
-from megatron_dllm.model.paths import choose_paths
+from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.parallel.device import DeviceFacts, local_device
 from megatron_dllm.parallel.groups import Groups
 
@@ -41,37 +42,72 @@ class Engine:
         return self.chunks[0].config
 
 
-def build_chunks(config: TrainConfig, groups: Groups, is_training: bool = False) -> list[nn.Module]:
-    """The model chunks of this pipeline rank (several with virtual stages), in the training precision."""
-    facts = DeviceFacts.here()
+def paths_here(config: TrainConfig, is_training: bool) -> Paths:
+    """What runs on this process's device."""
     backend = config.training.attention_backend
-    paths = choose_paths(config.model, config.parallel, facts, backend, is_training)
-    if groups.world.rank() == 0:
-        # What is slower than it needs to be shows on every terminal.
-        log.log(logging.WARNING if facts.is_cuda and not paths.uses_transformer_engine else logging.INFO, "%s", paths)
+    return choose_paths(config.model, config.parallel, DeviceFacts.here(), backend, is_training)
+
+
+def build_chunks(
+    config: TrainConfig,
+    groups: Groups,
+    is_training: bool = False,
+    paths: Paths | None = None,
+    backends: Mapping[str, Backend] = BACKENDS,
+) -> list[nn.Module]:
+    """The model chunks of this pipeline rank (several with virtual stages), in the training precision.
+
+    Args:
+        config: of the run.
+        groups: of its layout.
+        is_training: gradients are needed.
+        paths: the implementations; None: those chosen for this process's device, which are logged.
+        backends: of attention, by name.
+    """
+    if paths is None:
+        paths = paths_here(config, is_training)
+        if groups.world.rank() == 0:
+            # What is slower than it needs to be shows on every terminal.
+            is_slow = torch.cuda.is_available() and not paths.uses_transformer_engine
+            log.log(logging.WARNING if is_slow else logging.INFO, "%s", paths)
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks: list[nn.Module] = []
     for stage in range(virtual or 1):
         vp_stage = stage if virtual else None
         chunks.append(
-            build_model(config.model, config.parallel, groups, vp_stage=vp_stage, paths=paths, training=config.training)
+            build_model(
+                config.model,
+                config.parallel,
+                groups,
+                vp_stage=vp_stage,
+                paths=paths,
+                training=config.training,
+                backends=backends,
+            )
         )
     if config.parallel.precision == "bf16":
         return [Float16Module(chunk.config, chunk) for chunk in chunks]
     return chunks
 
 
-def build_engine(config: TrainConfig, groups: Groups) -> Engine:
+def build_engine(
+    config: TrainConfig, groups: Groups, paths: Paths | None = None, backends: Mapping[str, Backend] = BACKENDS
+) -> Engine:
     """Build model, data-parallel wrapper and distributed optimizer, with weights not loaded yet.
+
+    Args:
+        config: of the run.
+        groups: of its layout.
+        paths: the implementations; None: those chosen for this process's device, and checked on it.
+        backends: of attention, by name.
 
     Raises:
         RuntimeError: the compiled attention kernel gives other gradients than the reference on this GPU.
     """
-    backend = config.training.attention_backend
-    if choose_paths(config.model, config.parallel, DeviceFacts.here(), backend, True).attention.name == "flex":
+    if paths is None and paths_here(config, is_training=True).attention.name == "flex":
         dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
         check_gradients(local_device(), dtype, config.model.kv_channels)
-    chunks = build_chunks(config, groups, is_training=True)
+    chunks = build_chunks(config, groups, is_training=True, paths=paths, backends=backends)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,

@@ -34,7 +34,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         size = dist.get_world_size(ctx.group)
-        if dist.get_backend(ctx.group) == "nccl":
+        if grad.is_cuda:
             local = grad.new_empty(grad.shape[0] // size, *grad.shape[1:])
             dist.reduce_scatter_tensor(local, grad.contiguous(), group=ctx.group)
             return local, None
