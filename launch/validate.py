@@ -64,6 +64,7 @@ def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
 def _reads(config: TrainConfig, produced: list[str]) -> bool:
     """Whether a training job reads something that an earlier job is yet to write."""
     inputs = [*config.train_corpora, config.data.validation, config.data.tokenizer, config.checkpoint.load]
+    inputs.append(config.preference.scores_file)
     return any(_is_produced(path, produced) for path in inputs if path)
 
 
@@ -142,6 +143,12 @@ def job_problems(job: Job, produced: list[str], cluster: ClusterConfig) -> Itera
             check_start(folder, config)
         except ValueError as error:
             yield f"checkpoint.load ({config.checkpoint.load}): {error}"
+    scores = config.preference.scores_file
+    if scores and not _is_produced(scores, produced) and not Path(scores).is_file():
+        yield (
+            f"preference.reference ({scores}) is not a file; write it first, with python -m megatron_dllm.evaluate and "
+            f"scores={scores}."
+        )
     assert job.run_folder is not None, "a training job has a run folder"
     yield from folder_problems(job.run_folder)
 
@@ -201,6 +208,7 @@ def mount_problems(chain: Chain, job: Job) -> Iterator[str]:
             ("data.validation", config.data.validation),
             ("data.tokenizer", config.data.tokenizer),
             ("checkpoint.load", config.checkpoint.load),
+            ("preference.reference", config.preference.scores_file),
         ]
     shown = [*(mount.split(":")[1] for mount in container.mounts), os.getcwd(), str(chain.folder.absolute())]
     for key, path in named:

@@ -19,6 +19,11 @@ class ReferenceConfig:
     # on the same layout, which costs a forward pass more in every step.
     reference: str | None = None
 
+    @property
+    def scores_file(self) -> str | None:
+        """The file of scores; None where the reference lies in memory, or there is none."""
+        return None if self.reference == FROZEN else self.reference
+
 
 @dataclass
 class PreferenceConfig:

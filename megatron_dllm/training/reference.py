@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_dllm.checkpoint.loading import load_weights
 from megatron_dllm.config import TrainConfig
-from megatron_dllm.config.preference import FROZEN
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.document_scores import DocumentScores
 from megatron_dllm.evaluation.scores_file import StoredScores, open_scores
@@ -51,8 +50,8 @@ def open_reference(
     """
     if weights is None:
         return None
-    if config.preference.reference != FROZEN:
-        return StoredReference(open_scores(Path(config.preference.reference or "")))
+    if config.preference.scores_file is not None:
+        return StoredReference(open_scores(Path(config.preference.scores_file)))
     # As for training: the copy takes the same paths as the model, and so comes to the same numbers.
     chunks = build_chunks(config, engine.groups, is_training=True)
     load_weights(weights.folder, chunks, config.checkpoint.verify)

@@ -17,7 +17,6 @@ from megatron_dllm.checkpoint.identity import check_identity, check_start
 from megatron_dllm.checkpoint.manifest import check_complete, fingerprint
 from megatron_dllm.checkpoint.meta import CheckpointMeta, RunSemantics, Semantics, read_state
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
-from megatron_dllm.config.preference import FROZEN
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowFill, estimate_fill
@@ -148,9 +147,9 @@ def decide_start(
         if past is not None:
             check_trained(past, schedule, resume.stored.position)
     reference = find_reference(config, resume)
-    if reference is not None and config.preference.reference != FROZEN:
+    if reference is not None and config.preference.scores_file is not None:
         headers = needed_headers(config, sources, reference.fingerprint, schedule, tokens)
-        check_scores(Path(config.preference.reference or ""), headers)
+        check_scores(Path(config.preference.scores_file), headers)
         check_scored_corpus(resume.state.stream if resume is not None else {}, sources)
     fills = _measure_fills(config, schedule, sources)
     wandb = decide_wandb(config.logging)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from launch.chain import compose_chain
-from launch.job import sbatch_options
+from launch.job import sbatch_options, valid_nodes
 from megatron_dllm.compose import compose_train_config
 from megatron_dllm.config.recipe_source import RECIPES
 
@@ -72,6 +72,23 @@ def test_a_conversion_without_chats_is_the_beginning_of_the_one_with_them() -> N
     assert full.jobs[-1].name == "export" and full.jobs == chat.jobs[: len(full.jobs)]
     with pytest.raises(ValueError, match=r"inputs\.chats must be given"):
         compose_chain(["experiment=llada2_mini_chat", *words])
+
+
+def test_a_conversion_with_preferences_goes_on_from_the_one_with_chats() -> None:
+    words = ["cluster=h100x8", "name=mine", "root=/r", "inputs.hf=/d/hf", "inputs.train=/d/t", "inputs.validation=/d/v"]
+    chat = compose_chain(["experiment=llada2_mini_chat", *words, "inputs.chats=/d/c"])
+    whole = compose_chain(["experiment=llada2_mini_dpo", *words, "inputs.chats=/d/c", "inputs.pairs=/d/p"])
+    assert whole.jobs[: len(chat.jobs)] == chat.jobs
+    scores, dpo, export = whole.jobs[len(chat.jobs) :]
+    assert [job.after for job in (scores, dpo, export)] == [("cap",), ("scores",), ("dpo",)]
+    assert dpo.config is not None and dpo.config.preference.reference == scores.spec.output == "/r/mine/pairs.scores"
+    # The scores are for the run that reads them: its words, but for the file and what names the run.
+    own = [word for word in dpo.spec.overrides if not word.startswith("preference.reference=")]
+    assert scores.spec.arguments == ["experiment=dpo", *own, f"scores={scores.spec.output}"]
+    assert scores.spec.nodes * (scores.spec.ranks_per_node or 0) == dpo.spec.nodes * 8
+    assert "/r/mine/dpo" in export.arguments and valid_nodes(whole, dpo) == [2]
+    with pytest.raises(ValueError, match=r"inputs\.pairs must be given"):
+        compose_chain(["experiment=llada2_mini_dpo", *words, "inputs.chats=/d/c"])
 
 
 def test_the_whole_conversion_composes_and_its_stages_add_up() -> None:

@@ -112,6 +112,20 @@ def test_a_folder_that_sbatch_or_a_container_would_misread_is_refused(root: Path
     assert found and all("would misread" in sentence for sentence in found)
 
 
+def test_scores_that_are_not_there_are_named(root: Path) -> None:
+    words = [
+        "experiment=tiny_dpo",
+        f"run.root={root}",
+        f"data.train={root}/train",
+        "train_module=tests.slurm.fake_train",
+    ]
+    words.append(f"preference.reference={root}/pairs.scores")
+    message = f"preference.reference ({root}/pairs.scores) is not a file; write it first"
+    assert [sentence for sentence in check_chain(compose_chain(words)) if message in sentence]
+    (root / "pairs.scores").touch()
+    assert not [sentence for sentence in check_chain(compose_chain(words)) if "preference.reference" in sentence]
+
+
 def test_what_a_container_does_not_show_is_named(root: Path) -> None:
     (root / "x.sif").touch()
     words = ["cluster.container.kind=apptainer", f"cluster.container.image={root}/x.sif", f"run.root={root}/runs"]
@@ -194,14 +208,14 @@ def test_the_project_s_own_chains_hang_together_in_any_folder(tmp_path: Path, na
     assert not [sentence for sentence in check_chain(chain) if "runs/demo" not in sentence]
 
 
-@pytest.mark.parametrize("name", ["llada2_mini_full", "llada2_mini_chat"])
+@pytest.mark.parametrize("name", ["llada2_mini_full", "llada2_mini_chat", "llada2_mini_dpo"])
 def test_the_whole_conversion_is_submitted_as_its_comment_says(tmp_path: Path, name: str) -> None:
     comment = (RECIPES / "chain" / f"{name}.yaml").read_text().split("#   ", 1)[1].split("\n# inputs")[0]
     words = shlex.split(re.sub(r"\\\n#", "", comment).replace("/data/", f"{tmp_path}/data/"))
     assert words[:2] == ["python", "launch/submit.py"]
     hf = tmp_path / "data" / "Ling-mini-base-2.0"
     hf.mkdir(parents=True)
-    for prefix in ("text/train", "text/validation", "chats/train"):
+    for prefix in ("text/train", "text/validation", "chats/train", "pairs/train"):
         (tmp_path / "data" / prefix).parent.mkdir(exist_ok=True)
         corpus(tmp_path / "data" / prefix)
     words = [*words[2:], f"root={tmp_path}/runs", "train_module=tests.slurm.fake_train"]
