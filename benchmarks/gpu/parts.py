@@ -36,9 +36,10 @@ PARTS = {
     part.name: part
     for part in (
         Part("facts", 0.04, "What is there"),
-        Part("correct", 0.30, "Correct"),
-        Part("attention", 0.18, "Attention alone"),
-        Part("step", 0.24, "A training step of real sizes"),
+        Part("correct", 0.26, "Correct"),
+        Part("attention", 0.16, "Attention alone"),
+        Part("step", 0.20, "A training step of real sizes"),
+        Part("dense", 0.10, "Against a dense mask"),
         Part("decoding", 0.10, "Decoding"),
         Part("whole", 0.14, "The whole pipeline"),
     )

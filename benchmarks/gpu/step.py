@@ -7,7 +7,6 @@ nothing else (see `benchmarks.step_cases.needed_flops`); MFU is its share of the
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.attention import document_lengths, synchronize
 from benchmarks.gpu.settings import Settings
-from benchmarks.step import PEAK_TFLOPS, Case, throughput_rows
+from benchmarks.step import PEAK_TFLOPS
 from benchmarks.step_cases import OURS, build_batch, draw_documents, model_config, needed_flops
 from megatron_dllm.config import NoiseConfig, OptimizerConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
 from megatron_dllm.data.batch import Batch
@@ -36,7 +35,9 @@ SMALL_MODEL = dict(
 )  # fmt: skip
 # Operations that the model is made of; everything else moves or rearranges what they compute.
 ESSENTIAL = ("flex_attention", "aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "scaled_dot_product")
-NUM_OPERATIONS, NUM_WASTES = 14, 3
+NUM_OPERATIONS, NUM_WASTES = 24, 3
+# What the profiler itself does.
+NOT_OPERATIONS = ("Command Buffer Full", "Activity Buffer Request")
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ class Subject:
 
 
 def rows(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Speed at each length, then the profile of the first, then the comparison with a dense mask."""
+    """Speed at each length, and the profile of the first."""
     quiet_libraries()
     device = torch.device(settings.device)
     config = train_config(settings)
     subject_of = start(config, device)
     lengths = SMALL_LENGTHS if settings.is_small else LENGTHS
     for length in lengths:
-        if settings.is_over(0.6):
+        if settings.is_over():
             yield {"what": f"step of {length} tokens", "status": "skipped"}
             continue
         try:
@@ -77,8 +78,6 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
             yield from profile_rows(subject, device)
         del subject
     torch.distributed.destroy_process_group()
-    if device.type == "cuda":
-        yield from against_dense(settings)
 
 
 def train_config(settings: Settings) -> TrainConfig:
@@ -194,7 +193,7 @@ def operation_times(found: profile, is_cuda: bool) -> dict[str, tuple[float, int
     """Milliseconds and calls of every operation that computes something: of the device where there is one."""
     times = {}
     for event in found.key_averages():
-        if event.device_type != torch.autograd.DeviceType.CPU:
+        if event.device_type != torch.autograd.DeviceType.CPU or event.key in NOT_OPERATIONS:
             continue
         micro = event.self_device_time_total if is_cuda else event.self_cpu_time_total
         if micro > 0:
@@ -209,24 +208,3 @@ def is_essential(name: str) -> bool:
 
 def _share_row(what: str, ms: float, busy: float) -> dict[str, Any]:
     return {"what": what[:90], "status": "ok", "ms": ms, "share": ms / busy if busy else None}
-
-
-def against_dense(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Forward and backward of the same model with a dense mask over 2L tokens, and of ours, in one process."""
-    for length, documents in ((4096, "lognormal"), (8192, "lognormal")):
-        if settings.is_over(0.8):
-            return
-        case = Case(
-            "llada2_mini", length, documents, BLOCK, VIEWS, changes={"num_layers": LAYERS}, device="cuda",
-            precision="bf16",
-        )  # fmt: skip
-        try:
-            row = throughput_rows(case, argparse.Namespace(peak_tflops=None))[0]
-        except SystemExit as error:
-            yield {"what": f"against a dense mask, {length} tokens", "status": "failed", "why": str(error)[-600:]}
-            continue
-        yield {"what": f"against a dense mask, {length} tokens", "status": "ok"} | {
-            name: row[name]
-            for name in ("baseline_tokens_s", "ours_tokens_s", "speedup", "baseline_mib", "ours_mib", "memory_ratio",
-                         "recomputed_speedup", "recomputed_memory_ratio", "difference")
-        }  # fmt: skip

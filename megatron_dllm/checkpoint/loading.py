@@ -95,12 +95,10 @@ def _load_optimizer_part(part: Any, param_state: dict[int, Any], optimizer_step:
     their param groups.
     """
     inner = part.optimizer
-    steps = [entry for entry in inner.state.values() if "step" in entry]
-    for entry in steps:
-        del entry["step"]
+    steps = [(entry, entry.pop("step")) for entry in inner.state.values() if "step" in entry]
     part.load_parameter_state_from_fully_reshardable(param_state)
-    for entry in steps:
-        entry["step"] = torch.tensor(float(optimizer_step))
+    for entry, step in steps:
+        entry["step"] = torch.full_like(step, float(optimizer_step))
     if not steps:
         for group in inner.param_groups:
             group["step"] = optimizer_step

@@ -47,11 +47,11 @@ class CopyOrder:
             routing_map: [T, e] bool, `copies` experts in every row.
             copies: k.
         """
-        tokens = len(routing_map)
-        counts = routing_map.sum(0, dtype=torch.int32)
-        places = routing_map.cumsum(0, dtype=torch.int32) + (counts.cumsum(0, dtype=torch.int32) - counts - 1)
+        tokens, experts_of_all = routing_map.shape
+        # Expert by expert, the number of copies up to each entry of the map is the place of its copy, counted from 1.
+        counts = routing_map.t().flatten().cumsum(0, dtype=torch.int32).view(experts_of_all, tokens)
         experts = torch.nonzero_static(routing_map, size=tokens * copies)[:, 1].view(tokens, copies)
-        places = places.gather(1, experts).long()
+        places = counts.t().gather(1, experts).long() - 1
         numbers = torch.arange(tokens * copies, device=routing_map.device)
         order = torch.empty_like(numbers).scatter_(0, places.flatten(), numbers)
         return cls(experts, places, order // copies, order)

