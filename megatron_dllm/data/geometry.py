@@ -38,6 +38,8 @@ class RowGeometry:
         turn_boundary: what a turn that ends in mid-block sees behind it, see `data.noisy_blocks`.
         rows_of_pairs: rows of a global batch of preference pairs: both sides of a pair lie in the same so many rows,
             counted from the stage's first one; None: documents have nothing to do with each other.
+        longest_cost: tokens of the row that the costliest segment takes; None: what one of context_length takes in
+            which every token may carry a loss.
     """
 
     objective: str
@@ -51,6 +53,7 @@ class RowGeometry:
     fill: str = "none"
     turn_boundary: str = "all"
     rows_of_pairs: int | None = None
+    longest_cost: int | None = None
 
     def __post_init__(self) -> None:
         # The configuration has refused these; that a validation's rows are long enough shows only here.
@@ -72,6 +75,11 @@ class RowGeometry:
         assert self.rows_of_pairs is None or (self.rows_of_pairs > 1 and self.block_origin == "document"), (
             f"rows_of_pairs ({self.rows_of_pairs}) must be 2 or more, so that any pair fits, on the document's grid"
         )
+        if self.longest_cost is not None:
+            assert self.row_length >= self.longest_cost, (
+                f"a segment of {self.longest_cost} in a row of {self.row_length}"
+            )
+            return
         longest = np.array([self.context_length])
         needed = self.num_views * self.context_length + int(clean_lengths(self, longest, np.zeros_like(longest))[0])
         if self.row_length < needed:

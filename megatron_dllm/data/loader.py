@@ -21,7 +21,7 @@ from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import LENGTH, RowPlan, row_document_tokens, row_forward_tokens
 from megatron_dllm.data.row import Row, build_row
 from megatron_dllm.data.row_tokens import RowContent
-from megatron_dllm.data.source import Documents, check_fills_a_row
+from megatron_dllm.data.source import Documents
 from megatron_dllm.data.spans import segment_spans
 from megatron_dllm.diffusion.noise import NoiseSpec
 
@@ -54,6 +54,7 @@ class RowDataset(Dataset[Row]):
         mask_token_id: replaces masked tokens.
         pad_token_id: fills rows.
         eos_token_id: fills the last blocks of turns; needed where the geometry asks for it.
+        num_sibling_bits: samples whose ids differ in so many of the lowest bits alone have the same noise.
     """
 
     source: Documents
@@ -63,9 +64,7 @@ class RowDataset(Dataset[Row]):
     mask_token_id: int
     pad_token_id: int
     eos_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        check_fills_a_row(self.source, self.geometry)
+    num_sibling_bits: int = 0
 
     def __getitem__(self, plan: RowPlan) -> Row:
         """Read the tokens of a plan's segments and build its row."""
@@ -76,6 +75,7 @@ class RowDataset(Dataset[Row]):
             clean_ids=np.concatenate([np.zeros(0, np.int64), *tokens]),
             sample_ids=np.array(sample_ids, dtype=np.int64),
             spans=segment_spans(self.source.spans, plan.segments),
+            num_sibling_bits=self.num_sibling_bits,
         )
         return build_row(
             plan,

@@ -47,7 +47,7 @@ def draw_row_noise(plan: RowPlan, content: RowContent, tokens: NoisyTokens, nois
             noise,
             seed=seed,
             epoch=plan.epoch,
-            sample_id=int(content.sample_ids[segment]),
+            sample_id=int(content.noise_ids[segment]),
             ordinal=int(plan.segments[segment, ORDINAL]),
             row_key=row_key(plan, content),
             block_ids=tokens.noisy_block_ids[span],

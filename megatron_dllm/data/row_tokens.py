@@ -27,11 +27,18 @@ class RowContent:
         clean_ids: [n] int64 tokens of all segments, one segment after the other.
         sample_ids: [p] int64 sample id of each segment: the corpus position of its first token.
         spans: of the segments; None: every token may carry a loss.
+        num_sibling_bits: samples whose ids differ in so many of the lowest bits alone have the same noise.
     """
 
     clean_ids: IntArray
     sample_ids: IntArray
     spans: Spans | None = None
+    num_sibling_bits: int = 0
+
+    @property
+    def noise_ids(self) -> IntArray:
+        """[p] int64 what the noise of each segment follows from."""
+        return self.sample_ids >> self.num_sibling_bits
 
 
 @dataclass(frozen=True)

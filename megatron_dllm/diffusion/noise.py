@@ -9,6 +9,8 @@ The noise is a pure function of its arguments (see `diffusion.draws`). The K vie
     independent     every view draws its own levels and masks
     stratified      the range of t has K parts, and each view gets one, in random order; masks are independent
     complementary   views 1 and 2, 3 and 4, ... mask opposite tokens; the pairs are independent
+
+Two more score given tokens without a random number: enumerated and left_to_right (`diffusion.exact_views`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from megatron_dllm.config.data import T_UNITS
 from megatron_dllm.config.schedule import LOSS_WEIGHTS, VIEW_RELATIONS
 from megatron_dllm.config.sft import LOSS_PER
 from megatron_dllm.diffusion.draws import Draws, Purpose
+from megatron_dllm.diffusion.exact_views import EXACT_RELATIONS, exact_views
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -77,7 +80,9 @@ class NoiseSpec:
         assert 0.0 <= self.t_min <= self.t_max <= 1.0, (
             f"t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min <= t_max <= 1"
         )
-        assert self.view_relation in VIEW_RELATIONS, f"view_relation ({self.view_relation}) is not known"
+        assert self.view_relation in (*VIEW_RELATIONS, *EXACT_RELATIONS), (
+            f"view_relation ({self.view_relation}) is not known"
+        )
         assert self.num_views >= 1, f"num_views ({self.num_views}) must be positive"
         assert not (self.is_complementary and self.num_views % 2), (
             f"num_views ({self.num_views}) must be even for complementary views"
@@ -232,9 +237,13 @@ def sample_noise(
         return noise
     blocks = _Blocks.group(block_ids[maskable])
     key = _Key.of(spec, int(sample_id), int(ordinal), int(row_key))
-    views, levels = _all_views(spec, Draws(int(seed), int(epoch)), key, blocks)
+    if spec.view_relation in EXACT_RELATIONS:
+        views, weights, levels = exact_views(spec.view_relation, blocks.size, spec.num_views)
+    else:
+        views, levels = _all_views(spec, Draws(int(seed), int(epoch)), key, blocks)
+        weights = _weights(spec, views, levels, blocks)
     noise.is_masked[:, maskable] = views
-    noise.loss_weights[:, maskable] = np.where(views, _weights(spec, views, levels, blocks), 0.0)
+    noise.loss_weights[:, maskable] = np.where(views, weights, 0.0)
     noise.t[:, maskable] = levels[:, blocks.of_token]
     return noise
 

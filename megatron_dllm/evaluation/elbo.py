@@ -9,7 +9,7 @@ over all noise levels without bias and with less variance than drawing t (see `d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,14 @@ from megatron_dllm.checkpoint.validation import Validation
 from megatron_dllm.config import SftConfig, StageConfig, TrainConfig
 from megatron_dllm.data.epoch import check_fits_a_row, measure_epoch
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.loader import BatchLoader, RowDataset
+from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.data.source import Source, check_fills_a_row
+from megatron_dllm.diffusion.losses.document_scores import DocumentScores
 from megatron_dllm.evaluation.conditions import SEED, conditions_of
+from megatron_dllm.evaluation.row_loader import row_loader
 from megatron_dllm.evaluation.scores import score_documents
-from megatron_dllm.model.objective import AR, Objective, validation_objective
+from megatron_dllm.model.objective import AR, validation_objective
 from megatron_dllm.parallel.groups import Groups
 
 
@@ -113,12 +115,7 @@ def evaluate(
     nats: dict[str, float] = {}
     for name in names:
         elbo, count = 0.0, 0
-        objective = validation_objective(name)
-        geometry = validation_geometry(config, name, sft)
-        for step in _loader(config, groups, corpus, lengths, geometry, objective):
-            if must_stop():
-                raise EvaluationStopped
-            scores = score_documents(chunks, step.micro_batches, device, groups, num_views=1)
+        for scores in score_corpus(chunks, config, groups, corpus, lengths, name, device, must_stop, sft):
             elbo, count = elbo + float(scores.means.sum()), count + int(scores.num_maskable.sum())
         nats[name] = -elbo / max(count, 1)
     target = 0 if names == [AR] else config.evaluation.block_sizes[0]
@@ -146,38 +143,37 @@ def validation_lengths(document_lengths: NDArray[Any], num_tokens: int) -> NDArr
     return lengths
 
 
-def _count_rows(stream: RowStream, geometry: RowGeometry) -> int:
-    """Rows of the stream's first epoch."""
-    stream, count = stream.copy(), 0
-    while stream.next(geometry).epoch == 0:
-        count += 1
-    return count
-
-
-def _loader(
+def score_corpus(
+    chunks: list[nn.Module],
     config: TrainConfig,
     groups: Groups,
     corpus: Source,
     lengths: NDArray[np.int64],
-    geometry: RowGeometry,
-    objective: Objective,
-) -> BatchLoader:
-    ranks = groups.data.size()
-    rows = config.evaluation.micro_batch_size
-    # As many micro-batches at a time as pipeline stages keep them busy, and virtual stages take no fewer; rows of
-    # padding fill them up.
-    num_micro_batches = config.parallel.pipeline_model_parallel_size
-    model = config.model
-    dataset = RowDataset(
-        corpus, geometry, objective.noise, SEED, model.mask_token_id, model.pad_token_id, model.eos_token_id
-    )
+    name: str,
+    device: torch.device,
+    must_stop: Callable[[], bool] = lambda: False,
+    sft: SftConfig | None = None,
+) -> Iterator[DocumentScores]:
+    """The scores of every document, step by step (a collective).
+
+    Args:
+        chunks: the local model.
+        config: of the measurement.
+        groups: of this rank.
+        corpus: the documents.
+        lengths: [d] tokens of the documents, 0 for those that are left out.
+        name: block size as text, or "ar".
+        device: where to compute.
+        must_stop: asked on all ranks between batches.
+        sft: how chats are trained; None: as they stand.
+
+    Raises:
+        EvaluationStopped: `must_stop` said so.
+    """
+    geometry, noise, model = validation_geometry(config, name, sft), validation_objective(name).noise, config.model
+    dataset = RowDataset(corpus, geometry, noise, SEED, model.mask_token_id, model.pad_token_id, model.eos_token_id)
     stream = RowStream(lengths, SEED, config.data.packing_chunk, shuffle=False, spans=corpus.spans)
-    return BatchLoader(
-        dataset,
-        stream,
-        global_batch_size=rows * ranks * num_micro_batches,
-        micro_batch_size=rows,
-        data_parallel_rank=groups.data.rank(),
-        data_parallel_size=ranks,
-        num_rows=_count_rows(stream, geometry),
-    )
+    for step in row_loader(config, groups, dataset, stream):
+        if must_stop():
+            raise EvaluationStopped
+        yield score_documents(chunks, step.micro_batches, device, groups, num_views=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from megatron_dllm.data.batch import Batch
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import BatchLoader, GlobalStep, RowDataset
+from megatron_dllm.data.memory_source import MemorySource
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.data.spans_file import write_spans
@@ -171,12 +172,6 @@ def test_a_global_batch_that_cannot_be_dealt_is_asserted(dataset: RowDataset) ->
         BatchLoader(dataset, new_stream(dataset), global_batch_size=8, micro_batch_size=3)
 
 
-def test_corpus_below_one_row_is_refused(write_corpus: Callable[..., str], model: ModelConfig) -> None:
-    corpus = Corpus(write_corpus([[5, 6, 7]]), model)
-    with pytest.raises(ValueError, match=r"\(3 tokens\) must hold more than one row of 64"):
-        RowDataset(corpus, AR, None, seed=0, mask_token_id=MASK, pad_token_id=PAD)
-
-
 # --- spans, and a source that is not a corpus -------------------------------------------------------------------
 
 
@@ -222,6 +217,16 @@ def test_a_source_of_a_few_lines_is_read_like_a_corpus(num_workers: int) -> None
     for name in ("num_document_tokens", "num_forward_tokens"):
         totals = [sum(int(getattr(batch, name)) for batch in step.micro_batches) for step in steps]
         assert totals == [getattr(step, name) for step in steps]
+
+
+def test_siblings_have_the_same_noise() -> None:
+    documents, ids = [list(range(3, 11))] * 3, [(5 << 8) + 1, (5 << 8) + 7, (6 << 8) + 1]
+    source = MemorySource(documents, ids)
+    dataset = RowDataset(source, GEOMETRY, replace(NOISE, is_stratified=False), 5, MASK, PAD, num_sibling_bits=8)
+    plans = RowStream(source.document_lengths, 5, 32, shuffle=False)
+    row = dataset[plans.next(GEOMETRY)]
+    masked = {int(key): row.is_masked[(row.roles[:, 0] == number)] for number, key in enumerate(row.sample_ids)}
+    assert (masked[ids[0]] == masked[ids[1]]).all() and (masked[ids[0]] != masked[ids[2]]).any()
 
 
 def test_spans_beside_a_corpus_say_what_carries_a_loss(write_corpus: Callable[..., str], model: ModelConfig) -> None:
