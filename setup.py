@@ -27,8 +27,10 @@ INSTALL = [
 EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.2"],  # TE linear layers, grouped experts, FusedAdam
     "slurm": ["hydra-submitit-launcher==1.2.0", "submitit>=1.5"],  # sweeps on SLURM
+    "eval": ["lm-eval>=0.4.13,<0.5"],  # the tasks of lm-evaluation-harness (megatron_dllm.harness)
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],  # the pages and a reference as a site
     "dev": [
+        "lm-eval>=0.4.13,<0.5",  # the tests of the harness
         "pytest>=8",
         "pytest-xdist>=3.6",  # make test on every core
         "ruff>=0.6",  # lint and format

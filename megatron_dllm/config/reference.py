@@ -24,6 +24,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.config.generate import GenerateConfig
+from megatron_dllm.config.harness import HarnessConfig
 from megatron_dllm.config.plan import PlanKeys
 from megatron_dllm.config.rules import check
 from megatron_dllm.config.study import StudyConfig
@@ -102,8 +103,19 @@ def _default(field: Field[Any]) -> str:
 
 def markdown(title: str, schema: type) -> str:
     """The keys below a dataclass, as a table with a heading."""
-    rows = [f"| `{key.name}` | {_cell(key.kind)} | `{key.default}` | {_cell(key.meaning)} |" for key in keys_of(schema)]
+    rows = [
+        f"| `{key.name}` | {_cell(key.kind)} | `{key.default}` | {_cell(key.meaning)} |" for key in own_keys(schema)
+    ]
     return "\n".join([f"## {title}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def own_keys(schema: type) -> list[Key]:
+    """The keys below a dataclass, without those of training where it adds to them."""
+    keys = [*keys_of(schema)]
+    if not issubclass(schema, TrainConfig) or schema is TrainConfig:
+        return keys
+    known = {key.name for key in keys_of(TrainConfig)}
+    return [key for key in keys if key.name not in known]
 
 
 def _cell(text: str) -> str:
@@ -112,6 +124,7 @@ def _cell(text: str) -> str:
 
 SECTIONS = {
     "Training: train, evaluate, and the training jobs of a chain": TrainConfig,
+    "Tasks of lm-evaluation-harness: harness, which has the keys of training too": HarnessConfig,
     "Decoding: generate": GenerateConfig,
     "Decoding in many ways: study": StudyConfig,
     "Planning: plan, beside the keys of training": PlanKeys,
@@ -144,7 +157,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if beginning is None:
         print(page())
         return 0
-    keys = [key for schema in SECTIONS.values() for key in keys_of(schema)]
+    keys = [key for schema in SECTIONS.values() for key in own_keys(schema)]
     found = [key for key in keys if key.name.startswith(beginning)]
     nearest = difflib.get_close_matches(beginning, [key.name for key in keys], n=3, cutoff=0.0)
     check(bool(found), f"{beginning!r} must be the beginning of a key; the nearest keys are {', '.join(nearest)}.")

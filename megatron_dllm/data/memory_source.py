@@ -32,6 +32,7 @@ class MemorySource:
     name: str = "requests"
     fingerprint: str = "requests"
     chat_template: str | None = None
+    is_paired: bool = False
 
     @classmethod
     def of_texts(cls, documents: Sequence[Sequence[int]]) -> MemorySource:

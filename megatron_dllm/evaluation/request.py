@@ -43,9 +43,9 @@ class Request:
     names: tuple[str, ...]
 
 
-def open_config() -> EvaluateConfig:
+def open_config(schema: type[EvaluateConfig] = EvaluateConfig) -> EvaluateConfig:
     """The schema that the command line is composed onto: what the checkpoint may fill in has no value yet."""
-    return EvaluateConfig(
+    return schema(
         model=open_model(),
         data=DataConfig(block_origin=MISSING),
         parallel=ParallelConfig(precision=MISSING),

@@ -14,6 +14,7 @@ from launch.jobs import LaunchConfig
 from megatron_dllm.compose import schema_keys
 from megatron_dllm.config import GenerateConfig, TrainConfig
 from megatron_dllm.config.evaluate import SHORT_NAMES, EvaluateConfig
+from megatron_dllm.config.harness import HarnessConfig
 from megatron_dllm.config.plan import PlanConfig
 from megatron_dllm.config.study import StudyConfig
 from tests.house.mentions import FOLDERS, PACKAGE, Mention
@@ -21,13 +22,13 @@ from tests.house.mentions import FOLDERS, PACKAGE, Mention
 # What our pages name of others: flags of torchrun, SLURM and pip; arguments of transformers and torch; a key of Hydra.
 FOREIGN_FLAGS = (
     *("--shutdown-timeout", "--nproc_per_node", "--test-only", "--requeue", "--switches", "--exclude"),
-    *("--index-url",),
+    *("--index-url", "--model"),
 )
 FOREIGN_KEYS = ("trust_remote_code", "torch.load", "defaults")
 # What the files are called that docs have their reader write: recipes/cluster/mine.yaml.
 READERS = "mine"
 HYDRA_FLAGS = ("--multirun", "--help", "--config-dir", "--config-name")
-TRAINING = ("megatron_dllm.train", "megatron_dllm.evaluate", "megatron_dllm.plan")
+TRAINING = ("megatron_dllm.train", "megatron_dllm.evaluate", "megatron_dllm.harness", "megatron_dllm.plan")
 LAUNCHING = ("launch/submit.py", "launch/local.py")
 
 
@@ -157,6 +158,7 @@ class Existing:
             **dict.fromkeys(TRAINING, training),
             "megatron_dllm.evaluate": {*training, *schema_keys(EvaluateConfig), *SHORT_NAMES},
             "megatron_dllm.plan": {*training, *schema_keys(PlanConfig)},
+            "megatron_dllm.harness": {*training, *schema_keys(HarnessConfig), *SHORT_NAMES},
             **dict.fromkeys(LAUNCHING, launching),
             "megatron_dllm.generate": set(schema_keys(GenerateConfig)),
             "megatron_dllm.study": set(schema_keys(StudyConfig)),
@@ -164,7 +166,7 @@ class Existing:
                 *training,
                 *launching,
                 *generating,
-                *schema_keys(EvaluateConfig),
+                *schema_keys(HarnessConfig),
                 *SHORT_NAMES,
                 *schema_keys(PlanConfig),
                 *(key.rsplit(".", 1)[-1] for key in launching),
