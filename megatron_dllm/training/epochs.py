@@ -44,6 +44,12 @@ def chat_warnings(config: TrainConfig, sources: Sources) -> list[str]:
     warnings = []
     for name, stage in config.schedule.stages.items():
         prefix = f"schedule.stages.{name}.sft"
+        pairs = [part.source.name for part in sources.of_stage(name) if part.source.is_paired]
+        if pairs and stage.preference is None:
+            warnings.append(
+                f"schedule.stages.{name}.preference (null) trains the rejected answers of {', '.join(pairs)} like the "
+                "chosen ones; take schedule dpo, or tokenize the chosen ones as chats."
+            )
         chats = [part.source.name for part in sources.of_stage(name) if part.source.spans is not None]
         if not chats or stage.objective == "ar":
             continue

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tiny_chats import write_chats
+from benchmarks.tiny_chats import write_chats, write_pairs
 from benchmarks.tiny_run import STAGES, run_config, write_corpus
 from megatron_dllm.config import SftConfig, TrainConfig
 from megatron_dllm.data.epoch import measure_epoch
@@ -68,3 +68,11 @@ def test_text_may_be_trained_in_epochs_too(tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
     config = replace(config, data=replace(config.data, train=str(tmp_path / "text")))
     assert decide(config).schedule.total_tokens == round(0.5 * Sources(config).corpora[config.data.train].num_tokens)
+
+
+def test_pairs_that_are_trained_as_chats_are_told(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    write_pairs(tmp_path / "pairs", 200)
+    config = replace(config, data=replace(config.data, train=str(tmp_path / "pairs")))
+    (text,) = decide(config).warnings
+    assert text.startswith("schedule.stages.sft.preference (null) trains the rejected answers of") and "pairs" in text
