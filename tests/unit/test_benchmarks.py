@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from benchmarks.attention import causal_run
 from benchmarks.computed_pairs import build_roles, computed_pairs
+from benchmarks.decoding import Way, draw_prompts, measure
 from benchmarks.sft import draw_chats, packed_and_padded, packed_geometry
 from benchmarks.step import joined
 from megatron_dllm.diffusion.roles import visible
@@ -64,3 +67,18 @@ def test_packed_and_padded_chats_train_the_same_targets() -> None:
     assert targets(packed) == targets(padded) and len(padded) > len(packed) == 2
     tokens, expected_more = (sum(batch.input_ids.numel() for batch in batches) for batches in (packed, padded))
     assert tokens < expected_more
+
+
+def test_ways_of_decoding_are_compared_on_the_same_prompts() -> None:
+    def repeat(prompts: Sequence[list[int]]) -> tuple[list[list[int]], float]:
+        return [ids[:4] for ids in prompts], 0.5
+
+    def repeat_but_one(prompts: Sequence[list[int]]) -> tuple[list[list[int]], None]:
+        return [[*ids[:3], 0] for ids in prompts], None
+
+    ways = [Way("base", 2, repeat), Way("other", 5, repeat_but_one)]
+    base, other = measure(ways, 40, vocab_size=20)
+    assert (base["ratio"], base["same"], base["model"], other["model"]) == (1.0, 1.0, 0.5, None)
+    assert other["same"] == 0.75 and other["ratio"] == other["tokens_per_s"] / base["tokens_per_s"]
+    lengths = [len(ids) for ids in draw_prompts(40, 50, 20)]
+    assert min(lengths) >= 24 and max(lengths) < 56 and draw_prompts(40, 3, 20) == draw_prompts(40, 3, 20)

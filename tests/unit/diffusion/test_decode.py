@@ -167,8 +167,8 @@ def test_a_hundred_random_cases_decode_as_they_do_alone() -> None:
         rule = ("threshold", "factor", "hierarchy", "entropy_bound")[case % 4]
         config = DecodingConfig(rule=rule, threshold=0.7, entropy_bound=0.5, temperature=float(case % 3 == 0))
         shared = [draw(0, 20) for _ in range(draw(0, 20))]
-        prompts = [shared + [draw(0, 20) for _ in range(draw(1, 9))] for _ in range(draw(2, 6))]
-        requests = [Request(ids, draw(1, 20), seed) for seed, ids in enumerate(prompts)]
+        prompts = [shared + [draw(0, 20) for _ in range(draw(1, 9))] for _ in range(draw(2, 4))]
+        requests = [Request(ids, draw(1, 14), seed) for seed, ids in enumerate(prompts)]
         expected = [
             decode(
                 CachedForward(model),
@@ -346,3 +346,52 @@ def test_broken_logits_are_refused() -> None:
     for temperature in (0.0, 1.0):
         with pytest.raises(ValueError, match=r"logits .* must be finite"):
             decode(Broken({}), [1], DecodingConfig(temperature=temperature), CONTRACT)
+
+
+def expected_of_sglang(model: ToyModel, request: Request, block_size: int, threshold: float) -> tuple[list[int], int]:
+    """SGLang's LowConfidence: tokens, and forward passes behind the prompt's; tokens hold MASK where it wins.
+
+    All tokens above the threshold are kept, else the leftmost of the most probable; the mask token may win. A block is
+    done when it enters a pass without masks, which keeps its keys and values.
+    """
+    ids, num_passes = list(request.ids), 0
+    while len(ids) < len(request.ids) + request.max_new_tokens:
+        start = len(ids) // block_size * block_size
+        ids += [MASK] * (start + block_size - len(ids))
+        places = torch.arange(len(ids))
+        roles = torch.stack([torch.zeros_like(places), places // block_size, (places >= start).long()], 1)
+        is_open = torch.tensor(ids) == MASK
+        while bool(is_open.any()):
+            probability, best = model.logits(torch.tensor(ids), places, roles).softmax(1).max(dim=1)
+            probability = probability.masked_fill(~is_open, -1.0)
+            is_kept = probability > threshold
+            is_kept[probability.argmax()] |= not bool(is_kept.any())
+            ids = torch.where(is_kept, best, torch.tensor(ids)).tolist()
+            is_open &= ~is_kept
+            num_passes += 1
+            if MASK in torch.tensor(ids)[is_kept]:
+                return ids, num_passes
+        num_passes += 1
+    return ids[len(request.ids) : len(request.ids) + request.max_new_tokens], num_passes
+
+
+def test_tokens_and_passes_are_those_of_sglang_in_a_hundred_random_cases() -> None:
+    generator = torch.Generator().manual_seed(9)
+    num_compared = 0
+    for case in range(120):
+        low, high, block, length = (
+            int(torch.randint(*bounds, (), generator=generator)) for bounds in ((1, 9), (9, 16), (1, 9), (1, 24))
+        )
+        requests = [Request(list(range(count)), length, 0) for count in (low, high)]
+        model, config = ToyModel(case, sharpness=4.0), DecodingConfig(threshold=0.7)
+        found = decode_all(CachedForward(model), requests, config, replace(CONTRACT, block_size=block), batch_size=2)
+        for request, text in zip(requests, found, strict=True):
+            expected, num_passes = expected_of_sglang(model, request, block, config.threshold)
+            if MASK in expected:
+                continue  # ours never writes the mask token
+            assert text.generated_ids == expected
+            # SGLang also keeps the last block, which nothing reads.
+            num_commits = text.num_commit_forwards + 1 - (len(request.ids) >= block)
+            assert text.num_denoising_forwards + num_commits == num_passes
+            num_compared += 1
+    assert num_compared >= 100
