@@ -13,6 +13,7 @@ given, with their defaults:
     search=false                      look at every layout, recomputation and micro-batch (some seconds)
     max_gpus=null                     the search may take other numbers of nodes, up to so many GPUs
     objective=time                    what the search makes small: time, cost (GPU-hours) or gpus
+    confirm=false                     ask the engine for the ranks that decide (some seconds to minutes each)
     assumptions.KEY=VALUE             constants of the prediction (python -m megatron_dllm.config.reference assumptions)
     output=null                       folder for plan.json and plan.png
 """
@@ -42,7 +43,7 @@ from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
 from megatron_dllm.planning.options import Option, near_options, remedy, words_of
 from megatron_dllm.planning.record import record
-from megatron_dllm.planning.run_plan import RunPlan, plan_run, setting_of
+from megatron_dllm.planning.run_plan import RunPlan, plan_run, plan_trial, setting_of
 from megatron_dllm.planning.screen import screen, shortfall
 from megatron_dllm.planning.search import Found, search
 from megatron_dllm.planning.work import StageWork, assumed_work
@@ -90,10 +91,7 @@ def read_work(config: PlanConfig, has_corpora: bool) -> tuple[StageWork, ...]:
     """
     if not has_corpora:
         return assumed_work(config, config.assumptions)
-    from megatron_dllm.host import prepare_host, quiet_libraries
-
-    quiet_libraries()
-    prepare_host()
+    prepare()
     from megatron_dllm.planning.measured import measured_work
 
     return measured_work(config)
@@ -148,9 +146,30 @@ def run(words: Sequence[str]) -> int:
     print(screen(plan, config.run.name, cluster, config.nodes, options))
     if config.output is not None:
         _write(config, plan, cluster, options)
+    if config.confirm:
+        chosen = options[0] if config.search and options else None
+        _confirm(config, plan if chosen is None else plan_trial(setting, work, chosen.trial))
     if not plan.fits:
         raise ValueError(f"{shortfall(plan)}; {remedy(config, setting, work, options)}")
     return 0
+
+
+def _confirm(config: PlanConfig, plan: RunPlan) -> None:
+    """Print what the engine says of a plan's tightest stage."""
+    prepare()
+    from megatron_dllm.planning.confirming import confirm, confirmation_lines
+
+    print()
+    for line in confirmation_lines(confirm(config, plan.tightest), plan.setting.limit):
+        print(line)
+
+
+def prepare() -> None:
+    """Make megatron-core usable here, before the modules that import it."""
+    from megatron_dllm.host import prepare_host, quiet_libraries
+
+    quiet_libraries()
+    prepare_host()
 
 
 def _calibrate(composed: Any) -> int:

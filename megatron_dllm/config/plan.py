@@ -26,6 +26,9 @@ class PlanKeys:
     max_gpus: int | None = None
     # What the search makes small: time (of the run), cost (GPU-hours) or gpus (then time).
     objective: str = "time"
+    # Ask the engine itself for the ranks that decide (some seconds to minutes each): of the best layout of a search,
+    # else of the recipe's.
+    confirm: bool = False
     # Constants of the prediction.
     assumptions: AssumptionsConfig = field(default_factory=AssumptionsConfig)
     # Folders of runs whose metrics the constants are fitted to, instead of a plan; null: a plan.

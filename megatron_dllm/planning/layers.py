@@ -36,6 +36,7 @@ class LayerCost:
         attention: of attention in the forward pass.
         kept: bytes kept for the backward pass.
         recomputed: of these, what recomputing attention alone does not keep.
+        working: bytes that its backward pass holds for a moment: gradients of activations and of the experts' weights.
         input: bytes of the layer's input.
         exchanged: bytes sent to the experts and back in the forward pass, this rank's own included.
         gathered: bytes gathered and scattered between tensor ranks in the forward pass.
@@ -46,6 +47,7 @@ class LayerCost:
     attention: float
     kept: float
     recomputed: float
+    working: float
     input: float
     exchanged: float
     gathered: float
@@ -89,6 +91,7 @@ def layer_cost(model: ModelConfig, layout: ParallelConfig, tokens: Tokens, is_mo
         attention=4 * tokens.pairs * share * queries,
         kept=width * (kept + mlp.kept),
         recomputed=width * recomputed,
+        working=width * (mlp.working + 8 * hidden * computed / tp),
         input=width * 2 * hidden * computed / tp,
         exchanged=width * mlp.exchanged,
         gathered=width * (2 * hidden * (computed + read) * (tp > 1) + mlp.gathered),
@@ -102,6 +105,7 @@ class _Part:
 
     products: float
     kept: float
+    working: float
     exchanged: float
     gathered: float
 
@@ -110,7 +114,8 @@ def _dense_part(model: ModelConfig, layout: ParallelConfig, read: float) -> _Par
     tp = layout.tensor_model_parallel_size
     inner = model.ffn_hidden_size / tp
     gathered = 4 * model.hidden_size * read * (tp > 1)
-    return _Part(6 * model.hidden_size * inner * read, 6 * inner * read, 0.0, gathered)
+    weights = 3 * model.hidden_size * inner
+    return _Part(2 * weights * read, 6 * inner * read, 6 * inner * read + 2 * weights, 0.0, gathered)
 
 
 def _moe_part(model: ModelConfig, layout: ParallelConfig, read: float, imbalance: float) -> _Part:
@@ -125,6 +130,9 @@ def _moe_part(model: ModelConfig, layout: ParallelConfig, read: float, imbalance
         products=6 * hidden * (inner * received + shared * read) + 2 * hidden * router,
         # Input of the experts, their first product and activation, indices; the router's logits, scores, map in fp32.
         kept=received * (2 * hidden + 6 * inner + 24) + 6 * shared * read + 13 * router,
+        # Gradients of the experts' input, output and inner features, and of all their weights before they are summed.
+        working=received * (4 * hidden + 6 * inner)
+        + 6 * hidden * inner * model.num_moe_experts / layout.expert_model_parallel_size,
         exchanged=4 * hidden * sent * (layout.expert_model_parallel_size > 1),
         gathered=(4 * hidden * read * (tp > 1) if shared else 0.0) + 4 * hidden * received * (etp > 1),
     )

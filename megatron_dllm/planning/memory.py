@@ -8,13 +8,11 @@ from megatron_dllm.planning.layers import LayerCost
 from megatron_dllm.planning.micro_batch import MicroBatch, rank_layers
 from megatron_dllm.planning.parameters import PipelineRank, Weights, rank_weights, replicas, virtual_size
 
-# Elements of the head's logits that exist at a time (`model.head`), each in fp32, as its gradient, and in bf16.
+# Elements of the head's logits that exist at a time (`model.head`): in bf16, in fp32, and their gradients.
 CHUNK_ELEMENTS = 64 * 1024 * 1024
-_CHUNK_BYTES = 4 + 2 + 2
-# Bytes of the weight's gradient in the head: an fp32 sum and its bf16 copy.
-_HEAD_GRADIENT_BYTES = 6
-# A layer whose backward pass runs holds its kept bytes and the gradients of the largest of them.
-_WORKING_SET = 1.8
+_CHUNK_BYTES = 10
+# Bytes of the gradient of the head's weight.
+_HEAD_GRADIENT_BYTES = 2
 
 
 def model_state(weights: Weights, layout: ParallelConfig, num_gpus: int) -> tuple[int, int, int]:
@@ -55,7 +53,9 @@ def rank_memory(
     kept = in_flight * sum(number * _kept(layout.recompute, cost) for number, cost in layers)
     working = _working_set(layout.recompute, layers)
     head = _head_bytes(model, layout, batch.targets) if rank.is_last else 0.0
-    # The head and a layer that is computed again come one after the other.
+    # The backward pass of the head comes first, those of the layers later, when the last layer's bytes are free again.
+    if rank.is_last:
+        working -= min(_kept(layout.recompute, batch.last), kept)
     is_head = head >= working
     return RankMemory(
         # Ranks of megatron-core's order: the pipeline comes last.
@@ -89,13 +89,13 @@ def _kept(recompute: str, cost: LayerCost) -> float:
 
 
 def _working_set(recompute: str, layers: list[tuple[int, LayerCost]]) -> float:
-    if recompute != "full":
-        return 0.0
-    return _WORKING_SET * max((cost.kept for number, cost in layers if number), default=0.0)
+    """What the backward pass of a layer holds for a moment, with the layer itself where it is computed again."""
+    again = float(recompute == "full")
+    return max((again * cost.kept + cost.working for number, cost in layers if number), default=0.0)
 
 
 def _head_bytes(model: ModelConfig, layout: ParallelConfig, targets: float) -> float:
-    """The LM head's backward pass: a chunk of logits, the weight's gradient, and the targets' hidden states."""
+    """The LM head's backward pass: a chunk of logits, gradients of its weight and of the targets' hidden states."""
     rows = model.vocab_size / layout.tensor_model_parallel_size
     chunk = min(CHUNK_ELEMENTS, targets * rows) * _CHUNK_BYTES
     return chunk + _HEAD_GRADIENT_BYTES * model.hidden_size * rows + 8 * model.hidden_size * targets

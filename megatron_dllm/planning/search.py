@@ -204,7 +204,7 @@ def candidates(
         stages = {stage.name: stage.config for stage in named}
         changed = replace(config, schedule=replace(config.schedule, stages=stages))
         distinct = {(stage.global_batch_size, stage.micro_batch_size): name for name, stage in stages.items()}
-        for layout in _layouts(config.model, config.parallel, num_gpus, per_node):
+        for layout in layouts(config.model, config.parallel, num_gpus, per_node):
             pieces = layout.virtual_pipeline_model_parallel_size
             if is_near and pieces not in (None, config.parallel.virtual_pipeline_model_parallel_size):
                 continue
@@ -215,7 +215,7 @@ def candidates(
             yield Candidate(layout, num_gpus, rows)
 
 
-def _layouts(model: ModelConfig, wish: ParallelConfig, num_gpus: int, per_node: int) -> Iterator[ParallelConfig]:
+def layouts(model: ModelConfig, wish: ParallelConfig, num_gpus: int, per_node: int) -> Iterator[ParallelConfig]:
     """Sizes that divide the GPUs and the model; `TrainConfig.check_layout` knows the other rules."""
     sizes = _divisors(num_gpus)
     inside = [size for size in sizes if size <= per_node and model.num_attention_heads % size == 0]

@@ -7,13 +7,16 @@ from dataclasses import replace
 import pytest
 
 from megatron_dllm.compose import compose_train_config
-from megatron_dllm.config import ParallelConfig, TrainConfig
+from megatron_dllm.config import ParallelConfig, ScheduleConfig, TrainConfig
+from megatron_dllm.config.assumptions import AssumptionsConfig
 from megatron_dllm.planning.answer import RankMemory
+from megatron_dllm.planning.engine import measure
 from megatron_dllm.planning.layers import Tokens, layer_cost
 from megatron_dllm.planning.memory import pipeline_in_flight, rank_memory
 from megatron_dllm.planning.micro_batch import micro_batch_of
 from megatron_dllm.planning.parameters import pipeline_ranks
 from megatron_dllm.planning.rows import RowContent
+from megatron_dllm.planning.work import assumed_work
 from tests.unit.config.configs import stage_config
 
 BF16 = ParallelConfig(precision="bf16")
@@ -59,6 +62,49 @@ def test_the_optimizer_is_shared_by_replicas_of_each_kind_of_weight() -> None:
     dense = 109_119_488
     assert memory.weights == 2 * (experts + dense) and memory.gradients == 4 * (experts + dense)
     assert memory.optimizer == 12 * experts + 12 * dense // 4
+
+
+_TWO_STAGES = dict(pipeline_model_parallel_size=2, expert_model_parallel_size=8)
+SLICES = {
+    "mini": ("ling_mini", 3, 8, 0, dict(expert_model_parallel_size=8)),
+    "mini recomputed": ("ling_mini", 3, 8, 0, dict(expert_model_parallel_size=8, recompute="full")),
+    "flash, first rank": ("ling_flash", 4, 32, 0, dict(context_parallel_size=2, **_TWO_STAGES)),
+    "flash, last rank": ("ling_flash", 4, 32, 16, dict(context_parallel_size=2, **_TWO_STAGES)),
+    "flash over tensor ranks": (
+        "ling_flash",
+        3,
+        16,
+        0,
+        dict(
+            tensor_model_parallel_size=4,
+            sequence_parallel=True,
+            expert_model_parallel_size=16,
+            expert_tensor_parallel_size=1,
+        ),
+    ),
+    "qwen3": ("qwen3_30b_a3b", 4, 16, 0, _TWO_STAGES),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLICES)
+def test_a_slice_of_a_real_model_is_what_the_engine_holds(name: str) -> None:
+    """State to 0.1 %, activations and head to 10 %, of some layers of the real models with rows of 8192 tokens."""
+    model, num_layers, num_gpus, rank, layout = SLICES[name]
+    config = _config(model, **layout)
+    config = replace(config, model=replace(config.model, num_layers=num_layers))
+    stages = config.parallel.pipeline_model_parallel_size
+    stage = stage_config(global_batch_size=config.parallel.data_parallel_size(num_gpus) * stages)
+    config = replace(config, schedule=ScheduleConfig(context_length=4096, stages={"one": stage}))
+    expected = measure(config, config.parallel, num_gpus, rank, "one").worst.memory
+    (work,) = assumed_work(config, AssumptionsConfig())
+    batch = micro_batch_of(config.model, config.parallel, stage, work.row, num_gpus, 1.0, config.training)
+    held = pipeline_ranks(config.model, config.parallel)[rank // (num_gpus // stages)]
+    memory = rank_memory(config.model, config.parallel, held, batch, num_gpus, 0)
+    assert memory.weights == expected.weights and memory.rank == expected.rank
+    assert memory.gradients == pytest.approx(expected.gradients, rel=0.001)
+    assert memory.optimizer == pytest.approx(expected.optimizer, rel=0.001)
+    assert memory.activations + memory.head == pytest.approx(expected.activations + expected.head, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.model.megatron_config import transformer_config
 from megatron_dllm.model.paths import choose_paths
 from megatron_dllm.parallel.device import DeviceFacts
+from megatron_dllm.planning.engine import num_parameters
 from megatron_dllm.planning.parameters import pipeline_ranks, rank_weights, replicas
-from tests.unit.config.configs import model_config
+from megatron_dllm.planning.search import layouts
+from tests.unit.config.configs import model_config, train_config
 
 
 def _random_pipeline(draw: random.Random) -> tuple[ModelConfig, ParallelConfig]:
@@ -50,6 +52,37 @@ def test_layers_are_dealt_as_megatron_core_deals_them(seed: int) -> None:
             number = get_num_layers_to_build(config, vp_stage=piece, pp_rank=rank.index)
             expected += [layer >= model.num_dense_layers for layer in range(start, start + number)]
         assert (rank.num_dense, rank.num_moe) == (expected.count(False), expected.count(True))
+
+
+def _random_layout(draw: random.Random) -> tuple[ModelConfig, ParallelConfig, int]:
+    """A small model and a layout of up to 32 ranks for it, some with more tensor ranks than query groups."""
+    is_tied, has_norm = draw.random() < 0.3, draw.random() < 0.7
+    sizes = dict(num_query_groups=draw.choice([2, 4, 8]), tie_word_embeddings=is_tied, qk_layernorm=has_norm)
+    experts = draw.choice([{}, {}, dict(num_moe_experts=0), dict(moe_shared_expert_intermediate_size=0)])
+    model = model_config(num_layers=draw.choice([4, 6]), num_dense_layers=draw.choice([0, 1, 3]), **sizes, **experts)
+    num_ranks = draw.choice([4, 8, 16, 32])
+    found = []
+    for layout in layouts(model, ParallelConfig(precision="bf16"), num_ranks, 8):
+        try:
+            layout.validate(num_ranks, model)
+        except ValueError:
+            continue
+        found.append(layout)
+    return model, draw.choice(found), num_ranks
+
+
+@pytest.mark.ranks  # builds a part of a model
+@pytest.mark.parametrize("seed", range(60))
+def test_elements_are_those_that_the_engine_builds(seed: int) -> None:
+    draw = random.Random(seed)
+    model, layout, num_ranks = _random_layout(draw)
+    ranks = pipeline_ranks(model, layout)
+    rank = draw.choice(ranks)
+    beside = draw.randrange(num_ranks // len(ranks))
+    expected = num_parameters(
+        train_config(model=model), layout, num_ranks, rank.index * num_ranks // len(ranks) + beside
+    )
+    assert rank_weights(model, layout, rank).total == expected
 
 
 def test_a_tied_head_is_counted_once_on_a_rank_that_has_both() -> None:
