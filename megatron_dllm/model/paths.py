@@ -12,9 +12,6 @@ from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.model.attention.backends import BACKENDS
 from megatron_dllm.parallel.device import DeviceFacts
 
-# Elements of the first product's weight up to which, on CPU, a grouped product of all experts is the faster way
-# (figures: benchmarks/results/experts_cpu.md).
-SMALL_EXPERT_WEIGHT = 1 << 14
 # torch's grouped product refuses matrices whose rows are not a multiple of so many bytes.
 GROUPED_ROW_BYTES = 16
 
@@ -131,14 +128,9 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool, has_te
     unit = GROUPED_ROW_BYTES // (4 if parallel.precision == "fp32" else 2)
     if inner % unit or model.hidden_size % unit:
         return Choice("sections", f"the grouped product is for sizes that are multiples of {unit}")
-    if is_cuda:
-        if parallel.precision == "bf16":
-            return Choice("grouped", "bf16 on CUDA")
+    if is_cuda and parallel.precision != "bf16":
         return Choice("sections", "the grouped product of CUDA is for bf16")
-    weight = 2 * inner * model.hidden_size
-    if weight <= SMALL_EXPERT_WEIGHT:
-        return Choice("grouped", f"weights of at most {SMALL_EXPERT_WEIGHT} elements")
-    return Choice("sections", f"weights of more than {SMALL_EXPERT_WEIGHT} elements")
+    return Choice("grouped", "bf16 on CUDA" if is_cuda else "one product for all, whose weights lie together")
 
 
 def _dispatcher(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool) -> Choice:

@@ -24,7 +24,7 @@ WITH_TE = ON_CUDA | dict(linear="te", norms="te", optimizer="te")
 
 TABLE = {
     "CPU": (CPU, MOE, FP32, ON_CPU | dict(experts="grouped", dispatcher="allgather", collectives="gloo")),
-    "CPU, wide experts": (CPU, WIDE, FP32, ON_CPU | dict(experts="sections", dispatcher="allgather")),
+    "CPU, wide experts": (CPU, WIDE, FP32, ON_CPU | dict(experts="grouped", dispatcher="allgather")),
     "CPU, wide experts divided": (
         CPU,
         WIDE,
