@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study clean
+.PHONY: demo docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study dpo-study clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -81,6 +81,11 @@ clean:
 # benchmarks/results/tiny_sft_study.md. Not run yet.
 sft-study: demo
 	$(BIN)/python launch/local.py experiment=tiny_sft_study
+
+# Preferences on the demo's own answers: three seeds of 1, 4 and 8 views, masks shared with the reference or not; writes
+# benchmarks/results/tiny_dpo_study.md. Not run in full yet.
+dpo-study: demo
+	$(BIN)/python launch/local.py experiment=tiny_dpo_study
 
 study: demo
 	$(BIN)/python launch/local.py experiment=tiny_study

@@ -35,7 +35,7 @@ class PreferenceConfig:
 
     # How far the model may go from the reference: rewards are beta times the difference of their ELBOs, in nats.
     beta: float = 0.1
-    # Weight of the chosen answers' NLL for each token, beside the preference loss; 0: none (the report), 0.05 in VRPO.
+    # Weight of the chosen answers' NLL for each token, beside the preference loss; 0: none, as in the report.
     sft_coefficient: float = 0.0
     # Both answers of a pair draw their noise levels alike.
     share_levels: bool = False

@@ -54,7 +54,7 @@ class Weighing:
             the sum of the weighted NLLs, divided by d.
         loss: [] fp64 the loss, not divided yet.
         count: [] fp64 what the loss is divided by: pairs, say.
-        largest_margin: of all pairs, without its sign, nats; 0 where the model is its reference.
+        margins: [p] fp64 of what is compared, nats; all 0 where the model is its reference.
         ratios: what is logged beside the loss, each a sum [] and what to divide it by [].
     """
 
@@ -62,8 +62,13 @@ class Weighing:
     factors: Tensor
     loss: Tensor
     count: Tensor
-    largest_margin: float
+    margins: Tensor
     ratios: Mapping[str, tuple[Tensor, Tensor]]
+
+    @property
+    def largest_margin(self) -> float:
+        """The largest margin without its sign."""
+        return float(self.margins.abs().max()) if len(self.margins) else 0.0
 
     def of_documents(self, sample_ids: Tensor, epochs: Tensor) -> Tensor:
         """[p, k] fp64 the factors of some documents.

@@ -91,10 +91,8 @@ def weigh_pairs(rule: PreferenceRule, scores: DocumentScores, reference: Tensor)
     factors[:, own_views] = -gradient.flatten()[:, None] * len(means) / by_view.shape[1]
     loss = preference_loss(pairs.margins, rule.beta).sum()
     loss = loss + rule.sft_coefficient * num_pairs * nll_chosen / chosen_tokens
-    largest = float(pairs.margins.abs().max()) if num_pairs else 0.0
-    return Weighing(
-        scores, factors, loss, torch.tensor(float(num_pairs)).double(), largest, _logged(rule, pairs, by_view)
-    )
+    count = torch.tensor(float(num_pairs), dtype=torch.float64)
+    return Weighing(scores, factors, loss, count, pairs.margins, _logged(rule, pairs, by_view))
 
 
 def _split_views(rule: PreferenceRule, num_views: int, reference: Tensor) -> tuple[slice, Tensor]:
