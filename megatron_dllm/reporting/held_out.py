@@ -22,6 +22,12 @@ def difference(record: Record, newest: Record) -> str:
     return mine.difference(reference)
 
 
+def is_same_text(record: Record, other: Record | Validation) -> bool:
+    """Whether two validations measured one corpus, as far as they say."""
+    mine, theirs = conditions_in(record), other.conditions if isinstance(other, Validation) else conditions_in(other)
+    return mine is None or theirs is None or mine.corpus == theirs.corpus
+
+
 def alike(records: Sequence[Record]) -> list[list[Record]]:
     """Validations in order, a new list wherever the conditions change."""
     parts: list[list[Record]] = []

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 
 from megatron_dllm.checkpoint.folder import latest_checkpoint
 from megatron_dllm.checkpoint.meta import read_meta
-from megatron_dllm.checkpoint.validation import read_validation
 from megatron_dllm.reporting import pictures
 from megatron_dllm.reporting.answers import answers_section, read_answers
 from megatron_dllm.reporting.example_row import example_row
@@ -18,7 +17,7 @@ from megatron_dllm.reporting.held_out import measured_on
 from megatron_dllm.reporting.history import Command, Duration, History, Run, Track, commit_of
 from megatron_dllm.reporting.markup import figure, table
 from megatron_dllm.reporting.records import Record, is_logged, number
-from megatron_dllm.reporting.results import Result
+from megatron_dllm.reporting.results import Result, drawn_beside
 from megatron_dllm.reporting.study import read_study_files, study_section
 from megatron_dllm.run.names import CHECKPOINTS
 
@@ -49,7 +48,7 @@ def page(history: History, lines: Sequence[Result]) -> str:
         _facts(history),
         "<h2>Results</h2>",
         _results(lines),
-        *(part for track in reversed(history.tracks) for part in _track(track, history, lines)),
+        *(part for track in reversed(history.tracks) for part in _track(track, history)),
         *answers_section(read_answers(history)),
         *study_section(read_study_files(history)),
         *_samples(history.samples),
@@ -192,10 +191,10 @@ def _results(lines: Sequence[Result]) -> str:
 # ---- what happened ------------------------------------------------------------------------------
 
 
-def _track(track: Track, history: History, lines: Sequence[Result]) -> list[str]:
+def _track(track: Track, history: History) -> list[str]:
     parts = [f"<h2>{html.escape(track.name)}</h2>"]
     if len(track.validations) > 1 and any(key.startswith("validation_elbo/") for r in track.validations for key in r):
-        parts.append(_validation_figure(track, history, lines))
+        parts.append(_validation_figure(track, history))
     if not track.training:
         return [*parts, "<p>No step has been logged yet.</p>"]
     parts.append(
@@ -218,13 +217,8 @@ def _track(track: Track, history: History, lines: Sequence[Result]) -> list[str]
     return [*parts, _mask(track)]
 
 
-def _validation_figure(track: Track, history: History, lines: Sequence[Result]) -> str:
-    checkpoints, ar_nll = {}, None
-    if track in history.validated[-1:]:
-        found = {folder.name: read_validation(folder) for folder in history.checkpoints}
-        checkpoints = {name: dict(validation.nats_per_token) for name, validation in found.items() if validation}
-    if not track.is_autoregressive:
-        ar_nll = next((line.nats for line in lines if line.measure == "exact NLL"), None)
+def _validation_figure(track: Track, history: History) -> str:
+    checkpoints, ar_nll = drawn_beside(track, history)
     stars = f" Stars: {', '.join(checkpoints)}." if checkpoints else ""
     caption = f"Validation: the same held-out rows and the same noise every time.{stars}"
     return figure(pictures.elbo_picture(track.validations, ar_nll, checkpoints), caption)

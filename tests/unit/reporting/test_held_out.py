@@ -10,7 +10,7 @@ import pytest
 
 from megatron_dllm.reporting.held_out import alike, conditions_in, difference, measured_on
 from megatron_dllm.reporting.history import read_history
-from megatron_dllm.reporting.results import results
+from megatron_dllm.reporting.results import drawn_beside, results
 from tests.unit.checkpoint.small_checkpoint import CONDITIONS
 from tests.unit.reporting.folders import training_record, validation_record, write_run
 
@@ -52,3 +52,18 @@ def test_the_table_marks_what_was_measured_otherwise(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", records)
     cells = [line.cells()[1] for line in results(read_history(run))]
     assert cells == ["ELBO, block 32 (num_tokens 7, not 100)", "ELBO, block 32"]
+
+
+def test_runs_on_another_text_are_kept_apart(tmp_path: Path) -> None:
+    """A chain whose base and conversion were measured on text, and whose last run on chats."""
+    ar = {"stage": "ar", "validation_elbo/ar": 2.0}
+    ends = {"base": {**validation(8), **ar}, "convert": validation(8, 3.0), "sft": validation(8, 1.0, corpus="chats")}
+    del ends["base"]["validation_elbo/32"]
+    for index, (name, end) in enumerate(ends.items()):
+        write_run(tmp_path / name, [training_record(4), end], time=1.7e9 + index)
+    history = read_history(tmp_path)
+    noted = {line.name: line.note for line in results(history)}
+    assert noted["sft: after stable"] == ""
+    assert noted["AR base"] == noted["convert: after stable"] == "corpus lengths:1, not chats"
+    beside = {track.name: drawn_beside(track, history)[1] for track in history.tracks}
+    assert beside == {"base": None, "convert": 2.0, "sft": None}
