@@ -130,7 +130,7 @@ def _meta(model: ModelConfig, source: SourceConfig, hf: Path, has_tokenizer: boo
         block_origin="document",
         mask_token_id=model.mask_token_id,
         block_size=source.decoded_block_size,
-        context_length=model.max_position_embeddings,
+        context_length=source.context_length or model.max_position_embeddings,
     )
     provenance = Provenance(tokenizer=TOKENIZER if has_tokenizer else None, source=str(hf.absolute()))
     return CheckpointMeta(asdict(model), semantics, provenance=provenance)

@@ -102,7 +102,7 @@ def convert(
         for name, shape in weight_map(exported, architecture).hf_shapes.items()
         if name not in tensors
     }
-    config = to_hf_config(exported, architecture, dtype_name, semantics.block_size)
+    config = to_hf_config(exported, architecture, dtype_name, semantics.block_size, semantics.context_length)
     files = named_tokenizer(tokenizer, stored_model.tokenizer or checkpoint)
     if not files.exists:
         logger.warning("%s names no tokenizer; give --tokenizer for a folder that serves by itself", checkpoint)

@@ -78,7 +78,7 @@ def _read_hf(folder: Path) -> WeightsFolder:
         model=model,
         is_diffusion=stored.is_diffusion,
         block_size=stored.decoded_block_size,
-        context_length=None,
+        context_length=stored.context_length,
         block_origin=None,
         precision=None,
         tokenizer=folder if files.exists else None,

@@ -25,12 +25,14 @@ class SourceConfig:
         block_size: block size of a diffusion model, or None.
         is_diffusion: position i predicts token i (LLaDA2, SDAR) instead of token i + 1.
         dtype: in which the file says that the tensors are stored, "bfloat16" for one, or None.
+        context_length: of the training, which exports of this project state; None where the file does not.
     """
 
     model: ModelConfig
     block_size: int | None
     is_diffusion: bool
     dtype: str | None
+    context_length: int | None = None
 
     @property
     def decoded_block_size(self) -> int:
@@ -89,8 +91,9 @@ def from_hf_config(config: dict[str, Any], source: str = "config.json") -> Sourc
     reader = ConfigValues(canonical(config, source), source)
     model = read_sizes(reader, family)
     is_diffusion = family in DIFFUSION_ARCHITECTURES
-    block_size = _block_size(reader, model.max_position_embeddings) if is_diffusion else None
-    return SourceConfig(model, block_size, is_diffusion, read_dtype(reader))
+    longest = model.max_position_embeddings
+    block_size = _block_size(reader, longest) if is_diffusion else None
+    return SourceConfig(model, block_size, is_diffusion, read_dtype(reader), _context_length(reader, longest))
 
 
 def _family(config: dict[str, Any], source: str) -> str:
@@ -125,6 +128,17 @@ def _family_of_class(classes: list[Any], source: str) -> str:
             f"{', '.join(ARCHITECTURE_CLASS.values())}; add model_type as the model's authors gave it."
         )
     return found[0]
+
+
+def _context_length(reader: ConfigValues, longest: int) -> int | None:
+    """Tokens of the longest segment in training, None where the file does not say."""
+    length: int | None = reader.get("training_context_length", None)
+    if length is not None and not 1 <= length <= longest:
+        raise ValueError(
+            f"{reader.source}: training_context_length ({length}) must lie in [1, max_position_embeddings] = "
+            f"[1, {longest}]; leave it out if it is not known."
+        )
+    return length
 
 
 def _block_size(reader: ConfigValues, longest: int) -> int | None:

@@ -11,7 +11,11 @@ from megatron_dllm.hf.serving import SGLANG
 
 
 def to_hf_config(
-    model: ModelConfig, architecture: str, dtype_name: str, block_size: int | None = None
+    model: ModelConfig,
+    architecture: str,
+    dtype_name: str,
+    block_size: int | None = None,
+    context_length: int | None = None,
 ) -> dict[str, Any]:
     """Build config.json.
 
@@ -20,6 +24,7 @@ def to_hf_config(
         architecture: one of ARCHITECTURES_OF_FAMILY[model.family].
         dtype_name: "bfloat16" or "float32", what the tensors are stored in.
         block_size: of a diffusion model; None: the one that SGLang's class has.
+        context_length: of the training; None: not stated.
 
     Raises:
         ValueError: the architecture cannot carry this model.
@@ -68,6 +73,9 @@ def to_hf_config(
             "mask_token_id": model.mask_token_id,
             "block_length": block_size or SGLANG[architecture].block_size,
         }
+    if context_length is not None:
+        # A name that no engine takes for the longest text it may serve, which is max_position_embeddings.
+        config["training_context_length"] = context_length
     return config
 
 

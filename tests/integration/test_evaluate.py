@@ -11,7 +11,7 @@ from benchmarks.ranks import run_ranks
 from megatron_dllm.checkpoint.validation import read_validation, read_validation_file
 from tests.integration.tiny_chain import VALIDATION_TOKENS, run_module
 
-SIZES = "evaluation.block_sizes=[32,4,128,512]"
+SIZES = "evaluation.block_sizes=[32,4,512]"
 
 
 def run_command(words: list[str]) -> tuple[int, str]:
@@ -34,7 +34,7 @@ def test_an_export_measures_as_the_checkpoint_it_was_made_from(demo: Path, tmp_p
     expected = read_validation(demo / "merged")
     assert expected is not None and expected.conditions is not None
     output = tmp_path / "new" / "hf.json"
-    words = [SIZES, f"evaluation.num_tokens={VALIDATION_TOKENS}", "schedule.context_length=512", f"output={output}"]
+    words = [SIZES, f"evaluation.num_tokens={VALIDATION_TOKENS}", f"output={output}"]
     ((code, printed),) = evaluate(demo, "hf", *words)
     assert code == 0, printed
     found = read_validation_file(output)
@@ -51,7 +51,7 @@ def test_two_ranks_measure_an_export_in_another_layout(demo: Path, tmp_path: Pat
     assert expected is not None
     output = tmp_path / "hf.json"
     words = [
-        *("evaluation.block_sizes=[32]", f"evaluation.num_tokens={VALIDATION_TOKENS}", "schedule.context_length=512"),
+        *("evaluation.block_sizes=[32]", f"evaluation.num_tokens={VALIDATION_TOKENS}"),
         *("parallel.expert_model_parallel_size=2", "parallel.tensor_model_parallel_size=2"),
         *("parallel.sequence_parallel=true", "parallel.expert_tensor_parallel_size=1", f"output={output}"),
     ]

@@ -332,6 +332,9 @@ CASES: dict[str, tuple[Change, str]] = {
         lambda folder: shutil.copy(folder / SINGLE_NAME, folder / "model-00001-of-00001.safetensors"),
         "is also in model-00001-of-00001.safetensors",
     ),
+    "training context of text": (_config(training_context_length="512"), "training_context_length ('512') must be"),
+    "training context of nothing": (_config(training_context_length=0), "training_context_length (0) must lie"),
+    "training context too long": (_config(training_context_length=65), "training_context_length (65) must lie"),
     # the tensors
     "tensor missing": (_tensors(lambda tensors: tensors.pop(EXPERT)), f"tensor {EXPERT} and 0 more are missing"),
     "tensor unknown": (_put("model.layers.1.mlp.gate.bias", torch.ones(4)), "tensor model.layers.1.mlp.gate.bias"),

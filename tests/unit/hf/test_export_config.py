@@ -13,7 +13,13 @@ from tests.tiny_models import LING, MODELS, QWEN3_MOE
 def test_the_way_back_gives_the_same_model(name: str) -> None:
     model = MODELS[name]
     source = from_hf_config(to_hf_config(model, model.family, "bfloat16") | {"mask_token_id": model.mask_token_id})
-    assert source.model == model
+    assert source.model == model and source.context_length is None
+
+
+def test_the_context_of_the_training_is_stated() -> None:
+    config = to_hf_config(LING, "llada2_moe", "bfloat16", context_length=32)
+    assert config["max_position_embeddings"] == 64, "what an engine may serve"
+    assert from_hf_config(config).context_length == 32
 
 
 def test_writes_every_key_that_sglang_reads() -> None:
