@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study dpo-study clean
+.PHONY: demo demo-record docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study dpo-study clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ install: $(VENV)/.installed
 
 demo: install
 	$(BIN)/python launch/local.py experiment=tiny_demo
+
+# The demo, and its tables for the README; writes benchmarks/results/demo.md.
+demo-record: demo
+	$(BIN)/python -m benchmarks.demo
 
 # Lint, format, types, layers, and that what README and docs name exists: under half a minute.
 check: install

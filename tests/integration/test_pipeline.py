@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from benchmarks.demo import main as record_demo
 from tests.integration.tiny_chain import NUM_JOBS, ROOT
 
 
@@ -123,3 +124,17 @@ def test_the_launcher_makes_the_same_and_a_second_start_finds_everything_finishe
 
 def _texts(folder: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def test_the_tables_of_the_readme_are_recorded(demo: Path, tmp_path: Path) -> None:
+    assert record_demo(["--demo", str(demo), "--results", str(tmp_path)]) == 0
+    tables = json.loads((tmp_path / "demo.json").read_text())
+    models = {row["model"]: row["measure"] for row in tables["models"]}
+    assert models["AR base"] == "exact NLL" and models["merged"] == "ELBO, block 32"
+    assert [(row["model"], row["threshold"]) for row in tables["answers"]] == [
+        (name, threshold) for name in ("sft", "cap") for threshold in ("0.5", "0.9")
+    ]
+    text = (tmp_path / "demo.md").read_text()
+    assert "## models" in text and "## answers" in text and str(tables["about"]["commit"]) in text
+    with pytest.raises(ValueError, match=r"demo \(.*base\) has no answers to record; finish it with make demo"):
+        record_demo(["--demo", str(demo / "base"), "--results", str(tmp_path)])

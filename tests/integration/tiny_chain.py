@@ -72,7 +72,7 @@ def _shorten_tools(path: Path) -> None:
     corpus += ["--max_bytes", "600000", "--validation_fraction", "0.2"]
     merge[merge.index("--k") + 1] = "2"
     measure += [f"evaluation.num_tokens={VALIDATION_TOKENS}"]
-    generate[generate.index("max_new_tokens=128")] = "max_new_tokens=40"
+    generate[generate.index("max_new_tokens=64")] = "max_new_tokens=40"
     chats[chats.index("--num_train") + 1], chats[chats.index("--num_held_out") + 1] = "20", "2"
     short = [[*words, "--thresholds", "0.5", "0.9", "--max_new_tokens", "8"] for words in answers]
     arguments = zip(changed, (corpus, merge, measure, generate, chats, *short), strict=True)
