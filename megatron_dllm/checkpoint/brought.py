@@ -1,7 +1,8 @@
 """What a checkpoint brings: the model and the tokenizer, where recipes and command line leave them open.
 
-`open_model`, `bring_model` and `bring_tokenizer` are for every command; the rest is a training run's. That reads
-contract.json alone, one small file; whether the checkpoint is whole is looked at when it is loaded.
+`open_model`, `bring_model`, `bring_tokenizer` and `fill` are for every command; `evaluation.request` settles with them
+what a measurement needs beyond that. `open_config` and `settled` are a training run's, which reads contract.json alone,
+one small file: whether the checkpoint is whole is looked at when it is loaded.
 """
 
 from __future__ import annotations

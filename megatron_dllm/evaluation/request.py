@@ -1,4 +1,8 @@
-"""What an evaluation will measure: the words of the command line, and from the checkpoint whatever they leave open."""
+"""What an evaluation will measure: the words of the command line, and from the checkpoint whatever they leave open.
+
+Model and tokenizer are filled in as for every command, by `checkpoint.brought`. What only a measurement takes from its
+weights is settled here: block sizes, context, precision, block grid, and whether it is an ELBO or an exact NLL.
+"""
 
 from __future__ import annotations
 
