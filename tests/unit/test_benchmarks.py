@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from benchmarks.attention import causal_run
 from benchmarks.computed_pairs import build_roles, computed_pairs
 from benchmarks.decoding import Way, draw_prompts, measure
+from benchmarks.pair_rows import measure_file, measure_rows
 from benchmarks.sft import draw_chats, packed_and_padded, packed_geometry
 from benchmarks.step import joined
 from megatron_dllm.diffusion.roles import visible
@@ -82,3 +84,10 @@ def test_ways_of_decoding_are_compared_on_the_same_prompts() -> None:
     assert other["same"] == 0.75 and other["ratio"] == other["tokens_per_s"] / base["tokens_per_s"]
     lengths = [len(ids) for ids in draw_prompts(40, 50, 20)]
     assert min(lengths) >= 24 and max(lengths) < 56 and draw_prompts(40, 3, 20) == draw_prompts(40, 3, 20)
+
+
+def test_rows_of_pairs_are_measured(tmp_path: Path) -> None:
+    row = measure_rows(60, num_views=2, chunk=64)
+    assert 0.0 < row["fill"] <= row["apart"] < 1.0 and row["forward_tokens_per_pair"] > 600
+    file = measure_file(tmp_path, 1000, 8)
+    assert file["megabytes"] == pytest.approx(2 * 1000 * 8 * 4 / 1e6, abs=0.06)

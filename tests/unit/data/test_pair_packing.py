@@ -133,3 +133,23 @@ def test_the_estimate_counts_the_empty_rows() -> None:
     fill = estimate_fill(lengths, geometry, seed=5, chunk=100, spans=spans, is_paired=True)
     assert fill.forward_tokens + fill.padding_tokens == geometry.row_length
     assert fill.forward_tokens < 0.1 * geometry.row_length
+
+
+def test_a_view_more_costs_its_noisy_blocks_and_no_clean_copy() -> None:
+    lengths, spans = pairs_of(40)
+    tokens = []
+    for num_views in (1, 2, 3, 8):
+        geometry = replace(GEOMETRIES[0], num_views=num_views, row_length=16 * (num_views + 1))
+        batches = batches_of(stream_of(40), geometry)
+        plans = [plan for batch in batches for plan in batch]
+        tokens.append(
+            sum(
+                row_forward_tokens(geometry, plan.segments[:, LENGTH], segment_spans(spans, plan.segments))
+                for plan in plans
+            )
+        )
+    # An answer's blocks, the first from its beginning in the document, are filled to their ends.
+    starts = spans.table[:, 0]
+    expected_noisy = int((-(-lengths // 4) * 4 - starts // 4 * 4).sum())
+    assert [count - tokens[0] for count in tokens] == [0, expected_noisy, 2 * expected_noisy, 7 * expected_noisy]
+    assert tokens[0] - expected_noisy == int((((lengths - 1) // 4) * 4).sum()), "one clean copy, but for the last block"
