@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.random_roles import CASES, RoleCase, draw_inputs, draw_roles
 from megatron_dllm.diffusion.roles import visible
-from megatron_dllm.model.attention import dense
+from megatron_dllm.model.attention import chunked, dense
 from megatron_dllm.model.attention.backends import Backend
 from tests.unit.model.attention.eager_kernel import small_backends
 
@@ -166,6 +166,17 @@ def test_masked_kernels_of_a_gpu_get_the_keys_of_every_head() -> None:
         for mask in (torch.ones(8, 8, dtype=torch.bool, device="cuda"), None):
             dense.masked_attention(query, key, key, mask, SCALE)
     assert seen == [(6, False), (2, True)]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_tiles_of_many_shapes_do_not_go_to_cudnn(device: str) -> None:
+    """It builds a plan for each shape. Elsewhere nothing is chosen, and nothing stays chosen."""
+    with FakeTensorMode():
+        query = torch.empty(4, 20, 8, device=device)
+    with chunked._any_shape(query):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (device == "cpu")
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 class LargestTensor(TorchDispatchMode):
