@@ -22,8 +22,8 @@ from megatron_dllm.data.stdlib_corpus import save_tokenizer, train_tokenizer
 from megatron_dllm.run.code_version import ROOT
 from megatron_dllm.run.names import CHECKPOINTS
 
-# Relative differences of loss and gradient norm from the CPU's in fp32. In bf16 the CPU's own differ from these by
-# 4e-4 and 1.4e-2 at most; five times that.
+# Relative differences of loss and gradient norm from the CPU's in fp32: of the model without a choice of experts in
+# fp32, of the other one in bf16, where the CPU's own differ by 4e-4 and 1.4e-2 at most; five times that.
 LIMITS = {"fp32": {"loss": 1e-5, "grad_norm": 1e-5}, "bf16": {"loss": 2e-3, "grad_norm": 7e-2}}
 # Steps that a resumed run repeats at the least.
 REPEATED_STEPS = 3
@@ -66,8 +66,9 @@ def golden(settings: Settings, precision: str) -> Found:
 
     Samples, masks and noise levels must be the CPU's to the bit.
     """
-    changes = [] if precision == "fp32" else [f"parallel.precision={precision}"]
-    steps, expected = read_steps(train(settings, precision, changes)), recorded_steps()
+    is_choosing = precision != "fp32"
+    run = train(settings, precision, is_choosing, [f"parallel.precision={precision}"])
+    steps, expected = read_steps(run), recorded_steps(is_choosing)
     if not settings.is_small and len(steps) != len(expected):
         raise AssertionError(f"{len(steps)} steps instead of {len(expected)}")
     pairs = list(zip(steps, expected, strict=False))
@@ -78,46 +79,51 @@ def golden(settings: Settings, precision: str) -> Found:
 
 
 def compare_steps(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], limits: Mapping[str, float]) -> Found:
-    """The largest relative difference of a loss; a gradient norm beyond its own limit fails too."""
-    worst = {
-        name: max((abs(step[name] / want[name] - 1.0), step["step"], step["stage"]) for step, want in pairs)
-        for name in limits
+    """The largest relative difference of a loss, or of a gradient norm if it alone is beyond its limit.
+
+    Args:
+        pairs: each step and what it should be.
+        limits: of loss and grad_norm, in this order.
+    """
+    errors = {name: [abs(step[name] / want[name] - 1.0) for step, want in pairs] for name in limits}
+    (loss, norm), places = (max(errors[name]) for name in limits), [step["stage"] for step, _ in pairs]
+    columns = {"steps": len(pairs), "grad_norm": norm} | {
+        f"errors of {name}": " ".join(f"{error:.0e}" for error in found) for name, found in errors.items()
     }
-    norm, loss = worst["grad_norm"], worst["loss"]
-    if not norm[0] <= limits["grad_norm"]:
-        raise AssertionError(
-            f"the gradient norm of step {norm[1]} ({norm[2]}) is off by {norm[0]:.1e}, at most "
-            f"{limits['grad_norm']:.0e} is expected; the loss is off by {loss[0]:.1e} at step {loss[1]}"
-        )
-    why = f"largest: step {loss[1]}, {loss[2]}; gradient norm: {norm[0]:.1e} at step {norm[1]}"
-    return Found(loss[0], limits["loss"], why, {"steps": len(pairs), "grad_norm": norm[0]})
+    over = [name for name, limit in limits.items() if not max(errors[name]) <= limit]
+    place = errors["loss"].index(loss)
+    why = f"largest: step {place + 1}, {places[place]}; gradient norm: {norm:.1e}, at most {limits['grad_norm']:.0e}"
+    # The value is of the loss; where only the norm is over its limit, that is what fails.
+    value, limit = (norm, limits["grad_norm"]) if over == ["grad_norm"] else (loss, limits["loss"])
+    return Found(value, limit, why, columns)
 
 
 def resume_exactly(settings: Settings) -> Found:
     """A short run with run.is_deterministic and its resume; the value counts the records and tensors that differ."""
     short, words = replace(settings, is_small=True), ("run.is_deterministic=true",)
-    found = compare_resume(short, train(short, "exact", words), words)
+    found = compare_resume(short, train(short, "exact", True, words), True, words)
     return replace(found, limit=0)
 
 
 def resume_by_default(settings: Settings) -> Found:
     """The same of the golden run, whose operations are those that are fastest: recorded, without a limit."""
-    return compare_resume(settings, _golden_run(settings), ())
+    return compare_resume(settings, _golden_run(settings), False, ())
 
 
-def compare_resume(settings: Settings, whole: Path, words: Sequence[str]) -> Found:
+def compare_resume(settings: Settings, whole: Path, is_choosing: bool, words: Sequence[str]) -> Found:
     """Go on from an earlier checkpoint of a run, in a copy of its folder; counts the records and tensors that differ.
 
     Args:
         settings: of the part.
         whole: folder of the run.
+        is_choosing: which model it trains.
         words: that it was started with.
     """
     last = read_steps(whole)[-1]["step"]
     copy = whole.with_name(f"{whole.name}_resumed")
     shutil.copytree(whole, copy)
     step = _forget_after(copy / CHECKPOINTS, last - REPEATED_STEPS)
-    train(settings, copy.name, words)
+    train(settings, copy.name, is_choosing, words)
     records = [_comparable(run, step) for run in (copy, whole)]
     assert len(records[0]) == len(records[1]) == last - step, "the resumed run has other steps"
     tensors = [read_tensors(max((run / CHECKPOINTS).glob("step_*"))) for run in (copy, whole)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import correct, decoding, whole
-from benchmarks.gpu.golden import STAGES, recorded_steps, stage_words
+from benchmarks.gpu.golden import STAGES, model_words, recorded_steps, stage_words
 from benchmarks.gpu.runs import LIMITS, compare_steps, differing_tensors
 from benchmarks.gpu.settings import Settings
 from megatron_dllm.compose import compose_train_config
@@ -19,31 +19,33 @@ def settings(tmp_path: Path) -> Settings:
     return Settings("cpu", True, tmp_path, 900.0)
 
 
-def test_twenty_steps_of_all_stages_are_recorded() -> None:
-    steps = recorded_steps()
+@pytest.mark.parametrize("is_choosing", [True, False])
+def test_twenty_steps_of_all_stages_are_recorded(is_choosing: bool) -> None:
+    steps = recorded_steps(is_choosing)
     assert [step["step"] for step in steps] == list(range(1, 21))
     assert list(dict.fromkeys(step["stage"] for step in steps)) == list(STAGES)
 
 
 @pytest.mark.parametrize("is_small", [True, False])
 def test_the_golden_run_has_stages_of_the_shipped_recipe(is_small: bool) -> None:
-    config = compose_train_config(["experiment=tiny_convert", *stage_words(is_small)])
+    words = ["experiment=tiny_convert", *stage_words(is_small), *model_words(is_choosing=False)]
+    config = compose_train_config(words)
+    config.model.validate()
+    assert config.model.moe_router_topk == config.model.num_moe_experts
     expected = list(STAGES)[:2] if is_small else list(STAGES)
     assert list(config.schedule.stages) == expected
     assert [stage.num_tokens for stage in config.schedule.stages.values()] == [STAGES[name] for name in expected]
 
 
-def test_a_loss_or_a_norm_that_is_off_is_noticed() -> None:
-    steps = recorded_steps()
-    assert compare_steps(list(zip(steps, steps, strict=True)), LIMITS["fp32"]).value == 0.0
-    for name in ("loss", "grad_norm"):
-        wrong = [step | {name: step[name] * (1.0 + 2e-5 * (step["step"] == 9))} for step in steps]
-        try:
-            found = compare_steps(list(zip(wrong, steps, strict=True)), LIMITS["fp32"])
-        except AssertionError as error:
-            assert name == "grad_norm" and "step 9" in str(error)
-        else:
-            assert name == "loss" and found.is_failure and "step 9" in found.why
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_loss_or_a_norm_that_is_off_is_noticed(name: str) -> None:
+    steps = recorded_steps(is_choosing=False)
+    found = compare_steps(list(zip(steps, steps, strict=True)), LIMITS["fp32"])
+    assert found.value == 0.0 and not found.is_failure and found.columns["steps"] == 20
+    wrong = [step | {name: step[name] * (1.0 + 2e-5 * (step["step"] == 9))} for step in steps]
+    found = compare_steps(list(zip(wrong, steps, strict=True)), LIMITS["fp32"])
+    assert found.is_failure and found.value == pytest.approx(2e-5)
+    assert found.columns[f"errors of {name}"].split()[8] == "2e-05"
 
 
 def test_one_bit_of_one_tensor_is_noticed() -> None:
