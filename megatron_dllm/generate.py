@@ -41,11 +41,11 @@ from megatron_dllm.data.tokenizer import load_tokenizer
 from megatron_dllm.diffusion.decode import DecodingContract, Finished, requests_of
 from megatron_dllm.diffusion.generation import Generation
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
-from megatron_dllm.inference.prompts import Prompt, encode_requests, read_requests
+from megatron_dllm.inference.prompts import Prompt, encode_requests, parse_line, read_requests
 from megatron_dllm.inference.source import CheckpointSource, read_source
 from megatron_dllm.inference.stopping import StopStrings
 from megatron_dllm.run.place import is_rank_zero, world_size
-from megatron_dllm.run.stream import result_lines
+from megatron_dllm.run.stream import PARTIAL, partial_lines, result_lines
 
 log = logging.getLogger(__name__)
 _AS_TYPED = ("checkpoint", "prompt", "prompts_file", "messages", "chats_file", "output", "tokenizer")
@@ -87,7 +87,8 @@ class PromptResult:
 def generate(config: GenerateConfig, tell: Callable[[PromptResult], None] | None = None) -> list[PromptResult]:
     """Load a checkpoint and decode all prompts, many at a time (a collective); results are in order.
 
-    The prompt with index i is sampled with seed + i, so a text does not depend on the prompts beside it.
+    The prompt with index i is sampled with seed + i, so a text does not depend on the prompts beside it. With `resume`,
+    prompts that an earlier start has decoded are left out.
 
     Args:
         config: what to decode, and how.
@@ -112,17 +113,19 @@ def generate(config: GenerateConfig, tell: Callable[[PromptResult], None] | None
 
     source, stopping = plan.source, StopStrings(load_tokenizer(TokenizerFiles(plan.source.tokenizer)), (*config.stop,))
     requests = [
-        replace(request, stop=stopping.find) for request in requests_of([prompt.ids for prompt in plan.prompts], config)
+        replace(request, stop=stopping.find)
+        for request in requests_of([prompt.ids for prompt in plan.prompts], config, plan.num_done)
     ]
     results: list[PromptResult] = []
     is_first = meeting.rank == 0
-    with _written(config.output if is_first else None) as write, started(plan.layout, run, meeting) as groups:
+    with _written(config if is_first else None) as write, started(plan.layout, run, meeting) as groups:
         model = load_model(source, groups, config.precision, config.attention_backend, plan.layout)
         decoder = Decoder(model, groups, plan.contract, config.batch_size)
         # On a terminal the texts themselves show how far it is.
         bar, is_hidden = Console(stderr=True), not is_first or (tell is not None and sys.stdout.isatty())
-        stream = track(decoder.stream(requests, config), "decoding", len(requests), console=bar, disable=is_hidden)
-        for done in _in_order(stream):
+        stream = decoder.stream(requests, config)
+        watched = track(stream, "decoding", len(requests), console=bar, transient=True, disable=is_hidden)
+        for done in _in_order(watched):
             results.append(_result(plan.prompts[done.index], done, stopping))
             if is_first:
                 write(json.dumps(results[-1].to_dict(), ensure_ascii=False))
@@ -135,9 +138,15 @@ def generate(config: GenerateConfig, tell: Callable[[PromptResult], None] | None
 
 @dataclass(frozen=True)
 class _Plan:
-    """What rank 0 has read and decided: prompts, the checkpoint, how it is decoded and split."""
+    """What rank 0 has read and decided: how the checkpoint is decoded and split.
+
+    Attributes:
+        prompts: that are left to decode.
+        num_done: prompts before them, which an earlier start has decoded.
+    """
 
     prompts: list[Prompt]
+    num_done: int
     source: CheckpointSource
     contract: DecodingContract
     layout: ParallelConfig
@@ -156,7 +165,27 @@ def _plan(config: GenerateConfig) -> _Plan:
     prompts, contract = encode_requests(requests, load_tokenizer(TokenizerFiles(source.tokenizer)), source)
     from megatron_dllm.parallel.device import DeviceFacts
 
-    return _Plan(prompts, source, contract, config.layout(source.model, world_size(), DeviceFacts.here().is_cuda))
+    layout = config.layout(source.model, world_size(), DeviceFacts.here().is_cuda)
+    num_done = _num_done(config, prompts)
+    if num_done:
+        log.info("%d of %d texts are there; %d are left", num_done, len(prompts), len(prompts) - num_done)
+    return _Plan(prompts[num_done:], num_done, source, contract, layout)
+
+
+def _num_done(config: GenerateConfig, prompts: Sequence[Prompt]) -> int:
+    """How many prompts an interrupted start has decoded.
+
+    Raises:
+        ValueError: its lines are those of other prompts.
+    """
+    lines = partial_lines(Path(str(config.output))) if config.resume else []
+    for number, line in enumerate(lines, start=1):
+        place = f"{config.output}{PARTIAL}:{number}"
+        value = parse_line(line, place)
+        prompt = prompts[number - 1].text if number <= len(prompts) else None
+        if prompt is None or not isinstance(value, dict) or value.get("prompt") != prompt:
+            raise ValueError(f"{place} is not of prompt {number}; resume with the same prompts, or with resume=false.")
+    return len(lines)
 
 
 def _in_order(texts: Iterable[Finished]) -> Iterator[Finished]:
@@ -171,12 +200,12 @@ def _in_order(texts: Iterable[Finished]) -> Iterator[Finished]:
 
 
 @contextmanager
-def _written(output: str | None) -> Iterator[Callable[[str], None]]:
-    """What writes a line to the output, if there is to be one."""
-    if output is None:
+def _written(config: GenerateConfig | None) -> Iterator[Callable[[str], None]]:
+    """What writes a line to the output, if there is to be one, on the rank that has the configuration."""
+    if config is None or config.output is None:
         yield lambda line: None
         return
-    with result_lines(Path(output)) as write:
+    with result_lines(Path(config.output), config.resume) as write:
         yield write
 
 
@@ -247,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("megatron_dllm").setLevel(logging.INFO)
     results = generate(parse_arguments(arguments), show_text)
-    if is_rank_zero():
+    if is_rank_zero() and results:
         show_speed(results)
     return 0
 

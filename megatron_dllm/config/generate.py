@@ -82,6 +82,8 @@ class GenerateConfig(DecodingConfig, PlacementConfig):
     chats_file: str | None = None
     # JSON lines, one for each prompt; the file must not exist yet.
     output: str | None = None
+    # Go on behind the lines that an interrupted start with the same prompts and settings has left in OUTPUT.partial.
+    resume: bool = False
     # Null: the block size that the checkpoint was trained with.
     block_size: int | None = None
     # Strings that end a text; they are looked for after every block, and cut off.
@@ -98,6 +100,10 @@ class GenerateConfig(DecodingConfig, PlacementConfig):
             f"{', '.join(REQUESTS)} ({', '.join(given) or 'none is given'}): give exactly one of the four.",
         )
         check(self.prompt != "", "prompt ('') is empty; give at least one token to continue from.")
+        check(
+            self.output is not None or not self.resume,
+            "resume (true) goes on with the lines of an output, and output is not given; name it.",
+        )
         check("" not in self.stop, f"stop ({self.stop}) must not hold an empty string; every text would end at once.")
         check(
             self.block_size is None or self.block_size > 0,

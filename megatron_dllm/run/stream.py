@@ -37,8 +37,17 @@ def check_writable(path: Path) -> None:
         ) from None
 
 
+def partial_lines(path: Path) -> list[str]:
+    """The whole lines that an interrupted start has left in PATH.partial; none if there is no such file."""
+    partial = path.with_name(path.name + PARTIAL)
+    if not partial.is_file():
+        return []
+    # Lines end at line feeds alone: a text may hold other characters that end one elsewhere.
+    return partial.read_bytes().decode(errors="replace").split("\n")[:-1]
+
+
 @contextmanager
-def result_lines(path: Path) -> Iterator[Callable[[str], None]]:
+def result_lines(path: Path, resume: bool = False) -> Iterator[Callable[[str], None]]:
     """Give what appends a line to PATH.partial, which gets its name when the block has ended.
 
     Only whole lines stay: in PATH.partial if the block fails, until the next start replaces it. Without a line, and
@@ -46,6 +55,8 @@ def result_lines(path: Path) -> Iterator[Callable[[str], None]]:
 
     Args:
         path: of the file, which must not exist; its folders are made.
+        resume: go on behind the `partial_lines` that are there, and leave them to the next start also where the
+            process is asked to stop.
 
     Raises:
         ValueError: it exists.
@@ -54,8 +65,10 @@ def result_lines(path: Path) -> Iterator[Callable[[str], None]]:
     _check_absent(path)
     partial = path.with_name(path.name + PARTIAL)
     with parents_made(path):
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
-        end = 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if resume else os.O_TRUNC)
+        end = partial.read_bytes().rfind(b"\n") + 1 if resume and partial.is_file() else 0
+        descriptor = os.open(partial, flags, 0o666)
+        os.ftruncate(descriptor, end)
 
         def append(line: str) -> None:
             nonlocal end
@@ -73,7 +86,7 @@ def result_lines(path: Path) -> Iterator[Callable[[str], None]]:
                 partial.rename(path)
         except BaseException as error:
             os.ftruncate(descriptor, end)
-            if not end or isinstance(error, SystemExit):
+            if not end or (isinstance(error, SystemExit) and not resume):
                 partial.unlink()
             raise
         finally:

@@ -88,7 +88,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"mask_token": MASK, "eos_token": EOS, "pad_token": PAD}))
 
 
-def save_run(run: Path, model: ModelConfig, shift: bool = False, seed: int = 0) -> Path:
+def save_run(run: Path, model: ModelConfig, shift: bool = False, seed: int = 3) -> Path:
     """A run folder with one checkpoint of a random model whose predictions are sharp and depend on the context."""
     from megatron_dllm.checkpoint.saving import CheckpointWriter
     from megatron_dllm.model.gpt import build_model
@@ -293,7 +293,8 @@ def test_sampled_text_depends_on_the_seed_and_the_place_of_the_prompt(run: Path,
 def test_stop_strings_cut_the_text_and_end_it(run: Path, prompts_file: Path) -> None:
     config = replace(SETTINGS, checkpoint=str(run), prompts_file=str(prompts_file))
     free = generate(config)
-    letter = free[0].text[9]
+    longest = max((result.text for result in free), key=len)
+    letter = longest[len(longest) // 2]
     for before, stopped in zip(free, generate(replace(config, stop=[letter, "\n\n"])), strict=True):
         assert stopped.text == before.text.partition(letter)[0]
         assert (stopped.generation.stop_reason == "stop") == (letter in before.text)
@@ -310,6 +311,33 @@ def test_output_is_written_once(run: Path, prompts_file: Path, tmp_path: Path) -
         assert line["tokens_per_forward"] == len(line["generated_ids"]) / sum(line["steps_per_block"])
     with pytest.raises(ValueError, match=r"output \(.*\) exists"):
         generate(config)
+
+
+def test_an_interrupted_start_is_resumed(run: Path, tmp_path: Path) -> None:
+    prompts, output = tmp_path / "p.txt", tmp_path / "texts.jsonl"
+    prompts.write_text("\n".join(["the cat", "a", "who", "once upon"]))
+    config = replace(SETTINGS, checkpoint=str(run), prompts_file=str(prompts), temperature=1.0, batch_size=1)
+    expected = [replace(result, seconds=0.0) for result in generate(config)]
+
+    def interrupt(result: PromptResult) -> None:
+        if result.prompt == "a":
+            raise KeyboardInterrupt
+
+    config = replace(config, output=str(output), resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        generate(config, interrupt)
+    assert without_time(generate(config)) == expected[2:]
+    lines = [json.loads(line) | {"seconds": 0.0} for line in output.read_text().splitlines()]
+    assert lines == [result.to_dict() for result in expected]
+    partial = tmp_path / "texts.jsonl.partial"
+    for found, message in (("who", r"partial:2 is not of prompt 2"), ("{", r"partial:2 \(\{\) is no JSON")):
+        output.unlink(missing_ok=True)
+        line = found if found == "{" else json.dumps({"prompt": found})
+        partial.write_text(json.dumps({"prompt": "the cat"}) + "\n" + line + "\n")
+        with pytest.raises(ValueError, match=message):
+            generate(config)
+    with pytest.raises(ValueError, match=r"resume \(true\) .* output is not given"):
+        generate(replace(config, output=None))
 
 
 def test_autoregressive_checkpoint_is_refused(one_rank: None, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
-from megatron_dllm.run.stream import PARTIAL, check_writable, result_lines
+from megatron_dllm.run.stream import PARTIAL, check_writable, partial_lines, result_lines
 from tests.full_disk import full_disk
 
 
@@ -34,6 +34,22 @@ def test_what_was_computed_before_an_error_stays(tmp_path: Path) -> None:
     with result_lines(path) as write:
         write("two")
     assert path.read_text() == "two\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_later_start_goes_on_behind_the_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert partial_lines(path) == []
+    with pytest.raises(SystemExit), result_lines(path, resume=True) as write:
+        write("one\u2028still one")
+        raise SystemExit(EXIT_PREEMPTED)
+    with partial_of(path).open("a") as stream:
+        stream.write("half a li")
+    assert partial_lines(path) == ["one\u2028still one"]
+    with pytest.raises(KeyboardInterrupt), result_lines(path, resume=True) as write:
+        raise KeyboardInterrupt
+    with result_lines(path, resume=True) as write:
+        write("two")
+    assert path.read_text() == "one\u2028still one\ntwo\n" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_stop_leaves_nothing(tmp_path: Path) -> None:
