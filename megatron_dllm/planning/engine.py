@@ -138,7 +138,7 @@ def _run(
 ) -> RankAnswer:
     ledger, memory = Ledger(group_labels()), LiveMemory()
     share = config.model.moe_router_topk / config.model.num_moe_experts if config.model.is_moe else 1.0
-    known = KnownValues(ledger, share, _roles_of_ranks(batches, groups))
+    known = KnownValues(ledger, share, roles_of_ranks(batches, groups))
     with DeviceNames(paths.collectives.name == "nccl", memory), known, memory:
         # A backend is known by what it can do; mypy wants a module's attribute to be writable.
         backends: dict[str, Any] = {**BACKENDS, "flex": ShapedFlex(ledger)}
@@ -184,8 +184,13 @@ def _main_bytes(engine: Engine) -> int:
     return sum(tensor.nbytes for tensor in found if tensor is not None)
 
 
-def _roles_of_ranks(batches: Sequence[Batch], groups: Groups) -> list[list[Tensor]]:
-    """For each micro-batch what every context rank brings to the exchange of roles, [s/cp, b, 3] int32."""
+def roles_of_ranks(batches: Sequence[Batch], groups: Groups) -> list[list[Tensor]]:
+    """For each micro-batch what every context rank brings to the exchange of roles, [s/cp, b, 3] int32.
+
+    Args:
+        batches: of whole rows.
+        groups: of one of these ranks.
+    """
     size = groups.context.size()
     if size == 1:
         return []

