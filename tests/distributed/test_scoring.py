@@ -165,6 +165,32 @@ def test_a_run_with_the_file_trains_as_with_a_copy_in_memory(start: tuple[Path, 
         assert record["data_fingerprint"] == expected["data_fingerprint"]
 
 
+def _refusal(config: TrainConfig) -> str:
+    """What a start of the run says when it is refused."""
+    from megatron_dllm.train import train
+
+    with pytest.raises(ValueError) as refused:
+        train(config)
+    return str(refused.value)
+
+
+def test_a_run_whose_first_margins_are_not_zero_is_refused_before_its_first_update(
+    start: tuple[Path, np.ndarray],
+) -> None:
+    """The file is this run's by its header, and its scores are not: those of the rejected sides are lower."""
+    folder, by_view = start
+    moved = by_view.copy()
+    moved[:, 1::2] -= 0.5
+    write_scores(folder / "moved.scores", open_scores(folder / "pairs.scores").header, moved)
+    config = config_of(folder, "moved", str(folder / "moved.scores"))
+    for message in run_ranks(_refusal, 2, config, timeout_s=300.0):
+        assert re.match(
+            r"the margins of the first pairs \(up to 0\.5 nats\) must be 0, within 0\.2, as the run", message
+        )
+    assert [record for record in read_metrics(config) if "loss" in record] == []
+    assert not list((folder / "runs" / "moved").rglob("step_*"))
+
+
 REFUSED = {
     "checkpoint": ({"checkpoint.load": "{folder}/runs/start/checkpoints/step_0000002"}, "checkpoint ("),
     "seed": ({"run.seed": 7}, "seed (1234) differs from this run's (7)"),
