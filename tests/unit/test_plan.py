@@ -11,11 +11,18 @@ import pytest
 from megatron_dllm.compose import RECIPES
 from megatron_dllm.plan import compose_words, gpu_counts, main, read_config, run
 from megatron_dllm.planning.run_plan import plan_run, setting_of
+from megatron_dllm.planning.search import search
 from megatron_dllm.planning.work import assumed_work
 from tests.unit.planning.made_run import write_run
 
 MINI = ["experiment=llada2_mini", "cluster=h100x8"]
-FLASH = ["experiment=llada2_flash", "cluster=h100x8", "nodes=8"]
+# A layout whose experts lie on two nodes and that computes everything again.
+_SLOW = dict(tensor_model_parallel_size=4, sequence_parallel="true", pipeline_model_parallel_size=4, recompute="full")
+_FAR = dict(context_parallel_size=1, expert_model_parallel_size=16, expert_tensor_parallel_size=1)
+FLASH = [
+    *("experiment=llada2_flash", "cluster=h100x8", "nodes=8"),
+    *(f"parallel.{key}={value}" for key, value in (_SLOW | _FAR).items()),
+]
 # Too small for anything.
 TINY_GPU = "cluster.hardware.memory_gb=5"
 
@@ -54,7 +61,7 @@ def test_the_words_of_an_option_give_what_they_promise(capsys: pytest.CaptureFix
 def test_a_search_is_better_than_the_recipe_and_written_down(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main([*MINI, "search=true", f"output={tmp_path / 'plan'}"])
+    main([*MINI, "parallel.recompute=full", "search=true", f"output={tmp_path / 'plan'}"])
     assert re.search(r"^search: \d{3} layouts tried, \d{3} fit$", capsys.readouterr().out, re.MULTILINE)
     found = json.loads((tmp_path / "plan" / "plan.json").read_text())
     (best,) = found["options"]
@@ -79,7 +86,8 @@ def test_the_engine_confirms_what_the_formula_says(capsys: pytest.CaptureFixture
 
 
 def test_a_plan_that_does_not_fit_says_what_does() -> None:
-    words = ["experiment=llada2_flash", "nodes=2", "parallel.expert_model_parallel_size=4"]
+    changed = {"nodes=8": "nodes=2", "parallel.expert_model_parallel_size=16": "parallel.expert_model_parallel_size=4"}
+    words = [changed.get(word, word) for word in FLASH]
     with pytest.raises(
         ValueError, match=r"needs 128\.\d GB.*optimizer.*limit is 77\.6 GB; on 4 nodes this fits: "
     ) as caught:
@@ -142,6 +150,17 @@ def test_calibration_ends_with_words_that_a_plan_takes(tmp_path: Path, capsys: p
 def test_a_search_takes_numbers_of_nodes_that_halve_or_third() -> None:
     config, _ = read_config(compose_words([*MINI, "search=true", "max_gpus=100", "nodes=4"]))
     assert gpu_counts(config) == [8, 16, 24, 32, 48, 64, 96]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("experiment", "nodes"), [("llada2_mini", 1), ("qwen3_30b_a3b", 2), ("llada2_flash", 8)])
+def test_no_recipe_is_beaten_by_more_than_a_tenth(experiment: str, nodes: int) -> None:
+    config, _ = read_config(compose_words([f"experiment={experiment}", "cluster=h100x8", f"nodes={nodes}"]))
+    setting = setting_of(config)
+    work = assumed_work(config, config.assumptions)
+    plan = plan_run(config, setting, work, config.num_gpus)
+    found = search(setting, config, work, [config.num_gpus], "time")
+    assert found.best is not None and plan.fits and plan.hours < 1.1 * found.best.hours
 
 
 CLUSTERS = [path.stem for path in sorted((RECIPES / "cluster").glob("*x8.yaml"))]
