@@ -54,6 +54,7 @@ def check_chain(chain: Chain, allow_changes: bool = False) -> list[str]:
         found = [*job_problems(job, produced, cluster), *mount_problems(chain, job)]
         problems += [f"job {job.name}: {text}" for text in found]
         if job.config is not None:
+            problems += [f"job {job.name}: {text}" for text in memory_problems(job.config, cluster, job.spec.nodes)]
             (later if _reads(job.config, produced) else ready).append(job)
     if not problems and chain.config.train_module == "megatron_dllm.train":
         # In a container the nodes' own Python may know nothing of training; then ask the one that submits.
@@ -102,6 +103,16 @@ def training_problems(ready: list[Job], later: list[Job], pythons: Sequence[str]
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
     log.warning("the inputs were not checked as training does (%s): the nodes will have to", reason)
     return []
+
+
+def memory_problems(config: TrainConfig, cluster: ClusterConfig, nodes: int) -> Iterator[str]:
+    """Whether a job cannot fit into its GPUs, where the cluster says what they have."""
+    # numpy is imported only here: no other part of launching needs it.
+    from megatron_dllm.planning.fitting import why_not
+
+    reason = why_not(config, cluster, nodes)
+    if reason is not None:
+        yield reason
 
 
 def produced_by(job: Job) -> list[str]:

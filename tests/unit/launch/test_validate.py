@@ -228,3 +228,13 @@ def test_the_whole_conversion_is_submitted_as_its_comment_says(tmp_path: Path, n
     assert chain.jobs[0].arguments[4:6] == ("--tokenizer", f"{tmp_path}/llada2")
     sentences = check_chain(compose_chain([*words, f"inputs.tokenizer={tmp_path}/none"]))
     assert len(sentences) == 1 and "--tokenizer" in sentences[0] and "does not exist" in sentences[0]
+
+
+GPUS = ("cluster.gpus_per_node=1", "cluster.hardware={bf16_tflops: 1, memory_gb_per_s: 1, node_gb_per_s: 1}")
+
+
+def test_a_job_that_cannot_fit_is_refused_before_it_is_queued(root: Path) -> None:
+    rates = "cluster.hardware.network_gb_per_s=1"
+    (found,) = problems(root, *GPUS, rates, "cluster.hardware.memory_gb=4")
+    assert re.match(r"job train: parallel needs 4\.\d GB on a GPU, .*the limit is 4\.0 GB; nothing fits on up to", found)
+    assert problems(root, *GPUS, rates, "cluster.hardware.memory_gb=80") == []
