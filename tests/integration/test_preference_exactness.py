@@ -121,10 +121,26 @@ def gradient_of(model: Any) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"sft_coefficient": 0.05, "share_levels": True}, {"is_count": False}])
-def test_two_passes_have_the_gradient_of_the_loss_itself(models: tuple[Any, Any], changes: dict[str, Any]) -> None:
+COUPLED = {"num_views": 2, "view_relation": "complementary"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "views"),
+    [
+        ({}, {}),
+        ({"sft_coefficient": 0.05, "share_levels": True}, {}),
+        ({"is_count": False}, {}),
+        ({}, {"num_views": 1}),
+        ({}, COUPLED),
+    ],
+    ids=["three views", "SFT term, shared levels", "levels", "the report's", "coupled"],
+)
+def test_two_passes_have_the_gradient_of_the_loss_itself(
+    models: tuple[Any, Any], changes: dict[str, Any], views: dict[str, Any]
+) -> None:
     model, frozen = models
-    stage = replace(STAGE, preference=replace(STAGE.preference, **changes))
+    stage = replace(STAGE, preference=replace(STAGE.preference, **changes), **views)
+    stage.validate("one", 64)
     beta, sft = stage.preference.beta, stage.preference.sft_coefficient
     batches, objective = batches_of(stage), objective_of(stage, NoiseConfig())
 
