@@ -236,5 +236,6 @@ GPUS = ("cluster.gpus_per_node=1", "cluster.hardware={bf16_tflops: 1, memory_gb_
 def test_a_job_that_cannot_fit_is_refused_before_it_is_queued(root: Path) -> None:
     rates = "cluster.hardware.network_gb_per_s=1"
     (found,) = problems(root, *GPUS, rates, "cluster.hardware.memory_gb=4")
-    assert re.match(r"job train: parallel needs 4\.\d GB on a GPU, .*the limit is 4\.0 GB; nothing fits on up to", found)
+    says = r"job train: parallel needs 4\.\d GB on a GPU, .*the limit is 4\.0 GB; nothing fits on up to"
+    assert re.match(says, found)
     assert problems(root, *GPUS, rates, "cluster.hardware.memory_gb=80") == []
