@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.attention import causal_run
 from benchmarks.computed_pairs import build_roles, computed_pairs
 from benchmarks.decoding import Way, draw_prompts, measure
+from benchmarks.likelihood import errors, passes_for, runs_of
 from benchmarks.pair_rows import measure_file, measure_rows
 from benchmarks.sft import draw_chats, packed_and_padded, packed_geometry
 from benchmarks.step import joined
@@ -91,3 +93,26 @@ def test_rows_of_pairs_are_measured(tmp_path: Path) -> None:
     assert 0.0 < row["fill"] <= row["apart"] < 1.0 and row["forward_tokens_per_pair"] > 600
     file = measure_file(tmp_path, 1000, 8)
     assert file["megabytes"] == pytest.approx(2 * 1000 * 8 * 4 / 1e6, abs=0.06)
+
+
+def test_errors_of_estimated_choices_by_hand() -> None:
+    exact = np.array([[-1.0, -2.0, -5.0], [-4.0, -3.0, -9.0]])
+    # The first run is right; in the second, the first question goes wrong by 2 nats.
+    found = errors(np.stack([exact, exact + np.array([[-2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])]), exact)
+    assert found["error of a choice"] == pytest.approx((4 / 12) ** 0.5)
+    assert found["error of the gap"] == pytest.approx((4 / 4) ** 0.5)
+    assert found["accuracy"] == 0.25 and found["decided otherwise"] == 0.25
+    assert found["spread of accuracy"] == pytest.approx(0.5 / 2**0.5)
+
+
+def test_runs_are_cut_without_using_a_view_twice() -> None:
+    by_view = np.arange(2 * 1 * 3 * 4, dtype=float).reshape(2, 1, 3, 4)
+    runs = runs_of(by_view, 2)
+    assert (
+        runs.shape == (4, 1, 3) and runs[0, 0].tolist() == [0.5, 4.5, 8.5] and runs[3, 0].tolist() == [14.5, 18.5, 22.5]
+    )
+
+
+def test_passes_for_an_error_are_the_fewest_that_reach_it() -> None:
+    rows = [{"estimator": "s", "views": views, "error of the gap": error} for views, error in ((1, 4.0), (4, 1.0))]
+    assert [passes_for(rows, "s", error) for error in (4.0, 2.0, 0.5)] == [1, 4, None]
