@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 INSTALL = [
-    "torch>=2.13",  # tensors, autograd, collectives; FlexAttention on GPUs
+    "torch>=2.11",  # tensors, autograd, collectives, grouped products; FlexAttention on GPUs
     "megatron-core==0.16.1",  # the engine: layers, parallelism, optimizer, schedules, checkpoints, datasets
     "numpy>=1.26",  # Philox noise, row packing
     "hydra-core==1.3.2",  # recipes: composition and overrides

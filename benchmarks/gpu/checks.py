@@ -56,6 +56,8 @@ def run_checks(settings: Settings, checks: Mapping[str, Check]) -> Iterator[dict
             found = check()
         except NotHere as reason:
             row = _row(name, "skipped", why=str(reason))
+        except TimeoutError as reason:
+            row = _row(name, "skipped", why=" ".join(str(reason).split())[:200])
         except Exception:
             row = _row(name, "failed", why="\n".join(traceback.format_exc().strip().splitlines()[-TRACEBACK_LINES:]))
         else:
