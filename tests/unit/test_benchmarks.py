@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import real_rank
 from benchmarks.attention import causal_run
 from benchmarks.computed_pairs import build_roles, computed_pairs
 from benchmarks.decoding import Way, draw_prompts, measure
@@ -16,8 +18,10 @@ from benchmarks.likelihood import errors, passes_for, runs_of
 from benchmarks.pair_rows import measure_file, measure_rows
 from benchmarks.sft import draw_chats, packed_and_padded, packed_geometry
 from benchmarks.step import joined
+from megatron_dllm.config import ParallelConfig
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import chunked, flex, shared_prefix
+from tests import planning_case
 
 
 @pytest.mark.parametrize("views", [1, 2])
@@ -116,3 +120,12 @@ def test_runs_are_cut_without_using_a_view_twice() -> None:
 def test_passes_for_an_error_are_the_fewest_that_reach_it() -> None:
     rows = [{"estimator": "s", "views": views, "error of the gap": error} for views, error in ((1, 4.0), (4, 1.0))]
     assert [passes_for(rows, "s", error) for error in (4.0, 2.0, 0.5)] == [1, 4, None]
+
+
+def test_a_real_rank_that_is_alone_holds_what_was_predicted() -> None:
+    layout = ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2, precision="bf16")
+    config = replace(planning_case.config(), parallel=replace(layout, moe_token_dispatcher="alltoall"))
+    predicted, measured = (real_rank.run(config, 4, 3, "block", is_real) for is_real in (False, True))
+    assert predicted["parameters_e9"] == measured["parameters_e9"] and predicted["weights"] == measured["weights"]
+    # The router is as even as chance makes it.
+    assert measured["peak"] == pytest.approx(predicted["peak"], rel=0.1)
