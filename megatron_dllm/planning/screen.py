@@ -88,7 +88,7 @@ def time_table(plan: RunPlan) -> list[str]:
     for stage in plan.stages:
         seconds = stage.time.total
         block = "ar" if stage.work.config.objective == "ar" else str(stage.work.config.block_size)
-        tokens = "?" if stage.work.num_tokens is None else f"{stage.work.num_tokens / GIGA:g}e9"
+        tokens = "?" if stage.work.num_tokens is None else f"{stage.work.num_tokens:.3g}".replace("e+0", "e")
         interval = f"{seconds * assumptions.interval_low:.2f}-{seconds * assumptions.interval_high:.2f}"
         rate = f"{stage.tokens_per_second:,.0f}"
         spent = _spent(plan, stage.hours, stage.gpu_hours)
