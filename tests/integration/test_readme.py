@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.house.mentions import ROOT, command_lines
+from tests.integration.test_docs_commands import PAIRS
 
-# Composed by tests/unit/test_docs.py: they need GPUs or SLURM. The examples have tests of their own.
+# Composed by tests/unit/test_docs.py: they need GPUs or SLURM. The harness asks a server for its questions; it, the
+# planner and the examples have tests of their own.
 ELSEWHERE = (
-    *("megatron_dllm.train", "launch/submit.py"),
+    *("megatron_dllm.train", "launch/submit.py", "megatron_dllm.harness", "megatron_dllm.plan"),
     *("examples.packed_row", "examples.decode_export", "examples.own_text"),
 )
 # This machine has fewer cores, and the small chain fewer checkpoints.
@@ -30,6 +33,7 @@ def _lay_out(demo: Path, folder: Path) -> None:
         shutil.copy(path, folder / "data")
     shutil.copy(demo / "chats" / "train.jsonl", folder / "chats.jsonl")
     shutil.copy(demo / "chats" / "held_out.jsonl", folder)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     copies = {"corpus/tokenizer": "TOKENIZER", "base_hf": "Ling-mini-2.0", "convert": "runs/llada2_mini"}
     for source, target in {**copies, "cap": "DIR", "merged": "A", "hf": "B"}.items():
         shutil.copytree(demo / source, folder / target)
@@ -53,7 +57,8 @@ def test_the_commands_of_the_readme_run(demo: Path, tmp_path: Path) -> None:
         ran.append(program.rsplit(".", 1)[-1])
     assert ran == [
         *("tokenize", "hf_to_mcore", "evaluate", "merge_topk", "mcore_to_hf", "generate"),
-        *("tokenize", "generate", "answers", "inspect", "compare"),
+        *("tokenize", "tokenize", "generate", "answers", "inspect", "compare"),
     ]
-    assert (tmp_path / "data" / "chats.spans").is_file() and (tmp_path / "answers.json").is_file()
+    assert all((tmp_path / "data" / f"{name}.spans").is_file() for name in ("chats", "pairs"))
+    assert (tmp_path / "answers.json").is_file()
     assert (tmp_path / "llada2_mini_hf" / "config.json").is_file() and (tmp_path / "data" / "train.idx").is_file()
