@@ -16,6 +16,8 @@ COUNTS = (
     "row_keys",
     "sample_ids",
     "num_segments",
+    "segment_epochs",
+    "segment_maskable",
     "num_maskable",
     "num_answers",
     "num_document_tokens",
