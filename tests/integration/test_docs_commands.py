@@ -34,12 +34,12 @@ PAIRS = [{"prompt": f"sort: {n} 1", "chosen": f"1 {n}", "rejected": f"{n} 1"} fo
 
 
 def commands_of(page: str) -> list[tuple[str, list[str]]]:
-    """Program and words of the page's commands that one process can run."""
+    """Program and words of the page's commands that one process can run; scores are written by ranks, with a test."""
     lines = command_lines((ROOT / "docs" / page).read_text())
     return [
         (program, words)
         for program, words in lines
-        if program in PROGRAMS and not any("parallel_size" in word for word in words)
+        if program in PROGRAMS and not any("parallel_size" in word or word.startswith("scores=") for word in words)
     ]
 
 
