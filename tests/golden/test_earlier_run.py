@@ -11,7 +11,10 @@ import pytest
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_run import checkpoints_of, train_here, write_corpus
 from tests.golden.earlier_run import CHECKPOINT, FOLDER, STEPS, earlier_config, steps_of
-from tests.golden.golden_run import TOLERANCE
+from tests.golden.golden_run import TOLERANCE, machine
+
+# Relative: on the machine that recorded them, numbers differ by the order of sums alone, which has changed (5e-8).
+OTHER_ORDER = 1e-6
 
 
 def test_an_earlier_run_continues_to_the_same_numbers(tmp_path: Path) -> None:
@@ -22,14 +25,14 @@ def test_an_earlier_run_continues_to_the_same_numbers(tmp_path: Path) -> None:
 
     assert run_ranks(train_here, 1, config, timeout_s=500.0) == [0]
 
-    # Sums are taken in another order since then; the batches are the same to the last bit.
-    _, *expected = (FOLDER / STEPS).read_text(encoding="utf-8").splitlines()
+    recorded_on, *expected = (FOLDER / STEPS).read_text(encoding="utf-8").splitlines()
     first = int(CHECKPOINT.removeprefix("step_")) + 1
     found = steps_of(config, first)
     assert len(found) == len(expected) >= 4
+    tolerance = OTHER_ORDER if machine() == recorded_on else TOLERANCE
     for mine, theirs in zip((line.split() for line in found), (line.split() for line in expected), strict=True):
         assert (mine[0], mine[1], mine[4]) == (theirs[0], theirs[1], theirs[4])
-        assert [float(v) for v in mine[2:4]] == pytest.approx([float(v) for v in theirs[2:4]], rel=TOLERANCE)
+        assert [float(v) for v in mine[2:4]] == pytest.approx([float(v) for v in theirs[2:4]], rel=tolerance)
 
 
 def test_the_kept_checkpoint_is_in_mid_stage_and_mid_chunk() -> None:

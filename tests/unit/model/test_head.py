@@ -106,7 +106,7 @@ def _entropy(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 
 
 @pytest.mark.parametrize("num_targets", [0, 1, 64])
-@pytest.mark.parametrize("chunk_targets", [1, 5, 1000])
+@pytest.mark.parametrize("chunk_targets", [4, 5, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 def test_entropy_and_its_gradient_equal_the_dense_formula(
     num_targets: int, chunk_targets: int, temperature: float
@@ -131,7 +131,7 @@ def test_entropy_and_its_gradient_equal_the_dense_formula(
     expected_max = log_p.detach().exp().amax(-1)
     torch.testing.assert_close(outputs.max_probability.double(), expected_max, rtol=1e-5, atol=0)
     for gradient, expected in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=5e-5)
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
