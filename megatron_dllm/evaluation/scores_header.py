@@ -64,10 +64,10 @@ def check_header(path: Path, header: ScoresHeader, ours: ScoresHeader) -> None:
             f"{path} holds the scores of {header.num_epochs} epochs, each of which has noise of its own, and the "
             f"schedule reads the corpus {ours.num_epochs} times; score that many, or shorten the schedule."
         )
-    own = dict(_flat(asdict(ours)))
-    for name, value in _flat(asdict(header)):
-        if name != "num_epochs" and own.get(name) != value:
-            raise ValueError(f"{path}: {name} ({value}) differs from this run's ({own.get(name)}); {REMEDY}.")
+    found, own = (dict(_flat(asdict(stated))) for stated in (header, ours))
+    for name in found | own:  # of both: a file of another version may lack a field of the noise
+        if name != "num_epochs" and found.get(name) != own.get(name):
+            raise ValueError(f"{path}: {name} ({found.get(name)}) differs from this run's ({own.get(name)}); {REMEDY}.")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.dpo_study import ARMS, START, main
 from megatron_dllm.evaluation.answer_scores import AnswerScores, TaskScore, ThresholdScores, write_answer_scores
 from megatron_dllm.evaluation.scores_file import write_scores
-from tests.unit.evaluation.test_scores_header import HEADER
+from tests.unit.evaluation.made_header import HEADER
 
 
 def write_seed(folder: Path, name: str, num_right: int, gains: list[float]) -> None:

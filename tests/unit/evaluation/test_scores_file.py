@@ -17,22 +17,8 @@ from megatron_dllm.evaluation.scores_file import (
     write_begun,
     write_scores,
 )
-from megatron_dllm.evaluation.scores_header import ScoresHeader
+from tests.unit.evaluation.made_header import HEADER
 
-HEADER = ScoresHeader(
-    checkpoint="c" * 64,
-    corpus="f" * 64,
-    chat_template="t" * 64,
-    seed=7,
-    block_size=4,
-    context_length=32,
-    fill="eos",
-    turn_boundary="split_views",
-    precision="fp32",
-    noise={"num_views": 3, "t_min": 0.0, "is_count": True, "view_relation": "stratified"},
-    num_documents=10,
-    num_epochs=2,
-)
 SCORES = -np.random.default_rng(0).uniform(1.0, 5000.0, HEADER.shape).astype(np.float32)
 
 

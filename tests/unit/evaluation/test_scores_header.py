@@ -8,23 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.evaluation.scores_header import ScoresHeader, check_header
+from megatron_dllm.evaluation.scores_header import check_header
+from tests.unit.evaluation.made_header import HEADER
 
 PATH = Path("pairs.scores")
-HEADER = ScoresHeader(
-    checkpoint="c" * 64,
-    corpus="f" * 64,
-    chat_template="t" * 64,
-    seed=7,
-    block_size=4,
-    context_length=32,
-    fill="eos",
-    turn_boundary="split_views",
-    precision="fp32",
-    noise={"num_views": 3, "t_min": 0.0, "is_count": True, "view_relation": "stratified"},
-    num_documents=10,
-    num_epochs=2,
-)
 OTHERS = {
     "checkpoint": "d" * 64,
     "corpus": "e" * 64,
@@ -52,6 +39,15 @@ def test_scores_under_other_noise_are_refused_by_name(name: str, value: object) 
     ours = replace(HEADER, noise={**HEADER.noise, name: value})
     with pytest.raises(ValueError, match=rf"noise.{name} \({HEADER.noise[name]}\) differs from this run's \({value}\)"):
         check_header(PATH, HEADER, ours)
+
+
+@pytest.mark.parametrize("lacks", ["the file", "the run"])
+def test_a_field_of_the_noise_that_one_of_them_lacks_is_a_difference(lacks: str) -> None:
+    less = replace(HEADER, noise={name: value for name, value in HEADER.noise.items() if name != "is_count"})
+    header, ours = (less, HEADER) if lacks == "the file" else (HEADER, less)
+    values = ("None", "True") if lacks == "the file" else ("True", "None")
+    with pytest.raises(ValueError, match=r"noise.is_count \({}\) differs from this run's \({}\)".format(*values)):
+        check_header(PATH, header, ours)
 
 
 def test_the_epochs_of_the_run_must_be_there() -> None:
