@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,8 +39,9 @@ NOTE = (
 
 
 def run_part(part: Part, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Run one part to its end or its limit: the row of the summary."""
+    """Run one part, from its beginning, to its end or its limit: the row of the summary."""
     folder = args.output / part.name
+    shutil.rmtree(folder, ignore_errors=True)
     folder.with_suffix(".jsonl").unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu.part", part.name, "--device", args.device]
     command += ["--folder", str(folder), "--seconds", f"{seconds:.0f}", *(["--small"] if args.small else [])]
@@ -103,12 +105,22 @@ def parse_arguments() -> argparse.Namespace:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device (cuda) needs a GPU that torch can see; there is none: --device cpu runs tiny sizes.")
     if not args.minutes > 0:
-        parser.error(f"--minutes ({args.minutes:g}) must be positive; 8 is enough for all parts on one H100.")
+        parser.error(f"--minutes ({args.minutes:g}) must be positive; the default is 8.")
     args.output = args.output.resolve()
-    if args.output.exists() and any(args.output.iterdir()) and not (args.resume or args.only):
-        parser.error(f"--output ({args.output}) holds something already; name another folder, or add --resume.")
+    check_output(parser, args.output, args.resume or args.only is not None)
     args.small = args.small or args.device == "cpu"
     return args
+
+
+def check_output(parser: argparse.ArgumentParser, output: Path, is_going_on: bool) -> None:
+    """Refuse a place that is not this run's: parts empty their folders before they begin."""
+    if output.exists() and not output.is_dir():
+        parser.error(f"--output ({output}) must be a folder; name another.")
+    if output.exists() and any(output.iterdir()) and not (is_going_on and (output / "results.json").exists()):
+        parser.error(
+            f"--output ({output}) holds something already; name another folder, or one that an acceptance run has "
+            "begun, with --resume or --only."
+        )
 
 
 def read_summary(output: Path) -> dict[str, dict[str, Any]]:
@@ -138,6 +150,7 @@ def main() -> None:
         if (args.only is None or part.name in args.only)
         and not (args.resume and summary.get(part.name, {}).get("end") == "finished")
     ]
+    save(args, summary)  # from now on the folder is known as an acceptance run's
     end = time.monotonic() + 60 * args.minutes
     for index, part in enumerate(parts):
         left, shares = end - time.monotonic(), sum(other.share for other in parts[index:])

@@ -45,12 +45,24 @@ def test_a_part_that_takes_too_long_is_stopped_and_one_that_breaks_is_named(tmp_
         (["--minutes", "0"], "--minutes (0) must be positive"),
         (["--only", "speed"], "invalid choice: 'speed'"),
         ([], "holds something already"),
+        (["--resume"], "holds something already"),
+        (["--output", __file__], "must be a folder"),
     ],
 )
 def test_bad_words_are_refused(words: list[str], reason: str, tmp_path: Path) -> None:
     (tmp_path / "results.md").write_text("", encoding="utf-8")
     done = _run(tmp_path, *words)
     assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.ranks
+def test_a_part_begins_anew_in_the_folder_of_its_earlier_start(tmp_path: Path) -> None:
+    args = argparse.Namespace(output=tmp_path, device="cpu", small=True)
+    (tmp_path / "facts").mkdir()
+    (tmp_path / "facts" / "left").touch()
+    (tmp_path / "facts.jsonl").write_text('{"status": "failed"}\n', encoding="utf-8")
+    found = run_part(PARTS["facts"], args, 60.0)
+    assert found["end"] == "finished" and found["failed"] == 0 and not list((tmp_path / "facts").iterdir())
 
 
 @pytest.mark.slow
