@@ -22,7 +22,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import GenerateConfig, ParallelConfig, RunConfig
 from megatron_dllm.config.command_line import taken_as_typed
 from megatron_dllm.config.recipe_source import split_folder
+from megatron_dllm.config.reference import keys_of
 from megatron_dllm.data.tokenizer import load_tokenizer
 from megatron_dllm.diffusion.decode import DecodingContract, Finished, requests_of
 from megatron_dllm.diffusion.generation import Generation
@@ -45,7 +46,7 @@ from megatron_dllm.inference.prompts import Prompt, encode_requests, parse_line,
 from megatron_dllm.inference.source import CheckpointSource, read_source
 from megatron_dllm.inference.stopping import StopStrings
 from megatron_dllm.run.place import is_rank_zero, world_size
-from megatron_dllm.run.stream import PARTIAL, partial_lines, result_lines
+from megatron_dllm.run.stream import PARTIAL, check_new, partial_lines, result_lines
 
 log = logging.getLogger(__name__)
 _AS_TYPED = ("checkpoint", "prompt", "prompts_file", "messages", "chats_file", "output", "tokenizer")
@@ -131,7 +132,7 @@ def generate(config: GenerateConfig, tell: Callable[[PromptResult], None] | None
                 write(json.dumps(results[-1].to_dict(), ensure_ascii=False))
                 if tell is not None:
                     tell(results[-1])
-    if config.output is not None:
+    if is_first and config.output is not None:
         log.info("wrote %d texts to %s", len(results), config.output)
     return results
 
@@ -153,11 +154,13 @@ class _Plan:
 
 
 def _plan(config: GenerateConfig) -> _Plan:
-    """Read the prompts and the checkpoint's sizes.
+    """Read the prompts and the checkpoint's sizes, and see whether the output can be written.
 
     Raises:
         ValueError: what is impossible about them.
     """
+    if config.output is not None:
+        check_new(Path(config.output))
     if config.temperature == 0.0 and (config.top_p < 1.0 or config.top_k > 0):
         log.warning("top_p and top_k have no effect at temperature 0; set a temperature to sample.")
     requests = read_requests(config)
@@ -270,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "-h" in arguments or "--help" in arguments:
-        defaults = "\n".join(f"    {f.name}={f.default}" for f in fields(GenerateConfig))
+        defaults = "\n".join(f"    {key.name}={key.default}" for key in keys_of(GenerateConfig))
         Console(highlight=False, soft_wrap=True).print(Text(f"{__doc__}\n{defaults}"))
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")

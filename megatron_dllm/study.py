@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import DecodingConfig, ParallelConfig, RunConfig
 from megatron_dllm.config.command_line import taken_as_typed
 from megatron_dllm.config.recipe_source import split_folder
+from megatron_dllm.config.reference import keys_of
 from megatron_dllm.config.study import SWEPT, StudyConfig
 from megatron_dllm.data.chat import question_of
 from megatron_dllm.data.tokenizer import load_tokenizer
@@ -49,7 +50,7 @@ from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.inference.prompts import encode_requests
 from megatron_dllm.inference.source import CheckpointSource, read_source
 from megatron_dllm.run.place import is_rank_zero, world_size
-from megatron_dllm.run.stream import check_writable
+from megatron_dllm.run.stream import check_new
 
 log = logging.getLogger(__name__)
 _AS_TYPED = ("checkpoint", "chats_file", "output", "tokenizer")
@@ -111,9 +112,8 @@ def _plan(config: StudyConfig) -> _Plan:
     from megatron_dllm.parallel.device import DeviceFacts
 
     if config.output is not None:
-        check_writable(Path(config.output))
-        if Path(config.output).exists():
-            raise ValueError(f"output ({config.output}) exists; nothing is overwritten: name a new file.")
+        for path in (Path(config.output), _picture_of(Path(config.output))):
+            check_new(path)
     found = _questions(config)
     asked = [_ask(config, checkpoint, found) for checkpoint in config.checkpoint]
     is_cuda = DeviceFacts.here().is_cuda
@@ -253,8 +253,12 @@ def write(path: Path, studies: Sequence[Study]) -> None:
     from megatron_dllm.run.files import write_bytes
 
     write_studies(path, studies)
-    write_bytes(path.with_suffix(".png"), picture(studies))
-    log.info("wrote %s and %s", path, path.with_suffix(".png"))
+    write_bytes(_picture_of(path), picture(studies))
+    log.info("wrote %s and %s", path, _picture_of(path))
+
+
+def _picture_of(path: Path) -> Path:
+    return path.with_suffix(".png")
 
 
 def parse_arguments(arguments: Sequence[str]) -> StudyConfig:
@@ -278,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "-h" in arguments or "--help" in arguments:
-        defaults = "\n".join(f"    {name}={value}" for name, value in _defaults())
+        defaults = "\n".join(f"    {key.name}={key.default}" for key in keys_of(StudyConfig))
         Console(highlight=False, soft_wrap=True).print(Text(f"{__doc__}\n{defaults}"))
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -292,11 +296,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if config.output is not None:
             write(Path(config.output), studies)
     return 0
-
-
-def _defaults() -> Iterator[tuple[str, Any]]:
-    empty = StudyConfig()
-    return ((item.name, getattr(empty, item.name)) for item in fields(StudyConfig))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from megatron_dllm.config.generate import RULES, DecodingConfig, GenerateConfig
 from megatron_dllm.config.placement import PlacementConfig
@@ -41,7 +42,7 @@ class StudyConfig(PlacementConfig):
     block_sizes: list[int] = field(default_factory=list)
     # Longest answer.
     max_new_tokens: int = 64
-    # JSON file to write, which must not exist yet; the picture lies beside it.
+    # JSON file to write; the picture lies beside it, under the same name with .png. Neither must exist yet.
     output: str | None = None
 
     def settings(self) -> list[DecodingConfig]:
@@ -65,6 +66,10 @@ class StudyConfig(PlacementConfig):
         check(
             not (self.tasks and self.chats_file),
             f"tasks ({self.tasks}) and chats_file ({self.chats_file}) are two sources of questions; give one of them.",
+        )
+        check(
+            self.output is None or Path(self.output).suffix != ".png",
+            f"output ({self.output}) is where the picture goes; name the .json file beside it.",
         )
         check_positive("num_questions", self.num_questions)
         for rule in self.rules:

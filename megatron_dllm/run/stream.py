@@ -37,6 +37,16 @@ def check_writable(path: Path) -> None:
         ) from None
 
 
+def check_new(path: Path) -> None:
+    """Make sure, before any work, that a result can go where nothing is yet.
+
+    Raises:
+        ValueError: something is there, or nothing can be written there.
+    """
+    check_writable(path)
+    _check_absent(path)
+
+
 def partial_lines(path: Path) -> list[str]:
     """The whole lines that an interrupted start has left in PATH.partial; none if there is no such file."""
     partial = path.with_name(path.name + PARTIAL)

@@ -67,10 +67,21 @@ def test_two_ranks_decode_the_texts_of_one(layout: str, start: tuple[Path, list[
     assert _texts(folder, f"{layout}.jsonl", 2, f"{layout}=2") == expected
 
 
-def test_a_layout_that_does_not_fit_is_refused_on_every_rank(start: tuple[Path, list[dict[str, Any]]]) -> None:
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "tensor_model_parallel_size=3",
+            "tensor x pipeline x context (3 x 1 x 1 = 3) must divide the number of ranks (2)",
+        ),
+        ("output=/dev/null", "output (/dev/null) exists; nothing is overwritten"),
+    ],
+)
+def test_what_cannot_be_is_refused_on_every_rank(
+    word: str, message: str, start: tuple[Path, list[dict[str, Any]]]
+) -> None:
     folder, _ = start
-    words = [f"checkpoint={folder / 'run'}", "prompt=a", "tensor_model_parallel_size=3"]
-    found = run_ranks(_command, 2, *words, timeout_s=300.0)
+    found = run_ranks(_command, 2, f"checkpoint={folder / 'run'}", "prompt=a", word, timeout_s=300.0)
     assert [(code, output) for code, output, _ in found] == [(2, "")] * 2
-    assert "error: tensor x pipeline x context (3 x 1 x 1 = 3) must divide the number of ranks (2)" in found[0][2]
+    assert f"error: {message}" in found[0][2]
     assert "Traceback" not in found[0][2] + found[1][2]

@@ -58,8 +58,10 @@ def test_points_are_what_generate_gives(run: Path, tmp_path: Path, capsys: pytes
     printed = capsys.readouterr().out
     assert "factor" in printed and "*" in printed and "with commits" in printed
     assert f"{run}: 6 questions, at most 30 tokens, batch 4, cpu, fp32, 1 ranks" in printed
-    with pytest.raises(ValueError, match="exists; nothing is overwritten"):
-        main([*words, *grid])
+    for name in ("study.json", "study.png"):
+        with pytest.raises(ValueError, match=rf"{name}\) exists; nothing is overwritten"):
+            main([*words, *grid])
+        (output.parent / name).unlink()
 
 
 def test_what_is_refused(run: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.generate import parse_arguments
+from megatron_dllm.generate import main, parse_arguments
 
 
 def test_the_user_s_folder_goes_before_the_shipped_settings(tmp_path: Path) -> None:
@@ -16,3 +16,9 @@ def test_the_user_s_folder_goes_before_the_shipped_settings(tmp_path: Path) -> N
         assert (config.threshold, config.prompt) == (0.5, "a --config-dir=b")
     with pytest.raises(ValueError, match=r"--config-dir \(none\) must be a folder of recipes"):
         parse_arguments(["--config-dir", "none"])
+
+
+def test_help_names_every_key_with_its_default_as_it_would_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"stop=[]", "checkpoint=???", "prompt=null", "resume=false", "threshold=0.95"} <= set(lines)

@@ -21,6 +21,7 @@ RIGHT = StudyConfig(checkpoint=["runs/x"])
         (dict(rules=["factor"], factors=[]), ("factors ([])", "rule factor needs a value")),
         (dict(thresholds=[0.9, 1.5]), ("threshold (1.5)", "(0, 1]")),
         (dict(tasks=["sort"], chats_file="x"), ("tasks (['sort']) and chats_file (x)", "give one of them")),
+        (dict(output="a/study.png"), ("output (a/study.png)", "name the .json file")),
         (dict(num_questions=0), ("num_questions (0)", "positive")),
         (dict(block_sizes=[8, 0]), ("block_sizes (0)", "positive")),
         (dict(max_new_tokens=0), ("max_new_tokens (0)", "positive")),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
-from megatron_dllm.run.stream import PARTIAL, check_writable, partial_lines, result_lines
+from megatron_dllm.run.stream import PARTIAL, check_new, check_writable, partial_lines, result_lines
 from tests.full_disk import full_disk
 
 
@@ -95,3 +95,13 @@ def test_bad_places_are_refused_before_the_work(tmp_path: Path) -> None:
         check_writable(tmp_path)
     check_writable(tmp_path / "new" / "folder" / "file")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "dangling"}
+
+
+def test_a_place_for_something_new_is_free_and_can_be_written(tmp_path: Path) -> None:
+    check_new(tmp_path / "new" / "lines.jsonl")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        check_new(tmp_path)
+    (tmp_path / "lines.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"lines\.jsonl\) exists; nothing is overwritten: name a new file"):
+        check_new(tmp_path / "lines.jsonl")
