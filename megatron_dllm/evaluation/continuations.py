@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_dllm.data.memory_source import MemorySource
 from megatron_dllm.data.spans import MASKABLE, MASKED, Spans
@@ -34,13 +34,13 @@ class Continuation:
         context: tokens before it; empty where there are none.
         tokens: of the continuation.
         noise_key: continuations with the same one have the same noise, as the choices of a question should.
-        name: what messages call it.
+        name: what messages call it; two that differ in nothing else are equal.
     """
 
     context: tuple[int, ...]
     tokens: tuple[int, ...]
     noise_key: int = 0
-    name: str = "request"
+    name: str = field(default="request", compare=False)
 
     def num_scored(self, block_size: int, fill: str, context_length: int) -> list[int]:
         """Scored tokens of each block that has any.

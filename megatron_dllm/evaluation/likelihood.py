@@ -122,7 +122,7 @@ def score_continuations(
     """
     context_length = model.config.schedule.context_length
     fitted = [item.fitted(context_length, settings.truncate) for item in continuations]
-    different = list(dict.fromkeys(replace(item, name="") for item in fitted))
+    different = list(dict.fromkeys(fitted))
     if block_size is None:
         passes = [Pass(tuple(range(len(different))), None, is_exact=True)] if different else []
     else:
@@ -133,7 +133,7 @@ def score_continuations(
         for item, scores in zip(asked, _score(model, asked, settings, block_size, one), strict=True):
             by_view = [float(scores.mean())] if one.is_exact else scores.tolist()
             found[item] = Likelihood(tuple(by_view), one.is_exact)
-    return [found[replace(item, name="")] for item in fitted]
+    return [found[item] for item in fitted]
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from megatron_dllm.config.harness import HarnessConfig
@@ -63,9 +64,7 @@ def settings_of(request: Request, config: HarnessConfig) -> dict[str, Any]:
         "rolling": "document behind the end-of-text token" if is_ar else "document and end-of-text token, as evaluate",
         "decoding": None if is_ar else asdict(config.decoding),
         "tokenizer": tokenizer_fingerprint(config.data.tokenizer),
-        "chat_template": chat_template_fingerprint(request.weights.tokenizer or request.weights.folder)
-        if config.apply_chat_template
-        else None,
+        "chat_template": chat_template_fingerprint(Path(config.data.tokenizer)) if config.apply_chat_template else None,
         "fewshot_as_multiturn": config.fewshot_as_multiturn,
         "system_instruction": config.system_instruction,
         "num_fewshot": config.num_fewshot,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations, product
 from math import comb, exp, sqrt
 from statistics import fmean, stdev
@@ -42,11 +43,16 @@ def score(one_rank: Any, weights: Weights) -> Score:
     chunk.load_state_dict(to_megatron(MODEL, weights), strict=False)
     model = LocalModel([chunk.eval()], config, one_rank, torch.device("cpu"))
 
-    def score(asked: Sequence[Any], block_size: int | None, **settings: Any) -> list[Likelihood]:
+    def score(
+        asked: Sequence[Any], block_size: int | None, rows_at_a_time: int = 1, **settings: Any
+    ) -> list[Likelihood]:
         made = [item if isinstance(item, Continuation) else Continuation(*item) for item in asked]
         found = LikelihoodConfig(**settings)
         found.validate()
-        return score_continuations(model, made, found, block_size)
+        evaluation = replace(config.evaluation, micro_batch_size=rows_at_a_time)
+        return score_continuations(
+            replace(model, config=replace(config, evaluation=evaluation)), made, found, block_size
+        )
 
     return score
 
@@ -152,6 +158,8 @@ def test_a_score_depends_on_its_continuation_alone(score: Score) -> None:
         together = score([*asked, asked[0]], 4, estimator="stratified", row_length=row_length)
         assert [item.by_view for item in together[:-1]] == [pytest.approx(views, rel=1e-5) for views in expected]
         assert together[-1] == together[0]
+    two_rows = score(asked, 4, rows_at_a_time=2, estimator="stratified", row_length=40)
+    assert [item.by_view for item in two_rows] == [pytest.approx(views, rel=1e-5) for views in expected]
     other = score(asked, 4, estimator="stratified", seed=1)
     assert all(a.by_view != pytest.approx(b, rel=1e-3) for a, b in zip(other[:1], expected[:1], strict=True))
 
@@ -218,7 +226,7 @@ def test_a_decision_is_sure_beyond_two_errors() -> None:
             r"task q: context and continuation \(30 \+ 5 tokens\) must fit context_length \(32\)",
         ),
         ((CONTEXT, TOKENS * 7), {"truncate": True}, r"\(5 \+ 35 tokens\) must fit context_length \(32\)"),
-        ((CONTEXT[:1], TOKENS * 3), {"estimator": "exact"}, r"likelihood.estimator \(exact\) .* 15 tokens to score"),
+        ((CONTEXT[:1], TOKENS * 3), {"estimator": "exact"}, r"task q: likelihood.estimator \(exact\) .* 15 tokens"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(asked: Any, settings: dict[str, Any], message: str, score: Score) -> None:
