@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,6 +19,7 @@ from benchmarks.ranks import run_ranks
 from benchmarks.synthetic import write_synthetic
 from megatron_dllm.config import GenerateConfig
 from megatron_dllm.generate import generate
+from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
 from tests.conftest import NOT_RUN
 from tests.integration.test_generate import CHAT_TEMPLATE, LETTERS, MODEL, VOCAB, save_run, write_tokenizer
 from tests.integration.tiny_chain import run_module
@@ -30,8 +33,6 @@ CHOICES = [
     {"question": "once upon a", "choices": ["time", "mat"], "label": 0},
     {"question": "who", "choices": ["are you", "is it", "was there"], "label": 1},
 ]
-# Of all but the first question, which the harness itself looks at.
-EMPTY = "{{['a', 'b'] if question == 'the cat' else ['a', '']}}"
 ALL = "toy_choice,toy_rolling,toy_writing,toy_greedy"
 TASKS: dict[str, dict[str, Any]] = {
     "toy_choice": {
@@ -229,14 +230,12 @@ def test_an_autoregressive_model_scores_as_transformers(autoregressive: Path, ta
     for choice, values in zip(CHOICES, _scores(found, "toy_choice"), strict=True):
         answers = [expected(ids(choice["question"]), ids(f" {text}")) for text in choice["choices"]]
         assert values == pytest.approx(answers, rel=1e-5)
-    windows = [[ids(text)[start : start + 63] for start in range(0, len(text), 63)] for text in TEXTS]
-    whole = [
-        sum(expected([parts[number - 1][-1] if number else 0], part) for number, part in enumerate(parts))
-        for parts in windows
-        if len(parts) == 1
-    ]
-    short = [value for (value,), parts in zip(_rolling(found), windows, strict=True) if len(parts) == 1]
-    assert short == pytest.approx(whole, rel=1e-5) and len(short) >= 1
+    # Behind the end-of-text token 63 tokens of a window of 64, and the others with as much before them as fits.
+    documents = [ids(text) for text in TEXTS]
+    whole = [expected([0], text[:63]) for text in documents]
+    rest = [expected(text[len(text) - 64 : 63], text[63:]) if len(text) > 63 else 0.0 for text in documents]
+    assert sum(value < 0 for value in rest) == 3 and max(map(len, documents)) < 2 * 63
+    assert [value for (value,) in _rolling(found)] == pytest.approx(np.add(whole, rest).tolist(), rel=1e-5)
 
 
 def test_an_autoregressive_model_does_not_write(autoregressive: Path, tasks: Path) -> None:
@@ -249,11 +248,15 @@ def test_an_autoregressive_model_does_not_write(autoregressive: Path, tasks: Pat
 
 def test_chats_and_examples_change_what_is_asked(found: dict[str, Any], run: Path, tasks: Path, tmp_path: Path) -> None:
     words = ["num_fewshot=1", "apply_chat_template=true", "limit=2", "likelihood.estimator=left_to_right"]
-    chat = harness(run, tasks, tmp_path / "chat.json", "toy_choice", *words, "system_instruction=speak")
+    other = Path(shutil.copytree(run / "tokenizer", tmp_path / "other"))
+    (other / "chat_template.jinja").write_text("a word: " + CHAT_TEMPLATE)
+    words += ["system_instruction=speak", f"data.tokenizer={other}"]
+    chat = harness(run, tasks, tmp_path / "chat.json", "toy_choice", *words)
     samples = chat["samples"]["toy_choice"]
-    assert len(samples) == 2 and chat["settings"]["chat_template"] is not None
+    assert len(samples) == 2 and chat["settings"]["chat_template"] == chat_template_fingerprint(other)
     asked = samples[0]["arguments"][0][0]
-    assert "speak" in asked and asked.count("the cat") + asked.count("once upon a") + asked.count("who") == 2
+    assert asked.startswith("a word: ") and "speak" in asked
+    assert asked.count("the cat") + asked.count("once upon a") + asked.count("who") == 2
     assert chat["n-shot"]["toy_choice"] == 1 and _scores(chat, "toy_choice") != _scores(found, "toy_choice")[:2]
 
 
@@ -281,6 +284,7 @@ def test_a_wrong_setting_is_refused_in_a_sentence(words: list[str], message: str
     [
         (
             "empty",
+            # Of all but the first question, which the harness itself looks at.
             {"doc_to_choice": "{{['a', 'b'] if question == 'the cat' else ['a', '']}}"},
             "question 1, '': the continuation is empty",
         ),
