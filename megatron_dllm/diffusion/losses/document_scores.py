@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -77,10 +78,14 @@ class Weighing:
             sample_ids: [p] int64.
             epochs: [p] int64 the pass over the corpus that each belongs to.
         """
-        known = zip(self.scores.epochs.tolist(), self.scores.sample_ids.tolist(), strict=True)
-        place = {document: index for index, document in enumerate(known)}
-        rows = [place[document] for document in zip(epochs.tolist(), sample_ids.tolist(), strict=True)]
+        rows = [self._places[document] for document in zip(epochs.tolist(), sample_ids.tolist(), strict=True)]
         return self.factors[torch.tensor(rows, dtype=torch.int64)]
+
+    @cached_property
+    def _places(self) -> Mapping[tuple[int, int], int]:
+        """Index of each document by epoch and sample id, made once for all micro-batches."""
+        known = zip(self.scores.epochs.tolist(), self.scores.sample_ids.tolist(), strict=True)
+        return {document: index for index, document in enumerate(known)}
 
     def logged(self, sums: StepSums) -> StepSums:
         """The sums of the step that trained, with the loss itself instead of what had its gradient."""
