@@ -33,10 +33,12 @@ from megatron_dllm.training.weighing import FrozenReference, weigh_batches
 
 NOTE = (
     "views: of the model. noise: whether model and reference are scored on the same masks. gradient_deviation: root "
-    "mean square length of the gradient's deviation from its mean over draws. gradient_length: of that mean, corrected "
-    "for the number of draws. margin_deviation: standard deviation of a pair's margin, nats (root mean square over "
-    "pairs). loss: mean over draws; Jensen's inequality puts it above the loss of the exact scores. model_tokens: that "
-    "model and reference see in all passes of a step, for each pair."
+    "mean square length of the gradient's deviation from its mean over draws. Its tails are heavy, as a mask of few "
+    "tokens weighs each of them up to block_size times: compare numbers of views only where largest_share, the largest "
+    "draw's share of the squares, is small, or else by median_deviation, the median of the lengths. gradient_length: "
+    "of the mean gradient, corrected for the number of draws. margin_deviation: standard deviation of a pair's margin, "
+    "nats (root mean square over pairs). loss: mean over draws; Jensen's inequality puts it above the loss of the "
+    "exact scores. model_tokens: that model and reference see in all passes of a step, for each pair."
 )
 PASSES = 3  # scores, reference, training
 
@@ -108,12 +110,15 @@ def draw(policy: Any, reference: FrozenReference, batches: Sequence[Batch], case
 def spread(draws: Sequence[Draw]) -> dict[str, float]:
     """Deviations of gradient and margins, the length of the mean gradient, and the mean loss."""
     gradients = torch.stack([found.gradient for found in draws]).double()
-    variance = float(gradients.var(0).sum())
+    squares = (gradients - gradients.mean(0)).square().sum(1)
+    variance = float(squares.sum()) / (len(draws) - 1)
     # The squared length of a mean of n draws exceeds that of the true mean by the n-th part of the variance.
     square = float(gradients.mean(0).square().sum()) - variance / len(draws)
     margins = torch.stack([found.margins for found in draws])
     return {
         "gradient_deviation": variance**0.5,
+        "median_deviation": float(squares.sqrt().quantile(0.5)),
+        "largest_share": float(squares.max() / squares.sum()),
         "gradient_length": max(square, 0.0) ** 0.5,
         "margin_deviation": float(margins.var(0).mean()) ** 0.5,
         "loss": sum(found.loss for found in draws) / len(draws),

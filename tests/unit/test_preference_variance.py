@@ -14,11 +14,16 @@ def test_spread_by_hand() -> None:
         Draw(torch.tensor(gradient), torch.tensor(margin, dtype=torch.float64), loss)
         for gradient, margin, loss in zip(gradients, margins, (0.5, 0.7, 0.9), strict=True)
     ]
-    # Variances 1 and 3 of the gradient, 4 and 3 of the margins; the mean gradient is (2, 3).
-    assert spread(draws) == pytest.approx(
-        {"gradient_deviation": 2.0, "gradient_length": (13 - 4 / 3) ** 0.5, "margin_deviation": 3.5**0.5, "loss": 0.7},
-        rel=1e-6,
-    )
+    # The mean gradient is (2, 3), and the squared deviations from it are 2, 2 and 4. Variances 4 and 3 of the margins.
+    expected = {
+        "gradient_deviation": 2.0,
+        "median_deviation": 2.0**0.5,
+        "largest_share": 0.5,
+        "gradient_length": (13 - 4 / 3) ** 0.5,
+        "margin_deviation": 3.5**0.5,
+        "loss": 0.7,
+    }
+    assert spread(draws) == pytest.approx(expected, rel=1e-6)
     assert spread([*draws, *draws])["gradient_length"] < spread(draws * 10)["gradient_length"] < 13**0.5
 
 
