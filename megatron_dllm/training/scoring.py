@@ -24,6 +24,7 @@ from megatron_dllm.evaluation.scores import score_documents
 from megatron_dllm.evaluation.scores_file import read_begun
 from megatron_dllm.evaluation.scores_header import ScoresHeader, check_header
 from megatron_dllm.model.objective import objective_of
+from megatron_dllm.parallel.agreement import failing_together
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.stream import check_writable
 from megatron_dllm.training.blends import stage_shares
@@ -111,6 +112,9 @@ def score_pairs(
 
     Returns:
         [e, d, k] fp32 scores by epoch, document and view; of a scoring that goes on, rank 0 alone has them all.
+
+    Raises:
+        OSError: on every rank, where rank 0 cannot keep what there is.
     """
     header, stage = scoring.header, config.schedule.stages[scoring.stage]
     objective, stream = objective_of(stage, config.noise), new_stream(config, sources)
@@ -131,8 +135,9 @@ def score_pairs(
             by_view[epochs[is_wanted], documents[is_wanted]] = scores.by_view.numpy()[is_wanted]
             num_left -= int(is_wanted.sum())
             progress.update(task, advance=int(is_wanted.sum()))
-            if keep is not None and is_first:
-                keep(by_view, step.stream_state)
+            with failing_together():
+                if keep is not None and is_first:
+                    keep(by_view, step.stream_state)
             if num_left == 0:
                 break
     return by_view

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from megatron_dllm.config import (
 )
 from megatron_dllm.evaluation.scores_file import open_scores, partial_path, write_begun, write_scores
 from megatron_dllm.training.score_command import score
+from tests.full_disk import full_disk
 from tests.integration.tiny_chain import run_module
 
 NUM_PAIRS = 13
@@ -149,6 +151,21 @@ def test_an_interrupted_scoring_goes_on_where_it_stood(start: tuple[Path, np.nda
     assert np.array_equal(by_view, expected)
     assert np.array_equal(open_scores(folder / "again.scores").by_view, expected)
     assert not partial_path(folder / "again.scores").exists()
+
+
+def _refused_keeping(folder: str) -> str:
+    """What this rank says where rank 0 has no room to keep the first scores."""
+    limit = full_disk(100) if os.environ["RANK"] == "0" else contextlib.nullcontext()
+    with limit, pytest.raises(OSError) as refused:
+        _score(folder, ParallelConfig(), "full.scores", 1)
+    return str(refused.value)
+
+
+def test_all_ranks_end_where_one_cannot_keep_the_scores(start: tuple[Path, np.ndarray]) -> None:
+    folder, _ = start
+    for said in run_ranks(_refused_keeping, 2, str(folder), timeout_s=120.0):
+        assert "rank 0 of 2 failed" in said and "full.scores" in said
+    assert not list(folder.glob("*full.scores*")), "nothing half-written is left"
 
 
 def test_a_run_with_the_file_trains_as_with_a_copy_in_memory(start: tuple[Path, np.ndarray]) -> None:
