@@ -19,6 +19,7 @@ from rich.text import Text
 from megatron_dllm.checkpoint.brought import fill
 from megatron_dllm.compose import compose_dict, to_train_config
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.config.evaluate import spelled_out
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
 from megatron_dllm.run.files import parents_made
@@ -44,6 +45,7 @@ def score(words: Sequence[str]) -> None:
     """
     from megatron_dllm.host import prepare_host, quiet_libraries
 
+    words = spelled_out(words)
     named, overwrite = _value(words, "scores", ""), _value(words, "overwrite", "false")
     check(overwrite in ("true", "false"), f"overwrite ({overwrite}) must be true or false.")
     target, config = Path(named), _preferences(words, named)

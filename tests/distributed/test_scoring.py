@@ -284,7 +284,7 @@ def _words(folder: Path, *more: str) -> list[str]:
     stage = ["block_size=4", "global_batch_size=4", "num_views=1", "num_epochs=2"]
     small = ["context_length=32", "row_length=96", *(f"stages.dpo.{word}" for word in stage)]
     data = ["data.num_workers=0", "data.packing_chunk=16", "parallel=single"]
-    run = ["experiment=dpo", f"checkpoint.load={folder}/runs/start"]
+    run = ["experiment=dpo", f"checkpoint={folder}/runs/start"]
     return [*run, *(f"schedule.{word}" for word in small), *data, *more]
 
 
