@@ -179,6 +179,11 @@ def read_metrics(config: TrainConfig) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in varying} for record in records]
 
 
+def read_steps(config: TrainConfig) -> list[dict[str, Any]]:
+    """Those of them that are of steps."""
+    return [record for record in read_metrics(config) if "loss" in record]
+
+
 if __name__ == "__main__":  # python -m benchmarks.tiny_run FOLDER NAME SCALE IS_ASYNC: one rank, started by a launcher
     import logging
     import sys

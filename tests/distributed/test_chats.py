@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +15,7 @@ from benchmarks.tiny_run import (
     TRAINING,
     checkpoints_of,
     read_metrics,
+    read_steps,
     read_tensors,
     run_config,
     train_here,
@@ -61,10 +61,6 @@ def config_of(folder: Path, name: str, layout: ParallelConfig | None = None) -> 
     return replace(config, schedule=schedule, data=data, evaluation=evaluation)
 
 
-def steps_of(config: TrainConfig) -> list[dict[str, Any]]:
-    return [record for record in read_metrics(config) if "loss" in record]
-
-
 @pytest.fixture(scope="module")
 def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("chats")
@@ -82,7 +78,7 @@ def test_the_supervised_tokens_of_a_second_are_logged(one_rank_run: TrainConfig)
 
 
 def test_the_metrics_of_chats(one_rank_run: TrainConfig) -> None:
-    steps = steps_of(one_rank_run)
+    steps = read_steps(one_rank_run)
     assert len(steps) >= 6
     for step in steps:
         assert 0.2 < step["fill_share"] < 0.8
@@ -117,7 +113,7 @@ def test_a_layout_trains_what_one_rank_trains(name: str, one_rank_run: TrainConf
     folder = Path(one_rank_run.run.root).parent
     config = config_of(folder, name, LAYOUTS[name])
     assert train_ranks(2, config) == [0, 0]
-    found, expected = steps_of(config), steps_of(one_rank_run)
+    found, expected = read_steps(config), read_steps(one_rank_run)
     assert len(found) == len(expected)
     for key in ("loss", "grad_norm", "masked_nll", "fill_share", "consumed_tokens", "confidence_loss"):
         assert found[0][key] == pytest.approx(expected[0][key], rel=1e-5), key
@@ -137,4 +133,4 @@ def test_a_run_that_is_stopped_in_an_epoch_ends_with_the_same_bits(one_rank_run:
     found, expected = (read_tensors(max(checkpoints_of(c).glob("step_*"))) for c in (config, one_rank_run))
     assert found.keys() == expected.keys()
     assert all(bool((found[name] == tensor).all()) for name, tensor in expected.items())
-    assert [step["loss"] for step in steps_of(config)] == [step["loss"] for step in steps_of(one_rank_run)]
+    assert [step["loss"] for step in read_steps(config)] == [step["loss"] for step in read_steps(one_rank_run)]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_chats import write_pairs
-from benchmarks.tiny_run import STAGES, checkpoints_of, read_metrics, read_tensors, run_config, train_here, train_ranks
+from benchmarks.tiny_run import STAGES, checkpoints_of, read_steps, read_tensors, run_config, train_here, train_ranks
 from megatron_dllm.config import (
     CheckpointConfig,
     ParallelConfig,
@@ -58,10 +57,6 @@ def config_of(folder: Path, name: str, layout: ParallelConfig | None = None) -> 
     return replace(config, schedule=schedule, data=replace(config.data, packing_chunk=16))
 
 
-def steps_of(config: TrainConfig) -> list[dict[str, Any]]:
-    return [record for record in read_metrics(config) if "loss" in record]
-
-
 @pytest.fixture(scope="module")
 def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("preferences")
@@ -73,7 +68,7 @@ def one_rank_run(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 
 def test_a_run_starts_at_no_margin_and_learns_its_pairs(one_rank_run: TrainConfig) -> None:
-    first, *_, last = steps = steps_of(one_rank_run)
+    first, *_, last = steps = read_steps(one_rank_run)
     assert len(steps) >= 6
     sft_loss = STAGE.preference.sft_coefficient * first["elbo_chosen"]
     assert first["loss"] == pytest.approx(math.log(2.0) + sft_loss, rel=1e-12)
@@ -94,7 +89,7 @@ def test_a_run_starts_at_no_margin_and_learns_its_pairs(one_rank_run: TrainConfi
 def test_a_layout_trains_what_one_rank_trains(name: str, one_rank_run: TrainConfig) -> None:
     config = config_of(Path(one_rank_run.run.root).parent, name, LAYOUTS[name])
     assert train_ranks(2, config) == [0, 0]
-    found, expected = steps_of(config), steps_of(one_rank_run)
+    found, expected = read_steps(config), read_steps(one_rank_run)
     assert len(found) == len(expected) and found[0]["margin"] == 0.0
     assert [step["data_fingerprint"] for step in found] == [step["data_fingerprint"] for step in expected]
     for key in ("loss", "grad_norm", "masked_nll", "elbo_chosen", "elbo_rejected", "score_variance"):
@@ -112,7 +107,7 @@ def test_a_run_that_is_stopped_ends_with_the_same_bits(one_rank_run: TrainConfig
     found, expected = (read_tensors(max(checkpoints_of(c).glob("step_*"))) for c in (config, one_rank_run))
     assert found.keys() == expected.keys()
     assert all(bool((found[name] == tensor).all()) for name, tensor in expected.items())
-    assert steps_of(config) == steps_of(one_rank_run)
+    assert read_steps(config) == read_steps(one_rank_run)
 
 
 def test_a_run_goes_on_with_its_own_reference_alone(one_rank_run: TrainConfig) -> None:

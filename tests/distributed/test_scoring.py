@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_chats import write_pairs
-from benchmarks.tiny_run import STAGES, read_metrics, run_config, train_ranks, write_corpus
+from benchmarks.tiny_run import STAGES, read_steps, run_config, train_ranks, write_corpus
 from megatron_dllm.config import (
     CheckpointConfig,
     ParallelConfig,
@@ -174,7 +174,7 @@ def test_a_run_with_the_file_trains_as_with_a_copy_in_memory(start: tuple[Path, 
     for name, reference in (("file", str(folder / "pairs.scores")), ("copy", "frozen")):
         config = config_of(folder, name, reference)
         assert train_ranks(1, config) == [0]
-        found.append([record for record in read_metrics(config) if "loss" in record])
+        found.append(read_steps(config))
     assert len(found[0]) == len(found[1]) > 2 and found[0][0]["loss"] == pytest.approx(np.log(2.0), rel=1e-5)
     for record, expected in zip(*found, strict=True):
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -204,7 +204,7 @@ def test_a_run_whose_first_margins_are_not_zero_is_refused_before_its_first_upda
         assert re.match(
             r"the margins of the first pairs \(up to 0\.5 nats\) must be 0, within 0\.2, as the run", message
         )
-    assert [record for record in read_metrics(config) if "loss" in record] == []
+    assert read_steps(config) == []
     assert not list((folder / "runs" / "moved").rglob("step_*"))
 
 

@@ -8,15 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.tiny_run import (
-    STAGES,
-    checkpoints_of,
-    read_metrics,
-    read_tensors,
-    run_config,
-    train_ranks,
-    write_corpus,
-)
+from benchmarks.tiny_run import STAGES, checkpoints_of, read_steps, read_tensors, run_config, train_ranks, write_corpus
 from megatron_dllm.config import CapConfig, CheckpointConfig, StageConfig, TrainConfig
 
 # Complementary views, so that every token is guessed once; few steps at a rate at which differences show.
@@ -43,7 +35,7 @@ def _train(start: TrainConfig, name: str, cap: CapConfig, world_size: int = 1) -
     folder = Path(start.run.root).parent
     config = _config(folder, name, replace(STAGE, cap=cap), load=str(folder / "runs" / "start"))
     assert train_ranks(world_size, config) == [0] * world_size
-    steps = [record for record in read_metrics(config) if "loss" in record]
+    steps = read_steps(config)
     return steps, read_tensors(max(checkpoints_of(config).glob("step_*")))
 
 
