@@ -30,6 +30,8 @@ WAITING = (
     "bincount",
     "repeat_interleave.Tensor",
 )
+# The caller says how many there are.
+NOT_WAITING = ("nonzero_static",)
 
 
 class WatchWaits(TorchDispatchMode):
@@ -49,31 +51,36 @@ class WatchWaits(TorchDispatchMode):
             if isinstance(arg, list | tuple)
             for index in arg
         )
-        if name.startswith(WAITING) or reads_mask:
+        if (name.startswith(WAITING) and not name.startswith(NOT_WAITING)) or reads_mask:
             frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename][:-1]
             self.found.add((name, f"{frames[-1].filename}:{frames[-1].name}"))
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend", ["dense", "flex"])
-@pytest.mark.parametrize("recompute", ["none", "full"])
-def test_only_megatron_core_makes_the_host_wait(recompute: str, backend: str) -> None:
+def _waits(layout: ParallelConfig, backend: str) -> set[tuple[str, str]]:
+    """What a step waits for: operations, and who called them."""
     from megatron_dllm.model.gpt import build_model
     from megatron_dllm.model.objective import token_loss
     from megatron_dllm.parallel.groups import Groups
 
     model = tiny_model()
-    layout = ParallelConfig(recompute=recompute)
     built = build_model(model, layout, Groups.current()).train()
     built.attention = replace(built.attention, backend=small_backends(tile_size=16)[backend])
     batch = tiny_batch(model, [[17, 9], [24]], row_length=56, block_size=4)
     with WatchWaits() as watch:
         token_loss(batch, built(batch, mask_noise_sigma=0.3, noise_seed=5)).total.backward()
-    ours = {place.rsplit("/", 1)[1] for _, place in watch.found if "megatron_dllm" in place}
+    return watch.found
+
+
+@pytest.mark.parametrize("backend", ["dense", "flex"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_only_megatron_core_makes_the_host_wait(recompute: str, backend: str) -> None:
+    found = _waits(ParallelConfig(recompute=recompute), backend)
+    ours = {place.rsplit("/", 1)[1] for _, place in found if "megatron_dllm" in place}
     # On the CPU alone it looks whether the tokens are in order; a GPU asserts it.
     assert ours == ({"flex.py:build_plan"} if backend == "flex" else set())
     # What remains is the sorting of tokens by expert, where TransformerEngine's fused kernels are not in use.
-    assert {place.rsplit("/", 1)[1] for _, place in watch.found} - ours == {
+    assert {place.rsplit("/", 1)[1] for _, place in found} - ours == {
         "moe_utils.py:permute",
         "token_dispatcher.py:dispatch_postprocess",
     }
@@ -84,3 +91,9 @@ def test_the_kernels_mask_is_built_without_waiting() -> None:
     with WatchWaits() as watch:
         flex.build_plan(batch.roles, batch.roles.clone())
     assert not watch.found
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_nothing_waits_where_one_rank_has_all_experts(recompute: str) -> None:
+    layout = ParallelConfig(recompute=recompute, moe_token_dispatcher="alltoall")
+    assert _waits(layout, "dense") == set()
