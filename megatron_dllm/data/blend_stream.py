@@ -7,6 +7,8 @@ position in each corpus and the tokens so far.
 
     weights 0.5, 0.3, 0.2 and rows of equal length:   0 1 2 0 0 1 0 1 2 0 ...
 
+A global batch of preference pairs (`data.pair_packing`) is of one corpus: there the shares are within one batch.
+
 The sequence is a pure function of the seed and of the weights of the stages so far. A blend of one corpus is the
 corpus's own sequence.
 """
@@ -79,7 +81,7 @@ class BlendStream:
             ValueError: no document of the corpus in turn holds a token that may carry a loss, or the corpus has been
                 read through and is not to be repeated.
         """
-        number = self._next_number()
+        number = self._next_number(geometry)
         plan = self._streams[number].next(geometry)
         if plan.epoch and not self._is_repeating:
             raise ValueError(
@@ -135,11 +137,15 @@ class BlendStream:
         self._weighted = [(number, weight) for number, weight in enumerate(blend["weights"]) if weight]
         self._tokens, self._total = blend["tokens"], sum(blend["tokens"])
 
-    def _next_number(self) -> int:
-        """The corpus whose share is furthest behind; of equal ones the first."""
+    def _next_number(self, geometry: RowGeometry) -> int:
+        """The corpus whose batch of pairs is not over, else whose share is furthest behind; of equal ones the first."""
         assert self._weighted, "rows are asked for before weights are given"
         if len(self._weighted) == 1:
             return self._weighted[0][0]
+        if geometry.rows_of_pairs is not None:
+            for number, _ in self._weighted:
+                if self._streams[number].is_within_batch(geometry):
+                    return number
         tokens, total = self._tokens, self._total or 1
         found, most = -1, -math.inf
         for number, weight in self._weighted:

@@ -198,6 +198,13 @@ class RowStream:
             self._emitted.append((geometry, 1))
         return RowPlan(segments=rows.pop(), epoch=self._epoch)
 
+    def is_within_batch(self, geometry: RowGeometry) -> bool:
+        """Whether the next row belongs to the global batch of pairs that the last one belongs to."""
+        if geometry.rows_of_pairs is None or not self._emitted:
+            return False
+        last, num_rows = self._emitted[-1]
+        return last == geometry and num_rows % geometry.rows_of_pairs != 0
+
     def state_dict(self) -> dict[str, Any]:
         """The position as plain numbers, fit for JSON; its size does not depend on the corpus."""
         return {

@@ -127,6 +127,27 @@ def test_pairs_lie_whole_in_the_batches_of_a_blend_too() -> None:
         assert documents and [document ^ 1 for document in documents[::2]] == documents[1::2]
 
 
+def test_a_batch_of_a_blend_of_pairs_is_of_one_corpus() -> None:
+    """Also behind a position that was saved; the shares are within one batch of the weights."""
+    sources = [
+        MadeSource(name, token, num_documents=400, mean=6, answers=True, is_paired=True)
+        for name, token in (("a", 5), ("b", 6))
+    ]
+    geometry = RowGeometry("block_diffusion", 4, 12, 48, 1, rows_of_pairs=3)
+    stream = BlendStream(sources, seed=1, chunk=64)
+    stream.use({"of a": 0.75, "of b": 0.25})
+    tokens, largest = [0, 0], 0
+    for _ in range(24):
+        stream = stream.copy()
+        batch = [stream.next(geometry) for _ in range(3)]
+        documents = documents_of(batch)
+        assert documents and [document ^ 1 for document in documents[::2]] == documents[1::2], "half a pair"
+        (number,) = {document >> 40 for document in documents}
+        num_tokens = sum(int(plan.segments[:, LENGTH].sum()) for plan in batch)
+        tokens[number], largest = tokens[number] + num_tokens, max(largest, num_tokens)
+    assert abs(tokens[1] - 0.25 * sum(tokens)) <= largest and min(tokens) > 0
+
+
 def test_the_estimate_counts_the_empty_rows() -> None:
     lengths, spans = pairs_of(3)
     geometry = replace(GEOMETRIES[0], rows_of_pairs=50)
