@@ -21,7 +21,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tokenizers import Tokenizer
 
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import DecodingConfig, ParallelConfig, RunConfig
@@ -43,7 +44,7 @@ from megatron_dllm.data.chat import question_of
 from megatron_dllm.data.tokenizer import load_tokenizer
 from megatron_dllm.diffusion.decode import DecodingContract
 from megatron_dllm.evaluation.questions import Question, read_questions
-from megatron_dllm.evaluation.study_results import Confidence, Point, Study, write_studies
+from megatron_dllm.evaluation.study_results import COLUMNS, Confidence, Point, Study, write_studies
 from megatron_dllm.evaluation.tasks.catalogue import TASKS
 from megatron_dllm.evaluation.tasks.task import questions
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
@@ -72,6 +73,11 @@ class _Asked:
     prompts: list[list[int]]
     answers: list[list[int]]
     contract: DecodingContract
+
+    @property
+    def pairs(self) -> list[tuple[list[int], list[int]]]:
+        """Each prompt with its answer."""
+        return list(zip(self.prompts, self.answers, strict=True))
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,7 @@ def _measure(
     from megatron_dllm.inference.load import load_model
 
     model = load_model(asked.source, groups, config.precision, config.attention_backend, layout)
+    tokenizer = load_tokenizer(TokenizerFiles(asked.source.tokenizer))
     points: list[Point] = []
     confidence: list[Confidence] = []
     for size in config.block_sizes or [asked.contract.block_size]:
@@ -162,35 +169,40 @@ def _measure(
         rows = _confidence(config, asked, decoder)
         confidence += rows
         for setting in config.settings():
-            points.append(_point(decoder, found, asked, setting, rows))
+            points.append(_point(decoder, tokenizer, found, asked, setting, rows))
             log.info("%s, block %d, %s", name, size, _label(points[-1]))
     device = f"{decoder.device.type}, {layout.precision}"
-    told = f"{len(found)} questions, at most {config.max_new_tokens} tokens, batch {config.batch_size}, {device}"
+    place = "" if config.chats_file is None else f" of {config.chats_file}"
+    source = f"{asked.source.folder.name}, {len(found)} questions{place}"
+    told = f"{source}, at most {config.max_new_tokens} tokens, batch {config.batch_size}, {device}"
     return Study(name, f"{told}, {groups.world.size()} ranks", points, confidence)
 
 
 def _confidence(config: StudyConfig, asked: _Asked, decoder: Any) -> list[Confidence]:
     from megatron_dllm.evaluation.confidence import predict_answers, table
 
-    pairs = list(zip(asked.prompts, asked.answers, strict=True))
-    found = predict_answers(*decoder.passes(), pairs, decoder.contract, decoder.device)
+    found = predict_answers(*decoder.passes(), asked.pairs, decoder.contract, decoder.device)
     return [row for threshold in config.thresholds for row in table(found, decoder.contract.block_size, threshold)]
 
 
 def _point(
-    decoder: Any, found: Sequence[Question], asked: _Asked, setting: DecodingConfig, rows: Sequence[Confidence]
+    decoder: Any,
+    tokenizer: Tokenizer,
+    found: Sequence[Question],
+    asked: _Asked,
+    setting: DecodingConfig,
+    rows: Sequence[Confidence],
 ) -> Point:
     """Decode all questions in one way."""
     from megatron_dllm.evaluation.answering import answer_all, median_tokens_per_forward, score
     from megatron_dllm.evaluation.confidence import expected_tokens_per_forward, mean_block
 
-    tokenizer = load_tokenizer(TokenizerFiles(asked.source.tokenizer))
     begun = time.perf_counter()
     answers = answer_all(decoder, found, asked.prompts, tokenizer, setting)
     seconds = time.perf_counter() - begun
     value, expected = getattr(setting, SWEPT[setting.rule][0]), None
     if setting.rule == "threshold":
-        length = mean_block(list(zip(asked.prompts, asked.answers, strict=True)), decoder.contract)
+        length = mean_block(asked.pairs, decoder.contract)
         expected = expected_tokens_per_forward([row for row in rows if row.threshold == value], length)
     return Point(
         block_size=decoder.contract.block_size,
@@ -212,39 +224,16 @@ def _label(point: Point) -> str:
 
 def show(studies: Sequence[Study]) -> None:
     """Print a table of all points; a star marks those that no other point of the checkpoint beats."""
-    columns = (
-        "checkpoint",
-        "block",
-        "rule",
-        "value",
-        "right",
-        "TPF",
-        "with commits",
-        "median",
-        "expected",
-        "tokens/s",
-        "",
-    )
-    table = Table(*columns)
+    table = Table("checkpoint", *COLUMNS, "")
     for one in studies:
         front = one.front()
         for point in one.points:
-            table.add_row(*map(Text, (one.name, *cells(point), "*" if point in front else "")))
+            table.add_row(*map(Text, (one.name, *point.cells(), "*" if point in front else "")))
     # A file or a narrow terminal would cut the columns short.
     console = Console(highlight=False, soft_wrap=True, width=max(Console().width, _WIDTH))
     console.print(table)
     for one in studies:
         console.print(Text(f"{one.checkpoint}: {one.conditions}"))
-
-
-def cells(point: Point) -> Iterator[str]:
-    """A point's numbers as text."""
-    yield from (str(point.block_size), point.rule, f"{point.value:g}", f"{point.accuracy:.3f}")
-    yield from (f"{point.tokens_per_forward:.2f}", f"{point.tokens_per_forward_with_commits:.2f}")
-    yield f"{point.median_tokens_per_forward:.2f}"
-    expected = point.expected_tokens_per_forward
-    yield "-" if expected is None else f"{expected:.2f}"
-    yield f"{point.tokens_per_second:.0f}"
 
 
 def write(path: Path, studies: Sequence[Study]) -> None:

@@ -58,14 +58,17 @@ class _Block:
 
 
 def _blocks(prompt: Sequence[int], answer: Sequence[int], contract: DecodingContract) -> Iterator[_Block]:
-    ids, size = [*prompt, *answer], contract.block_size
+    ids, size = [*prompt, *answer][: contract.context_length], contract.block_size
     for start in range(len(prompt) // size * size, len(ids), size):
         length = min(size, contract.context_length - start)
         yield _Block(ids[: start + length], start, max(start, len(prompt)), length)
 
 
 def mean_block(answers: Sequence[tuple[Sequence[int], Sequence[int]]], contract: DecodingContract) -> float:
-    """Tokens of an answer in a block, on average over the blocks of all answers, each with its prompt before it."""
+    """Tokens of an answer in a block, on average over the blocks of all answers, each with its prompt before it.
+
+    As in `predict_answers`, an answer ends where the context does.
+    """
     counts = [len(block.ids) - block.first for pair in answers for block in _blocks(*pair, contract)]
     return sum(counts) / len(counts)
 
@@ -80,7 +83,8 @@ def predict_answers(
 ) -> list[Prediction]:
     """Predict masked tokens of right answers, each block given the clean ones before it (a collective).
 
-    What lies behind the answer in its last block is masked, as when it is decoded, and does not count.
+    What lies behind the answer in its last block is masked, as when it is decoded, and does not count; nor does what
+    lies behind the end of the context.
 
     Args:
         forward: the model; its slots are overwritten.
@@ -94,13 +98,15 @@ def predict_answers(
     greedy, sampler = DecodingConfig(), torch.Generator(device=device)
     found: list[Prediction] = []
     for prompt, answer in answers:
+        num_kept = 0
         for block in _blocks(prompt, answer, contract):
             masks = torch.stack([block.masked(view, generator) for view in range(NUM_VIEWS)])
-            if block.start:
-                runs = [(0, block.ids[: block.start])]
+            if block.start > num_kept:
+                runs = [(num_kept, block.ids[num_kept : block.start])]
                 _compute(forward, peers, clean_pass(0, runs, contract.block_size))
+                num_kept = block.start
                 for view in range(1, NUM_VIEWS):
-                    forward.copy(0, view, block.start)
+                    forward.copy(0, view, num_kept)
             step = _noisy_pass(block, masks, contract)
             counts = step.counts
             pieces = [

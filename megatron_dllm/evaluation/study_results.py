@@ -12,6 +12,8 @@ from megatron_dllm.run.files import parents_made, read_json_object, write_json
 
 _FORMAT = 1
 _REMEDY = "measure it again with megatron_dllm.study"
+# What `Point.cells` gives.
+COLUMNS = ("block", "rule", "value", "right", "TPF", "with commits", "median", "expected", "tokens/s")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,21 @@ class Point:
     def tokens_per_second(self) -> float:
         """Tokens of all answers over the time of decoding them."""
         return self.all_tasks.num_tokens / self.seconds
+
+    def cells(self) -> list[str]:
+        """Its numbers as text, in `COLUMNS`."""
+        expected = self.expected_tokens_per_forward
+        return [
+            str(self.block_size),
+            self.rule,
+            f"{self.value:g}",
+            f"{self.accuracy:.3f}",
+            f"{self.tokens_per_forward:.2f}",
+            f"{self.tokens_per_forward_with_commits:.2f}",
+            f"{self.median_tokens_per_forward:.2f}",
+            "-" if expected is None else f"{expected:.2f}",
+            f"{self.tokens_per_second:.0f}",
+        ]
 
 
 @dataclass(frozen=True)

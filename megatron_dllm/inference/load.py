@@ -1,4 +1,4 @@
-"""A checkpoint's model on one device, and the cached pass by which it decodes.
+"""A checkpoint's model, or this rank's part of it, with its weights.
 
 Weights come from a torch_dist checkpoint of any layout, or straight from an HF folder, by the same table
 that the conversion tools use.

@@ -27,7 +27,7 @@ from megatron_dllm.reporting.records import Record, broken_line, is_logged, numb
 
 ROLES = ("masked", "visible", "clean")
 _TEAL, _RED, _GREY = "#00798c", "#d1495b", "#777777"
-_COLORS = (_TEAL, _RED, "#edae49", "#30638e", "#6a994e", "#8d5a97", "#b08968", "#003d5b")
+COLORS = (_TEAL, _RED, "#edae49", "#30638e", "#6a994e", "#8d5a97", "#b08968", "#003d5b")
 _MARKERS = "so^vDP*X"
 _MASK_COLORS = ("#ffffff", "#e9e9e9", _RED, "#edae49", _TEAL)
 _MASK_LABELS = (
@@ -119,7 +119,7 @@ def loss_picture(records: Sequence[Record]) -> bytes:
     axis.plot(numbers(records, "consumed_tokens") / _MILLION, numbers(records, "loss"), ".", color="#cccccc", ms=2.5)
     for index, stage in enumerate(_stages(records)):
         chosen = [record for record in records if str(record.get("stage", "")) == stage]
-        _line(axis, chosen, "loss", _COLORS[index % len(_COLORS)], stage, _SMOOTH)
+        _line(axis, chosen, "loss", COLORS[index % len(COLORS)], stage, _SMOOTH)
     axis.set_ylabel("loss (nats per token)")
     _label_tokens(axis)
     if len(_stages(records)) > 1:
@@ -144,7 +144,7 @@ def elbo_picture(records: Sequence[Record], ar_nll: float | None, checkpoints: d
     most = max(np.isfinite(numbers(records, f"validation_elbo/{name}")).sum() for name in names)
     right = max(number(record.get("consumed_tokens")) for record in records) / _MILLION * 1.02
     for index, name in enumerate(names):
-        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+        color, marker = COLORS[index % len(COLORS)], _MARKERS[index % len(_MARKERS)]
         # A size that is measured at the ends of stages alone has nothing between them: points without a line.
         line = "-" if np.isfinite(numbers(records, f"validation_elbo/{name}")).sum() == most else ""
         label: str | None = f"block {name}" if name.isdigit() else "AR, exact NLL"
@@ -245,7 +245,7 @@ def answers_picture(scores: Mapping[str, AnswerScores]) -> bytes:
     for index, (name, score) in enumerate(scores.items()):
         thresholds = [entry.threshold for entry in score.thresholds]
         totals = [entry.all_tasks for entry in score.thresholds]
-        style = {"marker": _MARKERS[index % len(_MARKERS)], "color": _COLORS[index % len(_COLORS)], "label": name}
+        style = {"marker": _MARKERS[index % len(_MARKERS)], "color": COLORS[index % len(COLORS)], "label": name}
         left.plot(thresholds, [total.accuracy for total in totals], **style, ms=4, lw=1.4)
         right.plot(thresholds, [total.tokens_per_forward for total in totals], **style, ms=4, lw=1.4)
     left.set_ylabel("share of right answers")

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_dllm.evaluation.study_results import Confidence, Point, Study, read_studies
+from megatron_dllm.evaluation.study_results import COLUMNS, Confidence, Study, read_studies
 from megatron_dllm.reporting.history import History
 from megatron_dllm.reporting.markup import figure, table
+from megatron_dllm.reporting.pictures import COLORS
 
 PATTERN = "study*.json"
-_COLORS = ("#00798c", "#d1495b", "#edae49", "#30638e", "#6a994e", "#8d5a97", "#b08968", "#003d5b")
 _MARKERS = {"threshold": "o", "factor": "s", "hierarchy": "^", "entropy_bound": "D"}
 
 
@@ -37,20 +37,17 @@ def study_section(studies: Sequence[Study]) -> list[str]:
         return []
     caption = (
         "Every point is all questions, decoded in one way; the line joins the points that no other one of the model "
-        f"beats. {studies[0].conditions}."
+        f"beats. TPF: tokens per forward. {_conditions(studies)}."
     )
-    header = ["model", "block", "rule", "value", "right", "tokens per forward", "with commits", "tokens/s"]
-    rows = [[study.name, *_cells(point)] for study in studies for point in study.front()]
-    return ["<h2>Speed of decoding</h2>", figure(picture(studies), caption), table(header, rows)]
+    rows = [[study.name, *point.cells()] for study in studies for point in study.front()]
+    return ["<h2>Speed of decoding</h2>", figure(picture(studies), caption), table(["model", *COLUMNS], rows)]
 
 
-def _cells(point: Point) -> list[str]:
-    speeds = (point.tokens_per_forward, point.tokens_per_forward_with_commits)
-    return [
-        *(str(point.block_size), point.rule, f"{point.value:g}", f"{point.accuracy:.3f}"),
-        *(f"{speed:.2f}" for speed in speeds),
-        f"{point.tokens_per_second:.0f}",
-    ]
+def _conditions(studies: Sequence[Study]) -> str:
+    """What else decides the numbers: once where it is the same for all, else of every model."""
+    if len({study.conditions for study in studies}) == 1:
+        return studies[0].conditions
+    return "; ".join(f"{study.name}: {study.conditions}" for study in studies)
 
 
 def picture(studies: Sequence[Study]) -> bytes:
@@ -58,7 +55,7 @@ def picture(studies: Sequence[Study]) -> bytes:
     canvas = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = canvas.subplots(1, 2)
     for index, study in enumerate(studies):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         _draw_points(left, study, color)
         _draw_confidence(right, study, color)
     left.set_xlabel("tokens per forward")
@@ -88,7 +85,10 @@ def _draw_points(axis: Axes, study: Study, color: str) -> None:
 
 
 def _draw_confidence(axis: Axes, study: Study, color: str) -> None:
-    """Shares of sure and of sure and right predictions, at the largest threshold below 1, or the only one."""
+    """Shares of sure and of sure and right predictions, at the first block size and the largest threshold up to 0.95.
+
+    Where all thresholds are larger, at the smallest.
+    """
     thresholds = sorted({row.threshold for row in study.confidence})
     if not thresholds:
         return

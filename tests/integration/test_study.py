@@ -57,7 +57,7 @@ def test_points_are_what_generate_gives(run: Path, tmp_path: Path, capsys: pytes
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "factor" in printed and "*" in printed and "with commits" in printed
-    assert f"{run}: 6 questions, at most 30 tokens, batch 4, cpu, fp32, 1 ranks" in printed
+    assert f"{run}: step_0000005, 6 questions of {chats}, at most 30 tokens, batch 4, cpu, fp32, 1 ranks" in printed
     for name in ("study.json", "study.png"):
         with pytest.raises(ValueError, match=rf"{name}\) exists; nothing is overwritten"):
             main([*words, *grid])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_dllm.diffusion.decoding_pass import Alone
 from megatron_dllm.evaluation.confidence import (
@@ -35,14 +36,43 @@ def test_every_view_masks_its_share_of_the_answer_and_nothing_else() -> None:
 
 
 def test_a_block_sees_the_clean_blocks_before_it() -> None:
-    """The predictions are those of the whole text in one pass."""
+    """The predictions are those of the whole text in one pass, and its clean tokens are computed once."""
     model, prompt, answer = ToyModel(2), [3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8, 9]
-    found = predict_answers(CachedForward(model), Alone(), [(prompt, answer)], CONTRACT, "cpu")
-    other = predict_answers(CachedForward(model), Alone(), [([7, *prompt[1:]], answer)], CONTRACT, "cpu")
-    assert [prediction.num_masked for prediction in found] == [prediction.num_masked for prediction in other]
-    assert [prediction.confidence for prediction in found] != [prediction.confidence for prediction in other]
-    again = predict_answers(CachedForward(model), Alone(), [(prompt, answer)], CONTRACT, "cpu")
-    assert again == found
+    forward = CachedForward(model)
+    found = predict_answers(forward, Alone(), [(prompt, answer)], CONTRACT, "cpu")
+    expected = [
+        prediction
+        for is_commit, ids, positions, _ in forward.calls
+        if not is_commit
+        for prediction in expected_of_whole(model, [*prompt, *answer], ids, positions[0])
+    ]
+    assert len({start for is_commit, _, (start, *_), _ in forward.calls if not is_commit}) == 3, "three blocks"
+    assert [(one.num_masked, one.is_right) for one in found] == [(one.num_masked, one.is_right) for one in expected]
+    assert [one.confidence for one in found] == pytest.approx([one.confidence for one in expected], rel=1e-6)
+    assert sum(len(ids) for is_commit, ids, *_ in forward.calls if is_commit) == 12
+
+
+def expected_of_whole(model: ToyModel, text: list[int], ids: list[int], start: int) -> list[Prediction]:
+    """Predictions of the masked tokens of `text` in a block with tokens `ids`, all clean tokens computed with it."""
+    whole = torch.tensor([*text[:start], *ids])
+    places = torch.arange(len(whole))
+    roles = torch.stack([torch.zeros_like(places), places // CONTRACT.block_size, (places >= start).long()], 1)
+    confidence = model.logits(whole, places, roles).softmax(1)
+    confidence[:, MASK] = 0.0
+    masked = [place for place in range(start, min(start + len(ids), len(text))) if whole[place] == MASK]
+    return [
+        Prediction(len(masked), float(confidence[place].max()), int(confidence[place].argmax()) == text[place])
+        for place in masked
+    ]
+
+
+def test_an_answer_ends_where_the_context_does() -> None:
+    contract, pair = replace(CONTRACT, context_length=10), ([1] * 6, [7] * 12)
+    forward = ScriptedForward({})
+    found = predict_answers(forward, Alone(), [pair], contract, "cpu")
+    assert {len(row) for row in forward.seen if MASK in row} == {4, 2}
+    assert {prediction.num_masked for prediction in found} == {1, 2}
+    assert mean_block([pair], contract) == 2
 
 
 def test_counts_by_hand() -> None:

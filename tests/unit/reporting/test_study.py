@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ def test_the_front_of_every_model_in_the_order_of_the_runs(tmp_path: Path) -> No
     studies = read_study_files(read_history(chain))
     assert [study.name for study in studies] == ["warmup", "decay", "abroad"]
     page = "".join(study_section(studies))
-    expected = ["decay", "32", "threshold", "0.9", "0.750", "3.00", "2.00", "30"]
+    expected = ["decay", "32", "threshold", "0.9", "0.750", "3.00", "2.00", "2.50", "3.00", "30"]
     assert "".join(f"<td>{cell}</td>" for cell in expected) in page
     assert "<td>factor</td>" not in page, "another point beats it"
-    assert page.count("<img") == 1 and "20 questions" in page
+    assert page.count("<img") == 1 and page.count("20 questions") == 1
+    other = replace(studies[1], conditions="9 questions")
+    assert "warmup: 20 questions; decay: 9 questions." in "".join(study_section([studies[0], other]))
 
 
 def test_nothing_was_measured_or_the_file_is_another(tmp_path: Path) -> None:
