@@ -138,29 +138,6 @@ class DiffusionGPTModel(GPTModel):
             hidden, self._head_weight(), batch.target_ids, self.tp_group, entropy_temperature=entropy_temperature
         )
 
-    def logits(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        roles: Tensor,
-        positions: Tensor,
-        cached: CachedPass | None = None,
-    ) -> Tensor:
-        """Logits of chosen tokens, on a model of one pipeline stage.
-
-        Args:
-            input_ids: [b, s] tokens.
-            position_ids: [b, s] positions in the documents.
-            roles: [b, s, 3] token roles.
-            positions: [P] indexes into the flattened [b * s] tokens.
-            cached: the tokens that these come behind (`KVCache.open`); None: these are all.
-
-        Returns:
-            [P, v] logits, gathered over the tensor ranks.
-        """
-        assert self.pre_process and self.post_process, "logits need the whole model on one pipeline stage"
-        return self.head_logits(self.states(input_ids, position_ids, roles, positions, cached))
-
     def states(
         self,
         input_ids: Tensor,

@@ -35,4 +35,5 @@ def logits_of(model: Any, ids: Tensor, blocks: list[int]) -> Tensor:
     roles = torch.zeros(*ids.shape, 3, dtype=torch.int32)
     roles[..., 1] = torch.tensor(blocks)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    return model.logits(ids, positions, roles, torch.arange(ids.numel())).view(*ids.shape, -1)
+    states = model.states(ids, positions, roles, torch.arange(ids.numel()))
+    return model.head_logits(states).view(*ids.shape, -1)

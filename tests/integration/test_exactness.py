@@ -93,7 +93,7 @@ def _sequential_nll(model: Any, tokens: Tensor, mask_token_id: int) -> float:
         view = torch.zeros_like(blocks)
         view[-1] = 1
         roles = torch.stack([torch.zeros_like(blocks), blocks, view], -1).int()[None]
-        logits = model.logits(ids, blocks[None], roles, torch.tensor([place]))
+        logits = model.head_logits(model.states(ids, blocks[None], roles, torch.tensor([place])))
         total -= float(logits.double().log_softmax(-1)[0, tokens[place]])
     return total
 

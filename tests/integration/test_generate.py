@@ -147,7 +147,8 @@ class UncachedForward:
             torch.cat([getattr(part, name) for part in (*self.committed, step)], 1)
             for name in ("input_ids", "position_ids", "roles")
         )
-        yield range(1), self.model.logits(ids, positions, roles, step.wanted + ids.shape[1] - step.shape[1])
+        states = self.model.states(ids, positions, roles, step.wanted + ids.shape[1] - step.shape[1])
+        yield range(1), self.model.head_logits(states)
 
     def copy(self, source: int, target: int, length: int) -> None:
         raise AssertionError("there is one text")

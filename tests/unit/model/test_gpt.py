@@ -77,7 +77,8 @@ def test_logits_equal_the_reference() -> None:
     model = tiny_model()
     weights, batch = random_weights(model), tiny_batch(model, ROWS, row_length=56, block_size=4)
     positions = torch.tensor([0, 5, 60, 100])
-    logits = _build(model, weights).logits(batch.input_ids, batch.position_ids, batch.roles, positions)
+    built = _build(model, weights)
+    logits = built.head_logits(built.states(batch.input_ids, batch.position_ids, batch.roles, positions))
     mask = visible(batch.roles, batch.roles)
     expected = expected_logits(model, weights, batch.input_ids, batch.position_ids, mask).flatten(0, 1)[positions]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
