@@ -22,6 +22,17 @@ def preference_stages(config: TrainConfig) -> list[str]:
     return [name for name, stage in config.schedule.stages.items() if stage.preference is not None]
 
 
+def reference_warnings(config: TrainConfig) -> list[str]:
+    """A reference without effect, in a sentence."""
+    reference = config.preference.reference
+    if reference is None or preference_stages(config):
+        return []
+    return [
+        f"preference.reference ({reference}) has no effect, as no stage compares answers; leave it out, or give a stage "
+        "its preference."
+    ]
+
+
 def needed_headers(
     config: TrainConfig, sources: Sources, checkpoint: str, schedule: BlockSchedule, tokens: Mapping[str, int]
 ) -> Mapping[str, ScoresHeader]:

@@ -30,7 +30,7 @@ from megatron_dllm.training.blends import blend_changes, check_blends, check_not
 from megatron_dllm.training.epochs import chat_warnings, epoch_tokens
 from megatron_dllm.training.past import changes_since, check_place, check_trained, read_past
 from megatron_dllm.training.run_state import RunState
-from megatron_dllm.training.scores_needed import check_scored_corpus, check_scores, needed_headers
+from megatron_dllm.training.scores_needed import check_scored_corpus, check_scores, needed_headers, reference_warnings
 from megatron_dllm.training.sources import Sources
 from megatron_dllm.training.wandb_mode import WandBMode, decide_wandb
 
@@ -168,6 +168,7 @@ def decide_start(
         changes=changes_since(past, config),
         warnings=(
             *schedule.warnings(),
+            *reference_warnings(config),
             *chat_warnings(config, sources),
             *blends,
             *_dropped(fills),

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.tiny_run import STAGES, run_config, write_corpus
 from megatron_dllm.checkpoint import folder as folders
-from megatron_dllm.config import CheckpointConfig, EvaluationConfig, ParallelConfig, TrainConfig
+from megatron_dllm.config import CheckpointConfig, EvaluationConfig, ParallelConfig, ReferenceConfig, TrainConfig
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.data.spans_file import write_spans
@@ -46,6 +46,11 @@ def test_a_new_run(config: TrainConfig) -> None:
     assert start.layout == config.parallel
     assert start.num_corpus_tokens == Sources(config).corpora[config.data.train].num_tokens
     assert all(row.steps is not None and row.steps > 3 for row in start.table)
+
+
+def test_a_reference_that_no_stage_reads_is_said(config: TrainConfig) -> None:
+    (text,) = decide(replace(config, preference=ReferenceConfig("frozen"))).warnings
+    assert text.startswith("preference.reference (frozen) has no effect, as no stage compares answers")
 
 
 def test_a_run_continues_with_its_newest_checkpoint_in_the_layout_of_its_stage(config: TrainConfig) -> None:
