@@ -180,7 +180,7 @@ def read_metrics(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def read_steps(config: TrainConfig) -> list[dict[str, Any]]:
-    """Those of them that are of steps."""
+    """The records of the run's steps, without those of its validations."""
     return [record for record in read_metrics(config) if "loss" in record]
 
 

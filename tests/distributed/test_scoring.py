@@ -311,7 +311,10 @@ def test_the_command_writes_the_file_beside_the_corpus_that_it_names(start: tupl
     ("word", "message"),
     [
         ("preference.reference=frozen", "preference.reference names what scores="),
-        ("schedule.stages.dpo.num_vews=2", "did you mean num_views|schedule.stages.dpo has no|num_views"),
+        (
+            "schedule.stages.dpo.num_vews=2",
+            r"num_vews is not a key of the configuration; did you mean schedule\.stages\.NAME\.num_views",
+        ),
         ("overwrite=perhaps", r"overwrite \(perhaps\) must be true or false"),
     ],
 )
