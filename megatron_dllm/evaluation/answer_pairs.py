@@ -21,7 +21,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -29,14 +28,10 @@ from rich.progress import track
 from rich.table import Table
 
 from megatron_dllm.config import GenerateConfig
-from megatron_dllm.config.rules import check, check_positive
-from megatron_dllm.data.tokenizer import load_tokenizer
-from megatron_dllm.evaluation.questions import Question, read_questions
-from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
-from megatron_dllm.inference.prompts import encode_requests
-from megatron_dllm.inference.source import read_source
+from megatron_dllm.config.rules import check_positive
+from megatron_dllm.evaluation.asking import asking, question_parser, tell
+from megatron_dllm.evaluation.questions import Question
 from megatron_dllm.run.files import write_text
-from megatron_dllm.run.stream import check_writable
 
 if TYPE_CHECKING:
     from megatron_dllm.evaluation.answering import Answer
@@ -59,34 +54,13 @@ def sample_answers(options: argparse.Namespace) -> list[list[Answer]]:
         seed=options.seed,
     )
     config.validate()
-    for name in ("num_samples", "batch_size"):
-        check_positive(name, getattr(options, name))
+    check_positive("num_samples", options.num_samples)
     check_positive("temperature", options.temperature)  # greedy answers are all the same
-    check(
-        options.limit is None or options.limit > 0, f"limit ({options.limit}) must be positive; leave it out for all."
-    )
-    check(not options.output.exists(), f"output ({options.output}) exists; nothing is overwritten: name a new file.")
-    questions = read_questions(options.chats, options.limit)
-    source = read_source(config)
-    tokenizer = load_tokenizer(TokenizerFiles(source.tokenizer))
-    prompts, contract = encode_requests([question.chat for question in questions], tokenizer, source)
-    # megatron-core takes seconds to import, which a wrong setting should not cost.
-    from megatron_dllm.host import prepare_host
-
-    prepare_host()
-    from megatron_dllm.evaluation.answering import answer_all
-    from megatron_dllm.inference.decoder import Decoder
-    from megatron_dllm.inference.load import load_model
-    from megatron_dllm.parallel.groups import single_rank
-
     rounds = []
-    with single_rank(config.seed) as groups:
-        model = load_model(source, groups, config.precision, config.attention_backend)
-        decoder = Decoder(model, groups, contract, options.batch_size)
+    with asking(options, config) as asked:
         for number in track(range(options.num_samples), "answering", console=Console(stderr=True), transient=True):
             # A question has seed + its index: rounds must not share any.
-            own = replace(config, seed=config.seed + number * len(questions))
-            rounds.append(answer_all(decoder, questions, [prompt.ids for prompt in prompts], tokenizer, own))
+            rounds.append(asked.answers(replace(config, seed=config.seed + number * len(asked.questions))))
     return [list(answers) for answers in zip(*rounds, strict=True)]
 
 
@@ -141,25 +115,13 @@ def show(answers: Sequence[Sequence[Answer]], pairs: Sequence[dict[str, object]]
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_dllm.evaluation.answer_pairs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run, checkpoint or exported folder")
-    parser.add_argument("--chats", type=Path, required=True, help=".jsonl file of chats that end with an answer")
-    parser.add_argument("--output", type=Path, required=True, help=".jsonl file to write")
+    parser = question_parser("megatron_dllm.evaluation.answer_pairs", __doc__, ".jsonl file to write")
     parser.add_argument("--num_samples", type=int, default=8, help="answers to each question")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling")
     parser.add_argument("--threshold", type=float, default=0.9, help="of decoding")
-    parser.add_argument("--limit", type=int, default=None, help="questions of each task; all without it")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--batch_size", type=int, default=64, help="questions in the same passes")
     parser.add_argument("--seed", type=int, default=1234, help="of sampling")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("megatron_dllm").setLevel(logging.INFO)
-    check_writable(options.output)
+    tell()
     answers = sample_answers(options)
     pairs = make_pairs(answers)
     show(answers, pairs)  # first: a disk may be full by now
