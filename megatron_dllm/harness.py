@@ -115,6 +115,8 @@ def run(composed: Any) -> tuple[Path, dict[str, Any]]:
         ids = request.config.model
         return Encoder.load(Path(str(request.config.data.tokenizer)), ids.mask_token_id, ids.eos_token_id)
 
+    tasks: list[Any] = []
+
     def decide() -> tuple[Request, Path]:
         request = read_request(composed)
         config: Any = request.config
@@ -125,7 +127,7 @@ def run(composed: Any) -> tuple[Path, dict[str, Any]]:
             f"apply_chat_template (true) needs a chat template, and {encoder.folder} has none; put the model's "
             "chat_template.jinja beside its tokenizer.json.",
         )
-        tasks = load_tasks(config.tasks, config.include_path)
+        tasks.extend(load_tasks(config.tasks, config.include_path))
         why_not = config.why_not_write(request.weights.is_diffusion)
         check_tasks(tasks, why_not_write=why_not, has_confirmed=config.confirm_unsafe_code)
         return request, target
@@ -134,8 +136,8 @@ def run(composed: Any) -> tuple[Path, dict[str, Any]]:
     meeting = meet(RunConfig(name="harness", distributed_timeout_minutes=timeout))
     request, target = meeting.decide(decide)
     config: Any = request.config
-    # On every rank, which finds the data where rank 0 has put them.
-    tasks = load_tasks(config.tasks, config.include_path)
+    # The other ranks find the data where rank 0 has put them.
+    tasks = tasks or load_tasks(config.tasks, config.include_path)
     with measured_model(request, meeting) as model:
         block_size = int(request.names[0]) if request.weights.is_diffusion else None
         encoder, writer = encoder_of(request), None
