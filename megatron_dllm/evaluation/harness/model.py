@@ -17,6 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_dllm.config.likelihood import LikelihoodConfig
+from megatron_dllm.config.rules import check
 from megatron_dllm.data.memory_source import MemorySource
 from megatron_dllm.data.source import check_fills_a_row
 from megatron_dllm.evaluation.continuations import Continuation
@@ -92,14 +93,24 @@ class HarnessModel(TemplateLM):
         return self._encoder.encode(string)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat: up to where the assistant begins to speak, or goes on with its last message."""
+        """The text of a chat: up to where the assistant begins to speak, or goes on with its last message.
+
+        Raises:
+            ValueError: the template refuses the chat, or does not write that message as it stands.
+        """
         template = self._encoder.template
         assert template is not None, "a run that asks for chats has a template"
         text = template.render(chat_history, None, is_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"]
-        return text[: text.rindex(last) + len(last)]
+        start = text.rfind(last)
+        check(
+            start >= 0,
+            f"gen_prefix ({last!r}), with which the answer is to begin, must stand in the chat as it is, and the "
+            f"template of {self._encoder.folder} changes it; take spaces off its ends in the task.",
+        )
+        return text[: start + len(last)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template, for the record."""

@@ -13,6 +13,8 @@ from lm_eval.tasks import TaskManager
 
 _GENERATE, _LOGLIKELIHOOD = "generate_until", "loglikelihood"
 _YAML = (".yaml", ".yml")
+# What dataset_path says of files that the task itself names.
+_FILES = ("json", "csv", "parquet", "arrow", "text")
 
 
 def load_tasks(names: Sequence[str], include_path: str | None, include_defaults: bool = True) -> list[Any]:
@@ -72,18 +74,19 @@ def _reason(manager: TaskManager, name: str, error: Exception) -> str:
     """What went wrong, and what to do about it."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())}"
     data_set = _data_set(manager, name)
-    if not isinstance(error, OSError) or data_set is None:
+    if not isinstance(error, OSError) or data_set in _FILES:
         return f"{said}; correct the task's YAML file."
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    what, asked = ("a data set of it", "NAME") if data_set is None else (f"its data set {data_set}", data_set)
     return (
-        f"its data set {data_set} is neither in {home} nor could it be fetched ({said}); load it once where there is a "
-        f"network (python -c 'import datasets; datasets.load_dataset(\"{data_set}\")'), copy that machine's {home} and "
+        f"{what} is neither in {home} nor could it be fetched ({said}); load it once where there is a "
+        f"network (python -c 'import datasets; datasets.load_dataset(\"{asked}\")'), copy that machine's {home} and "
         "name it in HF_HOME, or give a YAML file whose dataset_path is json and whose data_files lie here."
     )
 
 
 def _data_set(manager: TaskManager, name: str) -> str | None:
-    """The data set of a single task."""
+    """The data set of a single task; None: a group, a tag or a YAML file, whose own ones the error names."""
     entry = manager.task_index.get(name)
     path = None if entry is None or entry.cfg is None else entry.cfg.get("dataset_path")
     return None if path is None else str(path)

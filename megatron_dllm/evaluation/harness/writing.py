@@ -99,22 +99,24 @@ class Writer:
         return [tuple(text.generated_ids) == item.tokens for text, item in zip(found, asked, strict=True)]
 
     def _request(self, instance: Instance, place: int, stop: StopStrings) -> Request:
-        context, settings = instance.args
+        context = instance.args[0]
         ids = self.encoder.encode(context) or [self.encoder.eot_token_id]
         # At least one token is written.
         fitted = Continuation(tuple(ids), (0,), name=_name(instance)).fitted(
             self.decoder.contract.context_length, self.may_cut
         )
-        length = int(settings.get("max_gen_toks", self.config.max_new_tokens))
-        return Request(fitted.context, length, self.config.seed + place, stop.find)
+        return Request(fitted.context, self._length(instance), self.config.seed + place, stop.find)
 
     def _stops(self, instance: Instance) -> StopStrings:
-        until = instance.args[1].get("until") or []
+        until = _settings(instance).get("until", [])
         return StopStrings(self.encoder.tokenizer, (until,) if isinstance(until, str) else tuple(until))
+
+    def _length(self, instance: Instance) -> int:
+        return int(_settings(instance).get("max_gen_toks", self.config.max_new_tokens))
 
     def _sampling(self, instance: Instance) -> _Sampling:
         """What a task asks for; where it says nothing of it, what the user does."""
-        settings: dict[str, Any] = instance.args[1]
+        settings = _settings(instance)
         unknown = [name for name in settings if name not in _KNOWN]
         if unknown or settings.get("num_beams", 1) != 1:
             name = unknown[0] if unknown else "num_beams"
@@ -122,14 +124,28 @@ class Writer:
                 f"{_name(instance)}: generation_kwargs {name} ({settings[name]}) has no meaning in block decoding; "
                 f"take it out of the task. Known are {', '.join(_KNOWN[:-1])}."
             )
+        sampling = self._sampling_of(settings)
+        try:
+            replace(self.config, max_new_tokens=self._length(instance), **sampling._asdict()).validate()
+        except ValueError as error:
+            raise ValueError(f"{_name(instance)}: generation_kwargs {error} Correct the task.") from None
+        return sampling
+
+    def _sampling_of(self, settings: dict[str, Any]) -> _Sampling:
+        """As the harness has it, a temperature means sampling unless do_sample says otherwise."""
         config = self.config
-        if not settings.get("do_sample", config.temperature > 0.0):
+        if not settings.get("do_sample", float(settings.get("temperature", config.temperature)) > 0.0):
             return _Sampling(0.0, 1.0, 0)
         return _Sampling(
             float(settings.get("temperature", config.temperature or 1.0)),
             float(settings.get("top_p", config.top_p)),
             int(settings.get("top_k", config.top_k)),
         )
+
+
+def _settings(instance: Instance) -> dict[str, Any]:
+    """What the task says of its texts; null says nothing."""
+    return {name: value for name, value in instance.args[1].items() if value is not None}
 
 
 def _name(instance: Instance) -> str:

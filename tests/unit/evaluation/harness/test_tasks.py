@@ -30,6 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "scores": common | {"task": "scores", "output_type": "loglikelihood", "metric_list": [{"metric": "acc"}]},
         "writes": common | {"task": "writes", "output_type": "generate_until"},
         "both": {"group": "both", "task": ["scores", "writes"]},
+        "far_group": {"group": "far_group", "task": ["far"]},
         "far": common | {"task": "far", "dataset_path": "somebody/far", "dataset_kwargs": {}},
         "lost": common | {"task": "lost", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "lost.jsonl")}}},
     }
@@ -54,7 +55,8 @@ def test_names_groups_tags_and_files_are_found(folder: Path) -> None:
     [
         ("scoers", r"tasks \(scoers\) is no task of lm-evaluation-harness or .*; did you mean scores"),
         ("far", r"its data set somebody/far is neither in .* nor could it be fetched .*copy that machine's"),
-        ("lost", r"tasks \(lost\) cannot be loaded: .*lost.jsonl"),
+        ("far_group", r"a data set of it is neither in .* nor could it be fetched .*somebody/far.*copy that machine's"),
+        ("lost", r"tasks \(lost\) cannot be loaded: FileNotFoundError: .*lost.jsonl.*; correct the task's YAML file"),
     ],
 )
 def test_what_is_not_here_is_said(name: str, message: str, folder: Path) -> None:

@@ -97,7 +97,26 @@ def test_settings_without_meaning_are_refused(settings: dict[str, float]) -> Non
     ((name, value),) = settings.items()
     with pytest.raises(ValueError, match=rf"task, question 3: generation_kwargs {name} \({value}\) has no meaning"):
         writer()[0].write([instance("a", **settings)])
-    assert writer()[0].write([instance("a", num_beams=1)]) == ["a"]
+    assert writer()[0].write([instance("a", num_beams=1, max_gen_toks=None, until=None)]) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_gen_toks": 0}, r"max_new_tokens \(0\) must be positive"),
+        ({"temperature": 0.5, "top_p": 1.5}, r"top_p \(1\.5\) must lie in"),
+        ({"temperature": -0.5, "do_sample": True}, r"temperature \(-0\.5\) must be finite and not negative"),
+    ],
+)
+def test_impossible_settings_are_refused_with_the_task_s_name(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"task, question 3: generation_kwargs {message}.* Correct the task"):
+        writer()[0].write([instance("a", **settings)])
+
+
+def test_a_temperature_means_sampling() -> None:
+    made, parrot = writer()
+    made.write([instance("a", temperature=0.7), instance("b", temperature=0.7, do_sample=False), instance("c")])
+    assert [config.temperature for config, _ in parrot.asked] == [0.7, 0.0]
 
 
 def test_a_greedy_continuation_is_what_the_decoder_writes() -> None:
