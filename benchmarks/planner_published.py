@@ -128,6 +128,7 @@ class Published:
         return f"{self.model}, {self.gpus} x H100, {sizes or 'DP'}, batch {self.batch}{kinds}"
 
 
+_EP32, _EP64 = ({"tp": 2, "pp": 8, "vp": 4, "ep": ep} for ep in (32, 64))
 _EXPERTS = "Megatron-Bridge, skills on expert parallelism and hardware"
 _SUMMARY = "Megatron-Bridge, performance summaries 25.09 to 26.04"
 ROWS = (
@@ -140,40 +141,9 @@ ROWS = (
     Published("GPT-OSS-120B", 64, {"pp": 4, "ep": 8}, 4096, 512, 5630, _SUMMARY, micro_batch=4),
     Published("Qwen3-30B", 16, {"ep": 16}, 4096, 1024, 8960, _SUMMARY, is_fp8=True, sends_once=True, is_fitted=True),
     Published("Qwen3-30B", 16, {"pp": 2, "vp": 12, "ep": 8}, 4096, 1024, 9058, _SUMMARY, is_fp8=True),
-    Published(
-        "Qwen3-235B",
-        256,
-        {"tp": 2, "pp": 8, "vp": 4, "ep": 32},
-        4096,
-        8192,
-        1712,
-        _SUMMARY,
-        is_fp8=True,
-        sends_once=True,
-        is_fitted=True,
-    ),
-    Published(
-        "Qwen3-235B",
-        256,
-        {"tp": 2, "pp": 8, "vp": 4, "ep": 32},
-        4096,
-        2048,
-        1575,
-        _SUMMARY,
-        is_fp8=True,
-        sends_once=True,
-    ),
-    Published(
-        "DeepSeek-V3",
-        1024,
-        {"tp": 2, "pp": 8, "vp": 4, "ep": 64},
-        4096,
-        8192,
-        1297,
-        _SUMMARY,
-        is_fp8=True,
-        sends_once=True,
-    ),
+    Published("Qwen3-235B", 256, _EP32, 4096, 8192, 1712, _SUMMARY, is_fp8=True, sends_once=True, is_fitted=True),
+    Published("Qwen3-235B", 256, _EP32, 4096, 2048, 1575, _SUMMARY, is_fp8=True, sends_once=True),
+    Published("DeepSeek-V3", 1024, _EP64, 4096, 8192, 1297, _SUMMARY, is_fp8=True, sends_once=True),
     Published("Ling-mini", 8, {"ep": 8}, 4096, 128, 16037, "Ling-V2, README", is_fp8=True),
     Published("Ling-mini", 16, {"ep": 8}, 4096, 256, 19204, "Ling-V2, README", is_fp8=True, is_fitted=True),
     Published("Ling-mini", 32, {"ep": 8}, 4096, 512, 19108, "Ling-V2, README", is_fp8=True),
