@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from benchmarks.attention import clock, measure_memory
 from benchmarks.record import RESULTS, machine, write_results
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.host import prepare_host
+from megatron_dllm.parallel.device import DeviceFacts
 
 # (experts, hidden size, inner size, rows, busiest expert over the mean); rows = tokens x experts a token.
 CASES = (
@@ -60,9 +62,10 @@ def padded_experts(rows: Tensor, probs: Tensor, sizes: Tensor, first: Tensor, se
     return out.flatten(0, 1)[slots] * probs
 
 
-def build_experts(num_experts: int, hidden: int, inner: int, precision: str) -> Any:
-    """The experts of a layer; process groups must exist."""
+def build_experts(num_experts: int, hidden: int, inner: int, precision: str, device: str) -> Any:
+    """The experts of a layer with random weights, TransformerEngine's left out; process groups must exist."""
     from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.model.paths import choose_paths
     from megatron_dllm.parallel.groups import Groups
 
     model = ModelConfig(
@@ -82,8 +85,16 @@ def build_experts(num_experts: int, hidden: int, inner: int, precision: str) -> 
         eos_token_id=0,
         pad_token_id=1,
     )
-    built = build_model(model, ParallelConfig(precision=precision), Groups.current())
-    return built.decoder.layers[0].mlp.experts
+    layout = ParallelConfig(precision=precision)
+    paths = choose_paths(model, layout, facts_of(device))
+    return build_model(model, layout, Groups.current(), paths=paths).to(device).decoder.layers[0].mlp.experts
+
+
+def facts_of(device: str) -> DeviceFacts:
+    """Those of cpu or cuda, TransformerEngine left out: its layers are compared by its own tests."""
+    if device == "cpu":
+        return DeviceFacts(is_cuda=False, has_triton=False, has_transformer_engine=False)
+    return replace(DeviceFacts.here(), has_transformer_engine=False)
 
 
 def sequential_like(experts: Any) -> Any:
@@ -125,8 +136,7 @@ def measure(case: tuple[int, int, int, int, int], args: argparse.Namespace) -> l
     sizes = draw_sizes(num_experts, num_rows, busiest).to(device)
     rows, grad = (torch.randn(num_rows, hidden, generator=generator).to(device, dtype) for _ in range(2))
     probs = torch.rand(num_rows, generator=generator).to(device, dtype)
-    experts = build_experts(num_experts, hidden, inner, "bf16" if dtype == torch.bfloat16 else "fp32")
-    experts.to(device, dtype)
+    experts = build_experts(num_experts, hidden, inner, "bf16" if dtype == torch.bfloat16 else "fp32", args.device)
     inputs = (rows.requires_grad_(), probs.requires_grad_(), *experts.parameters())
     ways = ways_of(experts, rows, sizes, probs)
     found: dict[str, dict[str, Any]] = {}

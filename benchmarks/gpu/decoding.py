@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.attention import synchronize
+from benchmarks.experts import facts_of
 from benchmarks.gpu.checks import Check, Found, run_checks
-from benchmarks.gpu.kernels import facts_of
 from benchmarks.gpu.settings import Settings
 from megatron_dllm.config import DecodingConfig, ModelConfig, ParallelConfig
 from megatron_dllm.config.recipe_source import RECIPES
@@ -82,7 +83,7 @@ def _build(settings: Settings, sizes: Sizes, built: list[Any]) -> Found:
 
     model = model_of(sizes)
     layout = ParallelConfig(precision="bf16" if settings.device == "cuda" else "fp32")
-    paths = choose_paths(model, layout, facts_of(settings))
+    paths = choose_paths(model, layout, facts_of(settings.device))
     torch.manual_seed(0)
     built.append(build_model(model, layout, Groups.current(), paths=paths).to(settings.device).eval())
     count = sum(parameter.numel() for parameter in built[0].parameters())
@@ -99,13 +100,13 @@ def _measure(settings: Settings, sizes: Sizes, built: list[Any], batch: int, kep
     config = DecodingConfig(threshold=1.0, min_tokens_per_step=kept, max_new_tokens=sizes.new)
     contract = DecodingContract(BLOCK_SIZE, 4096, model.model_config.mask_token_id, ())
     decoder = Decoder(model, Groups.current(), contract, batch)
-    seconds = 0.0
+    seconds, device = 0.0, torch.device(settings.device)
     for tokens in (BLOCK_SIZE, sizes.new):
-        _wait(settings)
+        synchronize(device)
         started = time.perf_counter()
         asked = replace(config, max_new_tokens=tokens)
         texts = decoder.decode(requests_of(ids.tolist(), asked), asked)
-        _wait(settings)
+        synchronize(device)
         seconds = time.perf_counter() - started
     passes = max(text.num_denoising_forwards + text.num_commit_forwards for text in texts)
     num_tokens = sum(len(text.generated_ids) for text in texts)
@@ -121,8 +122,3 @@ def _measure(settings: Settings, sizes: Sizes, built: list[Any], batch: int, kep
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(1)
-
-
-def _wait(settings: Settings) -> None:
-    if settings.device == "cuda":
-        torch.cuda.synchronize()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.attention import synchronize
 from benchmarks.gpu.settings import Settings
 
 PACKAGES = (
@@ -67,18 +68,13 @@ def _card(device: str) -> dict[str, str]:
 
 def seconds_per_call(run: Callable[[], Any], device: torch.device, calls: int = 10) -> float:
     """Mean seconds of one call, after two that do not count."""
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     for _ in range(2):
         run()
-    synchronize()
+    synchronize(device)
     started = time.perf_counter()
     for _ in range(calls):
         run()
-    synchronize()
+    synchronize(device)
     return (time.perf_counter() - started) / calls
 
 

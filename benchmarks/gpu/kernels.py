@@ -13,26 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.experts import sequential_like
+from benchmarks.experts import build_experts, facts_of, sequential_like
 from benchmarks.gpu.checks import Check, Found, NotHere
 from benchmarks.gpu.settings import Settings
 from benchmarks.random_roles import CASES, RoleCase, draw_roles
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention.backends import BACKENDS, Backend
-from megatron_dllm.parallel.device import DeviceFacts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Of fp32, sums of some thousand products in another order; of bf16, what rounding results and probabilities to eight
 # bits costs. The CPU's figures are 4e-7 and 4e-3.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4 * torch.finfo(torch.bfloat16).eps}
 NAMES_OF_ATTENTION = ("output", "dq", "dk", "dv")
-# Tokens of each of eight experts.
-EXPERT_SIZES = {
+NUM_EXPERTS = 8
+# Tokens of each expert.
+EXPERT_TOKENS = {
     "uneven": [3, 9, 1, 4, 2, 7, 5, 6],
     "some without tokens": [0, 9, 0, 0, 2, 20, 6, 0],
     "one with all": [0, 0, 0, 37, 0, 0, 0, 0],
-    "no token at all": [0] * 8,
+    "no token at all": [0] * NUM_EXPERTS,
 }
 
 
@@ -100,16 +100,9 @@ def _require_backend(settings: Settings, name: str) -> None:
     from megatron_dllm.model.paths import choose_paths
 
     try:
-        choose_paths(ModelConfig(), ParallelConfig(), facts_of(settings), name, is_training=True)
+        choose_paths(ModelConfig(), ParallelConfig(), facts_of(settings.device), name, is_training=True)
     except ValueError as refusal:
         raise NotHere(str(refusal)) from None
-
-
-def facts_of(settings: Settings) -> DeviceFacts:
-    """Those of the part's device, TransformerEngine left out: its layers are compared by its own tests."""
-    if settings.device == "cpu":
-        return DeviceFacts(is_cuda=False, has_triton=False, has_transformer_engine=False)
-    return replace(DeviceFacts.here(), has_transformer_engine=False)
 
 
 def _cases(settings: Settings) -> dict[str, RoleCase]:
@@ -194,51 +187,23 @@ def experts_error(settings: Settings, way: str, precision: str) -> Found:
     from megatron_dllm.parallel.groups import single_rank
 
     factor = 1 if settings.is_small else 50
+    sizes = (64, 32) if settings.is_small else (1024, 512)  # hidden, inner
     with single_rank(0):
-        experts = _build_experts(settings, precision)
+        experts = build_experts(NUM_EXPERTS, *sizes, precision, settings.device)
         experts.is_grouped = way == "grouped"
-        exact = _build_experts(settings, "fp32").double()
+        exact = build_experts(NUM_EXPERTS, *sizes, "fp32", settings.device).double()
         with torch.no_grad():
             for wide, given in zip(exact.parameters(), experts.parameters(), strict=True):
                 wide.copy_(given)
         sequential, worst = sequential_like(exact), (0.0, "")
-        for name, sizes in EXPERT_SIZES.items():
-            counts = torch.tensor(sizes, device=settings.device) * factor
+        for name, tokens in EXPERT_TOKENS.items():
+            counts = torch.tensor(tokens, device=settings.device) * factor
             got = _through_experts(experts, experts, counts)
             expected = _through_experts(sequential, exact, counts)
             names = ["output", "gradient of tokens", "gradient of probabilities"]
             names += [f"gradient of {name}" for name, _ in experts.named_parameters()]
             worst = max(worst, worst_error(got, expected, [f"{part}, {name}" for part in names]))
     return Found(worst[0], LIMITS[DTYPES[precision]], f"largest: {worst[1]}")
-
-
-def _build_experts(settings: Settings, precision: str) -> Any:
-    """Eight experts with random weights; process groups must exist."""
-    from megatron_dllm.model.gpt import build_model
-    from megatron_dllm.model.paths import choose_paths
-    from megatron_dllm.parallel.groups import Groups
-
-    hidden, inner = (64, 32) if settings.is_small else (1024, 512)
-    model = ModelConfig(
-        num_layers=1,
-        hidden_size=hidden,
-        ffn_hidden_size=inner,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=hidden // 4,
-        vocab_size=64,
-        num_moe_experts=8,
-        moe_ffn_hidden_size=inner,
-        moe_router_topk=2,
-        moe_router_num_groups=1,
-        moe_router_group_topk=1,
-        mask_token_id=2,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    layout = ParallelConfig(precision=precision)
-    paths = choose_paths(model, layout, facts_of(settings))
-    return build_model(model, layout, Groups.current(), paths=paths).to(settings.device).decoder.layers[0].mlp.experts
 
 
 def _through_experts(forward: Callable[..., Any], experts: Any, counts: Tensor) -> list[Tensor]:
