@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.record import RESULTS, machine, write_results
 from megatron_dllm.compose import compose_train_config
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.run.command import run_command
 
 NOTE = (
     "GB of 10^9 bytes at the moment of a step at which the rank holds the most, without what the device and its "
@@ -26,11 +27,11 @@ NOTE = (
 
 def rows_of(config: TrainConfig, world_size: int, stages: list[str], ranks: list[int]) -> tuple[list[Any], list[Any]]:
     """Memory of every rank and stage, and their traffic."""
-    from megatron_dllm.planning.engine import distinct_ranks, measure
+    from megatron_dllm.planning.engine import distinct_ranks, measure, stage_of
 
     memory, traffic = [], []
     for stage in stages or list(config.schedule.stages):
-        layout = config.layout_of(config.schedule.stages[stage])
+        layout = config.layout_of(stage_of(config, stage))
         for rank in ranks or distinct_ranks(layout, world_size):
             started = time.perf_counter()
             answer = measure(config, layout, world_size, rank, stage).worst
@@ -52,19 +53,20 @@ def rows_of(config: TrainConfig, world_size: int, stages: list[str], ranks: list
     return memory, traffic
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, print and write the tables; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", help="of train: experiment=NAME key=value ...")
     parser.add_argument("--world_size", type=int, required=True)
     parser.add_argument("--stages", nargs="+", default=[], help="of the schedule; all of them unless given")
     parser.add_argument("--ranks", type=int, nargs="+", default=[], help="one of each kind unless given")
     parser.add_argument("--output", type=Path, default=RESULTS / "engine_answer", help="without suffix")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     memory, traffic = rows_of(compose_train_config(args.words), args.world_size, args.stages, args.ranks)
     tables = {"memory": memory, "traffic": traffic}
     write_results(args.output, "What the engine says of a recipe", machine(), tables, NOTE)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

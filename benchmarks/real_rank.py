@@ -27,6 +27,7 @@ from benchmarks.record import RESULTS, machine, write_results
 from megatron_dllm.compose import compose_train_config
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.host import prepare_host
+from megatron_dllm.run.command import run_command
 
 KINDS = ("predicted", "measured")
 NOTE = (
@@ -96,18 +97,20 @@ def run(config: TrainConfig, world_size: int, rank: int, stage: str, is_real: bo
     )
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, print and write the row; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", help="of train: experiment=NAME key=value ...")
     parser.add_argument("--world_size", type=int, required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--stage", required=True, help="of the schedule")
     parser.add_argument("--output", type=Path, default=RESULTS / "real_rank", help="without suffix; rows are added")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     prepare_host()
+    from megatron_dllm.planning.engine import stage_of
+
     config = compose_train_config(args.words)
-    config = replace(config, parallel=config.layout_of(config.schedule.stages[args.stage]))
+    config = replace(config, parallel=config.layout_of(stage_of(config, args.stage)))
     config.parallel.validate(args.world_size, config.model)
     found = {kind: run(config, args.world_size, args.rank, args.stage, kind == "measured") for kind in KINDS}
     row = dict(model=config.run.name, stage=args.stage, rank=args.rank, ranks=args.world_size)
@@ -119,7 +122,8 @@ def main() -> None:
     old = args.output.with_suffix(".json")
     rows = json.loads(old.read_text(encoding="utf-8"))["rows"] if old.exists() else []
     write_results(args.output, "One real rank of a large model", machine(), {"rows": [*rows, row]}, NOTE)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

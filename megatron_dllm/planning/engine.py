@@ -75,10 +75,8 @@ def measure(
         ValueError: the layout does not suit the model or the number of ranks.
     """
     _check(config, layout, world_size, rank)
-    if stage not in config.schedule.stages:
-        raise ValueError(f"stage ({stage}) must be one of {', '.join(config.schedule.stages)}, those of the schedule.")
+    chosen = stage_of(config, stage)
     config = replace(config, parallel=layout)
-    chosen = config.schedule.stages[stage]
     # A batch smaller than the ranks is the caller's to refuse; here it runs once.
     total = max(1, chosen.global_batch_size // (chosen.micro_batch_size * layout.data_parallel_size(world_size)))
     number = min(total, _enough(layout))
@@ -87,6 +85,18 @@ def measure(
     with fake_world(layout, rank, world_size) as groups:
         answer = _run(config, chosen, groups, paths, batches, total / number)
     return StageAnswer(stage, (answer,), ENGINE)
+
+
+def stage_of(config: TrainConfig, name: str) -> StageConfig:
+    """The stage of that name.
+
+    Raises:
+        ValueError: the schedule has none.
+    """
+    stages = config.schedule.stages
+    if name not in stages:
+        raise ValueError(f"stage ({name}) must be one of {', '.join(stages)}, those of the schedule.")
+    return stages[name]
 
 
 def num_parameters(config: TrainConfig, layout: ParallelConfig, world_size: int, rank: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import real_rank
+from benchmarks import engine_answer, real_rank
 from benchmarks.attention import causal_run
 from benchmarks.computed_pairs import build_roles, computed_pairs
 from benchmarks.decoding import Way, draw_prompts, measure
@@ -129,3 +129,13 @@ def test_a_real_rank_that_is_alone_holds_what_was_predicted() -> None:
     assert predicted["parameters_e9"] == measured["parameters_e9"] and predicted["weights"] == measured["weights"]
     # The router is as even as chance makes it.
     assert measured["peak"] == pytest.approx(predicted["peak"], rel=0.1)
+
+
+def test_what_the_engine_cannot_be_asked_is_refused_before_anything_is_built() -> None:
+    words = ["experiment=llada2_flash", "data.train=x", "checkpoint.load=x", "--world_size"]
+    with pytest.raises(ValueError, match=r"stage \(nosuch\) must be one of warmup_1, "):
+        engine_answer.main([*words, "64", "--stages", "nosuch"])
+    with pytest.raises(ValueError, match=r"must divide the number of ranks \(3\)"):
+        engine_answer.main([*words, "3", "--stages", "stable"])
+    with pytest.raises(ValueError, match=r"stage \(nosuch\) must be one of warmup_1, "):
+        real_rank.main([*words, "64", "--rank", "0", "--stage", "nosuch"])
