@@ -28,8 +28,8 @@ def reference_warnings(config: TrainConfig) -> list[str]:
     if reference is None or preference_stages(config):
         return []
     return [
-        f"preference.reference ({reference}) has no effect, as no stage compares answers; leave it out, or give a stage "
-        "its preference."
+        f"preference.reference ({reference}) has no effect, as no stage compares answers; leave it out, or give a "
+        "stage its preference."
     ]
 
 

@@ -313,7 +313,7 @@ def test_the_command_writes_the_file_beside_the_corpus_that_it_names(start: tupl
         ("preference.reference=frozen", "preference.reference names what scores="),
         (
             "schedule.stages.dpo.num_vews=2",
-            r"num_vews is not a key of the configuration; did you mean schedule\.stages\.NAME\.num_views",
+            r"num_vews is not a key of the .*; did you mean schedule\.stages\.NAME\.num_views",
         ),
         ("overwrite=perhaps", r"overwrite \(perhaps\) must be true or false"),
     ],
