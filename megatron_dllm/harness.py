@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -59,6 +59,8 @@ def compose_words(words: Sequence[str]) -> Any:
         ValueError: an unknown key, or a value of a wrong type.
     """
     folder, rest = split_folder(spelled_out(words))
+    sizes = [value for key, _, value in (word.partition("=") for word in rest) if key == "evaluation.block_sizes"]
+    check(not sizes, f"block_sizes ({', '.join(sizes)}) are for evaluate; a run of tasks has one: block_size=N.")
     ConfigStore.instance().store(name="harness_schema", node=open_config(HarnessConfig))
     return compose_dict(rest, "harness", folder, HarnessConfig)
 
@@ -75,8 +77,8 @@ def read_request(composed: Any) -> Request:
     check(not OmegaConf.is_missing(composed, "tasks"), "tasks (not given) is required: name a task or a YAML file.")
     config = deepcopy(composed)
     config.evaluation.num_tokens = 0
-    if config.block_size is not None:
-        config.evaluation.block_sizes = [config.block_size]
+    # An experiment that is named for its layout has sizes of its own.
+    config.evaluation.block_sizes = MISSING if config.block_size is None else [config.block_size]
     request = settle(config, open_weights(config), world_size())
     check(
         request.config.data.tokenizer is not None,

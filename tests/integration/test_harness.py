@@ -19,6 +19,7 @@ from benchmarks.ranks import run_ranks
 from benchmarks.synthetic import write_synthetic
 from megatron_dllm.config import GenerateConfig
 from megatron_dllm.generate import generate
+from megatron_dllm.harness import compose_words, read_request
 from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
 from tests.conftest import NOT_RUN
 from tests.integration.test_generate import CHAT_TEMPLATE, LETTERS, MODEL, VOCAB, save_run, write_tokenizer
@@ -268,6 +269,7 @@ def test_chats_and_examples_change_what_is_asked(found: dict[str, Any], run: Pat
         (["checkpoint=/nope"], "checkpoint.load (/nope) is not a folder"),
         (["likelihood.fill=pad"], "likelihood.fill (pad) is not known; use one of mask, none, eos."),
         (["block_size=7"], "evaluation.block_sizes (7) must divide context_length (64)"),
+        (["block_sizes=[1,4]"], "block_sizes ([1,4]) are for evaluate; a run of tasks has one: block_size=N."),
         (["limit=0"], "limit (0.0) must be positive"),
         (["tasks=[]"], "tasks ([]) must name at least one task"),
         (["taks=[toy_choice]"], "taks is not a key of the configuration; did you mean tasks?"),
@@ -277,6 +279,14 @@ def test_a_wrong_setting_is_refused_in_a_sentence(words: list[str], message: str
     given = {word.partition("=")[0]: word for word in [f"checkpoint={run}", "tasks=[toy_choice]", *words]}
     code, printed = command(tasks / "cache", "megatron_dllm.harness", *given.values())
     assert (code, message in printed, "Traceback" in printed) == (2, True, False), printed
+
+
+def test_the_block_size_is_the_checkpoint_s_whatever_an_experiment_evaluates(run: Path) -> None:
+    composed = compose_words([f"checkpoint={run}", "tasks=[toy_choice]"])
+    composed.evaluation.block_sizes = [4, 16]
+    assert read_request(composed).names == ("8",)
+    composed.block_size = 16
+    assert read_request(composed).names == ("16",)
 
 
 @pytest.mark.parametrize(
