@@ -133,7 +133,7 @@ def _plan(config: StudyConfig) -> _Plan:
 def _questions(config: StudyConfig) -> list[Question]:
     """What is asked: a file's chats, or held-out questions of the tasks."""
     if config.chats_file is not None:
-        return read_questions(Path(config.chats_file), config.num_questions)
+        return read_questions(Path(config.chats_file), config.num_questions, "chats_file")
     unknown = [name for name in config.tasks if name not in TASKS]
     if unknown:
         raise ValueError(f"tasks ({', '.join(unknown)}) are not known; use some of {', '.join(TASKS)}.")

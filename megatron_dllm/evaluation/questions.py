@@ -40,21 +40,22 @@ class Question:
         return answer.strip() == self.expected.strip()
 
 
-def read_questions(path: Path, limit: int | None = None) -> list[Question]:
+def read_questions(path: Path, limit: int | None = None, name: str = "chats") -> list[Question]:
     """The questions of a .jsonl file of chats that end with an answer.
 
     Args:
         path: a chat a line; its `task` may name what kind of question it is.
         limit: take so many of each task, the first ones; None: all.
+        name: of the option that named the file.
 
     Raises:
         ValueError: the file is missing or empty, or a line is no such chat; with its number.
     """
     if not path.is_file():
-        raise ValueError(f'chats ({path}) is not a file; name a .jsonl file with "messages" a line.')
+        raise ValueError(f'{name} ({path}) is not a file; name a .jsonl file with "messages" a line.')
     questions = [_question(line, place) for line, place in numbered_lines(path)]
     if not questions:
-        raise ValueError(f"chats ({path}) holds no chat; write one a line.")
+        raise ValueError(f"{name} ({path}) holds no chat; write one a line.")
     seen: Counter[str] = Counter()
     taken = []
     for question in questions:

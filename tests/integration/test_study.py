@@ -70,7 +70,7 @@ def test_what_is_refused(run: Path, tmp_path: Path) -> None:
         ([], "checkpoint (not given) is required"),
         (["checkpoint=/nope"], "checkpoint (/nope) is not a folder"),
         ([right, "tasks=[sort,chess]"], "tasks (chess) are not known; use some of sort, reverse"),
-        ([right, "chats_file=/nope"], "chats (/nope) is not a file"),
+        ([right, "chats_file=/nope"], "chats_file (/nope) is not a file"),
         ([right, "thresholds=[2.0]"], "threshold (2.0) must lie in (0, 1]"),
         ([right, "threshold=[0.9]"], "threshold is not a key of the configuration; did you mean thresholds"),
         ([right, f"output={tmp_path}"], "is a folder; name a file"),
