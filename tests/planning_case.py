@@ -86,6 +86,7 @@ def hold(layout: ParallelConfig, stage: str, number: int) -> Held:
     arguments = (torch.device("cpu"), objective_of(chosen, run.noise), embedding_noise(run, 0))
     with memory:
         engine = build_engine(run, groups)
+        _choose_evenly(engine.chunks)
         train_step(engine, batches, *arguments)
         before = memory.live
         memory.start_peak()
@@ -102,6 +103,16 @@ def hold(layout: ParallelConfig, stage: str, number: int) -> Held:
         peak=memory.peak,
         left=memory.live - before,
     )
+
+
+def _choose_evenly(chunks: list[torch.nn.Module]) -> None:
+    """Have every token choose the same experts, of each half as many, so that two expert ranks get as many tokens."""
+    half = MODEL.num_moe_experts // 2
+    chosen = [first + place for first in (0, half) for place in range(MODEL.moe_router_topk // 2)]
+    biases = [bias for chunk in chunks for name, bias in chunk.named_buffers() if name.endswith("expert_bias")]
+    assert biases, "a router without a bias chooses by itself"
+    for bias in biases:
+        bias[chosen] = 10.0  # scores lie between 0 and 1
 
 
 def _parts(optimizer: object) -> list[object]:
