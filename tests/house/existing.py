@@ -74,7 +74,7 @@ class Existing:
         elif not (self.root / self._source(mention.program)).is_file():
             return None  # Another program's, such as pytest's.
         else:
-            known = {*self._flags_of(self.root / self._source(mention.program)), "--help"}
+            known = {*self._flags_of_program(self.root / self._source(mention.program)), "--help"}
             known |= {"--config-dir"} if mention.program in LAUNCHING else set()
         return None if mention.name in known else f"{mention.program} has no flag {mention.name}"
 
@@ -129,6 +129,14 @@ class Existing:
     @staticmethod
     def _source(program: str) -> str:
         return program if program.endswith(".py") else f"{program.replace('.', '/')}.py"
+
+    def _flags_of_program(self, source: Path) -> set[str]:
+        """The flags of a program, those of a parser that it imports (`question_parser`) too."""
+        sources = [source]
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and any(name.name.endswith("_parser") for name in node.names):
+                sources.append(self.root / self._source(str(node.module)))
+        return {flag for one in sources for flag in self._flags_of(one)}
 
     @staticmethod
     def _flags_of(source: Path) -> set[str]:

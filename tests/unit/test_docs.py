@@ -84,6 +84,7 @@ def test_the_launching_commands_of_the_pages_compose(words: list[str]) -> None:
         "    python -m megatron_dllm.generate checkpoint=DIR promt=x",
         "    python -m checkpoints_tools.{inspect, compair} DIR",
         "    python -m checkpoints_tools.merge_topk --run DIR \\\n        --kk 5",
+        "    python -m megatron_dllm.evaluation.answers --checkpoint DIR --chat FILE",
         "    python launch/submitt.py experiment=llada2_mini",
         "    python launch/submit.py experiment=llada2_mini cluster=h100x9",
         "    python launch/submit.py experiment=tiny_demo --dry_runs",
