@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_dllm.checkpoint.torch_dist_metadata import COMMON_NAME, CONFIG_NAME, METADATA_NAME
+from megatron_dllm.run.files import naming
 
 MAX_FILE_BYTES = 4 * 10**9
 # Below this, handing the bytes to the hashing thread costs more than hashing them.
@@ -152,8 +153,9 @@ class _HashedFile:
         view = memoryview(data).cast("B")
         hashed = self._hasher.submit(self._digest.update, view) if len(view) > _WORTH_A_THREAD else None
         written = 0
-        while written < len(view):
-            written += self._file.write(view[written:])
+        with naming(self.path):
+            while written < len(view):
+                written += self._file.write(view[written:])
         if hashed is not None:
             hashed.result()
         else:
@@ -166,11 +168,13 @@ class _HashedFile:
 
     def finish(self) -> dict[str, Any]:
         """Bring the file to the disk; returns its size and sha256."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.close()
         return {"size": self.size, "sha256": self._digest.hexdigest()}
 
     def close(self) -> None:
         self._hasher.shutdown()
-        self._file.close()
+        with naming(self.path):  # what an error has left in its buffer is written now
+            self._file.close()

@@ -28,7 +28,7 @@ from megatron_dllm.data.sums_file import write_sums
 from megatron_dllm.data.tokenizer import TextTokenizer
 from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
 from megatron_dllm.run.command import uninterrupted
-from megatron_dllm.run.files import parents_made, write_json
+from megatron_dllm.run.files import naming, parents_made, write_json
 
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -155,12 +155,14 @@ def _write(
             task = progress.add_task("tokenizing", total=sum(file.stat().st_size for file in files), tokens=0)
             batches = read_batches(files, text_key)
             for raw, encoded in encode_in_order(executor, batches, num_workers * _BATCHES_PER_WORKER):
-                _append(builder, encoded)
-                _note_bad(bad_lines, encoded.bad, counts.num_bad_lines)
+                with naming(Path(temporary)):
+                    _append(builder, encoded)
+                    _note_bad(bad_lines, encoded.bad, counts.num_bad_lines)
                 counts.add(encoded)
                 spans += [encoded.spans] if encoded.spans is not None else []
                 progress.update(task, advance=raw.num_input_bytes, tokens=counts.num_tokens)
-    builder.finalize(temporary + ".idx")
+    with naming(Path(temporary)):
+        builder.finalize(temporary + ".idx")
     if spans:
         write_spans(Path(temporary + ".spans"), join_spans(spans))
     return counts

@@ -11,13 +11,13 @@ themselves are checked by those who pack them, a chunk at a time (`Spans.check`)
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 
 import numpy as np
 
 from megatron_dllm.data.spans import Spans
+from megatron_dllm.run.files import replacing
 
 _HEADER = struct.Struct("<8sQQ")
 _MAGIC = b"DLLMSPN\x01"
@@ -31,14 +31,10 @@ def write_spans(path: Path, spans: Spans) -> None:
     """
     if path.exists():
         raise ValueError(f"{path} exists and is not overwritten; remove it or choose another prefix.")
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         file.write(_HEADER.pack(_MAGIC, len(spans.bounds) - 1, len(spans.table)))
         file.write(np.ascontiguousarray(spans.bounds, dtype="<i8").tobytes())
         file.write(np.ascontiguousarray(spans.table, dtype="<i4").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_spans(path: Path, num_documents: int) -> Spans:

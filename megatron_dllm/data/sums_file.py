@@ -14,7 +14,6 @@ corpus. The fingerprint tells one content from another, whatever the files are c
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 import zlib
 from array import array
@@ -24,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_dllm.run.files import replacing
 
 PAGE_BYTES = 2**14
 FILES = (".bin", ".idx", ".spans")
@@ -100,15 +101,10 @@ def write_sums(prefix: str) -> str:
     """Read the files of a corpus once and write PREFIX.sums, which is complete or absent; returns the fingerprint."""
     digests = {suffix: _digest(Path(prefix + suffix)) for suffix in FILES}
     fingerprint = _fingerprint(digests)
-    path = Path(prefix + ".sums")
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    with replacing(Path(prefix + ".sums")) as file:
         file.write(_HEADER.pack(_MAGIC, bytes.fromhex(fingerprint), *(digest.size for digest in digests.values())))
         for digest in digests.values():
             file.write(np.asarray(digest.checksums, dtype="<u4").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
     return fingerprint
 
 

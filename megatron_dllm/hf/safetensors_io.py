@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dllm.run.files import parse_json, read_json_object, refuse_dead_link, write_json
+from megatron_dllm.run.files import naming, parse_json, read_json_object, refuse_dead_link, write_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -274,8 +274,9 @@ class SafetensorsWriter:
         encoded += b" " * (-len(encoded) % 8)
         descriptor = os.open(self._folder / file_name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors.append(descriptor)
-        os.write(descriptor, len(encoded).to_bytes(8, "little") + encoded)
-        os.ftruncate(descriptor, 8 + len(encoded) + end)
+        with naming(self._folder / file_name):
+            os.write(descriptor, len(encoded).to_bytes(8, "little") + encoded)
+            os.ftruncate(descriptor, 8 + len(encoded) + end)
         position = 8 + len(encoded)
         for name, entry in ordered:
             self._places[name] = (descriptor, position, entry[0])
@@ -291,14 +292,16 @@ class SafetensorsWriter:
         """
         descriptor, position, dtype = self._places[name]
         assert data.dtype == dtype, f"{name} was announced as {dtype}, not {data.dtype}"
-        write_all(descriptor, position + start * dtype.itemsize, data)
+        with naming(self._folder):
+            write_all(descriptor, position + start * dtype.itemsize, data)
 
     def close(self) -> None:
         """Flush everything to the disk and close."""
         while self._descriptors:
             descriptor = self._descriptors.pop()
-            os.fsync(descriptor)
-            os.close(descriptor)
+            with naming(self._folder):
+                os.fsync(descriptor)
+                os.close(descriptor)
 
     def abandon(self) -> None:
         """Close without waiting for the disk: the folder is about to be deleted."""

@@ -14,7 +14,7 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # What a name begins with while its content is being written, or after its writer was interrupted.
 TEMPORARY_PREFIX = ".tmp-"
@@ -26,11 +26,17 @@ def write_text(path: Path, text: str, mode: int | None = None) -> None:
 
 
 def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
-    """Write a file, first under a temporary name.
+    """Write a file through `replacing`."""
+    with replacing(path, mode) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: int | None = None) -> Iterator[BinaryIO]:
+    """Give what writes a temporary file, which gets its name when the block has ended, and goes where that fails.
 
     Args:
         path: of the file.
-        content: its new content.
         mode: its permissions; None: those of the file that it replaces, or what the umask gives.
     """
     # Process numbers repeat in every container, and two of them may share the folder.
@@ -41,7 +47,7 @@ def write_bytes(path: Path, content: bytes, mode: int | None = None) -> None:
             with contextlib.suppress(FileNotFoundError):
                 if mode is None:
                     os.chmod(temporary, stat.S_IMODE(path.stat().st_mode))
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -177,4 +177,5 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
     # tokenized text and answers are small; both are written in parts
     limit = {"tokenize": 2000, "generate": 0}.get(name, 4000)
     with full_disk(limit):
-        _refusal(WRITERS[name].format(**vars(sound), bad=tmp_path / "out"), tmp_path, monkeypatch)
+        message = _refusal(WRITERS[name].format(**vars(sound), bad=tmp_path / "out"), tmp_path, monkeypatch)
+    assert str(tmp_path) in message

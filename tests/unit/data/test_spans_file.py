@@ -9,6 +9,8 @@ import pytest
 
 from megatron_dllm.data.spans import Spans
 from megatron_dllm.data.spans_file import read_spans, write_spans
+from tests.full_disk import full_disk
+from tests.tiny_models import left_in
 from tests.unit.data.random_spans import random_spans
 
 LENGTHS = [17, 1, 30, 8, 25]
@@ -65,3 +67,9 @@ def test_bounds_that_do_not_end_at_the_last_span_are_refused(path: Path) -> None
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"must begin at 0 and end at"):
         read_spans(path, 5)
+
+
+def test_a_disk_that_is_full_leaves_no_part_of_the_spans(tmp_path: Path) -> None:
+    with full_disk(10), pytest.raises(OSError, match=r"File too large: '.*/corpus\.spans'"):
+        write_spans(tmp_path / "corpus.spans", Spans.of_lists([[(0, 2, 1)]]))
+    assert not left_in(tmp_path)

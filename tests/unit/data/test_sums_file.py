@@ -17,6 +17,8 @@ from megatron_dllm.data.sums_file import (
     sampled_fingerprint,
     write_sums,
 )
+from tests.full_disk import full_disk
+from tests.tiny_models import left_in
 
 # Three pages of .bin and one of .idx.
 DOCUMENTS = [np.random.default_rng(seed).integers(3, 500, 4000).tolist() for seed in range(5)]
@@ -109,3 +111,10 @@ def test_files_of_other_sizes(prefix: str) -> None:
     Path(prefix + ".spans").write_bytes(b"any")
     with pytest.raises(ValueError, match=r"corpus.spans \(3 bytes\) must have the 0 bytes that corpus.sums names"):
         read_sums(prefix)
+
+
+def test_a_disk_that_is_full_leaves_no_part_of_the_sums(prefix: str) -> None:
+    before = left_in(Path(prefix).parent)
+    with full_disk(10), pytest.raises(OSError, match=r"File too large: '.*\.sums'"):
+        write_sums(prefix)
+    assert left_in(Path(prefix).parent) == before
