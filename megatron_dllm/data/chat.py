@@ -121,13 +121,18 @@ def _question(record: dict[str, Any], asked: str) -> Any:
     return f"{question}\n\n{record['input']}" if asked == "instruction" and record.get("input") else question
 
 
+def role_of(item: dict[str, Any]) -> str | None:
+    """The role that templates know of a message in the form of its data set; None where it is unknown."""
+    written = item.get("role", item.get("from"))
+    return _ROLES.get(written) if isinstance(written, str) else None
+
+
 def _message(item: Any, number: int) -> Message:
     """A message with the role and content that templates know."""
     if not isinstance(item, dict):
         raise BadDocumentError(f"message {number} is a {type(item).__name__}, not an object")
     message = {key: value for key, value in item.items() if key not in ("from", "value")}
-    written = message.get("role", item.get("from"))
-    role = _ROLES.get(written) if isinstance(written, str) else None
+    written, role = item.get("role", item.get("from")), role_of(item)
     if role is None:
         known = ", ".join(_ROLES)
         raise BadDocumentError(

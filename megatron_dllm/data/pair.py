@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_dllm.data.chat import Chat, chat_of
+from megatron_dllm.data.chat import Chat, chat_of, role_of
 from megatron_dllm.data.reading import BadDocumentError
 
 _PROMPTS = ("prompt", "question", "instruction")
@@ -92,8 +92,8 @@ def _messages(record: dict[str, Any], name: str) -> list[Any]:
         return [*prompt, {"role": "assistant", "content": side}]
     if not isinstance(side, list):
         raise BadDocumentError(f"{name} is a {type(side).__name__}, neither a text nor a list of messages")
-    begins = side[0].get("role", side[0].get("from")) if side and isinstance(side[0], dict) else None
-    is_whole = prompt is None or begins not in (None, "assistant", "gpt")
+    begins = role_of(side[0]) if side and isinstance(side[0], dict) else None
+    is_whole = prompt is None or begins not in (None, "assistant")
     return [*([] if is_whole else prompt or []), *side]
 
 

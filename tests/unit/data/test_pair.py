@@ -53,6 +53,15 @@ def test_both_sides_get_system_and_tools() -> None:
         assert side.messages[0] == SYSTEM and side.tools == [{"name": "f"}]
 
 
+def test_an_answer_that_begins_with_a_call_stands_behind_its_prompt() -> None:
+    call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    seen, said = {"from": "observation", "value": "3"}, {"from": "gpt", "value": "Three"}
+    pair = pair_of({"prompt": "Hi", "chosen": [call], "rejected": [{"from": "gpt", "value": "Two"}]})
+    assert [message["role"] for message in pair.chosen.messages] == ["user", "assistant"]
+    with pytest.raises(BadDocumentError, match=r"the prompt differs .* \(message 2\)"):
+        pair_of({"prompt": "Hi", "chosen": [call, seen, said], "rejected": [said]})
+
+
 def test_earlier_turns_belong_to_the_prompt() -> None:
     text = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:"
     pair = pair_of({"chosen": f"{text} Bye!", "rejected": f"{text} No."})
