@@ -38,7 +38,7 @@ class Paths:
         experts: te_grouped, grouped (one product for all experts), sections (one after the other), sequential
             (megatron-core's own, never chosen), or none in a dense model.
         dispatcher: how tokens reach their experts, alltoall or allgather; none in a dense model.
-        fusions: of small operations, compiled or plain.
+        fusions: of small operations, compiled or plain. Where they are compiled, torch's Adam is one kernel too.
         optimizer: te or torch.
         collectives: nccl or gloo. An overlapped send of gloo reads its tensor while it is on its way.
     """

@@ -121,7 +121,7 @@ def build_engine(
     optimizer = get_megatron_optimizer(
         _megatron_config(config.optimizer, config.parallel.precision), wrapped, use_gloo_process_groups=False
     )
-    if local_device().type == "cuda":
+    if (paths or paths_here(config, is_training=True)).fusions.name == "compiled":
         fuse_adam(optimizer)
     transformer_config = wrapped[0].config
     transformer_config.finalize_model_grads_func = finalize_model_grads

@@ -6,8 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dllm.config import ParallelConfig
+from megatron_dllm.parallel.device import DeviceFacts
 from megatron_dllm.planning.answer import ENGINE, RankAnswer, Traffic
 from megatron_dllm.planning.engine import distinct_ranks, measure, num_parameters
 from tests.planning_case import LAYOUTS, MODEL, config
@@ -70,6 +73,22 @@ def test_work_and_traffic_grow_with_the_batch_and_memory_does_not() -> None:
     assert many.memory == some.memory
     assert many.flops == pytest.approx(4 * some.flops)
     assert _of(many, "all_gather", "tp").num_bytes == pytest.approx(4 * _of(some, "all_gather", "tp").num_bytes)
+
+
+def test_the_engine_updates_as_the_device_that_it_speaks_of() -> None:
+    found = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for is_cuda in (False, True):
+        found.clear()
+        facts = DeviceFacts(is_cuda=is_cuda, has_triton=is_cuda, has_transformer_engine=False)
+        with Seen():
+            measure(config(), LAYOUTS["one"], 1, 0, "ar", facts)
+        assert (torch.ops.aten._fused_adamw_.default in found) == is_cuda
 
 
 def test_parameters_are_counted_without_a_step(wide: RankAnswer) -> None:
