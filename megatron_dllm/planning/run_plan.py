@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.plan import PlanConfig
@@ -113,8 +113,3 @@ def layout_words(config: TrainConfig, candidate: Candidate, nodes: int, gpus_per
     if candidate.num_gpus != nodes * gpus_per_node:
         words.append(f"nodes={candidate.num_gpus // gpus_per_node}")
     return " ".join(word for word in words if word)
-
-
-def on_gpus(candidate: Candidate, num_gpus: int) -> Candidate:
-    """The same layout on another number of GPUs."""
-    return replace(candidate, num_gpus=num_gpus)
