@@ -18,7 +18,7 @@ from benchmarks.ranks import run_ranks
 from tests.house.mentions import ROOT, command_lines
 
 # By page: how many of its commands run here.
-PAGES = {"chats.md": 6, "data.md": 2, "decoding.md": 3, "post_training.md": 2, "preferences.md": 2, "runs.md": 1}
+PAGES = {"chats.md": 6, "data.md": 2, "decoding.md": 3, "post_training.md": 2, "preferences.md": 3, "runs.md": 1}
 PROGRAMS = (
     *("megatron_dllm.data.tokenize", "megatron_dllm.data.verify", "megatron_dllm.generate", "megatron_dllm.evaluate"),
     *("megatron_dllm.evaluation.answers", "megatron_dllm.evaluation.tasks.chats"),
@@ -29,6 +29,13 @@ SHORTER = {
     "megatron_dllm.evaluate": ["evaluation.num_tokens=300"],
     "megatron_dllm.evaluation.tasks.chats": ["--num_train", "20", "--num_held_out", "2"],
     "megatron_dllm.evaluation.answers": ["--limit", "1", "--thresholds", "0.9", "--max_new_tokens", "8"],
+}
+# What a page names, and where the chain has made it.
+NAMED = {
+    "TOKENIZER": "corpus/tokenizer",
+    "DIR": "cap",
+    "runs/demo/chat_hf": "chat_hf",
+    "runs/demo/corpus/tokenizer": "corpus/tokenizer",
 }
 PAIRS = [{"prompt": f"sort: {n} 1", "chosen": f"1 {n}", "rejected": f"{n} 1"} for n in range(2, 40)]
 
@@ -47,7 +54,8 @@ def lay_out(demo: Path, folder: Path) -> None:
     """What the commands name, at the names that they use."""
     chats = (demo / "chats" / "train.jsonl").read_text().splitlines(keepends=True)
     (folder / "chats.jsonl").write_text("".join(chats[:8]))
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    for name in ("pairs.jsonl", "own.jsonl"):
+        (folder / name).write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
     (folder / "prompts.jsonl").write_text('{"prompt": "def main("}\n{"prompt": "import os"}\n')
     (folder / "TEXT").mkdir()
     shutil.copy(demo / "corpus" / "validation.jsonl", folder / "TEXT")
@@ -55,7 +63,7 @@ def lay_out(demo: Path, folder: Path) -> None:
     for path in (demo / "corpus").glob("validation.*"):
         shutil.copy(path, folder / "data" / f"code{path.suffix}")
         shutil.copy(path, folder / f"PREFIX{path.suffix}")
-    for source, target in {"corpus/tokenizer": "TOKENIZER", "cap": "DIR", "chat_hf": "runs/demo/chat_hf"}.items():
+    for target, source in NAMED.items():
         shutil.copytree(demo / source, folder / target)
 
 
