@@ -9,7 +9,7 @@ from omegaconf import MISSING
 from megatron_dllm.config.placement import PlacementConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive, check_values
 
-RULES = ("threshold", "factor", "hierarchy", "entropy_bound")
+RULES = ("threshold", "factor", "hierarchy", "entropy_bound", "credit")
 REQUESTS = ("prompt", "prompts_file", "messages", "chats_file")
 
 
@@ -17,9 +17,10 @@ REQUESTS = ("prompt", "prompts_file", "messages", "chats_file")
 class DecodingConfig:
     """How a block of masks becomes tokens. Lengths count tokens, probabilities lie in [0, 1]."""
 
-    # Which predicted tokens a step keeps: threshold, factor, hierarchy or entropy_bound (docs/decoding.md).
+    # Which predicted tokens a step keeps: threshold, factor, hierarchy, entropy_bound or credit
+    # (docs/decoding.md).
     rule: str = "threshold"
-    # Rules threshold and hierarchy keep every token whose probability exceeds this.
+    # Rules threshold, hierarchy and credit keep every token whose probability exceeds this.
     threshold: float = 0.95
     # Rule factor keeps the n surest tokens for the largest n with (n + 1)(1 - probability of the n-th) below this.
     factor: float = 1.0
@@ -28,6 +29,12 @@ class DecodingConfig:
     # Rule entropy_bound keeps the surest tokens while their entropies, without the largest, add up to at most so many
     # nats.
     entropy_bound: float = 0.1
+    # Rule credit adds so much times log(1 + credit) to the logit of a token that passes over its block have had first.
+    credit_weight: float = 0.7
+    # What is left of a token's credit after each further pass, in [0, 1).
+    credit_decay: float = 0.8
+    # A pass gives its most probable token a credit of its probability to this power; 0 gives all the same.
+    credit_exponent: float = 0.2
     # Tokens that every step keeps at least, whatever the rule.
     min_tokens_per_step: int = 1
     # Most tokens that are generated.
@@ -52,6 +59,13 @@ class DecodingConfig:
             0.0 <= self.low_threshold <= 1.0,
             f"low_threshold ({self.low_threshold}) must lie in [0, 1]; 0 keeps one token of every run.",
         )
+        check(
+            0.0 <= self.credit_decay < 1.0,
+            f"credit_decay ({self.credit_decay}) must lie in [0, 1); 0 gives credit to the last pass alone.",
+        )
+        for name in ("credit_weight", "credit_exponent"):
+            value = getattr(self, name)
+            check(0.0 <= value < float("inf"), f"{name} ({value}) must be finite and not negative.")
         for name in ("factor", "entropy_bound"):
             value = getattr(self, name)
             check(0.0 <= value < float("inf"), f"{name} ({value}) must be finite and not negative; 0 is the strictest.")

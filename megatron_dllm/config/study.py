@@ -15,6 +15,7 @@ SWEPT = {
     "factor": ("factor", "factors"),
     "hierarchy": ("threshold", "thresholds"),
     "entropy_bound": ("entropy_bound", "entropy_bounds"),
+    "credit": ("threshold", "thresholds"),
 }
 
 
@@ -32,7 +33,7 @@ class StudyConfig(PlacementConfig):
     chats_file: str | None = None
     # Rules that are tried; each with every value of its setting.
     rules: list[str] = field(default_factory=lambda: ["threshold"])
-    # Of the rules threshold and hierarchy.
+    # Of the rules threshold, hierarchy and credit.
     thresholds: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99])
     # Of the rule factor.
     factors: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])

@@ -10,11 +10,14 @@ Every rule is a pure function of the open blocks of all texts. Whatever it says,
                    `low_threshold` (dInfer): it splits runs, so that few neighbours are guessed in one pass
     entropy_bound  in order of probability, while the entropies of the tokens but for the largest add up to at most
                    `entropy_bound` nats: a bound on what guessing them independently can cost
+    credit         those above `threshold`, where tokens that pass after pass predicts have gained in probability
+                   (`diffusion.credit`): what is said again is believed sooner
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,7 +38,7 @@ def accept(found: Proposals, is_masked: Tensor, config: DecodingConfig) -> Tenso
         [b, n] bool, masked places only.
     """
     confidence = found.confidence.masked_fill(~is_masked, -1.0)
-    is_accepted = _RULES[config.rule](Proposals(found.token_ids, confidence, found.entropy), is_masked, config)
+    is_accepted = _RULES[config.rule](replace(found, confidence=confidence), is_masked, config)
     return (is_accepted | (_rank(confidence) < config.min_tokens_per_step)) & is_masked
 
 
@@ -82,4 +85,5 @@ _RULES: dict[str, Callable[[Proposals, Tensor, DecodingConfig], Tensor]] = {
     "factor": _factor,
     "hierarchy": _hierarchy,
     "entropy_bound": _entropy_bound,
+    "credit": _threshold,
 }

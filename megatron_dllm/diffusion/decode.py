@@ -26,7 +26,7 @@ from megatron_dllm.config import DecodingConfig
 from megatron_dllm.diffusion.decoding_batch import DecodingBatch
 from megatron_dllm.diffusion.decoding_pass import Alone, DecodingPass, Forward, Peers, clean_pass, idle_pass
 from megatron_dllm.diffusion.generation import Generation, Request, Text
-from megatron_dllm.diffusion.prediction import predict
+from megatron_dllm.diffusion.prediction import NUM_VALUES, predict
 from megatron_dllm.diffusion.prefill import Entrant, plan_prefill
 
 _ALONE = Alone()
@@ -208,7 +208,7 @@ class _Decoder:
             step: that this rank needs; None: none.
 
         Returns:
-            [P, 3] float64 predictions of its wanted tokens (`Proposals.packed`); None where no rank needs a pass.
+            [P, NUM_VALUES] float64 predictions of its wanted tokens (`Proposals.packed`); None where no rank needs one.
         """
         shape = self._peers.agree((0, 0) if step is None else step.shape)
         if shape == (0, 0):
@@ -216,16 +216,17 @@ class _Decoder:
         step = (idle_pass() if step is None else step).padded(*shape)
         pieces = [self._predict(step, rows, logits) for rows, logits in self._forward.run(step) if len(logits)]
         if not len(step.wanted):
-            return torch.zeros(0, 3, dtype=torch.float64)
+            return torch.zeros(0, NUM_VALUES, dtype=torch.float64)
         return self._peers.share(torch.cat(pieces) if pieces else None, len(step.wanted))
 
     def _predict(self, step: DecodingPass, rows: range, logits: Tensor) -> Tensor:
-        """[p, 3] predictions of the wanted tokens of some rows, from their logits [p, v]."""
+        """[p, NUM_VALUES] predictions of the wanted tokens of some rows, from their logits [p, v]."""
         # A row without wanted tokens may be that of a prompt that enters, or padding.
         asking = [row for row in rows if step.counts[row]]
         generators = [self._batch.texts[row].generator for row in asking]
         counts = [step.counts[row] for row in asking]
-        return predict(logits, self._contract.mask_token_id, self._config, generators, counts).packed().cpu()
+        trace, mask = self._batch.trace(asking), self._contract.mask_token_id
+        return predict(logits, mask, self._config, generators, counts, trace).packed().cpu()
 
     def _leave(self, rows: Sequence[int]) -> Iterator[Finished]:
         """Take the texts of some rows out of the batch."""

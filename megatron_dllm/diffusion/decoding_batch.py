@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_dllm.config import DecodingConfig
 from megatron_dllm.diffusion.acceptance import accept
+from megatron_dllm.diffusion.credit import Trace
 from megatron_dllm.diffusion.decoding_pass import NOISY_VIEW, DecodingPass, places
 from megatron_dllm.diffusion.generation import Text
 from megatron_dllm.diffusion.prediction import Proposals
@@ -67,6 +69,8 @@ class DecodingBatch:
         self._starts = torch.zeros(size, dtype=torch.int64)
         self._lengths = torch.zeros(size, dtype=torch.int64)
         self._is_filled = torch.zeros(size, dtype=torch.bool)
+        # Of the open blocks; None: no rule reads it.
+        self._trace = Trace.empty(size, width, 0) if config.rule == "credit" else None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -92,6 +96,8 @@ class DecodingBatch:
         self._is_masked[row, known:length] = True
         self._passes[row] = 0
         self._starts[row], self._lengths[row], self._is_filled[row] = start, length, False
+        if self._trace is not None:
+            self._trace.probabilities[row] = 0.0
 
     def next_pass(self) -> DecodingPass:
         """The pass that takes every text a step further."""
@@ -110,11 +116,19 @@ class DecodingBatch:
             counts=is_masked.sum(dim=1).tolist(),
         )
 
+    def trace(self, rows: Sequence[int]) -> Trace | None:
+        """What earlier passes predicted at the masked places of some rows, in order; None where no rule asks."""
+        if self._trace is None:
+            return None
+        is_asked = torch.zeros_like(self._is_masked)
+        is_asked[list(rows)] = self._is_masked[list(rows)]
+        return self._trace.take(is_asked)
+
     def take(self, found: Tensor) -> list[int]:
         """Take over what the pass has found.
 
         Args:
-            found: [P, 3] float64 predictions of the wanted tokens (`Proposals.packed`).
+            found: [P, NUM_VALUES] float64 predictions of the wanted tokens (`Proposals.packed`).
 
         Returns:
             Rows whose text has ended.
@@ -124,6 +138,7 @@ class DecodingBatch:
         was_denoised = is_masked.any(dim=1)
         proposals = Proposals.unpacked(found, is_masked)
         is_accepted = accept(proposals, is_masked, self._config)
+        self._remember(proposals)
         self._passes[:num_rows][is_masked] += 1
         self._ids[:num_rows][is_accepted] = proposals.token_ids[is_accepted]
         is_masked &= ~is_accepted
@@ -131,6 +146,12 @@ class DecodingBatch:
             self.texts[row].num_commits += 1
             self._open_block(row)
         return [row for row in (was_denoised & ~is_masked.any(dim=1)).nonzero().squeeze(1).tolist() if self._fill(row)]
+
+    def _remember(self, found: Proposals) -> None:
+        """Keep what a pass had first for those that follow, [b, n] each of the rows with texts."""
+        if self._trace is not None:
+            free = (0, 0, 0, len(self._is_masked) - len(self.texts))
+            self._trace = self._trace.grown(pad(found.first_ids, free), pad(found.first_confidence, free))
 
     def _fill(self, row: int) -> bool:
         """Hand the block of a row over to its text; returns whether that ends it."""
@@ -148,7 +169,12 @@ class DecodingBatch:
             if row != last:
                 moves.append(Move(last, row, self.num_kept(last)))
                 self.texts[row] = self.texts[last]
-                for state in (self._ids, self._is_masked, self._passes, self._starts, self._lengths, self._is_filled):
+                for state in self._states():
                     state[row] = state[last]
             self.texts.pop()
         return moves
+
+    def _states(self) -> list[Tensor]:
+        """All that is kept of the rows."""
+        states = [self._ids, self._is_masked, self._passes, self._starts, self._lengths, self._is_filled]
+        return states if self._trace is None else [*states, self._trace.token_ids, self._trace.probabilities]

@@ -136,7 +136,7 @@ def _noisy_pass(block: _Block, masks: Tensor, contract: DecodingContract) -> Dec
 
 
 def _judge(block: _Block, masks: Tensor, packed: Tensor) -> Iterator[Prediction]:
-    """The predictions [P, 3] of the masked tokens of [k, n] views, compared with the block."""
+    """The predictions [P, NUM_VALUES] of the masked tokens of [k, n] views, compared with the block."""
     found = Proposals.unpacked(packed, masks)
     target = torch.tensor(block.ids[block.start :])
     for view, places_of_view in enumerate(masks):

@@ -17,7 +17,7 @@ from megatron_dllm.reporting.markup import figure, table
 from megatron_dllm.reporting.pictures import COLORS
 
 PATTERN = "study*.json"
-_MARKERS = {"threshold": "o", "factor": "s", "hierarchy": "^", "entropy_bound": "D"}
+_MARKERS = {"threshold": "o", "factor": "s", "hierarchy": "^", "entropy_bound": "D", "credit": "v"}
 
 
 def read_study_files(history: History) -> list[Study]:

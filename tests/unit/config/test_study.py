@@ -17,7 +17,7 @@ RIGHT = StudyConfig(checkpoint=["runs/x"])
     [
         (dict(checkpoint=[]), ("checkpoint (not given)", "name an HF or a run folder")),
         (dict(rules=[]), ("rules ([])", "name one or more")),
-        (dict(rules=["best"]), ("rules (best)", "threshold, factor, hierarchy, entropy_bound")),
+        (dict(rules=["best"]), ("rules (best)", "threshold, factor, hierarchy, entropy_bound, credit")),
         (dict(rules=["factor"], factors=[]), ("factors ([])", "rule factor needs a value")),
         (dict(thresholds=[0.9, 1.5]), ("threshold (1.5)", "(0, 1]")),
         (dict(tasks=["sort"], chats_file="x"), ("tasks (['sort']) and chats_file (x)", "give one of them")),
@@ -26,6 +26,7 @@ RIGHT = StudyConfig(checkpoint=["runs/x"])
         (dict(block_sizes=[8, 0]), ("block_sizes (0)", "positive")),
         (dict(max_new_tokens=0), ("max_new_tokens (0)", "positive")),
         (dict(batch_size=0), ("batch_size (0)", "positive")),
+        (dict(context_parallel_size=2), ("context_parallel_size (2)", "use tensor_model_parallel_size")),
         (dict(precision="fp8"), ("precision (fp8)", "fp32, bf16")),
     ],
 )

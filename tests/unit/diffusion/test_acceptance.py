@@ -17,11 +17,15 @@ from megatron_dllm.diffusion.acceptance import accept
 from megatron_dllm.diffusion.prediction import Proposals
 
 
+def proposals(confidence: Tensor, entropy: Tensor) -> Proposals:
+    ids = torch.zeros_like(confidence, dtype=torch.int64)
+    return Proposals(ids, confidence, entropy, ids, torch.zeros_like(confidence))
+
+
 def kept(confidence: list[float], masked: str | None = None, entropy: list[float] | None = None, **options: Any) -> str:
     """The places of one block that are kept, as x, for the places marked x in `masked` (None: all)."""
     is_masked = torch.tensor([[mark == "x" for mark in masked or "x" * len(confidence)]])
-    ids = torch.zeros_like(is_masked, dtype=torch.int64)
-    found = Proposals(ids, torch.tensor([confidence]), torch.tensor([entropy or [0.0] * len(confidence)]))
+    found = proposals(torch.tensor([confidence]), torch.tensor([entropy or [0.0] * len(confidence)]))
     return "".join("x" if flag else "." for flag in accept(found, is_masked, DecodingConfig(**options))[0].tolist())
 
 
@@ -65,7 +69,7 @@ def _random_block(seed: int) -> tuple[Proposals, Tensor]:
     confidence = torch.rand(6, 16, generator=generator)
     is_masked = torch.rand(6, 16, generator=generator) < 0.6
     is_masked[0] = False
-    return Proposals(torch.zeros(6, 16, dtype=torch.int64), confidence, 2 * (1 - confidence)), is_masked
+    return proposals(confidence, 2 * (1 - confidence)), is_masked
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -94,7 +98,7 @@ def test_blocks_do_not_depend_on_one_another(rule: str) -> None:
     together = accept(found, is_masked, DecodingConfig(rule=rule, threshold=0.8))
     for row in range(len(is_masked)):
         part = slice(row, row + 1)
-        alone = Proposals(found.token_ids[part], found.confidence[part], found.entropy[part])
+        alone = proposals(found.confidence[part], found.entropy[part])
         assert torch.equal(accept(alone, is_masked[part], DecodingConfig(rule=rule, threshold=0.8)), together[part])
 
 
@@ -112,7 +116,7 @@ def test_hierarchy_needs_at_most_a_logarithm_of_passes() -> None:
     for n in (1, 7, 31):
         is_masked, passes = torch.ones(1, n, dtype=torch.bool), 0
         middle = torch.tensor([[0.9 - 0.01 * _depth(place + 1, n + 1) for place in range(n)]])
-        found = Proposals(torch.zeros(1, n, dtype=torch.int64), middle, torch.zeros(1, n))
+        found = proposals(middle, torch.zeros(1, n))
         while is_masked.any():
             is_masked &= ~accept(found, is_masked, config)
             passes += 1

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_dllm.config import DecodingConfig
+from megatron_dllm.config.generate import RULES
 from megatron_dllm.diffusion.decode import decode, decode_all, decode_stream, requests_of
 from megatron_dllm.diffusion.decoding_pass import DecodingPass
 from megatron_dllm.diffusion.generation import Generation, Request
@@ -137,7 +138,9 @@ def test_counts_of_passes() -> None:
     assert result.tokens_per_forward == 17 / sum(result.steps_per_block)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"rule": "factor"}, {"rule": "hierarchy"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"rule": "factor"}, {"rule": "hierarchy"}, {"rule": "credit"}]
+)
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
 def test_texts_decoded_together_are_those_of_their_prompts_alone(options: dict[str, Any], batch_size: int) -> None:
     prompts = [[*PROMPT, 6], [1, *PROMPT, 6, 3, 3], [8] * 11, [EOS] * 10, [5], [*PROMPT, 6, 2], [8] * 12]
@@ -164,7 +167,7 @@ def test_a_hundred_random_cases_decode_as_they_do_alone() -> None:
     for case in range(100):
         model, block_size = ToyModel(case, sharpness=4.0), draw(1, 9)
         contract = replace(CONTRACT, block_size=block_size, eos_token_ids=(EOS,), context_length=draw(30, 50))
-        rule = ("threshold", "factor", "hierarchy", "entropy_bound")[case % 4]
+        rule = RULES[case % len(RULES)]
         config = DecodingConfig(rule=rule, threshold=0.7, entropy_bound=0.5, temperature=float(case % 3 == 0))
         shared = [draw(0, 20) for _ in range(draw(0, 20))]
         prompts = [shared + [draw(0, 20) for _ in range(draw(1, 9))] for _ in range(draw(2, 4))]
@@ -323,6 +326,9 @@ def test_impossible_prompt_or_contract_is_refused(prompt: list[int], contract: d
         {"factor": -1.0},
         {"low_threshold": 1.5},
         {"entropy_bound": math.inf},
+        {"credit_weight": -0.1},
+        {"credit_decay": 1.0},
+        {"credit_exponent": math.nan},
         {"min_tokens_per_step": 0},
         {"max_new_tokens": 0},
         {"temperature": -0.1},

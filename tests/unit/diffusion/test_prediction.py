@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -65,9 +65,10 @@ def test_entropy_is_computed_for_the_rule_that_reads_it() -> None:
 
 
 def test_predictions_survive_packing() -> None:
-    found = Proposals(torch.tensor([3, 157_000]), torch.tensor([0.1, 1 / 3]), torch.tensor([0.7, 0.0]))
+    ids, confidence = torch.tensor([3, 157_000]), torch.tensor([0.1, 1 / 3])
+    found = Proposals(ids, confidence, torch.tensor([0.7, 0.0]), ids - 1, confidence / 3)
     is_place = torch.tensor([[False, True], [True, False]])
     spread = Proposals.unpacked(found.packed(), is_place)
     assert spread.token_ids.tolist() == [[0, 3], [157_000, 0]]
-    assert torch.equal(spread.confidence[is_place], found.confidence)
-    assert torch.equal(spread.entropy[is_place], found.entropy)
+    for item in fields(Proposals):
+        assert torch.equal(getattr(spread, item.name)[is_place], getattr(found, item.name))
