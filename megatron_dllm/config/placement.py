@@ -32,6 +32,8 @@ class PlacementConfig:
     pipeline_model_parallel_size: int = 1
     # Ranks that share the experts of each layer (EP).
     expert_model_parallel_size: int = 1
+    # Must be 1: a text's keys and values lie whole on each rank, or split by heads with tensor_model_parallel_size.
+    context_parallel_size: int = 1
 
     def layout(self, model: ModelConfig, world_size: int, is_cuda: bool) -> ParallelConfig:
         """The layout of the ranks.
@@ -62,6 +64,12 @@ class PlacementConfig:
         """Raise ValueError for what no model could follow."""
         for name in ("batch_size", *LAYOUT):
             check_positive(name, getattr(self, name))
+        check(
+            self.context_parallel_size == 1,
+            f"context_parallel_size ({self.context_parallel_size}) must be 1 where texts are decoded, since the keys "
+            "and values of a text are not split over its tokens; use tensor_model_parallel_size, which splits them by "
+            "heads, or pipeline_model_parallel_size, by layers.",
+        )
         check(
             self.context_length is None or self.context_length > 0,
             f"context_length ({self.context_length}) must be positive; null takes the checkpoint's.",

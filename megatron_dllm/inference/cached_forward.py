@@ -11,6 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_dllm.diffusion.decoding_pass import DecodingPass
+from megatron_dllm.diffusion.prediction import NUM_VALUES
+from megatron_dllm.inference.pass_shapes import Needs, shape_for
 from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.gpt import DiffusionGPTModel
 from megatron_dllm.parallel.groups import Groups
@@ -93,13 +95,12 @@ class GroupPeers:
         self._is_in_step = groups.expert.size() > 1 and groups.data.size() > 1
 
     def agree(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """See `Peers.agree`: the largest of all ranks where they compute together, else this rank's own."""
+        """See `Peers.agree`: as many tokens as all ranks where they compute together, else this rank's own."""
         if not self._is_in_step:
             return shape
-        largest = torch.tensor(shape, device=self._device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self._groups.world)
-        rows, length = largest.tolist()
-        return rows, length
+        most = torch.tensor(Needs.of(shape).numbers(), device=self._device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._groups.world)
+        return shape_for(shape, Needs(*most.tolist()), self._groups.tensor.size())
 
     def share(self, found: Tensor | None, count: int) -> Tensor:
         """See `Peers.share`: from the last pipeline stage to the others."""
@@ -107,7 +108,7 @@ class GroupPeers:
         if pipeline.size() == 1:
             assert found is not None, "a rank that has all layers has the head"
             return found
-        values = torch.zeros(count, 3, dtype=torch.float64) if found is None else found
+        values = torch.zeros(count, NUM_VALUES, dtype=torch.float64) if found is None else found
         sent = values.to(self._device)
         dist.broadcast(sent, group=pipeline, group_src=pipeline.size() - 1)
         return sent.cpu()
