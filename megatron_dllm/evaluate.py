@@ -104,7 +104,9 @@ def measure(composed: Any) -> Measured:
     with measured_model(request, meeting) as model:
         corpus = _open(request.config, Corpus)
         names, sft = list(request.names), request.weights.sft
-        validation = evaluate(model.chunks, model.config, model.groups, corpus, names, model.device, sft=sft)
+        validation = evaluate(
+            model.chunks, model.config, model.groups, corpus, names, model.device, sft=sft, is_watched=True
+        )
     return Measured(request, target, validation)
 
 

@@ -145,6 +145,11 @@ class BatchLoader:
         self._num_workers, self._num_rows = num_workers, num_rows
         self._num_micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
 
+    @property
+    def num_steps(self) -> int | None:
+        """Steps until it ends; None: it does not."""
+        return None if self._num_rows is None else -(-self._num_rows // self._global_batch_size)
+
     def __iter__(self) -> Iterator[GlobalStep]:
         """Yield steps from the stream's position on."""
         planned: deque[tuple[dict[str, Any], int, int]] = deque()

@@ -26,6 +26,7 @@ from megatron_dllm.data.packing import RowStream
 from megatron_dllm.data.source import Source, check_fills_a_row
 from megatron_dllm.diffusion.losses.document_scores import DocumentScores
 from megatron_dllm.evaluation.conditions import SEED, conditions_of
+from megatron_dllm.evaluation.progress import watched
 from megatron_dllm.evaluation.row_loader import row_loader
 from megatron_dllm.evaluation.scores import score_documents
 from megatron_dllm.model.objective import AR, validation_objective
@@ -95,6 +96,7 @@ def evaluate(
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
     sft: SftConfig | None = None,
+    is_watched: bool = False,
 ) -> Validation:
     """Measure the NLL bound of the local model on `evaluation.num_tokens` tokens of the corpus (a collective).
 
@@ -107,6 +109,7 @@ def evaluate(
         device: where to compute.
         must_stop: asked on all ranks between batches.
         sft: how chats are trained; None: as they stand.
+        is_watched: show a bar.
 
     Raises:
         EvaluationStopped: `must_stop` said so.
@@ -115,7 +118,8 @@ def evaluate(
     nats: dict[str, float] = {}
     for name in names:
         elbo, count = 0.0, 0
-        for scores in score_corpus(chunks, config, groups, corpus, lengths, name, device, must_stop, sft):
+        label = f"scoring ({name})" if is_watched else None
+        for scores in score_corpus(chunks, config, groups, corpus, lengths, name, device, must_stop, sft, label):
             elbo, count = elbo + float(scores.means.sum()), count + int(scores.num_maskable.sum())
         nats[name] = -elbo / max(count, 1)
     target = 0 if names == [AR] else config.evaluation.block_sizes[0]
@@ -153,6 +157,7 @@ def score_corpus(
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
     sft: SftConfig | None = None,
+    label: str | None = None,
 ) -> Iterator[DocumentScores]:
     """The scores of every document, step by step (a collective).
 
@@ -166,6 +171,7 @@ def score_corpus(
         device: where to compute.
         must_stop: asked on all ranks between batches.
         sft: how chats are trained; None: as they stand.
+        label: of a bar; None: there is none.
 
     Raises:
         EvaluationStopped: `must_stop` said so.
@@ -173,7 +179,7 @@ def score_corpus(
     geometry, noise, model = validation_geometry(config, name, sft), validation_objective(name).noise, config.model
     dataset = RowDataset(corpus, geometry, noise, SEED, model.mask_token_id, model.pad_token_id, model.eos_token_id)
     stream = RowStream(lengths, SEED, config.data.packing_chunk, shuffle=False, spans=corpus.spans)
-    for step in row_loader(config, groups, dataset, stream):
+    for step in watched(row_loader(config, groups, dataset, stream), label):
         if must_stop():
             raise EvaluationStopped
         yield score_documents(chunks, step.micro_batches, device, groups, num_views=1)

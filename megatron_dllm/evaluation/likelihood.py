@@ -30,6 +30,7 @@ from megatron_dllm.data.packing import RowStream
 from megatron_dllm.evaluation.continuations import NUM_SIBLING_BITS, Continuation, source_of
 from megatron_dllm.evaluation.estimators import Pass, plan_passes
 from megatron_dllm.evaluation.local_model import LocalModel
+from megatron_dllm.evaluation.progress import watched
 from megatron_dllm.evaluation.row_loader import row_loader
 from megatron_dllm.evaluation.scores import score_documents
 
@@ -158,7 +159,7 @@ def _score(
         source.document_lengths, settings.seed, config.data.packing_chunk, shuffle=False, spans=source.spans
     )
     by_id: dict[int, NDArray[np.float64]] = {}
-    for step in row_loader(config, model.groups, dataset, stream):
+    for step in watched(row_loader(config, model.groups, dataset, stream), "scoring choices"):
         scores = score_documents(model.chunks, step.micro_batches, model.device, model.groups, one.num_views)
         by_id.update(zip(scores.sample_ids.tolist(), scores.by_view.numpy(), strict=True))
     return np.stack([by_id[source.sample_id(place, 0)] for place in range(len(asked))])

@@ -178,7 +178,8 @@ class HarnessModel(TemplateLM):
         sums = np.zeros(len(texts))
         bounds = np.append(source.first_ids, source.num_tokens)
         lengths = source.document_lengths
-        for scores in score_corpus(model.chunks, model.config, model.groups, source, lengths, name, model.device):
+        where = (model.chunks, model.config, model.groups, source, lengths, name, model.device)
+        for scores in score_corpus(*where, label="scoring documents"):
             documents = np.searchsorted(bounds, scores.sample_ids.numpy(), side="right") - 1
             np.add.at(sums, documents, scores.means.numpy())
         return [float(value) for value in sums]

@@ -167,6 +167,13 @@ def test_loading_leaves_the_random_state_alone(dataset: RowDataset) -> None:
     assert torch.equal(torch.get_rng_state(), expected_state)
 
 
+@pytest.mark.parametrize(("num_rows", "expected_steps"), [(8, 1), (9, 2), (20, 3)])
+def test_a_loader_that_ends_knows_its_steps(num_rows: int, expected_steps: int, dataset: RowDataset) -> None:
+    loader = BatchLoader(dataset, new_stream(dataset), global_batch_size=8, micro_batch_size=2, num_rows=num_rows)
+    assert loader.num_steps == len(list(loader)) == expected_steps
+    assert BatchLoader(dataset, new_stream(dataset), global_batch_size=8, micro_batch_size=2).num_steps is None
+
+
 def test_a_global_batch_that_cannot_be_dealt_is_asserted(dataset: RowDataset) -> None:
     with pytest.raises(AssertionError, match=r"global_batch_size \(8\) must be a multiple of .*\(3 x 1\)"):
         BatchLoader(dataset, new_stream(dataset), global_batch_size=8, micro_batch_size=3)
