@@ -63,7 +63,8 @@ test-transformers4: install
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TRANSFORMERS4) \
 		transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 	PYTHONPATH=$(TRANSFORMERS4) $(BIN)/python -m pytest -m "ranks or slow" \
-		tests/integration/test_conversion.py tests/integration/test_export.py tests/integration/test_first_conversion.py
+		tests/integration/test_conversion.py tests/integration/test_export.py tests/integration/test_families.py \
+		tests/integration/test_first_conversion.py
 
 # These pages and the reference as a site in site/; a link that leads nowhere fails.
 docs: install

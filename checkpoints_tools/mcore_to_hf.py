@@ -163,15 +163,13 @@ def settle_architecture(stored: StoredModel, asked: str | None) -> str:
             f"architecture ({architecture}) predicts the next token, {stored.folder} the token of the same place: "
             f"served as {ARCHITECTURE_CLASS[architecture]} it would answer with noise; use {own}."
         )
-    if architecture not in SGLANG:
-        return architecture
-    if not is_diffusion:
+    if architecture in DIFFUSION_ARCHITECTURES and not is_diffusion:
         logger.warning(
             "%s predicts the next token (shift), %s serves diffusion models: train it before you serve it",
             stored.folder,
             architecture,
         )
-    else:
+    elif architecture in SGLANG:
         for difference in sglang_differences(architecture, stored.meta.semantics.block_size, model.mask_token_id):
             logger.warning("%s", difference)
     return architecture

@@ -74,6 +74,8 @@ QWEN3 = ModelConfig(
     eos_token_id=0,
     pad_token_id=1,
 )
+LLAMA = replace(QWEN3, family="llama", qk_layernorm=False, rotary_base=1e4)
+MIXTRAL = replace(QWEN3_MOE, family="mixtral", qk_layernorm=False, ffn_hidden_size=10)
 MODELS = {
     "bailing_moe": LING,
     "llada2_moe": replace(LING, family="llada2_moe"),
@@ -82,6 +84,12 @@ MODELS = {
     "qwen3": QWEN3,
     "sdar": replace(QWEN3, family="sdar"),
     "qwen3 tied": replace(QWEN3, tie_word_embeddings=True),
+    "qwen2": replace(LLAMA, family="qwen2", add_qkv_bias=True),
+    "llama": LLAMA,
+    "mistral": replace(LLAMA, family="mistral"),
+    "mixtral": MIXTRAL,
+    "megatron_dllm": replace(LLAMA, family="megatron_dllm", add_qkv_bias=True, tie_word_embeddings=True),
+    "megatron_dllm with experts": replace(MIXTRAL, family="megatron_dllm", num_dense_layers=1, rotary_percent=0.5),
     "two dense layers, two shared experts": replace(LING, num_dense_layers=2, moe_shared_expert_intermediate_size=20),
 }
 

@@ -21,6 +21,7 @@ IDENTITY = (
     "kv_channels",
     "vocab_size",
     "qk_layernorm",
+    "add_qkv_bias",
     "layernorm_epsilon",
     "rotary_base",
     "rotary_percent",
@@ -38,6 +39,9 @@ IDENTITY = (
     "moe_router_enable_expert_bias",
     "mask_token_id",
 )
+
+# What the absence of a field means that earlier versions did not have.
+_ADDED_LATER = {"add_qkv_bias": False}
 
 
 def check_identity(folder: Path, model: Any, semantics: RunSemantics | None = None) -> CheckpointMeta:
@@ -57,10 +61,11 @@ def check_identity(folder: Path, model: Any, semantics: RunSemantics | None = No
     stored = read_meta(folder)
     ours = asdict(model)
     for name in IDENTITY:
-        if stored.model.get(name) != ours[name]:
+        found = stored.model.get(name, _ADDED_LATER.get(name))
+        if found != ours[name]:
             raise ValueError(
                 f"model.{name} ({ours[name]}) differs from the checkpoint {folder} "
-                f"({stored.model.get(name)}); choose the model recipe it was made with."
+                f"({found}); choose the model recipe it was made with."
             )
     for item in fields(RunSemantics) if semantics is not None else ():
         value, found = getattr(semantics, item.name), getattr(stored.semantics, item.name)

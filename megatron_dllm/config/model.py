@@ -9,7 +9,19 @@ from omegaconf import MISSING
 
 from megatron_dllm.config.rules import check, check_choice, check_positive
 
-FAMILIES = ("bailing_moe", "llada2_moe", "qwen3_moe", "sdar_moe", "qwen3", "sdar")
+FAMILIES = (
+    "bailing_moe",
+    "llada2_moe",
+    "qwen3_moe",
+    "sdar_moe",
+    "qwen3",
+    "sdar",
+    "qwen2",
+    "llama",
+    "mistral",
+    "mixtral",
+    "megatron_dllm",
+)
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
 # What megatron-core's router computes its scores in.
 ROUTER_DTYPES = ("fp32", "fp64")
@@ -37,7 +49,8 @@ class ModelConfig:
     have a dense MLP, the others a mixture of experts (`num_moe_experts == 0`: all dense).
     """
 
-    # Layout of the tensors in Hugging Face format: bailing_moe, llada2_moe, qwen3_moe, sdar_moe, qwen3 or sdar.
+    # Layout of the tensors in Hugging Face format: bailing_moe, llada2_moe, qwen3_moe, sdar_moe, qwen3, sdar, qwen2,
+    # llama, mistral, mixtral, or megatron_dllm for the class of our own exports.
     family: str = "bailing_moe"
     # Transformer layers.
     num_layers: int = MISSING
@@ -57,6 +70,8 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     # Normalise queries and keys of each head.
     qk_layernorm: bool = True
+    # Biases in the projections to queries, keys and values (Qwen2 and 2.5 have them).
+    add_qkv_bias: bool = False
     # Added to the mean square in every RMSNorm.
     layernorm_epsilon: float = 1e-6
     # Base of the rotary frequencies (HF: rope_theta).

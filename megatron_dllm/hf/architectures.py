@@ -10,7 +10,13 @@ MODELING_FILES = Path(__file__).parent / "modeling"
 _SHARED_CODE = ("block_diffusion_generation.py", "block_diffusion_layers.py", "block_diffusion_model.py")
 _LLADA2_CODE = ("configuration_llada2_moe.py", "modeling_llada2_moe.py", *_SHARED_CODE)
 _SDAR_CODE = ("configuration_sdar.py", "modeling_sdar.py", *_SHARED_CODE)
-CODE_OF_ARCHITECTURE = {"llada2_moe": _LLADA2_CODE, "sdar_moe": _SDAR_CODE, "sdar": _SDAR_CODE}
+_OWN_CODE = ("configuration_megatron_dllm.py", "modeling_megatron_dllm.py", *_SHARED_CODE)
+CODE_OF_ARCHITECTURE = {
+    "llada2_moe": _LLADA2_CODE,
+    "sdar_moe": _SDAR_CODE,
+    "sdar": _SDAR_CODE,
+    "megatron_dllm": _OWN_CODE,
+}
 # Where transformers finds the classes in that code.
 AUTO_MAP = {
     "llada2_moe": {
@@ -28,6 +34,11 @@ AUTO_MAP = {
         "AutoModel": "modeling_sdar.SDARModel",
         "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
     },
+    "megatron_dllm": {
+        "AutoConfig": "configuration_megatron_dllm.MegatronDllmConfig",
+        "AutoModel": "modeling_megatron_dllm.MegatronDllmModel",
+        "AutoModelForCausalLM": "modeling_megatron_dllm.MegatronDllmForCausalLM",
+    },
 }
 FAMILY_OF_MODEL_TYPE = {
     "bailing_moe": "bailing_moe",
@@ -39,6 +50,22 @@ FAMILY_OF_MODEL_TYPE = {
     "sdar_moe": "sdar_moe",
     "qwen3": "qwen3",
     "sdar": "sdar",
+    "qwen2": "qwen2",
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "megatron_dllm": "megatron_dllm",
+}
+# Known by name, and what they have that our model does not.
+LACKING = {
+    "olmoe": "one norm over the queries of all heads together, and one over the keys",
+    "deepseek_v2": "multi-head latent attention (kv_lora_rank)",
+    "deepseek_v3": "multi-head latent attention (kv_lora_rank)",
+    "qwen2_moe": "a gate on its shared expert",
+    "gpt_oss": "attention sinks, and biases in its experts",
+    "gemma2": "norms behind attention and MLP, and capped logits",
+    "gemma3_text": "norms behind attention and MLP",
+    "olmo2": "its norms behind attention and MLP",
 }
 ARCHITECTURE_CLASS = {
     "bailing_moe": "BailingMoeV2ForCausalLM",
@@ -47,14 +74,24 @@ ARCHITECTURE_CLASS = {
     "sdar_moe": "SDARMoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "sdar": "SDARForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "megatron_dllm": "MegatronDllmForCausalLM",
 }
-# Architectures an export may be written as: those with the same tensors.
+# Architectures an export may be written as: those that can hold the tensors, first of each kind the usual one.
 ARCHITECTURES_OF_FAMILY = {
     "bailing_moe": ("bailing_moe", "llada2_moe"),
     "llada2_moe": ("llada2_moe", "bailing_moe"),
-    "qwen3_moe": ("qwen3_moe", "sdar_moe"),
-    "sdar_moe": ("sdar_moe", "qwen3_moe"),
-    "qwen3": ("qwen3", "sdar"),
-    "sdar": ("sdar", "qwen3"),
+    "qwen3_moe": ("qwen3_moe", "sdar_moe", "megatron_dllm"),
+    "sdar_moe": ("sdar_moe", "qwen3_moe", "megatron_dllm"),
+    "qwen3": ("qwen3", "sdar", "megatron_dllm"),
+    "sdar": ("sdar", "qwen3", "megatron_dllm"),
+    "qwen2": ("qwen2", "megatron_dllm"),
+    "llama": ("llama", "megatron_dllm"),
+    "mistral": ("mistral", "megatron_dllm"),
+    "mixtral": ("mixtral", "megatron_dllm"),
+    "megatron_dllm": ("megatron_dllm",),
 }
-DIFFUSION_ARCHITECTURES = ("llada2_moe", "sdar_moe", "sdar")
+DIFFUSION_ARCHITECTURES = ("llada2_moe", "sdar_moe", "sdar", "megatron_dllm")

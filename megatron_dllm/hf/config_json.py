@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_dllm.config import ModelConfig
-from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES, FAMILY_OF_MODEL_TYPE
+from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES, FAMILY_OF_MODEL_TYPE, LACKING
 from megatron_dllm.hf.config_meaning import canonical
 from megatron_dllm.hf.config_sizes import read_dtype, read_sizes, refuse_scaled_rope
 from megatron_dllm.hf.config_values import ConfigValues, brief
-from megatron_dllm.hf.serving import SGLANG
+from megatron_dllm.hf.known_keys import refuse_unknown_keys
+from megatron_dllm.hf.serving import usual_block_size
+from megatron_dllm.hf.sliding_window import refuse_window
 from megatron_dllm.hf.tokenizer_folder import GENERATION_FILE
 from megatron_dllm.run.files import read_json_object, refuse_dead_link
 
@@ -39,7 +41,7 @@ class SourceConfig:
         """Tokens denoised together: what the file says, else SGLang's class; 1 for an autoregressive model."""
         if not self.is_diffusion:
             return 1
-        return self.block_size or SGLANG[self.model.family].block_size
+        return self.block_size or usual_block_size(self.model.family)
 
 
 def read_hf_config(folder: Path) -> SourceConfig:
@@ -90,6 +92,8 @@ def from_hf_config(config: dict[str, Any], source: str = "config.json") -> Sourc
     refuse_scaled_rope(config, source)
     reader = ConfigValues(canonical(config, source), source)
     model = read_sizes(reader, family)
+    refuse_window(config, model, source)
+    refuse_unknown_keys(reader, family)
     is_diffusion = family in DIFFUSION_ARCHITECTURES
     longest = model.max_position_embeddings
     block_size = _block_size(reader, longest) if is_diffusion else None
@@ -104,6 +108,11 @@ def _family(config: dict[str, Any], source: str) -> str:
         raise ValueError(f"{source}: architectures ({brief(classes)}) must be a list of names.")
     if model_type is None:
         return _family_of_class(classes, source)
+    if isinstance(model_type, str) and model_type in LACKING:
+        raise ValueError(
+            f"{source}: model_type ({model_type}) is not converted: it has {LACKING[model_type]}, which our model "
+            f"lacks; convert one of {', '.join(FAMILY_OF_MODEL_TYPE)}."
+        )
     if not isinstance(model_type, str) or model_type not in FAMILY_OF_MODEL_TYPE:
         raise ValueError(
             f"{source}: model_type ({brief(model_type)}) is not known; known are {', '.join(FAMILY_OF_MODEL_TYPE)}."

@@ -82,6 +82,11 @@ def meaning(config: Mapping[str, Any], source: str = "config.json") -> dict[str,
     return stated
 
 
+def common_name(key: str) -> str:
+    """Our name of a setting, by any of its spellings."""
+    return next((name for name, others in SPELLINGS.items() if key in others), key)
+
+
 def has_full_attention(layer_types: Any) -> bool:
     """Whether a config.json's layer_types says what its absence says: no layer has a window."""
     return layer_types is None or (isinstance(layer_types, list) and all(kind == _FULL for kind in layer_types))

@@ -8,13 +8,15 @@ from typing import Any
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_meaning import has_full_attention
 from megatron_dllm.hf.config_values import ConfigValues, brief
+from megatron_dllm.hf.families import read_family
 
 # Settings that change the function and that our model does not have: key -> the only value we can express.
-_MUST_BE = {
+MUST_BE = {
     "use_bias": False,
     "use_qkv_bias": False,
     "attention_bias": False,
     "mlp_bias": False,
+    "use_mrope": False,
     "use_sliding_window": False,
     "norm_head": False,
     "norm_softmax": False,
@@ -58,7 +60,7 @@ def read_sizes(reader: ConfigValues, family: str) -> ModelConfig:
     if family in ("bailing_moe", "llada2_moe"):
         model = _bailing(reader, model)
     else:
-        model = _qwen3(reader, model)
+        model = read_family(reader, model)
     try:
         # Everything but the token ids, which may still come from the tokenizer.
         replace(model, mask_token_id=0, eos_token_id=1, pad_token_id=1).validate()
@@ -108,7 +110,7 @@ def _rope_kind(parameters: dict[str, Any]) -> str:
 
 
 def _refuse_what_we_lack(reader: ConfigValues) -> None:
-    for key, only in _MUST_BE.items():
+    for key, only in MUST_BE.items():
         value = reader.values.get(key, only)
         if value != only:
             remedy = _REMEDY.get(key, "it would change the results silently, so the model is not converted")
@@ -131,7 +133,8 @@ def _common(reader: ConfigValues, family: str) -> ModelConfig:
     theta = reader.get("rope_theta", None, float)
     if theta is None:
         raise ValueError(
-            f"{reader.source} lacks rope_theta; checkpoints of one model differ in it, so it is not guessed."
+            f"{reader.source} lacks rope_theta; checkpoints of one model differ in it, so it is not guessed: add it as "
+            "the model's authors gave it (10000.0 for Llama 1 and 2, whose first files have no such key)."
         )
     return ModelConfig(
         family=family,
@@ -227,37 +230,3 @@ def _shared_size(reader: ConfigValues) -> int:
             f"num_shared_experts x moe_intermediate_size ({number * size}); correct whichever is wrong."
         )
     return number * size
-
-
-def _qwen3(reader: ConfigValues, model: ModelConfig) -> ModelConfig:
-    if _rotary_percent(reader, model.kv_channels) not in (None, 1.0):
-        raise ValueError(
-            f"{reader.source}: partial_rotary_factor and rotary_dim must cover the whole head ({model.kv_channels} "
-            f"features) in a {model.family}; correct them as the model's authors gave them."
-        )
-    return model if model.family in ("qwen3", "sdar") else _qwen3_moe(reader, model)
-
-
-def _qwen3_moe(reader: ConfigValues, model: ModelConfig) -> ModelConfig:
-    step = reader.get("decoder_sparse_step", 1)
-    if step != 1:
-        raise ValueError(
-            f"{reader.source}: decoder_sparse_step ({step}) must be 1: "
-            "our model has dense layers only below its mixture-of-experts layers."
-        )
-    dense = reader.get("mlp_only_layers", [], list)
-    if any(type(layer) is not int for layer in dense) or sorted(dense) != list(range(len(dense))):
-        raise ValueError(
-            f"{reader.source}: mlp_only_layers ({brief(dense)}) must be the lowest layers: our model has dense "
-            "layers only below its mixture-of-experts layers."
-        )
-    return replace(
-        model,
-        num_dense_layers=len(dense),
-        num_moe_experts=_num_experts(reader),
-        moe_ffn_hidden_size=reader.need("moe_intermediate_size"),
-        moe_router_topk=reader.need("num_experts_per_tok"),
-        moe_router_score_function="softmax",
-        moe_router_pre_softmax=not reader.need("norm_topk_prob", bool),
-        moe_router_enable_expert_bias=False,
-    )

@@ -7,7 +7,8 @@ from typing import Any
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, AUTO_MAP, DIFFUSION_ARCHITECTURES
 from megatron_dllm.hf.export_limits import check_architecture
-from megatron_dllm.hf.serving import SGLANG
+from megatron_dllm.hf.families import family_keys
+from megatron_dllm.hf.serving import usual_block_size
 
 
 def to_hf_config(
@@ -23,7 +24,7 @@ def to_hf_config(
         model: the sizes.
         architecture: one of ARCHITECTURES_OF_FAMILY[model.family].
         dtype_name: "bfloat16" or "float32", what the tensors are stored in.
-        block_size: of a diffusion model; None: the one that SGLang's class has.
+        block_size: of a diffusion model; None: the one that its class takes for granted.
         context_length: of the training; None: not stated.
 
     Raises:
@@ -49,9 +50,6 @@ def to_hf_config(
         "tie_word_embeddings": model.tie_word_embeddings,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": model.num_layers,
         "eos_token_id": model.eos_token_id,
         "pad_token_id": model.pad_token_id,
         "torch_dtype": dtype_name,
@@ -59,7 +57,9 @@ def to_hf_config(
     if architecture in ("bailing_moe", "llada2_moe"):
         config |= _bailing_keys(model)
     else:
-        config |= _qwen3_keys(model)
+        config |= family_keys(model, architecture)
+    if "use_sliding_window" in config:
+        config |= {"sliding_window": None, "max_window_layers": model.num_layers}
     if architecture == "llada2_moe":
         config |= {
             "rotary_dim": int(model.kv_channels * model.rotary_percent),
@@ -71,7 +71,7 @@ def to_hf_config(
         config |= {
             "auto_map": AUTO_MAP[architecture],
             "mask_token_id": model.mask_token_id,
-            "block_length": block_size or SGLANG[architecture].block_size,
+            "block_length": block_size or usual_block_size(architecture),
         }
     if context_length is not None:
         # A name that no engine takes for the longest text it may serve, which is max_position_embeddings.
@@ -103,6 +103,7 @@ def _bailing_keys(model: ModelConfig) -> dict[str, Any]:
         "num_nextn_predict_layers": 0,
         "output_router_logits": False,
         "partial_rotary_factor": model.rotary_percent,
+        "use_sliding_window": False,
         "use_bias": False,
         "use_qkv_bias": False,
         "use_qk_norm": model.qk_layernorm,
@@ -110,19 +111,3 @@ def _bailing_keys(model: ModelConfig) -> dict[str, Any]:
         "embedding_dropout": 0.0,
         "output_dropout": 0.0,
     }
-
-
-def _qwen3_keys(model: ModelConfig) -> dict[str, Any]:
-    keys: dict[str, Any] = {"attention_bias": False}
-    if model.is_moe:
-        keys |= {
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": list(range(model.num_dense_layers)),
-            "moe_intermediate_size": model.moe_ffn_hidden_size,
-            "num_experts": model.num_moe_experts,
-            "num_experts_per_tok": model.moe_router_topk,
-            "norm_topk_prob": not model.moe_router_pre_softmax,
-            "output_router_logits": False,
-            "router_aux_loss_coef": 0.0,
-        }
-    return keys

@@ -7,19 +7,10 @@ from typing import Any
 
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, ARCHITECTURES_OF_FAMILY
+from megatron_dllm.hf.families import FAMILIES
 
-_DENSE = ("qwen3", "sdar")
 _BAILING = ("bailing_moe", "llada2_moe")
-# Fields of ModelConfig that Qwen3's classes, and SDAR's, know one value of.
-_QWEN3_ONLY: dict[str, Any] = {"qk_layernorm": True, "rotary_percent": 1.0}
-_QWEN3_MOE_ONLY: dict[str, Any] = {
-    "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False,
-    "moe_shared_expert_intermediate_size": 0,
-    "moe_router_num_groups": 0,
-    "moe_router_topk_scaling_factor": 1.0,
-}
-_BAILING_ONLY: dict[str, Any] = {"moe_router_score_function": "sigmoid"}
+_BAILING_ONLY: dict[str, Any] = {"moe_router_score_function": "sigmoid", "add_qkv_bias": False}
 
 
 def check_architecture(model: ModelConfig, architecture: str) -> None:
@@ -35,28 +26,33 @@ def check_architecture(model: ModelConfig, architecture: str) -> None:
             f"use one of {', '.join(choices)}."
         )
     name = ARCHITECTURE_CLASS[architecture]
-    if model.is_moe == (architecture in _DENSE):
-        layers = "dense" if architecture in _DENSE else "a mixture of experts"
+    has_experts = FAMILIES[architecture].has_experts if architecture in FAMILIES else True
+    if has_experts is not None and model.is_moe != has_experts:
+        layers = "a mixture of experts" if has_experts else "dense"
         raise ValueError(
             f"model.num_moe_experts ({model.num_moe_experts}) has no place in {name}, which is {layers}; "
             "correct model.family in the recipe."
         )
-    for field, only in _only(architecture).items():
+    for field, only in _only(model, architecture).items():
         if (value := getattr(model, field)) != only:
             raise ValueError(
-                f"model.{field} ({value}) must be {only} in {name}: no serving engine has a class that computes "
-                "anything else under these names; megatron_dllm.generate decodes the checkpoint as it is."
+                f"model.{field} ({value}) must be {only} in {name}, which computes nothing else under these names; "
+                f"{_elsewhere(model, architecture)}megatron_dllm.generate decodes the checkpoint as it is."
             )
 
 
-def _only(architecture: str) -> dict[str, Any]:
+def _only(model: ModelConfig, architecture: str) -> dict[str, Any]:
     """Fields of the model that the class knows one value of."""
     if architecture in _BAILING:
         return _BAILING_ONLY
-    if architecture in _DENSE:
-        return _QWEN3_ONLY
-    # Qwen3-MoE may have dense layers below; SDAR's class builds experts in every layer.
-    return _QWEN3_ONLY | _QWEN3_MOE_ONLY | ({"num_dense_layers": 0} if architecture == "sdar_moe" else {})
+    family = FAMILIES[architecture]
+    return {**family.fixed, **(family.fixed_of_experts if model.is_moe else {})}
+
+
+def _elsewhere(model: ModelConfig, architecture: str) -> str:
+    """Which other class may hold the model."""
+    own = "megatron_dllm"
+    return f"use {own}, or " if own in ARCHITECTURES_OF_FAMILY[model.family] and architecture != own else ""
 
 
 def as_exported(model: ModelConfig, architecture: str) -> ModelConfig:

@@ -12,7 +12,7 @@ MLP, M expert MLP, 2M its gate and up, S shared expert MLP, E experts. `{l}` is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_dllm.config import ModelConfig
@@ -27,10 +27,15 @@ EACH, STACKED, FUSED = "each", "stacked", "fused"
 NAMES_OF_FAMILY = {
     "bailing_moe": "bailing",
     "llada2_moe": "bailing",
-    "qwen3_moe": "qwen3",
-    "sdar_moe": "qwen3",
-    "qwen3": "qwen3",
-    "sdar": "qwen3",
+    "qwen3_moe": "llama",
+    "sdar_moe": "llama",
+    "qwen3": "llama",
+    "sdar": "llama",
+    "qwen2": "llama",
+    "llama": "llama",
+    "mistral": "llama",
+    "megatron_dllm": "llama",
+    "mixtral": "mixtral",
 }
 
 
@@ -43,7 +48,7 @@ class Rule:
         mcore: key of the megatron tensor in a torch_dist checkpoint; experts are stacked along dim 0.
         shape: the HF tensor's shape in letters, e.g. "M H".
         place: where its rows go (WHOLE, GATE, ...).
-        when: part of the model it belongs to: model, untied, layer, norms, dense, moe, bias, shared, expert.
+        when: part of the model it belongs to: model, untied, layer, norms, qkv_bias, dense, moe, bias, shared, expert.
     """
 
     hf: str
@@ -55,12 +60,14 @@ class Rule:
 
 _LAYER = "decoder.layers.{l}."
 _QKV = _LAYER + "self_attention.linear_qkv.weight"
+_QKV_BIAS = _LAYER + "self_attention.linear_qkv.bias"
 _FC1, _FC2 = _LAYER + "mlp.linear_fc1.weight", _LAYER + "mlp.linear_fc2.weight"
 _SHARED_FC1 = _LAYER + "mlp.shared_experts.linear_fc1.weight"
 _SHARED_FC2 = _LAYER + "mlp.shared_experts.linear_fc2.weight"
 _EXPERTS_FC1 = _LAYER + "mlp.experts.experts.linear_fc1.weight"
 _EXPERTS_FC2 = _LAYER + "mlp.experts.experts.linear_fc2.weight"
 
+_GATE_NAME = "model.layers.{l}.mlp.gate.weight"
 _COMMON = (
     Rule("model.norm.weight", "decoder.final_layernorm.weight", "H", when="model"),
     Rule("lm_head.weight", "output_layer.weight", "V H", when="untied"),
@@ -69,7 +76,7 @@ _COMMON = (
     Rule("model.layers.{l}.mlp.gate_proj.weight", _FC1, "I H", GATE, "dense"),
     Rule("model.layers.{l}.mlp.up_proj.weight", _FC1, "I H", UP, "dense"),
     Rule("model.layers.{l}.mlp.down_proj.weight", _FC2, "H I", when="dense"),
-    Rule("model.layers.{l}.mlp.gate.weight", _LAYER + "mlp.router.weight", "E H", when="moe"),
+    Rule(_GATE_NAME, _LAYER + "mlp.router.weight", "E H", when="moe"),
 )
 _EXPERTS = (
     Rule("model.layers.{l}.mlp.experts.{e}.gate_proj.weight", _EXPERTS_FC1, "M H", GATE, "expert"),
@@ -88,6 +95,11 @@ _FUSED_EXPERTS = (
     Rule("model.layers.{l}.mlp.experts.down_proj", _EXPERTS_FC2, "E H M", when="moe"),
 )
 _EXPERTS_IN = {EACH: _EXPERTS, STACKED: _STACKED_EXPERTS, FUSED: _FUSED_EXPERTS}
+_MIXTRAL_EXPERTS = (
+    Rule("model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight", _EXPERTS_FC1, "M H", GATE, "expert"),
+    Rule("model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight", _EXPERTS_FC1, "M H", UP, "expert"),
+    Rule("model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight", _EXPERTS_FC2, "H M", when="expert"),
+)
 _BAILING = (
     Rule("model.word_embeddings.weight", "embedding.word_embeddings.weight", "V H", when="model"),
     *_COMMON,
@@ -113,17 +125,30 @@ _BAILING = (
     Rule("model.layers.{l}.mlp.shared_experts.up_proj.weight", _SHARED_FC1, "S H", UP, "shared"),
     Rule("model.layers.{l}.mlp.shared_experts.down_proj.weight", _SHARED_FC2, "H S", when="shared"),
 )
-_QWEN3 = (
+# Llama's names, which Qwen, Mistral and many others took over and added to.
+_LLAMA = (
     Rule("model.embed_tokens.weight", "embedding.word_embeddings.weight", "V H", when="model"),
     *_COMMON,
     Rule("model.layers.{l}.self_attn.q_proj.weight", _QKV, "Q H", QUERY),
     Rule("model.layers.{l}.self_attn.k_proj.weight", _QKV, "K H", KEY),
     Rule("model.layers.{l}.self_attn.v_proj.weight", _QKV, "K H", VALUE),
+    Rule("model.layers.{l}.self_attn.q_proj.bias", _QKV_BIAS, "Q", QUERY, "qkv_bias"),
+    Rule("model.layers.{l}.self_attn.k_proj.bias", _QKV_BIAS, "K", KEY, "qkv_bias"),
+    Rule("model.layers.{l}.self_attn.v_proj.bias", _QKV_BIAS, "K", VALUE, "qkv_bias"),
     Rule("model.layers.{l}.self_attn.q_norm.weight", _LAYER + "self_attention.q_layernorm.weight", "D", when="norms"),
     Rule("model.layers.{l}.self_attn.k_norm.weight", _LAYER + "self_attention.k_layernorm.weight", "D", when="norms"),
     Rule("model.layers.{l}.self_attn.o_proj.weight", _LAYER + "self_attention.linear_proj.weight", "H Q"),
 )
-TABLES = {"bailing": _BAILING, "qwen3": _QWEN3}
+_MIXTRAL = tuple(
+    replace(rule, hf="model.layers.{l}.block_sparse_moe.gate.weight") if rule.hf == _GATE_NAME else rule
+    for rule in _LLAMA
+)
+# The rules of every way to keep experts. Mixtral has names of its own for them, until transformers 5 fuses them.
+TABLES = {
+    "bailing": {form: _BAILING + experts for form, experts in _EXPERTS_IN.items()},
+    "llama": {form: _LLAMA + experts for form, experts in _EXPERTS_IN.items()},
+    "mixtral": {form: _LLAMA + experts for form, experts in _EXPERTS_IN.items()} | {EACH: _MIXTRAL + _MIXTRAL_EXPERTS},
+}
 
 
 @dataclass(frozen=True)
@@ -184,7 +209,7 @@ def weight_map(model: ModelConfig, architecture: str | None = None, experts: str
     hf_shapes: dict[str, tuple[int, ...]] = {}
     mcore_shapes: dict[str, tuple[int, ...]] = {}
     pieces: list[Piece] = []
-    table = TABLES[NAMES_OF_FAMILY[architecture or model.family]] + _EXPERTS_IN[experts]
+    table = TABLES[NAMES_OF_FAMILY[architecture or model.family]][experts]
     for rule, layer, expert in _instances(model, table):
         hf_name = rule.hf.format(l=layer, e=expert)
         hf_shapes[hf_name] = tuple(letters[letter] for letter in rule.shape.split())
@@ -258,6 +283,7 @@ def _applies(rule: Rule, model: ModelConfig, layer: int) -> bool:
     return {
         "layer": True,
         "norms": model.qk_layernorm,
+        "qkv_bias": model.add_qkv_bias,
         "dense": not is_moe,
         "moe": is_moe,
         "expert": is_moe,
@@ -310,7 +336,8 @@ def _place(rule: Rule, hf_name: str, key: str, expert: int, letters: dict[str, i
 
 def _place_attention(rule: Rule, hf_name: str, key: str, letters: dict[str, int]) -> Iterator[Piece]:
     """Megatron keeps, for every query group, its query heads, its key head and its value head together."""
-    head_dim, hidden, groups = letters["D"], letters["H"], letters["NG"]
+    head_dim, groups = letters["D"], letters["NG"]
+    row = tuple(letters[letter] for letter in rule.shape.split()[1:])  # of a bias: one number
     heads_per_group = letters["NH"] // groups
     heads = heads_per_group if rule.place == QUERY else 1
     first_head = {QUERY: 0, KEY: heads_per_group, VALUE: heads_per_group + 1}[rule.place]
@@ -319,4 +346,5 @@ def _place_attention(rule: Rule, hf_name: str, key: str, letters: dict[str, int]
     for group in range(groups):
         hf_row = (base + group * heads) * head_dim
         mcore_row = (group * (heads_per_group + 2) + first_head) * head_dim
-        yield Piece(hf_name, hf_row * hidden, key, (mcore_row, 0), (heads * head_dim, hidden))
+        offsets = (mcore_row,) + (0,) * len(row)
+        yield Piece(hf_name, hf_row * prod(row), key, offsets, (heads * head_dim, *row))

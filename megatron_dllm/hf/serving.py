@@ -32,6 +32,14 @@ SGLANG = {
     "sdar": ServedClass(block_size=4, mask_token_id=151669),
 }
 
+# Of our own class, as long as a file does not say another.
+_OWN_BLOCK_SIZE = 32
+
+
+def usual_block_size(architecture: str) -> int:
+    """Tokens that a diffusion class denoises together where config.json does not say."""
+    return SGLANG[architecture].block_size if architecture in SGLANG else _OWN_BLOCK_SIZE
+
 
 def sglang_differences(architecture: str, block_size: int, mask_token_id: int) -> list[str]:
     """Sentences about what SGLang does otherwise than the training did, each with its remedy; none where all agrees.

@@ -6,7 +6,7 @@ The commands are meant to be typed inside the folder.
 from __future__ import annotations
 
 from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, CODE_OF_ARCHITECTURE, DIFFUSION_ARCHITECTURES
-from megatron_dllm.hf.serving import DLLM_CONFIG, dllm_config, sglang_differences
+from megatron_dllm.hf.serving import DLLM_CONFIG, SGLANG, dllm_config, sglang_differences
 
 _TEXT = 'tokenizer("Once upon a time", return_tensors="pt")'
 _CHAT = (
@@ -37,19 +37,7 @@ A model that is run with `attention_mask=None` lets every token see every other;
 `max_length`, `block_size`, `threshold`, `steps`, `eos_token_id` and a `generation_config`; it refuses other arguments
 by name. A text-generation pipeline samples at temperature 0.7 unless it is told `do_sample=False`.
 
-### SGLang (as 0.5.23 reads a folder)
-
-    python -m sglang.launch_server --model-path . --trust-remote-code \\
-        --dllm-algorithm LowConfidence --dllm-algorithm-config {config_name}
-
-`{config_name}`, in this folder:
-
-```yaml
-{config}```
-
-{differences}
-- LowConfidence ignores temperature, top_p and top_k, and may emit the mask token, which the other two never do.
-
+{engines}
 ### megatron_dllm
 
     python -m megatron_dllm.generate checkpoint=. prompt="Once upon a time"
@@ -61,6 +49,23 @@ follows, and takes the prediction of position i for token i + 1. Its numbers are
 nothing. The bound on the likelihood (ELBO) is what this prints:
 
     python -m megatron_dllm.evaluate checkpoint.load=. data.validation=PREFIX
+"""
+_SGLANG = """### SGLang (as 0.5.23 reads a folder)
+
+    python -m sglang.launch_server --model-path . --trust-remote-code \\
+        --dllm-algorithm LowConfidence --dllm-algorithm-config {config_name}
+
+`{config_name}`, in this folder:
+
+```yaml
+{config}```
+
+{differences}
+- LowConfidence ignores temperature, top_p and top_k, and may emit the mask token, which the other two never do.
+"""
+_NO_ENGINE = """### Serving engines
+
+None has a class for these layers under block diffusion (SGLang 0.5.23, vLLM 0.33.0): `{name}` is code of this folder.
 """
 _AUTOREGRESSIVE = """
 ## Use
@@ -92,10 +97,17 @@ def usage(
     if architecture not in DIFFUSION_ARCHITECTURES:
         name = ARCHITECTURE_CLASS[architecture]
         return _AUTOREGRESSIVE.format(how=_NO_CODE.format(name=name) if architecture == "bailing_moe" else load)
-    differences = sglang_differences(architecture, block_size, mask_token_id)
     return _DIFFUSION.format(
-        block_size=block_size,
-        load=load,
+        block_size=block_size, load=load, engines=_engines(architecture, block_size, mask_token_id)
+    )
+
+
+def _engines(architecture: str, block_size: int, mask_token_id: int) -> str:
+    """How the model is served, and what an engine does otherwise than the training did."""
+    if architecture not in SGLANG:
+        return _NO_ENGINE.format(name=ARCHITECTURE_CLASS[architecture])
+    differences = sglang_differences(architecture, block_size, mask_token_id)
+    return _SGLANG.format(
         config_name=DLLM_CONFIG,
         config=dllm_config(block_size),
         differences="\n".join(f"- **{text}**" for text in differences)

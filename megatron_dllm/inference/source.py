@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_dllm.checkpoint.weights_folder import WeightsFolder, read_weights_folder
 from megatron_dllm.config import GenerateConfig, ModelConfig
 from megatron_dllm.diffusion.decode import DecodingContract
-from megatron_dllm.hf.serving import SGLANG
+from megatron_dllm.hf.architectures import DIFFUSION_ARCHITECTURES
 from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILE
 
 
@@ -67,7 +67,7 @@ def _autoregressive(weights: WeightsFolder) -> str:
     if weights.is_hf:
         return (
             f"{weights.folder}: model_type ({weights.model.family}) predicts the next token, autoregressively; "
-            f"convert it first, or name a folder of {' or '.join(SGLANG)}."
+            f"convert it first, or name a folder of {' or '.join(DIFFUSION_ARCHITECTURES)}."
         )
     return (
         f"{weights.folder}: contract.shift (true) means that it predicts the next token, autoregressively; "

@@ -40,7 +40,7 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths, train
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=model.add_qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # The rotary angles differ from row to row, which the fused kernel does not take.

@@ -102,6 +102,12 @@ def attention_weights(model: ModelConfig, tensor_size: int) -> int:
     return model.hidden_size * (2 * queries + 2 * keys) // tensor_size
 
 
+def _bias_weights(model: ModelConfig, tensor_size: int) -> int:
+    """Elements of the biases of queries, keys and values on one tensor rank."""
+    heads = model.num_attention_heads + 2 * model.num_query_groups
+    return heads * model.kv_channels // tensor_size if model.add_qkv_bias else 0
+
+
 def _norm_weights(model: ModelConfig) -> int:
     return 2 * model.hidden_size + (2 * model.kv_channels if model.qk_layernorm else 0)
 
@@ -110,7 +116,7 @@ def rank_weights(model: ModelConfig, layout: ParallelConfig, rank: PipelineRank)
     """Elements that a pipeline rank holds, alike on all its tensor, expert and data ranks."""
     tp = layout.tensor_model_parallel_size
     hidden = model.hidden_size
-    dense = rank.num_layers * (attention_weights(model, tp) + _norm_weights(model))
+    dense = rank.num_layers * (attention_weights(model, tp) + _bias_weights(model, tp) + _norm_weights(model))
     dense += rank.num_dense * 3 * hidden * model.ffn_hidden_size // tp
     shared = 3 * hidden * model.moe_shared_expert_intermediate_size // tp
     dense += rank.num_moe * (shared + model.num_moe_experts * hidden)

@@ -130,6 +130,50 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rotar
     return output.transpose(1, 2).flatten(2)
 
 
+class GroupedAttention(nn.Module):
+    """Grouped-query attention; queries and keys may be normalised per head, and the three projections have biases."""
+
+    def __init__(self, layer: int, hidden_size: int, num_heads: int, num_groups: int, head_dim: int, eps: float,
+                 has_norms: bool = True, has_bias: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = head_dim
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=has_bias)
+        self.k_proj = nn.Linear(hidden_size, num_groups * head_dim, bias=has_bias)
+        self.v_proj = nn.Linear(hidden_size, num_groups * head_dim, bias=has_bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q_norm = RMSNorm(head_dim, eps) if has_norms else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, eps) if has_norms else nn.Identity()
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor],
+                cache: BlockCache | None) -> Tensor:
+        """Attend from `hidden` [b, n, h] to itself and the cache; the other arguments are those of `attend`."""
+        query, key, value = (project(hidden).unflatten(-1, (-1, self.head_dim))
+                             for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(attend(self.q_norm(query), self.k_norm(key), value, mask, rotary, cache, self.layer))
+
+
+class SoftmaxExperts(nn.Module):
+    """Experts chosen by a softmax router, in fp32."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, num_chosen: int,
+                 is_normalised: bool) -> None:
+        super().__init__()
+        self.num_chosen = num_chosen
+        self.is_normalised = is_normalised
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False)
+        self.experts = nn.ModuleList(GatedMLP(hidden_size, intermediate_size) for _ in range(num_experts))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map `hidden` [b, n, h] to the same shape."""
+        tokens = hidden.flatten(0, 1)
+        scores = F.linear(tokens.float(), self.gate.weight.float()).softmax(dim=-1)
+        weights, expert_ids = scores.topk(self.num_chosen, dim=-1)
+        if self.is_normalised:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return run_experts(tokens, expert_ids, weights, self.experts).view_as(hidden)
+
+
 def run_experts(tokens: Tensor, expert_ids: Tensor, weights: Tensor, experts: Sequence[nn.Module]) -> Tensor:
     """The weighted sum of every token's experts; each expert runs once, on its own tokens.
 

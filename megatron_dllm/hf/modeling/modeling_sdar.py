@@ -6,57 +6,12 @@ input holds the mask token. Shapes: b batch, n tokens of this call, h hidden, d 
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .block_diffusion_generation import BlockGenerationMixin
-from .block_diffusion_layers import BlockCache, GatedMLP, RMSNorm, attend, run_experts
+from .block_diffusion_layers import BlockCache, GatedMLP, GroupedAttention, RMSNorm, SoftmaxExperts
 from .block_diffusion_model import BlockDiffusionLM, BlockDiffusionModel
 from .configuration_sdar import SDARConfig, SDARMoeConfig
-
-
-class SDARSparseMoeBlock(nn.Module):
-    """Experts chosen by a softmax router, in fp32."""
-
-    def __init__(self, config: SDARMoeConfig) -> None:
-        super().__init__()
-        self.num_chosen = config.num_experts_per_tok
-        self.is_normalised = config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(GatedMLP(config.hidden_size, config.moe_intermediate_size)
-                                     for _ in range(config.num_experts))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Map `hidden` [b, n, h] to the same shape."""
-        tokens = hidden.flatten(0, 1)
-        scores = F.linear(tokens.float(), self.gate.weight.float()).softmax(dim=-1)
-        weights, expert_ids = scores.topk(self.num_chosen, dim=-1)
-        if self.is_normalised:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return run_experts(tokens, expert_ids, weights, self.experts).view_as(hidden)
-
-
-class SDARAttention(nn.Module):
-    """Grouped-query attention with normalised queries and keys; rotary embedding on the whole of each head."""
-
-    def __init__(self, config: SDARConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.head_dim = config.head_dim
-        heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, groups * size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, groups * size, bias=False)
-        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(size, config.rms_norm_eps)
-        self.k_norm = RMSNorm(size, config.rms_norm_eps)
-
-    def forward(self, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor],
-                cache: BlockCache | None) -> Tensor:
-        """Attend from `hidden` [b, n, h] to itself and the cache; the other arguments are those of `attend`."""
-        query, key, value = (project(hidden).unflatten(-1, (-1, self.head_dim))
-                             for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(self.q_norm(query), self.k_norm(key), value, mask, rotary, cache, self.layer))
 
 
 class SDARDecoderLayer(nn.Module):
@@ -64,7 +19,8 @@ class SDARDecoderLayer(nn.Module):
 
     def __init__(self, config: SDARConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = SDARAttention(config, layer)
+        self.self_attn = GroupedAttention(layer, config.hidden_size, config.num_attention_heads,
+                                          config.num_key_value_heads, config.head_dim, config.rms_norm_eps)
         self.mlp = self.make_mlp(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -87,7 +43,8 @@ class SDARMoeDecoderLayer(SDARDecoderLayer):
     @staticmethod
     def make_mlp(config: SDARMoeConfig) -> nn.Module:
         """What follows the attention."""
-        return SDARSparseMoeBlock(config)
+        return SoftmaxExperts(config.hidden_size, config.moe_intermediate_size, config.num_experts,
+                              config.num_experts_per_tok, config.norm_topk_prob)
 
 
 class SDARModel(BlockDiffusionModel):

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_dllm.hf.architectures import ARCHITECTURES_OF_FAMILY
 from megatron_dllm.hf.export_limits import as_exported, check_architecture
-from tests.tiny_models import LING, MODELS, QWEN3, QWEN3_MOE
+from tests.tiny_models import LING, LLAMA, MIXTRAL, MODELS, QWEN3, QWEN3_MOE
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -36,6 +36,13 @@ def test_every_family_fits_its_architectures(name: str) -> None:
         (QWEN3_MOE, {"num_moe_experts": 0}, "sdar_moe", r"num_moe_experts \(0\) has no place in SDARMoeForCausalLM"),
         (QWEN3, {"rotary_percent": 0.5}, "sdar", r"rotary_percent \(0.5\) must be 1.0 in SDARForCausalLM"),
         (QWEN3, {"qk_layernorm": False}, "qwen3", r"qk_layernorm \(False\) must be True"),
+        (QWEN3, {"qk_layernorm": False}, "sdar", "which computes nothing else .* use megatron_dllm, or"),
+        (QWEN3, {"add_qkv_bias": True}, "sdar", r"add_qkv_bias \(True\) must be False in SDARForCausalLM"),
+        (MODELS["qwen2"], {"add_qkv_bias": False}, "qwen2", r"add_qkv_bias \(False\) must be True in Qwen2ForCausalLM"),
+        (LLAMA, {"rotary_percent": 0.5}, "llama", r"rotary_percent \(0.5\) must be 1.0 in LlamaForCausalLM"),
+        (LLAMA, {}, "sdar", r"architecture \(sdar\) has other tensors .* use one of llama, megatron_dllm"),
+        (MIXTRAL, {"moe_router_pre_softmax": True}, "mixtral", "moe_router_pre_softmax"),
+        (MIXTRAL, {"num_dense_layers": 1}, "mixtral", r"num_dense_layers \(1\) must be 0 in MixtralForCausalLM"),
         (
             QWEN3,
             {"num_moe_experts": 4},

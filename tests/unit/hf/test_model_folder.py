@@ -104,6 +104,6 @@ def test_a_configuration_without_model_type_is_known_by_its_class(tmp_path: Path
     del config["model_type"]
     path.write_text(json.dumps(config))
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
-    path.write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(ValueError, match=r"lacks model_type, and architectures \(\['LlamaForCausalLM'\]\) names none"):
+    path.write_text(json.dumps(config | {"architectures": ["FalconForCausalLM"]}))
+    with pytest.raises(ValueError, match=r"lacks model_type, and architectures \(\['FalconForCausalLM'\]\) names none"):
         hf_to_mcore.convert(tmp_path / "hf", tmp_path / "other")

@@ -33,3 +33,9 @@ def test_an_autoregressive_model_is_used_as_such() -> None:
 
 def test_a_folder_without_tokenizer_says_so() -> None:
     assert "has no tokenizer" in usage("sdar", 4, 7, has_chat_template=False, has_tokenizer=False)
+
+
+def test_a_class_of_our_own_is_served_by_no_engine() -> None:
+    text = usage("megatron_dllm", 8, 7, has_chat_template=False)
+    assert "trust_remote_code=True" in text and "### Serving engines\n\nNone has a class" in text
+    assert "sglang.launch_server" not in text and "dllm_algorithm" not in text
