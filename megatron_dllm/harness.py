@@ -47,6 +47,7 @@ from megatron_dllm.config.harness import HarnessConfig
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
 from megatron_dllm.evaluation.request import Request, open_config, open_target, open_weights, settle
+from megatron_dllm.evaluation.task_results import metrics_of
 from megatron_dllm.run.files import parents_made, write_text
 from megatron_dllm.run.names import HARNESS
 from megatron_dllm.run.place import is_rank_zero, world_size
@@ -193,16 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(results: dict[str, Any]) -> None:
     """Print the metrics of every task, and how many decisions are too close to call."""
     table = Table("task", "metric", "value", "error", "unsure")
-    for task, metrics in results["results"].items():
-        unsure = results["decisions"].get(task)
-        for name, value in metrics.items():
-            metric, _, rest = name.partition(",")
-            if not rest or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = metrics.get(f"{metric}_stderr,{rest}")
-            shown = f"{error:.4f}" if isinstance(error, float) else "-"
-            share = f"{unsure['num_unsure']} of {unsure['num_questions']}" if unsure and metric == "acc" else "-"
-            table.add_row(task, metric, f"{value:.6g}", shown, share)
+    for metric in metrics_of(results["results"]):
+        unsure = results["decisions"].get(metric.task)
+        shown = "-" if metric.error is None else f"{metric.error:.4f}"
+        share = f"{unsure['num_unsure']} of {unsure['num_questions']}" if unsure and metric.name == "acc" else "-"
+        table.add_row(metric.task, metric.name, f"{metric.value:.6g}", shown, share)
     Console(highlight=False, soft_wrap=True).print(table)
 
 

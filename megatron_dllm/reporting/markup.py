@@ -15,6 +15,11 @@ def figure(image: bytes, caption: str, kind: str = "") -> str:
     )
 
 
+def paragraph(text: str) -> str:
+    """A remark in small letters."""
+    return f'<p class="small">{html.escape(text)}</p>'
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A table of texts."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)

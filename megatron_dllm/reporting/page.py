@@ -12,6 +12,7 @@ from megatron_dllm.checkpoint.folder import latest_checkpoint
 from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.reporting import pictures
 from megatron_dllm.reporting.answers import answers_section, read_answers
+from megatron_dllm.reporting.comparison import comparison_section, models_of_chain
 from megatron_dllm.reporting.example_row import example_row
 from megatron_dllm.reporting.held_out import measured_on
 from megatron_dllm.reporting.history import Command, Duration, History, Run, Track, commit_of
@@ -51,6 +52,7 @@ def page(history: History, lines: Sequence[Result]) -> str:
         *(part for track in reversed(history.tracks) for part in _track(track, history)),
         *answers_section(read_answers(history)),
         *study_section(read_study_files(history)),
+        *comparison_section(models_of_chain(history)),
         *_samples(history.samples),
         *_durations(history.durations),
     ]

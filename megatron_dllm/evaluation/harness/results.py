@@ -14,10 +14,10 @@ from megatron_dllm.data.tokenizer import tokenizer_fingerprint
 from megatron_dllm.evaluation.harness.model import Scored
 from megatron_dllm.evaluation.likelihood import decide
 from megatron_dllm.evaluation.request import Request
+from megatron_dllm.evaluation.task_results import FORMAT
 from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
 from megatron_dllm.run.code_version import commit
 
-_FORMAT = 1
 # Of what the harness returns, what says how a task was asked and what came of it.
 _KEPT = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
@@ -82,7 +82,7 @@ def results_of(found: dict[str, Any], scored: Iterable[Scored], settings: dict[s
         settings: from `settings_of`.
     """
     kept = {name: found[name] for name in _KEPT if name in found}
-    content = {"format": _FORMAT, "settings": settings, **kept, "decisions": decisions(scored)}
+    content = {"format": FORMAT, "settings": settings, **kept, "decisions": decisions(scored)}
     if "samples" in found:
         content["samples"] = found["samples"]
     return content
