@@ -21,7 +21,7 @@ from megatron_dllm.data.packing import LENGTH, RowStream
 from megatron_dllm.data.row import Row, build_row
 from megatron_dllm.data.row_tokens import RowContent
 from megatron_dllm.diffusion.context_deal import deal_row, load_ratio
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.diffusion.roles import visible_keys
 
 VOCAB_SIZE, MASK = 1000, 0

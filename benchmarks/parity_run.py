@@ -148,7 +148,7 @@ def _check_skipping(chunks: list[nn.Module], expected: bool) -> None:
 def _loader(config: TrainConfig, groups: Any) -> Iterator[Any]:
     from megatron_dllm.data.geometry import RowGeometry
     from megatron_dllm.data.loader import BatchLoader, RowDataset
-    from megatron_dllm.diffusion.noise import NoiseSpec
+    from megatron_dllm.diffusion.noise_spec import NoiseSpec
     from megatron_dllm.training.blends import stage_shares
     from megatron_dllm.training.sources import Sources
     from megatron_dllm.training.start import new_stream

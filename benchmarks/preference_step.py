@@ -26,7 +26,7 @@ from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.data.packing import RowPlan, row_forward_tokens
 from megatron_dllm.data.spans import MASKABLE, Spans
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.objective import objective_of
 from megatron_dllm.training.weighing import FrozenReference, Reference, weigh_batches
 

@@ -34,7 +34,7 @@ from megatron_dllm.data.packing import RowPlan, RowStream, estimate_fill
 from megatron_dllm.data.reading import RawDocument
 from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.data.stdlib_corpus import save_tokenizer, train_tokenizer
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.objective import objective_of
 
 VIEWS, EOS, PAD, MASK = 2, 0, 1, 2

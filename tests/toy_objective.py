@@ -6,7 +6,7 @@ from megatron_dllm.config import NoiseConfig, StageConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.step_sums import token_sums
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.objective import MicroLoss, Objective
 
 LAMBDA = 0.1

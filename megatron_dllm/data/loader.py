@@ -23,7 +23,7 @@ from megatron_dllm.data.row import Row, build_row
 from megatron_dllm.data.row_tokens import RowContent
 from megatron_dllm.data.source import Documents
 from megatron_dllm.data.spans import segment_spans
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 
 
 class RowSequence(Protocol):

@@ -24,7 +24,7 @@ from megatron_dllm.data.packing import LENGTH, RowPlan
 from megatron_dllm.data.row_noise import RowNoise, draw_row_noise, row_key
 from megatron_dllm.data.row_tokens import CopyTokens, NoisyTokens, RowContent, RowTokens, collect_tokens
 from megatron_dllm.data.spans import MASKABLE
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.diffusion.roles import PADDING_DOC
 
 IntArray = NDArray[np.int64]

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from megatron_dllm.data.packing import ORDINAL, RowPlan
 from megatron_dllm.data.row_tokens import NoisyTokens, RowContent
 from megatron_dllm.data.shuffle import mix_key
-from megatron_dllm.diffusion.noise import NoiseSpec, sample_noise
+from megatron_dllm.diffusion.noise import sample_noise
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]

@@ -1,7 +1,7 @@
 """Views that leave nothing to chance, for scores of given tokens.
 
 enumerated     the views show every mask of a block once. With t uniform on [0, 1] a mask of m of the block's n tokens
-               has the weight 1 / (m C(n, m)) (see `diffusion.noise`), so their weighted sum is the ELBO itself
+               has the weight 1 / (m C(n, m)) (see `diffusion.noise_masks`), so their weighted sum is the ELBO itself
 left_to_right  view j shows the first j - 1 tokens of a block and is scored on the j-th: the log-likelihood of the
                sampler that writes one token at a time, which may lie above or below the ELBO
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from megatron_dllm.checkpoint.validation import Conditions
 from megatron_dllm.config import SftConfig, TrainConfig
 from megatron_dllm.data.source import Source
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 
 # Of the choice of documents, of their rows and of the noise.
 SEED = 0

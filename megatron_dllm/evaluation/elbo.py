@@ -3,7 +3,7 @@
 The rows and the noise are the same for every checkpoint, so differences between checkpoints are differences between
 models. Chats have the rows that they are trained in, with their fill and the boundaries of their turns; a token of the
 fill counts as one of an answer does. The mask count of each block is drawn evenly from 1..B, which estimates the ELBO
-over all noise levels without bias and with less variance than drawing t (see `diffusion.noise`).
+over all noise levels without bias and with less variance than drawing t (see `diffusion.noise_masks`).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from megatron_dllm.config.likelihood import (
     LikelihoodConfig,
 )
 from megatron_dllm.diffusion import exact_views
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.evaluation.continuations import Continuation
 
 

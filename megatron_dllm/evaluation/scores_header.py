@@ -24,7 +24,7 @@ class ScoresHeader:
         fill: what fills the last block of an answer.
         turn_boundary: what an answer's block shows beside it.
         precision: of the model.
-        noise: fields of `diffusion.noise.NoiseSpec`, the number of views among them.
+        noise: fields of `diffusion.noise_spec.NoiseSpec`, the number of views among them.
         num_documents: of the corpus.
         num_epochs: passes over it that are scored, from the first one on.
     """

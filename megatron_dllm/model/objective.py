@@ -29,7 +29,7 @@ from megatron_dllm.diffusion.losses.nll import weighted_nll
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.preference import PreferenceRule, weigh_pairs
 from megatron_dllm.diffusion.losses.step_sums import StepSums, token_sums
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 
 AR = "ar"
 # The largest reward margin, beta times the margin, of a run that starts from its reference: scores that were computed

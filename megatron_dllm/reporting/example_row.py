@@ -15,7 +15,7 @@ from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.data.packing import LENGTH, RowStream
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.reporting.history import Run
 
 _ROWS_LOOKED_AT = 64

@@ -11,7 +11,7 @@ from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.rules import check
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.diffusion.block_schedule import BlockSchedule
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.evaluation.scores_file import check_content, open_scores
 from megatron_dllm.evaluation.scores_header import ScoresHeader, check_header
 from megatron_dllm.training.sources import Sources

@@ -34,7 +34,7 @@ from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.data.packing import RowPlan
 from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.diffusion.decode import DecodingContract, decode
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.diffusion.roles import VIEW
 from megatron_dllm.evaluation.conditions import SEED
 from megatron_dllm.evaluation.elbo import evaluate

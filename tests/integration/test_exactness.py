@@ -23,7 +23,7 @@ from megatron_dllm.config import (
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.data.spans import MASKABLE, Spans
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.parallel.groups import Groups
 from tests.reference_model import random_weights, tiny_model, to_megatron
 

@@ -18,7 +18,7 @@ from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.data.packing import RowPlan
 from megatron_dllm.data.spans import MASKABLE, Spans
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.evaluation.scores import score_documents
 from megatron_dllm.model.objective import Objective, objective_of
 from megatron_dllm.parallel.groups import Groups

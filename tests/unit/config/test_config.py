@@ -23,7 +23,7 @@ from megatron_dllm.config import (
     TrainingConfig,
 )
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from tests.unit.config.configs import layout_config, model_config, refusal_of, stage_config, train_config
 
 # ---- the model ---------------------------------------------------------------------------------

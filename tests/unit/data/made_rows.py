@@ -12,7 +12,7 @@ from megatron_dllm.data.row import Row, build_row, lay_out_row
 from megatron_dllm.data.row_noise import RowNoise
 from megatron_dllm.data.row_tokens import RowContent, collect_tokens
 from megatron_dllm.data.spans import Spans
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 
 MASK, PAD, EOS = 99, 98, 97
 

@@ -12,7 +12,7 @@ from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import RowDataset
 from megatron_dllm.data.packing import DOCUMENT, LENGTH, RowPlan, RowStream
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from tests.unit.data.made_sources import MadeSource
 
 GEOMETRY = RowGeometry("block_diffusion", 4, 16, 48, 1)

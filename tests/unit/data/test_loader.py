@@ -19,7 +19,7 @@ from megatron_dllm.data.memory_source import MemorySource
 from megatron_dllm.data.packing import RowStream
 from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.data.spans_file import write_spans
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from tests.unit.data.conftest import MASK, PAD, random_documents
 from tests.unit.data.random_spans import expected_kinds, random_spans
 

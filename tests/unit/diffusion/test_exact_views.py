@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_dllm.diffusion.exact_views import ENUMERATED, LEFT_TO_RIGHT, exact_views
-from megatron_dllm.diffusion.noise import NoiseSpec, sample_noise
+from megatron_dllm.diffusion.noise import sample_noise
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 
 
 def test_two_blocks_by_hand() -> None:

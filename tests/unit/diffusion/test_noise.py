@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_dllm.config import NoiseConfig, StageConfig
-from megatron_dllm.diffusion.noise import NoiseSpec, SegmentNoise, _first_masked, sample_noise
+from megatron_dllm.diffusion.noise import SegmentNoise, sample_noise
+from megatron_dllm.diffusion.noise_masks import first_masked
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 
 SINGLE = NoiseSpec(
     t_unit="block", is_stratified=True, at_least_one=True, loss_weight="elbo", t_min=0.0, t_max=1.0, num_views=1
@@ -144,7 +146,7 @@ def test_distribution_of_masks_given_t(at_least_one):
 def test_first_masked_token_inverts_the_truncated_geometric(t, size):
     grid = 20_000
     u = (np.arange(grid) + 0.5) / grid
-    first = _first_masked(np.full(grid, t), u, np.full(grid, size))
+    first = first_masked(np.full(grid, t), u, np.full(grid, size))
     if t == 0.0:
         expected = np.full(size, 1 / size)
     else:

@@ -9,7 +9,10 @@ from math import comb
 import numpy as np
 import pytest
 
-from megatron_dllm.diffusion.noise import NoiseSpec, SegmentNoise, _Blocks, _count_mask, sample_noise
+from megatron_dllm.diffusion.noise import SegmentNoise, sample_noise
+from megatron_dllm.diffusion.noise_masks import count_mask
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
+from megatron_dllm.diffusion.segment_blocks import SegmentBlocks
 from tests.unit.diffusion.test_noise import (
     COUNT,
     PAIR,
@@ -168,8 +171,8 @@ def test_four_forms_of_the_elbo_are_equal(size: int) -> None:
 def every_count_mask(size: int, count: int) -> np.ndarray:
     """[size!, size] the masks of `count` tokens that the code draws, one for every order of its random numbers."""
     orders = np.array(list(itertools.permutations(range(size))), dtype=float)
-    blocks = _Blocks.group(np.repeat(np.arange(len(orders)), size))
-    return _count_mask(np.full(len(orders), count), orders.flatten(), blocks).reshape(-1, size)
+    blocks = SegmentBlocks.group(np.repeat(np.arange(len(orders)), size))
+    return count_mask(np.full(len(orders), count), orders.flatten(), blocks).reshape(-1, size)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

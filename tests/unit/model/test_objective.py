@@ -8,7 +8,7 @@ import torch
 
 from megatron_dllm.config import CapConfig, NoiseConfig, SftConfig, StageConfig
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-from megatron_dllm.diffusion.noise import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.head import target_cross_entropy
 from megatron_dllm.model.objective import Objective, objective_of, token_loss, validation_objective
 from tests.reference_model import tiny_model
