@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from megatron_dllm.config.blend import blend_parts
 from megatron_dllm.config.cap import CapConfig
+from megatron_dllm.config.levels import check_levels
 from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.preference import PreferenceConfig
 from megatron_dllm.config.rules import (
@@ -57,6 +58,22 @@ class StageConfig:
     t_min: float = 0.001
     # Largest noise level.
     t_max: float = 1.0
+    # How levels lie between t_min and t_max: uniform, or bell (more of them in the middle). The loss stays the same
+    # bound on average: a level's loss is divided by its density.
+    t_density: str = "uniform"
+    # Level about which a bell is highest.
+    t_bell_center: float = 0.5
+    # Scale of a bell, a logistic distribution whose standard deviation is 1.8 times this; at 0.15 levels at the ends of
+    # [0, 1] weigh up to 4.2, at 0.1 up to 15.
+    t_bell_width: float = 0.15
+    # Largest noise level of the stage's first step, from where it rises to t_max along a line; null: t_max throughout.
+    t_max_start: float | None = None
+    # Share of the stage's document tokens over which t_max rises.
+    t_max_ramp_share: float = 0.0
+    # Above 0, later tokens of a block stay masked longer, below 0 earlier ones, and the loss stays a bound: token i of
+    # n is masked with probability t^g and weighs g/t, g = exp(-order_bias (i/(n-1) - 1/2)). 0: all alike. Up to 1.38 in
+    # size t_min may be 0; beyond that the loss then has no finite variance.
+    order_bias: float = 0.0
     # Weight of a masked token's NLL: elbo (1/t: a bound), uniform (1), realised (block size / masked tokens).
     loss_weight: str = "elbo"
     # Every block of a view has a masked token; the weight is corrected so the ELBO stays unbiased.
@@ -213,6 +230,7 @@ class StageConfig:
             f"{prefix}.t_min, t_max ({self.t_min}, {self.t_max}) must be symmetric about 0.5 with complementary "
             f"masking, since the second view's mask ratio is 1 - t; use t_max = {1.0 - self.t_min:g}.",
         )
+        check_levels(prefix, self)
         check(
             self.is_shifted == (self.objective == "ar"),
             f"{prefix}.shift ({str(self.is_shifted).lower()}) is not built for objective {self.objective}, in which "

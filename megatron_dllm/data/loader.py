@@ -8,8 +8,8 @@ all rows, which is cheap, and reads and builds only its own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -121,6 +121,7 @@ class BatchLoader:
         data_parallel_size: ranks that read different rows.
         num_workers: processes that build rows; 0: this one does.
         num_rows: end after so many rows (validation); rows of padding complete the last step. None: no end.
+        progress: the share of the stage that is done so many document tokens behind `stream`; None: all of it.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class BatchLoader:
         data_parallel_size: int = 1,
         num_workers: int = 0,
         num_rows: int | None = None,
+        progress: Callable[[int], float] | None = None,
     ) -> None:
         assert global_batch_size > 0 and global_batch_size % (micro_batch_size * data_parallel_size) == 0, (
             f"global_batch_size ({global_batch_size}) must be a multiple of micro_batch_size x data parallel size "
@@ -143,6 +145,7 @@ class BatchLoader:
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
         self._num_workers, self._num_rows = num_workers, num_rows
+        self._progress = progress or (lambda _: 1.0)
         self._num_micro_batches = global_batch_size // (micro_batch_size * data_parallel_size)
 
     @property
@@ -173,14 +176,17 @@ class BatchLoader:
 
     def _plans(self, stream: RowSequence, planned: deque[tuple[dict[str, Any], int, int]]) -> Iterator[list[RowPlan]]:
         """This rank's micro-batches of plans; state and tokens of every step are queued before its first one."""
-        rows_left = self._num_rows
+        rows_left, done = self._num_rows, 0
         padding = RowPlan(segments=np.zeros((0, 4), dtype=np.int64), epoch=0)
         while rows_left is None or rows_left > 0:
             num_rows = self._global_batch_size if rows_left is None else min(rows_left, self._global_batch_size)
-            rows = [stream.next(self._dataset.geometry) for _ in range(num_rows)]
+            progress = self._progress(done)
+            rows = [replace(stream.next(self._dataset.geometry), progress=progress) for _ in range(num_rows)]
             rows += [padding] * (self._global_batch_size - num_rows)
             counts = np.array([self._count(row) for row in rows])
-            planned.append((stream.state_dict(), *counts.sum(axis=0).tolist()))
+            document_tokens, forward_tokens = counts.sum(axis=0).tolist()
+            planned.append((stream.state_dict(), document_tokens, forward_tokens))
+            done += document_tokens
             for index in range(self._num_micro_batches):
                 first = (index * self._size + self._rank) * self._micro_batch_size
                 yield rows[first : first + self._micro_batch_size]

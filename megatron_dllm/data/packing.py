@@ -47,10 +47,12 @@ class RowPlan:
         segments: [p, 4] int64 (document, offset, length, ordinal) in the order they stand in the row;
             `ordinal` counts the segments of the epoch in shuffled order.
         epoch: pass over the corpus, from 0.
+        progress: share of the stage that was done before the row's global batch.
     """
 
     segments: Segments
     epoch: int
+    progress: float = 1.0
 
 
 def split_segments(segments: Segments, context_length: int) -> Segments:

@@ -39,6 +39,7 @@ def row_key(plan: RowPlan, content: RowContent) -> int:
 
 def draw_row_noise(plan: RowPlan, content: RowContent, tokens: NoisyTokens, noise: NoiseSpec, seed: int) -> RowNoise:
     """The noise of every segment, joined; each segment has its own, whatever lies beside it."""
+    noise = noise.at(plan.progress)
     shape = (noise.num_views + 1, len(tokens.ids))
     drawn = RowNoise(np.zeros(shape, np.bool_), np.zeros(shape, np.float32), np.zeros(shape, np.float32))
     bounds = np.searchsorted(tokens.segments, np.arange(len(plan.segments) + 1))

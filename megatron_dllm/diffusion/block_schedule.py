@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_dllm.config import ScheduleConfig, StageConfig
+from megatron_dllm.config.levels import warn_levels
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,16 @@ class BlockSchedule:
 
     def warnings(self) -> list[str]:
         """Settings without effect, a sentence each."""
-        return [
+        unused = [
             f"schedule.stages.{stage.name}.final_learning_rate ({stage.config.final_learning_rate:g}) has no effect "
             "with lr_shape constant; use linear or cosine."
             for stage in self.stages
             if stage.config.lr_shape == "constant"
             and stage.config.final_learning_rate not in (None, stage.config.learning_rate)
         ]
+        for stage in self.stages:
+            unused += warn_levels(f"schedule.stages.{stage.name}", stage.config)
+        return unused
 
     @property
     def total_tokens(self) -> int:
@@ -281,12 +285,20 @@ def format_table(rows: Sequence[StageRow]) -> str:
     )
 
 
+def _levels(config: StageConfig) -> str:
+    """Range, density and order of a stage's noise."""
+    start = "" if config.t_max_start is None else f"{config.t_max_start:g}->"
+    density = "" if config.t_density == "uniform" else f" {config.t_density}"
+    order = f" order {config.order_bias:g}" if config.order_bias else ""
+    return f"{config.t_min:g}..{start}{config.t_max:g}{density}{order}"
+
+
 def _cells(row: StageRow) -> list[str]:
     stage, config = row.stage, row.stage.config
     rate = f"{config.learning_rate:g}"
     if config.lr_shape != "constant" and config.final_learning_rate is not None:
         rate += f" -> {config.final_learning_rate:g} {config.lr_shape}"
-    noise = "-" if config.objective == "ar" else f"{config.t_min:g}..{config.t_max:g}"
+    noise = "-" if config.objective == "ar" else _levels(config)
     if config.num_noisy_copies > 1:
         noise += f" x{config.num_views} {config.view_relation}"
     tokens = f"{stage.end - stage.start:,}" + (f" = {config.num_epochs:g} epochs" if config.num_epochs else "")

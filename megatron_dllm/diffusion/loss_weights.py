@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dllm.diffusion.block_order import order_weights
+from megatron_dllm.diffusion.level_density import density_weights
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.diffusion.segment_blocks import SegmentBlocks
 
@@ -12,18 +14,39 @@ from megatron_dllm.diffusion.segment_blocks import SegmentBlocks
 def view_weights(
     spec: NoiseSpec, views: NDArray[np.bool_], levels: NDArray[np.float64], blocks: SegmentBlocks
 ) -> NDArray[np.float64]:
-    """Loss weights that a masked token would have, broadcastable to [k, m]."""
+    """Loss weights that a masked token would have, broadcastable to [k, m].
+
+    Args:
+        spec: of the stage.
+        views: [k, m] bool masks.
+        levels: [k, c] float64 noise levels.
+        blocks: of the segment.
+    """
     if spec.loss_weight == "uniform":
         return np.ones(1)
     if spec.loss_weight == "realised":
-        return _realised_weights(spec, views, blocks)
+        weights = _realised_weights(spec, views, blocks)
+    elif spec.order_bias:
+        tilted = [order_weights(spec.order_bias, t, blocks, at_least_one=spec.at_least_one) for t in levels]
+        weights = np.stack(tilted)
+    else:
+        weights = _elbo_weights(spec, levels, blocks)[:, blocks.of_token]
+    if spec.t_density == "uniform":
+        return weights
+    # The second view of a pair has the complement of the level that was drawn, not a draw of its own.
+    drawn = np.repeat(levels[::2], 2, axis=0) if spec.is_complementary else levels
+    return weights * density_weights(spec, drawn)[:, blocks.of_token]
+
+
+def _elbo_weights(spec: NoiseSpec, levels: NDArray[np.float64], blocks: SegmentBlocks) -> NDArray[np.float64]:
+    """[k, c] weights of the blocks' tokens, of their noise levels [k, c]."""
     if spec.at_least_one and not spec.is_complementary and not spec.is_count:
-        return _conditioned_weights(levels, blocks.size)[:, blocks.of_token]
+        return _conditioned_weights(levels, blocks.size)
     # Where t is 0 nothing is masked and the weight is not used.
     weights = np.divide(1.0, levels, out=np.zeros_like(levels), where=levels > 0.0)
     if spec.is_count and spec.is_complementary:
         weights = weights * (blocks.size + 1) / blocks.size
-    return weights[:, blocks.of_token]
+    return weights
 
 
 def _conditioned_weights(t: NDArray[np.float64], size: NDArray[np.int64]) -> NDArray[np.float64]:

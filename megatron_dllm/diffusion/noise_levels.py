@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dllm.diffusion.draws import Draws, Purpose
+from megatron_dllm.diffusion.level_density import drawn_levels
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.diffusion.segment_blocks import SegmentBlocks, SegmentKey
 
@@ -60,7 +61,7 @@ def _levels(spec: NoiseSpec, u: FloatArray, blocks: SegmentBlocks) -> FloatArray
         [c] float64: t, or with is_count the share of a block's tokens that will be masked.
     """
     if not spec.is_count:
-        return spec.t_min + (spec.t_max - spec.t_min) * u
+        return drawn_levels(spec, u)
     if spec.is_complementary:  # 0..B: the complement of B tokens is none, and has its share in the ELBO
         return np.minimum((u * (blocks.size + 1)).astype(np.int64), blocks.size) / blocks.size
     return np.minimum(1 + (u * blocks.size).astype(np.int64), blocks.size) / blocks.size

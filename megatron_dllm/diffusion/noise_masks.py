@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dllm.diffusion.block_order import first_masked_of, tilted_levels
 from megatron_dllm.diffusion.draws import Draws, Purpose
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.diffusion.segment_blocks import SegmentBlocks, SegmentKey
@@ -30,11 +31,15 @@ def draw_mask(spec: NoiseSpec, draws: Draws, key: SegmentKey, levels: FloatArray
     uniforms = draws.uniform(Purpose.TOKEN, key.sample_id, len(blocks.of_token))
     if spec.is_count:
         return count_mask(np.rint(levels * blocks.size).astype(np.int64), uniforms, blocks)
-    masked: BoolArray = uniforms < levels[blocks.of_token]
+    probabilities = tilted_levels(spec.order_bias, levels, blocks) if spec.order_bias else levels[blocks.of_token]
+    masked: BoolArray = uniforms < probabilities
     if not spec.at_least_one or spec.is_complementary:
         return masked
     u = draws.uniform(Purpose.FIRST_MASKED, key.sample_id, len(levels))
-    first = first_masked(levels, u, blocks.size)[blocks.of_token]
+    if spec.order_bias:
+        first = first_masked_of(probabilities, u, blocks)[blocks.of_token]
+    else:
+        first = first_masked(levels, u, blocks.size)[blocks.of_token]
     masked = (blocks.rank == first) | ((blocks.rank > first) & masked)
     return masked
 

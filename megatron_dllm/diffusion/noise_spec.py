@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from megatron_dllm.config import NoiseConfig, StageConfig
 from megatron_dllm.config.data import T_UNITS
+from megatron_dllm.config.levels import T_DENSITIES
 from megatron_dllm.config.schedule import LOSS_WEIGHTS, VIEW_RELATIONS
 from megatron_dllm.config.sft import LOSS_PER
 from megatron_dllm.diffusion.exact_views import EXACT_RELATIONS
+
+# Fields that came later: records name them only where they are used, so that those of earlier versions stay comparable.
+_NEWER = ("t_density", "t_bell_center", "t_bell_width", "t_max_start", "t_max_ramp_share", "order_bias")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,12 @@ class NoiseSpec:
         loss_per: "token", or "answer": the weights of an answer's tokens are divided by their number.
         share_levels: segments 2i and 2i + 1, by sample id and by ordinal, draw their levels alike (t_unit "block" and
             "document"); masks stay their own.
+        t_density: how levels lie in their range, see `diffusion.level_density`.
+        t_bell_center: of a bell.
+        t_bell_width: of a bell.
+        t_max_start: largest level at the stage's beginning; None: t_max.
+        t_max_ramp_share: of the stage, over which it rises to t_max.
+        order_bias: which tokens of a block stay masked longer, see `diffusion.block_order`.
     """
 
     t_unit: str
@@ -47,6 +58,12 @@ class NoiseSpec:
     fill_weight: float = 1.0
     loss_per: str = "token"
     share_levels: bool = False
+    t_density: str = "uniform"
+    t_bell_center: float = 0.5
+    t_bell_width: float = 0.15
+    t_max_start: float | None = None
+    t_max_ramp_share: float = 0.0
+    order_bias: float = 0.0
 
     def __post_init__(self) -> None:
         """Assert what the configuration has refused: a specification that no mask could follow."""
@@ -66,6 +83,11 @@ class NoiseSpec:
         assert not self.is_count or self.loss_weight == "elbo", (
             f"loss_weight ({self.loss_weight}) must be elbo with is_count, which measures the ELBO"
         )
+        assert self.t_density in T_DENSITIES, f"t_density ({self.t_density}) is not known"
+        assert not self.is_count or (self.t_density == "uniform" and not self.order_bias), "counts have no levels"
+        assert not self.order_bias or (self.loss_weight == "elbo" and not self.is_complementary), (
+            f"order_bias ({self.order_bias}) needs the elbo weights and no complements"
+        )
 
     @property
     def is_complementary(self) -> bool:
@@ -76,6 +98,18 @@ class NoiseSpec:
     def scales_tokens(self) -> bool:
         """Whether weights depend on more than a token's noise."""
         return self.fill_weight != 1.0 or self.loss_per != "token"
+
+    def at(self, progress: float) -> NoiseSpec:
+        """The noise when this share of the stage is done: as long as it rises, with the t_max of that moment."""
+        if self.t_max_start is None or progress >= self.t_max_ramp_share:
+            return self
+        risen = (self.t_max - self.t_max_start) * progress / self.t_max_ramp_share
+        return replace(self, t_max=self.t_max_start + risen)
+
+    def stated(self) -> dict[str, Any]:
+        """Its fields as a record names them."""
+        defaults = {item.name: item.default for item in fields(self)}
+        return {name: value for name, value in asdict(self).items() if name not in _NEWER or value != defaults[name]}
 
     @classmethod
     def for_stage(cls, noise: NoiseConfig, stage: StageConfig) -> NoiseSpec:
@@ -102,6 +136,12 @@ class NoiseSpec:
             share_levels=stage.preference is not None and stage.preference.share_levels,
             fill_weight=1.0 if stage.sft is None else stage.sft.fill_weight,
             loss_per="token" if stage.sft is None else stage.sft.loss_per,
+            t_density=stage.t_density,
+            t_bell_center=stage.t_bell_center,
+            t_bell_width=stage.t_bell_width,
+            t_max_start=stage.t_max_start,
+            t_max_ramp_share=stage.t_max_ramp_share,
+            order_bias=stage.order_bias,
         )
 
     @classmethod

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from megatron_dllm.checkpoint.validation import Conditions
 from megatron_dllm.config import SftConfig, TrainConfig
 from megatron_dllm.data.source import Source
@@ -27,7 +25,7 @@ def conditions_of(config: TrainConfig, corpus: Source, num_tokens: int, sft: Sft
         blocks += f" of {config.schedule.tokens_per_row} tokens, packed by {config.data.packing_chunk}"
     if sft is not None and corpus.spans is not None:
         blocks += f", fill {sft.fill}, turns {sft.turn_boundary}"
-    noise = {**asdict(NoiseSpec.for_validation()), "seed": SEED}
+    noise = {**NoiseSpec.for_validation().stated(), "seed": SEED}
     return Conditions(
         corpus=corpus.fingerprint,
         num_tokens=num_tokens,

@@ -110,7 +110,12 @@ class Trainer:
         """This rank's part of every global batch of a stage, from the run's position on."""
         run = self.run
         run.stream.use(self.state.blends[stage.name])
-        return iter(stage_loader(run.config, stage.config, objective, run.stream, run.engine.groups))
+        consumed = self.state.consumed_tokens
+
+        def progress(num_tokens: int) -> float:
+            return stage.progress(consumed + num_tokens)
+
+        return iter(stage_loader(run.config, stage.config, objective, run.stream, run.engine.groups, progress))
 
     def _step(self, stage: Stage, objective: Objective, step: GlobalStep, started: float) -> tuple[bool, int | None]:
         """One optimizer step with everything around it.

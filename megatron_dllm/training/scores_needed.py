@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def needed_headers(
             fill=geometry.fill,
             turn_boundary=geometry.turn_boundary,
             precision=config.parallel.precision,
-            noise=asdict(NoiseSpec.for_stage(config.noise, stage)),
+            noise=NoiseSpec.for_stage(config.noise, stage).stated(),
             num_documents=len(source.document_lengths),
             num_epochs=-(-schedule.stages[-1].end // tokens[name]),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from megatron_dllm.config import StageConfig, TrainConfig
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
@@ -11,7 +13,12 @@ from megatron_dllm.parallel.groups import Groups
 
 
 def stage_loader(
-    config: TrainConfig, stage: StageConfig, objective: Objective, stream: BlendStream, groups: Groups
+    config: TrainConfig,
+    stage: StageConfig,
+    objective: Objective,
+    stream: BlendStream,
+    groups: Groups,
+    progress: Callable[[int], float] | None = None,
 ) -> BatchLoader:
     """The batches from the stream's position on.
 
@@ -21,6 +28,7 @@ def stage_loader(
         objective: of the stage.
         stream: advanced in place.
         groups: of this rank.
+        progress: see `BatchLoader`.
     """
     dataset = RowDataset(
         stream.documents,
@@ -39,4 +47,5 @@ def stage_loader(
         data_parallel_rank=groups.data.rank(),
         data_parallel_size=groups.data.size(),
         num_workers=config.data.num_workers,
+        progress=progress,
     )

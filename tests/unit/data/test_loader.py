@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def new_stream(dataset: RowDataset, shuffle: bool = True) -> RowStream:
     return RowStream(dataset.source.document_lengths, seed=5, chunk=32, shuffle=shuffle)
 
 
-def take(dataset: RowDataset, stream: RowStream, num_steps: int, **settings: int) -> list[GlobalStep]:
+def take(dataset: RowDataset, stream: RowStream, num_steps: int, **settings: Any) -> list[GlobalStep]:
     loader = BatchLoader(dataset, stream, **({"global_batch_size": 8, "micro_batch_size": 2} | settings))
     return [step for _, step in zip(range(num_steps), loader, strict=False)]
 
@@ -101,6 +102,22 @@ def test_global_batch_is_the_same_rows_in_every_layout(dataset: RowDataset, size
         for name in ("num_document_tokens", "num_forward_tokens"):
             expected_total = sum(int(getattr(batch, name)) for batch in in_order)
             assert {getattr(step, name) for step in steps} == {expected_total}
+
+
+def test_a_rising_level_follows_the_tokens_and_not_the_start(dataset: RowDataset) -> None:
+    """t_max is that of the stage's progress when the global batch begins, from whatever step the run goes on."""
+    rising = replace(dataset, noise=replace(NOISE, t_max_start=0.2, t_max_ramp_share=0.5))
+    steps = take(rising, new_stream(rising), 6, progress=lambda tokens: tokens / 2000)
+    done = np.cumsum([0] + [step.num_document_tokens for step in steps])
+    largest = [max(float(batch.target_t.max()) for batch in step.micro_batches) for step in steps]
+    for consumed, t in zip(done[:-1], largest, strict=True):
+        t_max = min(0.2 + 0.7 * consumed / 1000, 0.9)
+        assert t_max - 0.08 < t <= t_max + 1e-6
+    assert largest[0] < 0.2 < 0.5 < largest[-1]
+    stream = new_stream(rising)
+    stream.load_state_dict(steps[2].stream_state)
+    later = take(rising, stream, 3, progress=lambda tokens: (done[3] + tokens) / 2000)
+    assert_same(later, steps[3:])
 
 
 @pytest.mark.ranks

@@ -1,0 +1,120 @@
+"""Rules for how a stage's noise levels are drawn and which tokens of a block they mask first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from megatron_dllm.config.rules import check, check_choice
+
+if TYPE_CHECKING:
+    from megatron_dllm.config.schedule import StageConfig
+
+T_DENSITIES = ("uniform", "bell")
+# A narrower bell would weigh levels at the ends of [0, 1] by more than a thousand.
+NARROWEST_BELL = 0.05
+# Of larger ones some tokens of a block are hardly ever masked, and then weigh hundreds.
+LARGEST_ORDER_BIAS = 10.0
+
+
+def check_levels(prefix: str, stage: StageConfig) -> None:
+    """Raise ValueError for a density, a rise or an order that cannot be, or that the stage has no use for.
+
+    Args:
+        prefix: name of the stage in messages.
+        stage: with its noise.
+    """
+    check_choice(f"{prefix}.t_density", stage.t_density, T_DENSITIES)
+    _check_bell(prefix, stage)
+    _check_rise(prefix, stage)
+    _check_order(prefix, stage)
+    for name, value, default in (
+        ("t_density", stage.t_density, "uniform"),
+        ("t_max_start", stage.t_max_start, None),
+        ("order_bias", stage.order_bias, 0.0),
+    ):
+        is_used = value != default
+        check(
+            not is_used or stage.objective != "ar",
+            f"{prefix}.{name} ({value}) needs the block_diffusion objective; an AR stage masks nothing.",
+        )
+        check(
+            not is_used or stage.preference is None or not stage.preference.is_count,
+            f"{prefix}.{name} ({value}) has no meaning with preference.is_count, which draws how many tokens are "
+            f"masked and no level; leave {name} out, or set preference.is_count to false.",
+        )
+
+
+def warn_levels(prefix: str, stage: StageConfig) -> list[str]:
+    """Settings without effect, a sentence each."""
+    if stage.t_density == "bell":
+        return []
+    defaults = type(stage)
+    return [
+        f"{prefix}.{name} ({getattr(stage, name):g}) has no effect with t_density uniform; use bell."
+        for name in ("t_bell_center", "t_bell_width")
+        if getattr(stage, name) != getattr(defaults, name)
+    ]
+
+
+def _check_bell(prefix: str, stage: StageConfig) -> None:
+    check(
+        stage.t_min <= stage.t_bell_center <= stage.t_max or stage.t_density != "bell",
+        f"{prefix}.t_bell_center ({stage.t_bell_center:g}) must lie in [t_min, t_max] = [{stage.t_min:g}, "
+        f"{stage.t_max:g}]; use {(stage.t_min + stage.t_max) / 2:g}.",
+    )
+    check(
+        stage.t_bell_width >= NARROWEST_BELL,
+        f"{prefix}.t_bell_width ({stage.t_bell_width:g}) must be at least {NARROWEST_BELL:g}, or rare levels weigh "
+        f"more than a thousand times what others do; use {NARROWEST_BELL:g}.",
+    )
+
+
+def _check_rise(prefix: str, stage: StageConfig) -> None:
+    start, share = stage.t_max_start, stage.t_max_ramp_share
+    check(
+        0.0 <= share <= 1.0,
+        f"{prefix}.t_max_ramp_share ({share:g}) must lie in [0, 1]: it is the share of the stage over which t_max "
+        "rises.",
+    )
+    check(
+        (start is None) == (share == 0.0),
+        f"{prefix}.t_max_start ({'null' if start is None else f'{start:g}'}) and t_max_ramp_share ({share:g}) go "
+        "together: from which level t_max rises, and over which share of the stage; give both or neither.",
+    )
+    if start is None:
+        return
+    check(
+        stage.t_min < start <= stage.t_max,
+        f"{prefix}.t_max_start ({start:g}) must lie in (t_min, t_max] = ({stage.t_min:g}, {stage.t_max:g}]; it is the "
+        "largest level at the stage's beginning.",
+    )
+    check(
+        stage.preference is None,
+        f"{prefix}.t_max_start ({start:g}) must be null with preference, whose scores are of one range of levels.",
+    )
+    check(
+        not stage.is_complementary,
+        f"{prefix}.t_max_start ({start:g}) needs a view_relation other than complementary, whose range of levels must "
+        "be symmetric about 0.5; leave it null.",
+    )
+
+
+def _check_order(prefix: str, stage: StageConfig) -> None:
+    bias = stage.order_bias
+    if bias == 0.0:
+        return
+    check(
+        abs(bias) <= LARGEST_ORDER_BIAS,
+        f"{prefix}.order_bias ({bias:g}) must lie in [-{LARGEST_ORDER_BIAS:g}, {LARGEST_ORDER_BIAS:g}]; beyond that "
+        "some tokens are hardly ever masked.",
+    )
+    check(
+        not stage.is_complementary,
+        f"{prefix}.order_bias ({bias:g}) needs a view_relation other than complementary: the complement of a tilted "
+        "mask is tilted the other way; use independent or stratified.",
+    )
+    check(
+        stage.loss_weight == "elbo",
+        f"{prefix}.order_bias ({bias:g}) needs loss_weight elbo, whose weights keep the loss a bound, and the stage's "
+        f"is {stage.loss_weight}; use elbo.",
+    )
