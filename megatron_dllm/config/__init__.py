@@ -10,6 +10,7 @@ copies of them the model sees.
 
 from __future__ import annotations
 
+from megatron_dllm.config.alignment import AlignmentConfig
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.generate import DecodingConfig, GenerateConfig
@@ -24,6 +25,7 @@ from megatron_dllm.config.train import TrainConfig
 from megatron_dllm.config.training import TrainingConfig
 
 __all__ = [
+    "AlignmentConfig",
     "CapConfig",
     "CheckpointConfig",
     "DataConfig",

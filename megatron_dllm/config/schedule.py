@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_dllm.config.alignment import AlignmentConfig
 from megatron_dllm.config.blend import blend_parts
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.levels import check_levels
@@ -85,6 +86,8 @@ class StageConfig:
     view_relation: str = "stratified"
     # Confidence-aware training beside the NLL (LLaDA2.0 section 5.2).
     cap: CapConfig = field(default_factory=CapConfig)
+    # Alignment of noisy tokens with the model's own states of clean ones, beside the NLL (docs/methods.md).
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     # Supervised fine-tuning on chats (LLaDA2.0 section 5.1); null: whatever may carry a loss is trained as it stands.
     sft: SftConfig | None = None
     # Preference optimisation on pairs of answers (LLaDA2.0 section 5.3); null: every answer is trained.
@@ -152,6 +155,13 @@ class StageConfig:
             self.sft.validate(prefix, self.objective, self.cap.coefficient)
         if self.preference is not None:
             self._check_preference(prefix, self.preference)
+        self.alignment.validate(
+            f"{prefix}.alignment",
+            self.objective,
+            has_clean=self.block_size < context_length,
+            loss_per="token" if self.sft is None else self.sft.loss_per,
+            is_preference=self.preference is not None,
+        )
 
     def _check_preference(self, prefix: str, preference: PreferenceConfig) -> None:
         """The fields that decide what the score of an answer is."""

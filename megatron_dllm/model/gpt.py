@@ -7,7 +7,7 @@ carry a loss. Parameters, their names and their checkpoints are GPTModel's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
+from megatron_dllm.model.alignment import Alignment, LayerAlignment, TokenShare, find_pairs
 from megatron_dllm.model.attention.backends import BACKENDS, Backend
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import CachedPass
@@ -114,7 +115,12 @@ class DiffusionGPTModel(GPTModel):
         self.skips_outputs = post_process and isinstance(self.decoder.layers[-1], LastLayer)
 
     def forward(
-        self, batch: Batch, mask_noise_sigma: float = 0.0, noise_seed: int = 0, entropy_temperature: float | None = None
+        self,
+        batch: Batch,
+        mask_noise_sigma: float = 0.0,
+        noise_seed: int = 0,
+        entropy_temperature: float | None = None,
+        alignment: Alignment | None = None,
     ) -> Tensor | TargetOutputs:
         """Negative log-likelihood of the batch's targets.
 
@@ -125,13 +131,15 @@ class DiffusionGPTModel(GPTModel):
             noise_seed: seed of that noise; another value per step gives independent noise.
             entropy_temperature: also compute the entropy of each prediction at this temperature, and its largest
                 probability; None: neither.
+            alignment: of the states behind each layer, which then computes all tokens; None: no alignment.
 
         Returns:
             On the last pipeline stage the outputs of the T targets, else the hidden states [s/(cp x tp), b, h] for
             the next stage (s/cp without sequence parallelism).
         """
         hidden = self._embed(batch, mask_noise_sigma, noise_seed) if self.pre_process else None
-        hidden = self._decode(hidden, batch.position_ids, batch.roles, batch.target_positions)
+        after_layer = None if alignment is None else self._aligning(batch, alignment)
+        hidden = self._decode(hidden, batch.position_ids, batch.roles, batch.target_positions, after_layer=after_layer)
         if not self.post_process:
             return hidden
         return target_cross_entropy(
@@ -190,6 +198,7 @@ class DiffusionGPTModel(GPTModel):
         roles: Tensor,
         positions: Tensor,
         cached: CachedPass | None = None,
+        after_layer: Callable[[int, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Run this stage's layers.
 
@@ -199,6 +208,7 @@ class DiffusionGPTModel(GPTModel):
             roles: [b, s, 3] token roles.
             positions: [P] indexes into the flattened [b * s] tokens whose output is read.
             cached: a pass of the KV cache.
+            after_layer: see `AttentionInputs`; the last layer then computes all tokens.
 
         Returns:
             On the last pipeline stage [P, h] hidden states of the flat `positions` in [b * s], else those of all
@@ -207,21 +217,38 @@ class DiffusionGPTModel(GPTModel):
         model = self.model_config
         angles = rotary_angles(position_ids, model.kv_channels, model.rotary_percent, model.rotary_base)
         rows = None
-        if self.skips_outputs:
+        if self.skips_outputs and after_layer is None:
             num_rows, length = position_ids.shape
             multiple = self.tp_group.size() if self.config.sequence_parallel else 1
             rows = rows_to_keep(positions, length, num_rows, multiple)
         has_plain_layers = rows is None or len(self.decoder.layers) > 1
         inputs = self.attention.prepare(roles, rows=rows, has_plain_layers=has_plain_layers, cached=cached)
+        inputs = replace(inputs, after_layer=after_layer)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, attention_bias=inputs)
-        return self._select(hidden, positions) if self.post_process else hidden
+        return self._select(hidden, positions, is_kept=rows is not None) if self.post_process else hidden
 
-    def _select(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """[P, h] hidden states of flat positions in [b * s], whose gradient is summed over the tensor ranks."""
+    def _aligning(self, batch: Batch, alignment: Alignment) -> LayerAlignment:
+        """What is done behind each layer of a micro-batch (a collective of the context ranks)."""
+        is_shared = self.config.sequence_parallel
+        share = TokenShare(
+            tensor=self.tp_group if is_shared else None,
+            context=self.attention.context,
+            is_counting=is_shared or self.tp_group.rank() == 0,
+        )
+        return LayerAlignment(alignment, find_pairs(batch, share, alignment.rule.shift), share)
+
+    def _select(self, hidden: Tensor, positions: Tensor, is_kept: bool) -> Tensor:
+        """[P, h] hidden states of flat positions in [b * s], whose gradient is summed over the tensor ranks.
+
+        Args:
+            hidden: [s/tp, b, h] of all tokens, or of those that the last layer has kept.
+            positions: [P] flat positions.
+            is_kept: whether it has kept these alone.
+        """
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
         length, num_rows, _ = hidden.shape
-        if self.skips_outputs:
+        if is_kept:
             chosen = hidden[: len(positions), 0]  # the last layer has kept them, in order
         else:
             chosen = hidden.flatten(0, 1).index_select(0, flat_rows(positions, length, num_rows))

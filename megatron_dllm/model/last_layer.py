@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_dllm.config import ModelConfig, TrainingConfig
+from megatron_dllm.model.alignment import AlignedLayer
 from megatron_dllm.model.attention.inputs import AttentionInputs
 
 
@@ -63,8 +63,8 @@ def rows_to_keep(positions: Tensor, length: int, num_rows: int, multiple: int) -
     return torch.cat([rows, rows.new_zeros(missing)])
 
 
-class LastLayer(TransformerLayer):
-    """TransformerLayer that returns the hidden states of chosen tokens alone. Parameters and names are the same."""
+class LastLayer(AlignedLayer):
+    """Layer that returns the hidden states of chosen tokens alone. Parameters and names are the same."""
 
     def _forward_attention(
         self,

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from megatron_dllm.model.alignment import AlignedLayer
 from megatron_dllm.model.attention.core import RoleAttention
 from megatron_dllm.model.experts import BatchedExperts
 from megatron_dllm.model.last_layer import LastLayer
@@ -43,8 +44,7 @@ def _layer_spec(config: TransformerConfig, paths: Paths, is_moe: bool, skips_out
         if is_moe and paths.experts.name != "sequential":
             experts = spec.submodules.mlp.submodules.experts
             experts.module, experts.params = BatchedExperts, {"is_grouped": paths.experts.name == "grouped"}
-    if skips_outputs:
-        spec.module = LastLayer
+    spec.module = LastLayer if skips_outputs else AlignedLayer
     spec.submodules.self_attention.params = {"attn_mask_type": AttnMaskType.arbitrary}
     spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=RoleAttention, params={"selects_rows": skips_outputs}

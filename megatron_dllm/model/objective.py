@@ -21,8 +21,9 @@ from functools import partial
 
 from torch import Tensor
 
-from megatron_dllm.config import NoiseConfig, PreferenceConfig, StageConfig
+from megatron_dllm.config import AlignmentConfig, NoiseConfig, PreferenceConfig, StageConfig
 from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.losses.alignment import AlignmentRule
 from megatron_dllm.diffusion.losses.cap import LEVEL_MEANS, confidence_levels, right_entropy
 from megatron_dllm.diffusion.losses.document_scores import DocumentScores, Weighing
 from megatron_dllm.diffusion.losses.nll import weighted_nll
@@ -88,6 +89,7 @@ class Objective:
         weigh: from the scores of a global batch's documents, and [d, k] or [d, 1] fp64 those of a reference, to the
             factors of their loss weights; None: the loss does not compare documents.
         largest_start_margin: above which `Weighing.largest_margin` says that a run does not start from its reference.
+        alignment: of states behind the layers, beside the loss; None: none.
     """
 
     noise: NoiseSpec | None
@@ -100,6 +102,7 @@ class Objective:
     entropy_temperature: float | None = None
     weigh: Callable[[DocumentScores, Tensor], Weighing] | None = None
     largest_start_margin: float = math.inf
+    alignment: AlignmentRule | None = None
 
 
 def token_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
@@ -138,7 +141,7 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     """The objective that a stage of the configuration names.
 
     Args:
-        stage: its objective, shift, loss weight, range of t, views, confidence, chats and preferences.
+        stage: its objective, shift, loss weight, range of t, views, confidence, alignment, chats and preferences.
         noise: settings that hold for the whole run.
     """
     if stage.objective == AR:
@@ -152,12 +155,18 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
             level_means=LEVEL_MEANS,
             entropy_temperature=stage.cap.temperature,
         )
+    if stage.alignment.weight != 0.0:
+        objective = replace(objective, alignment=_alignment(stage.alignment, objective.shift))
     if stage.sft is None:
         return objective
     count = answers if stage.sft.loss_per == "answer" else maskable_tokens
     if stage.preference is not None:
         count, objective = documents, _preferring(objective, stage.preference)
     return replace(objective, loss=partial(chat_loss, objective.loss, count), ratios=("fill_share",), count=count)
+
+
+def _alignment(config: AlignmentConfig, shift: bool) -> AlignmentRule:
+    return AlignmentRule(config.weight, config.visible, config.masked, config.masked_layers, shift)
 
 
 def _preferring(objective: Objective, preference: PreferenceConfig) -> Objective:

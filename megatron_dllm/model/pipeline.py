@@ -19,8 +19,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.data.context_shard import take_context_shard
+from megatron_dllm.diffusion.losses.alignment import AlignmentRule
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.step_sums import StepSums
+from megatron_dllm.model.alignment import Alignment
 from megatron_dllm.model.objective import LossFunction, Objective
 from megatron_dllm.parallel.groups import Groups
 
@@ -51,13 +53,19 @@ def _forward_step(
     noise: EmbeddingNoise,
     observe: Callable[[Batch], None] | None,
     entropy_temperature: float | None,
-    batches: Iterator[Batch],
+    batches: Iterator[tuple[Batch, Alignment | None]],
     model: nn.Module,
 ) -> tuple[Any, Callable[..., Any]]:
-    batch = next(batches)
+    batch, alignment = next(batches)
     if observe is not None:
         observe(batch)
-    output = model(batch, mask_noise_sigma=noise.sigma, noise_seed=noise.seed, entropy_temperature=entropy_temperature)
+    output = model(
+        batch,
+        mask_noise_sigma=noise.sigma,
+        noise_seed=noise.seed,
+        entropy_temperature=entropy_temperature,
+        alignment=alignment,
+    )
     return output, partial(finish, batch)
 
 
@@ -81,6 +89,7 @@ def run_batches(
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
     entropy_temperature: float | None = None,
+    alignments: Sequence[Alignment] | None = None,
 ) -> list[Any]:
     """Run micro-batches through the schedule (a collective).
 
@@ -95,13 +104,15 @@ def run_batches(
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
         entropy_temperature: what the head is asked for, see `model.head`.
+        alignments: one of each micro-batch; None: no alignment.
 
     Returns:
         What `finish` said last of each micro-batch, in order; nothing except on the last pipeline stage.
     """
     rows, row_length = micro_batches[0].input_ids.shape
     local = local_batches(micro_batches, groups.context, device)
-    iterators = [iter(local) for _ in chunks]
+    asked = [None] * len(local) if alignments is None else alignments
+    iterators = [zip(local, asked, strict=True) for _ in chunks]
     forward_backward = get_forward_backward_func()
     found: list[Any] = forward_backward(
         forward_step_func=partial(_forward_step, finish, noise or EmbeddingNoise(), observe, entropy_temperature),
@@ -140,6 +151,9 @@ def run_schedule(
         The sums over the global batch on the host, the same on every rank.
     """
     finish = partial(_local_loss, objective.loss, groups.context.rank() == 0)
+    transformer: Any = chunks[0].config
+    num_layers = int(transformer.num_layers)
+    alignments = _empty_alignments(objective.alignment, len(micro_batches), num_layers, device)
     parts: list[StepSums] = run_batches(
         chunks,
         micro_batches,
@@ -150,10 +164,24 @@ def run_schedule(
         noise=noise,
         observe=observe,
         entropy_temperature=objective.entropy_temperature,
+        alignments=alignments,
     )
     like = StepSums.zeros(device, objective.extra_sums, objective.level_means, objective.ratios)
     flat = torch.zeros_like(like.flatten())
     if parts and groups.tensor.rank() == 0:
         flat += torch.stack([part.flatten() for part in parts]).sum(0)
+    if objective.alignment is None:
+        dist.all_reduce(flat, group=groups.world)
+        return like.rebuild(flat.cpu())
+    # Of the layers of every pipeline stage.
+    aligned = torch.stack([alignment.sums for alignment in alignments or []]).sum((0, 1))
+    flat = torch.cat([flat, aligned])
     dist.all_reduce(flat, group=groups.world)
-    return like.rebuild(flat.cpu())
+    own, totals = flat.cpu().split([len(flat) - len(aligned), len(aligned)])
+    return objective.alignment.logged(like.rebuild(own), totals, num_layers)
+
+
+def _empty_alignments(
+    rule: AlignmentRule | None, number: int, num_layers: int, device: torch.device
+) -> list[Alignment] | None:
+    return None if rule is None else [Alignment.empty(rule, num_layers, device) for _ in range(number)]

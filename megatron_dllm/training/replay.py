@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
+from megatron_dllm.model.alignment import Alignment
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.parallel.agreement import failing_together
@@ -147,6 +148,7 @@ def replay_step(
                         mask_noise_sigma=noise.sigma,
                         noise_seed=noise.seed,
                         entropy_temperature=objective.entropy_temperature,
+                        alignment=_alignment_of(objective, model, device),
                     )
                     loss = objective.loss(local, outputs).total / denominator
                 torch.autograd.backward(loss)
@@ -158,6 +160,14 @@ def replay_step(
     norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in total.values()))
     rows.sort(key=lambda row: row.badness, reverse=True)
     return StepReplay(rows, sum(row.loss for row in rows), norm)
+
+
+def _alignment_of(objective: Objective, model: nn.Module, device: torch.device) -> Alignment | None:
+    """What a row's layers are asked for, as in the step."""
+    if objective.alignment is None:
+        return None
+    config: Any = model.config
+    return Alignment.empty(objective.alignment, config.num_layers, device)
 
 
 def _row_replay(batch: Batch, place: tuple[int, int, int], loss: float, grad_norm: float, bad: str) -> RowReplay:

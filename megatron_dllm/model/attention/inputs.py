@@ -6,6 +6,7 @@ uses it for nothing itself: that is the way these inputs take.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ class AttentionInputs:
         exchange: brings the keys of the other context-parallel ranks; None where rows are whole.
         heads: ranks that exchange tokens for heads in place of that; None: no such exchange.
         cached: the tokens decoded before; None unless decoding.
+        after_layer: from a layer's number and output [s, b, h] to what the next one gets; None: the output itself.
     """
 
     roles: Tensor
@@ -58,6 +60,7 @@ class AttentionInputs:
     exchange: KeyExchange | None = None
     heads: ProcessGroup | None = None
     cached: CachedPass | None = None
+    after_layer: Callable[[int, Tensor], Tensor] | None = None
 
     def bring_keys(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every token that these may see.

@@ -4,7 +4,7 @@ Masked tokens all read the same embedding and tend to crowd on few experts, whic
 all tokens hides. Counts are taken by forward hooks on megatron-core's routers while a step is logged.
 
 Where the last layer computes only tokens that carry a loss (model.last_layer), its router sees no others: in block
-diffusion it counts masked tokens alone, and its lines of the visible and clean ones stay 0.
+diffusion without alignment it counts masked tokens alone, and its lines of the visible and clean ones stay 0.
 """
 
 from __future__ import annotations
@@ -100,8 +100,10 @@ class RouterLoad(Observer):
         routing_map = output[1].reshape(-1, self._shape[2])
         if self._counts is None:
             self._counts = torch.zeros(self._shape, dtype=torch.float64, device=routing_map.device)
-        roles = self._kept_roles if router in self._selecting else self._roles
-        assert roles is not None, "a micro-batch is told before its forward pass"
+        assert self._roles is not None and self._kept_roles is not None, "a batch is told before its forward pass"
+        # Where states are aligned, the last layer computes all tokens too.
+        is_kept = router in self._selecting and len(routing_map) == len(self._kept_roles)
+        roles = self._kept_roles if is_kept else self._roles
         one_hot = nn.functional.one_hot(roles, _PADDING + 1).double()
         self._counts[router.layer_number - 1] += one_hot.t() @ routing_map.double()
 

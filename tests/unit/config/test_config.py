@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_dllm.config import (
+    AlignmentConfig,
     CapConfig,
     CheckpointConfig,
     DataConfig,
@@ -100,6 +101,21 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
         (dict(cap=CapConfig(temperature=0.0)), ("one.cap.temperature (0.0)", "positive", "1 is")),
         (dict(cap=CapConfig(normalise="correct")), ("one.cap.normalise (correct)", "masked", "divide the coefficient")),
         (dict(objective="ar", cap=CapConfig(2.0)), ("one.cap.coefficient (2)", "block_diffusion", "set it to 0")),
+        (dict(alignment=AlignmentConfig(weight=-1.0)), ("one.alignment.weight (-1.0)", "not be negative", "0 turns")),
+        (dict(alignment=AlignmentConfig(masked_layers=0.0)), ("one.alignment.masked_layers (0.0)", "masked to false")),
+        (
+            dict(objective="ar", alignment=AlignmentConfig(1.0)),
+            ("one.alignment.weight (1)", "block_diffusion", "set it to 0"),
+        ),
+        (dict(block_size=256, alignment=AlignmentConfig(1.0)), ("one.alignment.weight (1)", "clean copies", "smaller")),
+        (
+            dict(alignment=AlignmentConfig(1.0, visible=False, masked=False)),
+            ("one.alignment.weight (1)", "no tokens to align", "set one of them to true"),
+        ),
+        (
+            dict(sft=SftConfig(loss_per="answer"), alignment=AlignmentConfig(1.0)),
+            ("one.alignment.weight (1)", "a loss of tokens", "set it to 0"),
+        ),
         (dict(shift=True), ("one.shift (true)", "block_diffusion", "leave it null")),
         (dict(objective="ar", shift=False), ("one.shift (false)", "predicts token i + 1")),
         (

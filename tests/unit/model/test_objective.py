@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron_dllm.config import CapConfig, NoiseConfig, SftConfig, StageConfig
+from megatron_dllm.config import AlignmentConfig, CapConfig, NoiseConfig, SftConfig, StageConfig
+from megatron_dllm.diffusion.losses.alignment import AlignmentRule
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.head import target_cross_entropy
@@ -29,6 +30,14 @@ def test_confidence_aware_training_with_coefficient_0_is_the_plain_objective() -
     off = replace(STAGE, cap=CapConfig(coefficient=0.0, temperature=0.5))
     assert objective_of(off, noise) == objective_of(STAGE, noise)
     assert objective_of(off, noise).entropy_temperature is None
+
+
+def test_alignment_with_weight_0_is_the_plain_objective() -> None:
+    noise = NoiseConfig()
+    assert objective_of(replace(STAGE, alignment=AlignmentConfig(masked=False)), noise) == objective_of(STAGE, noise)
+    aligned = objective_of(replace(STAGE, alignment=AlignmentConfig(0.5, masked_layers=0.25)), noise)
+    assert aligned.alignment == AlignmentRule(0.5, masked_layers=0.25, shift=False)
+    assert replace(aligned, alignment=None) == objective_of(STAGE, noise)
 
 
 def test_validation_measures_by_counts_and_ar_exactly() -> None:
