@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from megatron_dllm.compose import compose_dict
-from megatron_dllm.config import GenerateConfig, ParallelConfig, RunConfig
+from megatron_dllm.config import GenerateConfig, ParallelConfig, RotaryScalingConfig, RunConfig
 from megatron_dllm.config.command_line import taken_as_typed
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.reference import keys_of
@@ -264,8 +264,10 @@ def parse_arguments(arguments: Sequence[str]) -> GenerateConfig:
     for key, values in texts.items():
         if len(values) > 1:
             raise ValueError(f"{key} ({values[1][:80]}) is given twice; prompts_file takes several prompts.")
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    # Open, not null: Hydra can put a group of values in the place of what has none, but not of null.
+    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig(rotary_scaling=MISSING))
     composed: Any = OmegaConf.to_container(compose_dict(others, "generate", recipes, GenerateConfig), resolve=True)
+    composed["rotary_scaling"] = RotaryScalingConfig.of(composed["rotary_scaling"])
     return GenerateConfig(**(composed | {key: value for key, (value,) in texts.items()}))
 
 

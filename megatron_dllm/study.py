@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tokenizers import Tokenizer
 
 from megatron_dllm.compose import compose_dict
-from megatron_dllm.config import DecodingConfig, ParallelConfig, RunConfig
+from megatron_dllm.config import DecodingConfig, ParallelConfig, RotaryScalingConfig, RunConfig
 from megatron_dllm.config.command_line import taken_as_typed
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.reference import keys_of
@@ -258,8 +258,10 @@ def parse_arguments(arguments: Sequence[str]) -> StudyConfig:
     """
     recipes, words = split_folder(arguments)
     texts, others = taken_as_typed(words, _AS_TYPED)
-    ConfigStore.instance().store(name="study_schema", node=StudyConfig)
+    # Open, not null: Hydra can put a group of values in the place of what has none, but not of null.
+    ConfigStore.instance().store(name="study_schema", node=StudyConfig(rotary_scaling=MISSING))
     composed: Any = OmegaConf.to_container(compose_dict(others, "study", recipes, StudyConfig), resolve=True)
+    composed["rotary_scaling"] = RotaryScalingConfig.of(composed["rotary_scaling"])
     checkpoints = texts.pop("checkpoint", [])
     for key, values in texts.items():
         if len(values) > 1:

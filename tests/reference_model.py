@@ -6,6 +6,8 @@ expected side of the tests of the model.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,11 +118,29 @@ def expected_rotation(states: Tensor, position_ids: Tensor, model: ModelConfig) 
     """HF's rotary embedding of states [b, n, s, d]: the first features turn, the others pass."""
     dim = int(model.kv_channels * model.rotary_percent)
     inverse = 1.0 / (model.rotary_base ** (torch.arange(0, dim, 2).float() / dim))
+    temperature = 1.0
+    if model.rotary_scaling is not None:
+        assert model.rotary_scaling.kind == "yarn", "the reference knows YaRN alone"
+        inverse, temperature = _yarn(inverse, model)
     angles = position_ids[:, None, :, None].float() * inverse
-    cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+    cos, sin = (torch.cat([part, part], -1) * temperature for part in (angles.cos(), angles.sin()))
     turned, passed = states[..., :dim], states[..., dim:]
     half = torch.cat([-turned[..., dim // 2 :], turned[..., : dim // 2]], -1)
     return torch.cat([turned * cos + half * sin, passed], -1)
+
+
+def _yarn(inverse: Tensor, model: ModelConfig) -> tuple[Tensor, float]:
+    """Frequencies by how often a pair turns in the original context (YaRN, section 3.2), and its temperature."""
+    scaling = model.rotary_scaling
+    length, pairs = scaling.original_max_position_embeddings, torch.arange(len(inverse)).float()
+
+    def pair_that_turns(times: float) -> float:
+        return 2 * len(inverse) * math.log(length / (2 * math.pi * times)) / (2 * math.log(model.rotary_base))
+
+    low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(scaling.beta_slow)), 2 * len(inverse) - 1)
+    ramp = torch.clamp((pairs - low) / (high - low), 0, 1)
+    return inverse * (1 - ramp) + inverse / scaling.factor * ramp, 0.1 * math.log(scaling.factor) + 1
 
 
 def _attention(

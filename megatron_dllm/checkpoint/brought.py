@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from megatron_dllm.checkpoint.folder import is_hf_folder, step_folders
+from megatron_dllm.checkpoint.identity import kept_fields
 from megatron_dllm.checkpoint.stored_model import StoredModel, read_stored_model
 from megatron_dllm.config import EvaluationConfig, ModelConfig, TrainConfig
 from megatron_dllm.config.run import HELD_OUT_TOKENS
@@ -45,12 +46,17 @@ def bring_model(model: Any, brought: ModelConfig, folder: Path, names: Iterable[
     """
     for name in names:
         value = getattr(brought, name)
-        if not OmegaConf.is_missing(model, name) and model[name] != value:
+        if not OmegaConf.is_missing(model, name) and (stated := _plain(model[name])) != value:
             raise ValueError(
-                f"model.{name} ({model[name]}) differs from the checkpoint {folder} ({value}); leave it out, as the "
+                f"model.{name} ({stated}) differs from the checkpoint {folder} ({value}); leave it out, as the "
                 "checkpoint brings the model, or choose the checkpoint that it belongs to."
             )
-    fill(model, **asdict(brought))
+    fill(model, **{name: getattr(brought, name) for name in _DEFAULTS})
+
+
+def _plain(value: Any) -> Any:
+    """A value of a DictConfig, a group as its dataclass."""
+    return OmegaConf.to_object(value) if isinstance(value, DictConfig) else value
 
 
 def bring_tokenizer(data: Any, tokenizer: Path | None) -> None:
@@ -90,7 +96,7 @@ def settled(composed: Any) -> Any:
     open_fields = [name for name in _DEFAULTS if OmegaConf.is_missing(model, name)]
     if set(_REQUIRED) <= set(open_fields) or (config.checkpoint.load and set(_REQUIRED) & set(open_fields)):
         stored = _stored_model(config)
-        bring_model(model, stored.model, stored.folder, _DEFAULTS)
+        bring_model(model, stored.model, stored.folder, kept_fields(_DEFAULTS, config.checkpoint.change_rotary))
         bring_tokenizer(config.data, stored.tokenizer)
     fill(model, **_DEFAULTS)
     fill(config.evaluation, num_tokens=HELD_OUT_TOKENS if config.data.validation else 0)

@@ -5,6 +5,7 @@ Pure standard library.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ IDENTITY = (
     "layernorm_epsilon",
     "rotary_base",
     "rotary_percent",
+    "rotary_scaling",
     "tie_word_embeddings",
     "num_dense_layers",
     "num_moe_experts",
@@ -39,18 +41,28 @@ IDENTITY = (
     "moe_router_enable_expert_bias",
     "mask_token_id",
 )
-
 # What the absence of a field means that earlier versions did not have.
 _ADDED_LATER = {"add_qkv_bias": False}
+# What `checkpoint.change_rotary` lets a run or a measurement change, to reach longer contexts.
+ROTARY = ("rotary_base", "rotary_scaling")
 
 
-def check_identity(folder: Path, model: Any, semantics: RunSemantics | None = None) -> CheckpointMeta:
+def kept_fields(names: Iterable[str], change_rotary: bool) -> tuple[str, ...]:
+    """Those of the model's fields that must be the checkpoint's; max_position_embeddings may change with the angles."""
+    changed = (*ROTARY, "max_position_embeddings") if change_rotary else ()
+    return tuple(name for name in names if name not in changed)
+
+
+def check_identity(
+    folder: Path, model: Any, semantics: RunSemantics | None = None, change_rotary: bool = False
+) -> CheckpointMeta:
     """Refuse a checkpoint of another model or, with `semantics`, whose outputs mean something else.
 
     Args:
         folder: of the checkpoint.
         model: the run's ModelConfig.
         semantics: of the run; None: not compared.
+        change_rotary: the model's rotary angles may be others.
 
     Returns:
         What contract.json says.
@@ -60,13 +72,13 @@ def check_identity(folder: Path, model: Any, semantics: RunSemantics | None = No
     """
     stored = read_meta(folder)
     ours = asdict(model)
-    for name in IDENTITY:
+    for name in kept_fields(IDENTITY, change_rotary):
         found = stored.model.get(name, _ADDED_LATER.get(name))
         if found != ours[name]:
-            raise ValueError(
-                f"model.{name} ({ours[name]}) differs from the checkpoint {folder} "
-                f"({found}); choose the model recipe it was made with."
-            )
+            remedy = "choose the model recipe it was made with"
+            if name in ROTARY:
+                remedy += ", or say checkpoint.change_rotary=true to stretch its context"
+            raise ValueError(f"model.{name} ({ours[name]}) differs from the checkpoint {folder} ({found}); {remedy}.")
     for item in fields(RunSemantics) if semantics is not None else ():
         value, found = getattr(semantics, item.name), getattr(stored.semantics, item.name)
         if value != found:
@@ -86,7 +98,7 @@ def check_start(folder: Path, config: Any) -> CheckpointMeta:
     Raises:
         ValueError: naming the field, both values and the remedy.
     """
-    stored = check_identity(folder, config.model)
+    stored = check_identity(folder, config.model, change_rotary=config.checkpoint.change_rotary)
     if not stored.is_diffusion:
         return stored
     name, first = next(iter(config.schedule.stages.items()))

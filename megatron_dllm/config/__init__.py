@@ -17,6 +17,7 @@ from megatron_dllm.config.generate import DecodingConfig, GenerateConfig
 from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.preference import PreferenceConfig, ReferenceConfig
+from megatron_dllm.config.rotary_scaling import RotaryScalingConfig
 from megatron_dllm.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, RunConfig
 from megatron_dllm.config.schedule import ScheduleConfig, StageConfig
 from megatron_dllm.config.sft import SftConfig
@@ -39,6 +40,7 @@ __all__ = [
     "ParallelConfig",
     "PreferenceConfig",
     "ReferenceConfig",
+    "RotaryScalingConfig",
     "RunConfig",
     "ScheduleConfig",
     "SftConfig",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omegaconf import MISSING
 
+from megatron_dllm.config.rotary_scaling import RotaryScalingConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive
 
 FAMILIES = (
@@ -78,6 +79,8 @@ class ModelConfig:
     rotary_base: float = 600000.0
     # Share of a head's features that is rotated, in (0, 1] (HF: partial_rotary_factor).
     rotary_percent: float = 0.5
+    # Stretches the rotary embedding to longer contexts (HF: rope_scaling); null: as it was trained.
+    rotary_scaling: RotaryScalingConfig | None = None
     # The output layer is the embedding.
     tie_word_embeddings: bool = False
     # Layers from the bottom that have a dense MLP.
@@ -113,6 +116,13 @@ class ModelConfig:
     # Token that fills the rest of a row.
     pad_token_id: int = MISSING
 
+    def stretched(self, scaling: RotaryScalingConfig | None) -> ModelConfig:
+        """The model with another rotary scaling, and positions as far as it reaches; None: as it is."""
+        if scaling is None:
+            return self
+        longest = max(self.max_position_embeddings, scaling.stretched_length)
+        return replace(self, rotary_scaling=scaling, max_position_embeddings=longest)
+
     @property
     def is_moe(self) -> bool:
         """Whether any layer has experts."""
@@ -138,6 +148,8 @@ class ModelConfig:
             f"model.kv_channels ({self.kv_channels}) x rotary_percent ({self.rotary_percent}) = {rotated} must be even "
             "and at least 2; rotary embedding turns features in pairs.",
         )
+        if self.rotary_scaling is not None:
+            self.rotary_scaling.validate("model.rotary_scaling", self.max_position_embeddings)
         self._validate_numbers()
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.parallel import PRECISIONS, ParallelConfig
+from megatron_dllm.config.rotary_scaling import RotaryScalingConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive
 from megatron_dllm.config.training import ATTENTION_BACKENDS
 
@@ -20,6 +21,9 @@ class PlacementConfig:
     tokenizer: str | None = None
     # Prompt and generated tokens together; null: the model's max_position_embeddings.
     context_length: int | None = None
+    # Stretches the rotary embedding to longer contexts while decoding, in place of what the checkpoint says; the model
+    # then has positions up to factor x original_max_position_embeddings. Null: the checkpoint's.
+    rotary_scaling: RotaryScalingConfig | None = None
     # Null: fp32 on a CPU, bf16 on a GPU.
     precision: str | None = None
     # Implementation of attention, as training.attention_backend.
@@ -79,3 +83,5 @@ class PlacementConfig:
             f"precision ({self.precision}) is not known; use one of {', '.join(PRECISIONS)}, or null.",
         )
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        if self.rotary_scaling is not None:
+            self.rotary_scaling.validate("rotary_scaling")

@@ -84,6 +84,9 @@ class CheckpointConfig:
 
     # Start from these weights (a torch_dist checkpoint folder or a run folder); null: random weights.
     load: str | None = None
+    # Let the weights of `load` take the model's rotary_base and rotary_scaling instead of their own, to train or to
+    # measure longer contexts (docs/long_context.md).
+    change_rotary: bool = False
     # Continue from the run folder's latest checkpoint if there is one.
     resume: bool = True
     # Save every so many document tokens, and at the end of every stage; 0: only at the end of stages.

@@ -54,7 +54,8 @@ class TrainConfig:
         check(
             self.schedule.context_length <= self.model.max_position_embeddings,
             f"schedule.context_length ({self.schedule.context_length}) must not exceed "
-            f"model.max_position_embeddings ({self.model.max_position_embeddings}).",
+            f"model.max_position_embeddings ({self.model.max_position_embeddings}); shorten the context, or raise it "
+            "together with model.rotary_scaling (docs/long_context.md).",
         )
         for name, stage in self.schedule.stages.items():
             self._check_block_grid(name, stage)

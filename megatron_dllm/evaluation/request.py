@@ -16,7 +16,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from megatron_dllm.checkpoint.brought import bring_model, bring_tokenizer, fill, open_model
-from megatron_dllm.checkpoint.identity import IDENTITY
+from megatron_dllm.checkpoint.identity import IDENTITY, ROTARY, kept_fields
 from megatron_dllm.checkpoint.weights_folder import WeightsFolder, read_weights_folder
 from megatron_dllm.config import DataConfig, EvaluationConfig, ModelConfig, ParallelConfig, StageConfig
 from megatron_dllm.config.evaluate import LONGEST_CONTEXT, EvaluateConfig
@@ -125,6 +125,12 @@ def open_target(request: Request, name: str, describe: Callable[[Path], str]) ->
         ValueError: saying which of the two it is not.
     """
     config = request.config
+    has_changed = any(getattr(config.model, name) != getattr(request.weights.model, name) for name in ROTARY)
+    if has_changed and not config.output:
+        raise ValueError(
+            "output (null) must name a file with checkpoint.change_rotary (true): beside the weights, the result of "
+            "other rotary angles would pass for the checkpoint's own; give output=FILE."
+        )
     target = Path(config.output) if config.output else request.weights.folder / name
     check_writable(target)
     if target.exists() and not config.overwrite:
@@ -138,7 +144,7 @@ def open_target(request: Request, name: str, describe: Callable[[Path], str]) ->
 def _filled(composed: Any, weights: WeightsFolder, world_size: int) -> EvaluateConfig:
     config = deepcopy(composed)
     model = _model(config.model, weights)
-    bring_model(config.model, model, weights.folder, IDENTITY)
+    bring_model(config.model, model, weights.folder, kept_fields(IDENTITY, config.checkpoint.change_rotary))
     context_length = weights.context_length or min(model.max_position_embeddings, LONGEST_CONTEXT)
     fill(config.run, name=_STAGE)
     fill(config.data, train=config.data.validation or _NO_CORPUS, block_origin=weights.block_origin or "document")

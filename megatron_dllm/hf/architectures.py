@@ -7,7 +7,12 @@ from pathlib import Path
 # Code that goes into exports, as transformers has none for these architectures: the configuration file, the modeling
 # file, and what both kinds of models share. transformers 4 copies only what a modeling file itself imports.
 MODELING_FILES = Path(__file__).parent / "modeling"
-_SHARED_CODE = ("block_diffusion_generation.py", "block_diffusion_layers.py", "block_diffusion_model.py")
+_SHARED_CODE = (
+    "block_diffusion_generation.py",
+    "block_diffusion_layers.py",
+    "block_diffusion_model.py",
+    "rotary_scaling.py",
+)
 _LLADA2_CODE = ("configuration_llada2_moe.py", "modeling_llada2_moe.py", *_SHARED_CODE)
 _SDAR_CODE = ("configuration_sdar.py", "modeling_sdar.py", *_SHARED_CODE)
 _OWN_CODE = ("configuration_megatron_dllm.py", "modeling_megatron_dllm.py", *_SHARED_CODE)

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, DIFFUSION_ARCHITECTURES, FAMILY_OF_MODEL_TYPE, LACKING
 from megatron_dllm.hf.config_meaning import canonical
-from megatron_dllm.hf.config_sizes import read_dtype, read_sizes, refuse_scaled_rope
+from megatron_dllm.hf.config_sizes import read_dtype, read_sizes
 from megatron_dllm.hf.config_values import ConfigValues, brief
 from megatron_dllm.hf.known_keys import refuse_unknown_keys
 from megatron_dllm.hf.serving import usual_block_size
@@ -89,7 +89,6 @@ def from_hf_config(config: dict[str, Any], source: str = "config.json") -> Sourc
         ValueError: a value is missing, or the model cannot be expressed exactly.
     """
     family = _family(config, source)
-    refuse_scaled_rope(config, source)
     reader = ConfigValues(canonical(config, source), source)
     model = read_sizes(reader, family)
     refuse_window(config, model, source)

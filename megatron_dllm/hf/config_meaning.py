@@ -127,9 +127,20 @@ def _with_one_rope(stated: dict[str, Any], source: str) -> dict[str, Any]:
         found |= {f"{place}.{name}": value[name] for place, value in places.items() if value.get(name) is not None}
         if found:
             stated[name] = agreed(found, source)
-    scaling = {key: value for place in places.values() for key, value in place.items() if key not in _ROPE_VALUES}
-    stated_kinds = [scaling.pop(key, None) for key in ("type", "rope_type")]
-    kinds = [str(kind) for kind in stated_kinds if kind not in (None, "default")]
-    if kinds or scaling:
-        stated["rope_scaling"] = scaling | ({"rope_type": kinds[-1]} if kinds else {})
+    scaling = _scaling_in(places, source)
+    if scaling.get("rope_type", "default") == "default":
+        scaling.pop("rope_type", None)
+    if scaling:
+        stated["rope_scaling"] = scaling
     return stated
+
+
+def _scaling_in(places: dict[str, dict[str, Any]], source: str) -> dict[str, Any]:
+    """What stretches RoPE, each value once; its kind is rope_type, which older files call type."""
+    found: dict[str, dict[str, Any]] = {}
+    for place, values in places.items():
+        for key, value in values.items():
+            if key not in _ROPE_VALUES and value is not None:
+                name = "rope_type" if key == "type" else key
+                found.setdefault(name, {})[f"{place}.{key}"] = value
+    return {name: agreed(statements, source) for name, statements in found.items()}

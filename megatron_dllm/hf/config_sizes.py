@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.config_meaning import has_full_attention
 from megatron_dllm.hf.config_values import ConfigValues, brief
 from megatron_dllm.hf.families import read_family
+from megatron_dllm.hf.rope_scaling import read_scaling
 
 # Settings that change the function and that our model does not have: key -> the only value we can express.
 MUST_BE = {
@@ -81,34 +81,6 @@ def read_dtype(reader: ConfigValues) -> str | None:
     return name
 
 
-def refuse_scaled_rope(config: dict[str, Any], source: str) -> None:
-    """Refuse rotary embedding that is stretched to longer contexts.
-
-    Args:
-        config: the parsed file.
-        source: its name, for errors.
-
-    Raises:
-        ValueError: naming the key and the kind of scaling.
-    """
-    reader = ConfigValues(config, source)
-    for key in ("rope_scaling", "rope_parameters"):
-        kind = _rope_kind(reader.get(key, {}, dict))
-        if kind != "default":
-            raise ValueError(
-                f"{source}: {key} ({kind}) must be null: our rotary embedding is unscaled; "
-                "use the checkpoint of the native context length."
-            )
-
-
-def _rope_kind(parameters: dict[str, Any]) -> str:
-    """The kind of RoPE scaling; "default" means none. A setting without a kind may only hold the basics."""
-    kinds = [str(parameters[name]) for name in ("rope_type", "type") if parameters.get(name) is not None]
-    if kinds:
-        return next((kind for kind in kinds if kind != "default"), "default")
-    return "default" if parameters.keys() <= {"rope_theta", "partial_rotary_factor"} else brief(parameters)
-
-
 def _refuse_what_we_lack(reader: ConfigValues) -> None:
     for key, only in MUST_BE.items():
         value = reader.values.get(key, only)
@@ -149,6 +121,7 @@ def _common(reader: ConfigValues, family: str) -> ModelConfig:
         layernorm_epsilon=reader.need("rms_norm_eps", float),
         rotary_base=theta,
         rotary_percent=1.0,
+        rotary_scaling=read_scaling(reader),
         tie_word_embeddings=reader.get("tie_word_embeddings", False, bool),
         init_method_std=reader.get("initializer_range", 0.02, float),
         mask_token_id=reader.token_id("mask_token_id"),

@@ -8,6 +8,7 @@ from megatron_dllm.config import ModelConfig
 from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, AUTO_MAP, DIFFUSION_ARCHITECTURES
 from megatron_dllm.hf.export_limits import check_architecture
 from megatron_dllm.hf.families import family_keys
+from megatron_dllm.hf.rope_scaling import written_scaling
 from megatron_dllm.hf.serving import usual_block_size
 
 
@@ -45,8 +46,7 @@ def to_hf_config(
         "max_position_embeddings": model.max_position_embeddings,
         "initializer_range": model.init_method_std,
         "rms_norm_eps": model.layernorm_epsilon,
-        "rope_theta": model.rotary_base,
-        "rope_scaling": None,
+        **written_scaling(model),
         "tie_word_embeddings": model.tie_word_embeddings,
         "attention_dropout": 0.0,
         "use_cache": True,

@@ -46,11 +46,12 @@ def read_source(config: GenerateConfig) -> CheckpointSource:
     weights = read_weights_folder(path)
     if not weights.is_diffusion:
         raise ValueError(_autoregressive(weights))
-    model = weights.model
+    model = weights.model.stretched(config.rotary_scaling)
     longest = model.max_position_embeddings
     if config.context_length is not None and config.context_length > longest:
         raise ValueError(
-            f"context_length ({config.context_length}) must not exceed the model's max_position_embeddings ({longest})."
+            f"context_length ({config.context_length}) must not exceed the model's max_position_embeddings "
+            f"({longest}); a rotary_scaling reaches further."
         )
     contract = DecodingContract(
         block_size=config.block_size or weights.block_size,

@@ -215,7 +215,9 @@ class DiffusionGPTModel(GPTModel):
             tokens for the next stage.
         """
         model = self.model_config
-        angles = rotary_angles(position_ids, model.kv_channels, model.rotary_percent, model.rotary_base)
+        angles = rotary_angles(
+            position_ids, model.kv_channels, model.rotary_percent, model.rotary_base, model.rotary_scaling
+        )
         rows = None
         if self.skips_outputs and after_layer is None:
             num_rows, length = position_ids.shape

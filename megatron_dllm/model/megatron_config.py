@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.model.paths import Paths
+from megatron_dllm.model.rotary import temperature_options
 
 
 def transformer_config(
@@ -20,7 +21,10 @@ def transformer_config(
     with warnings.catch_warnings():
         # Meant for TransformerEngine's attention, which is not in use.
         warnings.filterwarnings("ignore", message="(?s).*core_attn is from transformer_engine.*")
-        return TransformerConfig(**_arguments(model, parallel, paths, training or TrainingConfig()))
+        config = TransformerConfig(**_arguments(model, parallel, paths, training or TrainingConfig()))
+    for name, value in temperature_options(model.rotary_scaling).items():
+        setattr(config, name, value)  # megatron-core looks for them, and has no fields of these names
+    return config
 
 
 def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths, training: TrainingConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ranks import run_ranks
-from megatron_dllm.config import CapConfig, ModelConfig, ParallelConfig, RunConfig, TrainingConfig
+from megatron_dllm.config import CapConfig, ModelConfig, ParallelConfig, RotaryScalingConfig, RunConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.objective import cap_loss
@@ -60,7 +60,12 @@ LAYOUTS = {
     "pipeline_recompute": (2, ParallelConfig(pipeline_model_parallel_size=2, recompute="full")),
     "pipeline_selective": (2, ParallelConfig(pipeline_model_parallel_size=2, recompute="selective")),
 }
-MODELS: dict[str, dict[str, Any]] = {"ling": {}, "tied": {"tie_word_embeddings": True}, "dense": {"num_moe_experts": 0}}
+MODELS: dict[str, dict[str, Any]] = {
+    "ling": {},
+    "tied": {"tie_word_embeddings": True},
+    "dense": {"num_moe_experts": 0},
+    "stretched": {"rotary_scaling": RotaryScalingConfig(factor=4.0, original_max_position_embeddings=16)},
+}
 # Layout, token dispatcher, model. A mixture of experts needs sequence parallelism, a dense model does not.
 CASES: list[Case] = [(name, "allgather", "dense" if name == "tensor_only" else "ling") for name in LAYOUTS] + [
     ("expert", "alltoall", "ling"),
@@ -68,6 +73,10 @@ CASES: list[Case] = [(name, "allgather", "dense" if name == "tensor_only" else "
     ("tensor_expert", "alltoall", "ling"),
     ("pipeline", "allgather", "tied"),
     ("tensor", "allgather", "tied"),
+    ("context", "allgather", "stretched"),
+    ("ulysses", "allgather", "stretched"),
+    ("context_tensor", "allgather", "stretched"),
+    ("pipeline_recompute", "allgather", "stretched"),
 ]
 
 

@@ -21,7 +21,7 @@ from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from checkpoints_tools.compare import compare
 from megatron_dllm.checkpoint.meta import read_meta
 from megatron_dllm.checkpoint.stored_model import read_stored_model
-from megatron_dllm.config import CheckpointConfig, DecodingConfig, ModelConfig, ParallelConfig
+from megatron_dllm.config import CheckpointConfig, DecodingConfig, ModelConfig, ParallelConfig, RotaryScalingConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.hf.export_config import to_hf_config
 from megatron_dllm.hf.name_table import is_fp32
@@ -214,13 +214,41 @@ def test_qwen3_moe_logits_equal_transformers(tmp_path: Path, one_rank: None, is_
     _check_against_transformers(Qwen3MoeForCausalLM(config), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 2.0}
+        | {"beta_slow": 0.5, "attention_factor": 1.5},
+        {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+        | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ],
+    ids=["yarn", "yarn_with_all_values", "llama3"],
+)
+@torch.no_grad()
+def test_stretched_logits_equal_transformers(tmp_path: Path, one_rank: None, scaling: dict[str, Any]) -> None:
+    from transformers import Qwen3ForCausalLM
+
+    original = Qwen3ForCausalLM(_qwen3_config(rope_scaling=dict(scaling)))
+    _check_against_transformers(original, tmp_path)
+    assert read_stored_model(tmp_path / "mcore").model.rotary_scaling == RotaryScalingConfig.of(
+        {"kind": scaling["rope_type"], **{key: value for key, value in scaling.items() if key != "rope_type"}}
+    )
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
 @torch.no_grad()
 def test_qwen3_logits_equal_transformers(tmp_path: Path, one_rank: None, is_tied: bool) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
+
+    _check_against_transformers(Qwen3ForCausalLM(_qwen3_config(tie_word_embeddings=is_tied)), tmp_path)
+
+
+def _qwen3_config(**changes: Any) -> Any:
+    from transformers import Qwen3Config
 
     torch.manual_seed(0)
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=96,
         hidden_size=48,
         intermediate_size=64,
@@ -232,10 +260,9 @@ def test_qwen3_logits_equal_transformers(tmp_path: Path, one_rank: None, is_tied
         rope_theta=1e6,
         eos_token_id=1,
         pad_token_id=0,
-        tie_word_embeddings=is_tied,
         initializer_range=0.15,
+        **changes,
     )
-    _check_against_transformers(Qwen3ForCausalLM(config), tmp_path)
 
 
 def _check_against_transformers(original: Any, folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from megatron_dllm.checkpoint.stored_model import read_stored_model
-from megatron_dllm.config import DecodingConfig, ModelConfig
+from megatron_dllm.config import DecodingConfig, ModelConfig, RotaryScalingConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.hf.export_config import to_hf_config
 from megatron_dllm.hf.name_table import weight_map
@@ -143,6 +143,49 @@ def test_the_configuration_says_what_engines_read(export: Export, tmp_path: Path
         assert type(read).__module__.startswith("transformers_modules")
         assert (read.mask_token_id, read.block_length) == (export.model.mask_token_id, 8)
         assert (read.rope_scaling or {}).get("rope_type", "default") == "default"
+
+
+SCALINGS = {
+    "llada2_moe": RotaryScalingConfig("yarn", 4.0, 16),
+    "sdar_moe": RotaryScalingConfig("yarn", 2.0, 64, beta_fast=4.0, attention_factor=1.3),
+    "sdar": RotaryScalingConfig("llama3", 8.0, 16),
+}
+
+
+@pytest.mark.parametrize("family", SCALINGS)
+@torch.no_grad()
+def test_a_stretched_model_computes_and_decodes_as_ours(family: str, tmp_path: Path, one_rank: None) -> None:
+    """And is the same model when transformers has saved it, and when we have read that."""
+    export = make_export(replace(MODELS[family], rotary_scaling=SCALINGS[family]), tmp_path)
+    model, ours = load(export.folder), load_ours(export.checkpoint)
+    ids = torch.randint(0, export.model.vocab_size, (1, 100), generator=torch.Generator().manual_seed(5))
+    block = torch.arange(100) // 4
+    expected = logits_of(ours, ids, block.tolist())
+    mask = (block.unsqueeze(0) <= block.unsqueeze(1))[None, None]
+    actual = model(ids, attention_mask=mask).logits
+    assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+    assert model.generate(torch.tensor([PROMPT]), block_size=8, max_new_tokens=9)[0].tolist() == expected_tokens(
+        ours, export.model, PROMPT, max_new_tokens=9
+    )
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved")(ids, attention_mask=mask).logits, actual)
+    hf_to_mcore.convert(tmp_path / "saved", tmp_path / "again")
+    again, stored = (read_stored_model(folder).model for folder in (tmp_path / "again", export.checkpoint))
+    assert again == stored and stored.rotary_scaling == SCALINGS[family]
+
+
+def test_a_scaling_that_the_layers_lack_is_refused(dense: Export, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    shutil.copytree(dense.folder, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for scaling, message in (
+        ({"rope_type": "linear", "factor": 2.0}, r"rope_scaling \(linear\) must be null, yarn or llama3"),
+        ({"rope_type": "yarn", "factor": 2.0}, r"must have factor, .*correct original_max_position_embeddings"),
+    ):
+        (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+        with pytest.raises(ValueError, match=message):
+            AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.ranks import run_ranks
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
-from megatron_dllm.config import DecodingConfig, GenerateConfig, ModelConfig, ParallelConfig
+from megatron_dllm.config import DecodingConfig, GenerateConfig, ModelConfig, ParallelConfig, RotaryScalingConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode, requests_of
 from megatron_dllm.diffusion.decoding_pass import DecodingPass
 from megatron_dllm.diffusion.roles import CLEAN_VIEW, VIEW
@@ -358,7 +358,8 @@ def test_autoregressive_checkpoint_is_refused(one_rank: None, tmp_path: Path) ->
         ({"prompt": f"a{MASK}b"}, r"prompt 1 of 1 .* holds the mask token \(2\) at position 1"),
         ({"prompt": "a" * 128}, r"prompt \(128 tokens\) must be shorter than context_length \(128\)"),
         ({"prompt": "abc", "context_length": 3}, r"must be shorter than context_length \(3\)"),
-        ({"prompt": "a", "context_length": 129}, r"context_length \(129\) must not exceed"),
+        ({"prompt": "a", "context_length": 129}, r"context_length \(129\) must not exceed .* rotary_scaling"),
+        ({"prompt": "a", "rotary_scaling": RotaryScalingConfig("linear", 2.0, 64)}, r"rotary_scaling.kind \(linear\)"),
         ({"prompt": "a", "tokenizer": "/nope"}, r"tokenizer \(/nope\) has no tokenizer\.json"),
         ({"prompt": "a", "checkpoint": "/nope"}, r"checkpoint \(/nope\) is not a folder"),
         ({"prompts_file": "/nope"}, r"prompts_file \(/nope\) is not a file"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_dllm.config import RotaryScalingConfig
 from megatron_dllm.generate import main, parse_arguments
 
 
@@ -22,3 +23,13 @@ def test_help_names_every_key_with_its_default_as_it_would_be_typed(capsys: pyte
     assert main(["--help"]) == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert {"stop=[]", "checkpoint=???", "prompt=null", "resume=false", "threshold=0.95"} <= set(lines)
+
+
+def test_a_scaling_is_given_as_one_group() -> None:
+    words = ["checkpoint=x", "prompt=a", "rotary_scaling={kind: ntk, factor: 2, original_max_position_embeddings: 64}"]
+    config = parse_arguments(words)
+    config.validate()
+    assert config.rotary_scaling == RotaryScalingConfig("ntk", 2.0, 64)
+    with pytest.raises(ValueError, match=r"rotary_scaling.original_max_position_embeddings \(0\) must lie in \[8, "):
+        parse_arguments([*words[:2], "rotary_scaling={factor: 2}"]).validate()
+    assert parse_arguments(words[:2]).rotary_scaling is None

@@ -6,10 +6,13 @@ Plain PyTorch. Shapes: b batch, n tokens of this call, c tokens in the cache, h 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .rotary_scaling import scaled_frequencies, temperature_of
 
 
 class BlockCache:
@@ -71,13 +74,15 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
-def rotary_angles(position_ids: Tensor, rotary_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position, computed in fp32.
+def rotary_angles(position_ids: Tensor, rotary_dim: int, theta: float, scaling: dict[str, Any],
+                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position, computed in fp32, times the temperature of a scaling.
 
     Args:
         position_ids: [b, n] places from the start of the text.
         rotary_dim: features of a head that turn.
         theta: base of their wavelengths.
+        scaling: of `rotary_scaling.scaling_of`.
         dtype: of the result.
 
     Returns:
@@ -85,9 +90,10 @@ def rotary_angles(position_ids: Tensor, rotary_dim: int, theta: float, dtype: to
     """
     # Not a buffer: its values would be lost where a model is created without memory.
     exponent = torch.arange(0, rotary_dim, 2, device=position_ids.device).float() / rotary_dim
-    angles = position_ids.unsqueeze(-1).float() * theta ** -exponent
+    angles = position_ids.unsqueeze(-1).float() * scaled_frequencies(theta ** -exponent, theta, scaling)
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    temperature = temperature_of(scaling)
+    return (angles.cos() * temperature).to(dtype), (angles.sin() * temperature).to(dtype)
 
 
 def rotate(hidden: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

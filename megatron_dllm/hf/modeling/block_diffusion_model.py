@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .block_diffusion_layers import BlockCache, RMSNorm, rotary_angles
+from .rotary_scaling import scaling_of
 
 
 class BlockDiffusionPreTrainedModel(PreTrainedModel):
@@ -86,7 +87,8 @@ class BlockDiffusionModel(BlockDiffusionPreTrainedModel):
             mask = mask[:, None, None, :].bool()
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(hidden.dtype)
-        rotary = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta, hidden.dtype)
+        rotary = rotary_angles(position_ids, self.config.rotary_dim, self.config.rope_theta,
+                               scaling_of(self.config.rope_parameters), hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, mask, rotary, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .rotary_scaling import scaling_of
+
 
 class LLaDA2MoeConfig(PretrainedConfig):
     """Sizes of the model; keys as in the published checkpoints.
@@ -55,8 +57,7 @@ class LLaDA2MoeConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         rope = kwargs.pop("rope_parameters", None) or {}
-        if (rope_scaling or rope).get("rope_type", "default") != "default":
-            raise ValueError(f"rope_scaling ({rope_scaling or rope}) must be null: the rotary embedding is unscaled.")
+        scaling = scaling_of(rope_scaling or rope)
         for name, value in (("rope_theta", rope_theta), ("partial_rotary_factor", partial_rotary_factor)):
             if value is not None and rope.get(name, value) != value:
                 raise ValueError(f"{name} ({value}) contradicts rope_parameters ({rope}); correct whichever is wrong.")
@@ -78,7 +79,8 @@ class LLaDA2MoeConfig(PretrainedConfig):
             factor = rotary_dim / self.head_dim if rotary_dim else 1.0
         self.partial_rotary_factor = factor
         self.rotary_dim = int(self.head_dim * factor)
-        self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta, "partial_rotary_factor": factor}
+        self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta, "partial_rotary_factor": factor,
+                                **scaling}
         self.use_qk_norm = use_qk_norm
         self.first_k_dense_replace = first_k_dense_replace
         self.num_experts = num_experts
@@ -98,4 +100,4 @@ class LLaDA2MoeConfig(PretrainedConfig):
         super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings,
                          **kwargs)
         if not hasattr(self, "rope_scaling"):  # in transformers 5 it is another name of rope_parameters
-            self.rope_scaling = None
+            self.rope_scaling = scaling or None

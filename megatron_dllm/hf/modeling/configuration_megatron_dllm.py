@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .rotary_scaling import scaling_of
+
 # Settings that these layers do not have: the only value each may take.
 _MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
             "sliding_window": None}
@@ -55,8 +57,7 @@ class MegatronDllmConfig(PretrainedConfig):
             if value is not None and value != only:
                 raise ValueError(f"{name} ({value}) must be {only}: these layers have nothing else.")
         rope = kwargs.pop("rope_parameters", None) or {}
-        if (rope_scaling or rope).get("rope_type", "default") != "default":
-            raise ValueError(f"rope_scaling ({rope_scaling or rope}) must be null: the rotary embedding is unscaled.")
+        scaling = scaling_of(rope_scaling or rope)
         # transformers 5 keeps it in rope_parameters, and writes both.
         theta = rope.get("rope_theta") if rope_theta is None else rope_theta
         if theta is None:
@@ -84,10 +85,10 @@ class MegatronDllmConfig(PretrainedConfig):
         self.first_k_dense_replace = first_k_dense_replace
         self.rope_theta = theta
         self.rope_parameters = {"rope_type": "default", "rope_theta": theta,
-                                "partial_rotary_factor": partial_rotary_factor}
+                                "partial_rotary_factor": partial_rotary_factor, **scaling}
         self.mask_token_id = mask_token_id
         self.block_length = block_length
         super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings,
                          **kwargs)
         if not hasattr(self, "rope_scaling"):  # in transformers 5 it is another name of rope_parameters
-            self.rope_scaling = None
+            self.rope_scaling = scaling or None

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from .rotary_scaling import scaling_of
+
 # Settings of Qwen3's files that SDAR's layers do not have: the only value each may take.
 _MUST_BE = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1,
             "mlp_only_layers": []}
@@ -43,8 +45,7 @@ class SDARConfig(PretrainedConfig):
             if value is not None and value != only:
                 raise ValueError(f"{name} ({value}) must be {only}: SDAR's layers have nothing else.")
         rope = kwargs.pop("rope_parameters", None) or {}
-        if (rope_scaling or rope).get("rope_type", "default") != "default":
-            raise ValueError(f"rope_scaling ({rope_scaling or rope}) must be null: the rotary embedding is unscaled.")
+        scaling = scaling_of(rope_scaling or rope)
         # transformers 5 keeps it in rope_parameters, SGLang reads it as an attribute and would take 10000 without.
         theta = rope.get("rope_theta") if rope_theta is None else rope_theta
         if theta is None:
@@ -63,13 +64,13 @@ class SDARConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = theta
-        self.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        self.rope_parameters = {"rope_type": "default", "rope_theta": theta, **scaling}
         self.mask_token_id = mask_token_id
         self.block_length = block_length
         super().__init__(pad_token_id=pad_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings,
                          **kwargs)
         if not hasattr(self, "rope_scaling"):  # in transformers 5 it is another name of rope_parameters
-            self.rope_scaling = None
+            self.rope_scaling = scaling or None
 
 
 class SDARMoeConfig(SDARConfig):

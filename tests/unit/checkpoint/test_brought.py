@@ -12,7 +12,7 @@ from launch.chain import compose_chain
 from megatron_dllm.checkpoint.manifest import write_manifest
 from megatron_dllm.checkpoint.meta import Provenance, read_meta, write_meta
 from megatron_dllm.compose import compose_train_config
-from megatron_dllm.config import ModelConfig, TrainConfig
+from megatron_dllm.config import ModelConfig, RotaryScalingConfig, TrainConfig
 from tests.unit.checkpoint.small_checkpoint import MODEL, make_checkpoint
 
 LONG = replace(MODEL, max_position_embeddings=3000, family="qwen3_moe", rotary_base=1e6)
@@ -103,3 +103,28 @@ def test_what_an_older_checkpoint_does_not_say_has_its_default(start: Path) -> N
     table = {name: value for name, value in asdict(LONG).items() if name != "init_method_std"}
     write_meta(start, replace(read_meta(start), model=table))
     assert _convert(start).model == LONG
+
+
+SCALING = "model.rotary_scaling={kind: yarn, factor: 4, original_max_position_embeddings: 3000}"
+
+
+def test_a_longer_context_changes_the_angles_that_the_checkpoint_brings(start: Path) -> None:
+    longer = "model.max_position_embeddings=12000"
+    with pytest.raises(ValueError, match=r"model\.max_position_embeddings \(12000\) differs"):
+        _convert(start, longer)
+    with pytest.raises(ValueError, match=r"model\.rotary_scaling \(RotaryScaling.*\) differs from .* \(None\)"):
+        _convert(start, SCALING)
+    scaling = RotaryScalingConfig(factor=4.0, original_max_position_embeddings=3000)
+    config = _convert(start, longer, SCALING, "checkpoint.change_rotary=true")
+    assert config.model == replace(LONG, max_position_embeddings=12000, rotary_scaling=scaling)
+    config.validate(2)
+
+
+def test_a_stretched_checkpoint_brings_its_scaling(start: Path) -> None:
+    stretched = replace(LONG, rotary_scaling=RotaryScalingConfig("llama3", 2.0, 1500))
+    write_meta(start, replace(read_meta(start), model=asdict(stretched)))
+    assert _convert(start).model == stretched
+    table = asdict(stretched) | {"rotary_scaling": {"kind": "yarn", "speed": 3}}
+    write_meta(start, replace(read_meta(start), model=table))
+    with pytest.raises(ValueError, match=r"model\.rotary_scaling\.speed is not known to this version"):
+        _convert(start)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_dllm.checkpoint.identity import check_identity, check_start
 from megatron_dllm.checkpoint.meta import RunSemantics, read_meta
-from megatron_dllm.config import ScheduleConfig, StageConfig, TrainConfig
+from megatron_dllm.config import RotaryScalingConfig, ScheduleConfig, StageConfig, TrainConfig
 from tests.unit.checkpoint.small_checkpoint import MODEL, make_checkpoint
 
 
@@ -46,3 +46,16 @@ def test_diffusion_weights_start_what_they_were_trained_for(tmp_path: Path) -> N
     check_start(autoregressive, to_diffusion)
     with pytest.raises(ValueError, match=r"data.block_origin \(row\) differs .* \(document\)"):
         check_start(diffusion, to_diffusion)
+
+
+def test_rotary_angles_change_where_it_is_said(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 1)
+    config = _run(objective="block_diffusion", block_size=4)
+    config.model = replace(MODEL, rotary_scaling=RotaryScalingConfig(factor=2.0, original_max_position_embeddings=64))
+    with pytest.raises(ValueError, match=r"model.rotary_scaling \(.*\) differs .* \(None\); .*change_rotary=true"):
+        check_start(folder, config)
+    config.checkpoint.change_rotary = True
+    assert check_start(folder, config) == read_meta(folder)
+    config.model.hidden_size = 16
+    with pytest.raises(ValueError, match=r"model.hidden_size \(16\)"):
+        check_start(folder, config)

@@ -17,6 +17,7 @@ from megatron_dllm.config import (
     OptimizerConfig,
     PreferenceConfig,
     ReferenceConfig,
+    RotaryScalingConfig,
     RunConfig,
     ScheduleConfig,
     SftConfig,
@@ -26,6 +27,11 @@ from megatron_dllm.config import (
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from tests.unit.config.configs import layout_config, model_config, refusal_of, stage_config, train_config
+
+
+def stretched(**changes: object) -> RotaryScalingConfig:
+    return RotaryScalingConfig(**{"factor": 2.0, "original_max_position_embeddings": 256, **changes})
+
 
 # ---- the model ---------------------------------------------------------------------------------
 
@@ -52,7 +58,25 @@ from tests.unit.config.configs import layout_config, model_config, refusal_of, s
         (dict(moe_router_num_groups=5), ("model.moe_router_num_groups (5)", "num_moe_experts (16)")),
         (dict(moe_router_group_topk=5), ("model.moe_router_group_topk (5)", "[1, 4]")),
         (dict(moe_router_topk=8), ("model.moe_router_topk (8)", "twice moe_router_group_topk (2)", "only this ratio")),
-        (dict(max_position_embeddings=128), ("context_length (256)", "max_position_embeddings (128)")),
+        (
+            dict(max_position_embeddings=128),
+            ("context_length (256)", "max_position_embeddings (128)", "model.rotary_scaling"),
+        ),
+        (
+            dict(rotary_scaling=RotaryScalingConfig(factor=2.0)),
+            ("model.rotary_scaling.original_max_position_embeddings (0)", "[8, 4096]", "before it is stretched"),
+        ),
+        (dict(rotary_scaling=stretched(kind="linear")), ("rotary_scaling.kind (linear)", "yarn, ntk, llama3")),
+        (dict(rotary_scaling=stretched(factor=0.5)), ("rotary_scaling.factor (0.5)", "[1, 10000]")),
+        (dict(rotary_scaling=stretched(original_max_position_embeddings=8192)), ("(8192)", "[8, 4096]")),
+        (dict(rotary_scaling=stretched(beta_slow=40.0)), ("rotary_scaling.beta_slow (40)", "below beta_fast (32)")),
+        (dict(rotary_scaling=stretched(factor=1.0, attention_factor=1.2)), ("attention_factor (1.2)", "above 1")),
+        (dict(rotary_scaling=stretched(attention_factor=-1.0)), ("attention_factor (-1.0)", "positive")),
+        (
+            dict(rotary_scaling=stretched(kind="llama3", low_freq_factor=5.0)),
+            ("low_freq_factor (5)", "high_freq_factor"),
+        ),
+        (dict(rotary_scaling=stretched(kind="ntk", distance_ahead=300)), ("distance_ahead (300)", "[0, 256]")),
     ],
 )
 def test_models_that_contradict_themselves_are_refused(changes: dict[str, object], parts: tuple[str, ...]) -> None:

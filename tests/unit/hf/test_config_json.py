@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_dllm.config import ModelConfig
+from megatron_dllm.config import ModelConfig, RotaryScalingConfig
 from megatron_dllm.hf.config_json import from_hf_config, read_hf_config
+from megatron_dllm.hf.config_meaning import meaning
+from megatron_dllm.hf.export_config import to_hf_config
 from tests.unit.hf.test_name_table import LING_FLASH, LING_MINI
 
 PUBLISHED_LING_MINI = {
@@ -50,6 +52,7 @@ PUBLISHED_LING_MINI = {
     "norm_softmax": False,
     "hidden_act": "silu",
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 PUBLISHED_QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],
     "model_type": "qwen3_moe",
@@ -156,14 +159,21 @@ def test_softmax_before_top_k_where_probabilities_are_not_normalised() -> None:
         ({"norm_head": True}, "norm_head"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling \(yarn\)"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"lacks rope_scaling.original_max_position_embeddings"),
+        ({"rope_scaling": YARN | {"mscale": 1.0}}, r"rope_scaling.mscale \(1.0\) is not known in yarn"),
+        ({"rope_scaling": YARN | {"truncate": False}}, r"rope_scaling.truncate \(False\)"),
+        ({"rope_scaling": YARN | {"factor": "4"}}, r"rope_scaling.factor \('4'\) must be of type float"),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, r"rotary_scaling.factor \(0.5\) must lie in \[1, 10000\]"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 65536}}, r"\(65536\) must lie in \[8, 32768\]"),
+        ({"rope_scaling": YARN | {"rope_type": "llama3"}}, r"lacks rope_scaling.low_freq_factor"),
+        ({"rope_scaling": YARN, "rope_parameters": YARN | {"factor": 2.0}}, r"rope_scaling.factor \(4.0\) state the"),
         ({"rope_theta": None}, "rope_theta"),
         ({"rope_scaling": {"factor": 4}}, r"rope_scaling \(\{'factor': 4\}\)"),
         ({"rope_scaling": "yarn"}, "rope_scaling"),
-        ({"rope_scaling": {"type": "yarn"}, "rope_parameters": {"rope_type": "default"}}, r"rope_scaling \(yarn\)"),
-        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, r"rope_scaling \(yarn\)"),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "default"}}, r"rope_scaling.rope_type \('yarn'\)"),
+        ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, r"rope_scaling.type \('yarn'\) state the same"),
         ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads"),
-        ({"rope_parameters": {"rope_type": "linear"}}, r"rope_parameters \(linear\)"),
+        ({"rope_parameters": {"rope_type": "linear"}}, r"rope_scaling \('linear'\)"),
         ({"num_hidden_layers": "20"}, r"num_hidden_layers \('20'\) must be of type int"),
         ({"eos_token_id": "0"}, "eos"),
         ({"rms_norm_eps": True}, "rms_norm_eps"),
@@ -206,6 +216,41 @@ def test_softmax_before_top_k_where_probabilities_are_not_normalised() -> None:
 def test_refuses_by_name_what_it_cannot_express(change: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         from_hf_config(PUBLISHED_LING_MINI | change)
+
+
+@pytest.mark.parametrize(
+    ("stated", "scaling"),
+    [
+        (YARN, RotaryScalingConfig("yarn", 4.0, 32768)),
+        (
+            {"type": "yarn", "factor": 2, "original_max_position_embeddings": 4096, "beta_fast": 20.0, "beta_slow": 2.0}
+            | {"attention_factor": 1.1, "truncate": True},
+            RotaryScalingConfig("yarn", 2.0, 4096, beta_fast=20.0, beta_slow=2.0, attention_factor=1.1),
+        ),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+            | {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            RotaryScalingConfig("llama3", 8.0, 8192),
+        ),
+    ],
+)
+def test_a_stretched_rope_is_read_and_written(stated: dict[str, object], scaling: RotaryScalingConfig) -> None:
+    for place in ("rope_scaling", "rope_parameters"):
+        model = from_hf_config(PUBLISHED_LING_MINI | {place: stated}).model
+        assert model.rotary_scaling == scaling
+    written = to_hf_config(replace(model, mask_token_id=1), "bailing_moe", "bfloat16")
+    assert meaning(written)["rope_scaling"] == meaning({"rope_scaling": stated})["rope_scaling"] or "truncate" in stated
+    assert from_hf_config(written).model == replace(model, mask_token_id=-1)
+
+
+def test_ntk_is_written_as_the_base_that_it_is() -> None:
+    model = replace(
+        from_hf_config(PUBLISHED_LING_MINI).model,
+        rotary_scaling=RotaryScalingConfig("ntk", 4.0, 32768, distance_ahead=32),
+    )
+    written = to_hf_config(model, "bailing_moe", "bfloat16")
+    assert written["rope_scaling"] is None
+    assert written["rope_theta"] == model.rotary_scaling.ntk_base(6e5, 64) > 3e6
 
 
 @pytest.mark.parametrize("size", [0, -1, 32.0, "32", True, 10**9])

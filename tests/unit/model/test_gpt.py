@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.config import ModelConfig, ParallelConfig, RotaryScalingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.roles import BLOCK, CLEAN_VIEW, DOC, VIEW, visible
 from tests.reference_model import expected_logits, random_weights, tiny_model, to_megatron
@@ -47,8 +47,13 @@ def _expected_loss(model: ModelConfig, weights: dict[str, Tensor], batch: Batch)
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"tie_word_embeddings": True}, {"rotary_percent": 1.0, "num_moe_experts": 0}],
-    ids=["ling", "tied", "dense_full_rotation"],
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"rotary_percent": 1.0, "num_moe_experts": 0},
+        {"rotary_scaling": RotaryScalingConfig(factor=4.0, original_max_position_embeddings=16)},
+    ],
+    ids=["ling", "tied", "dense_full_rotation", "stretched"],
 )
 def test_loss_and_gradients_equal_the_reference(kind: str, changes: dict[str, Any]) -> None:
     model = tiny_model(**changes)
