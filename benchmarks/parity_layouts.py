@@ -206,6 +206,7 @@ STAGES: dict[str, StageConfig] = {
     "ar": replace(_BLOCKS, objective="ar", block_size=1),
     "complementary": replace(_BLOCKS, num_views=2, view_relation="complementary", t_max=0.999),
     "single_view": _BLOCKS,
+    "shift": replace(_BLOCKS, num_views=2, shift=True),
     "mdlm": replace(_BLOCKS, block_size=CONTEXT_LENGTH),
     "blend": replace(_BLOCKS, train=[0.6, "corpus", 0.4, SECOND_CORPUS]),
 }

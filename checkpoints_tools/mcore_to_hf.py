@@ -158,6 +158,14 @@ def settle_architecture(stored: StoredModel, asked: str | None) -> str:
     own = next(choice for choice in choices if (choice in DIFFUSION_ARCHITECTURES) == is_diffusion)
     architecture = asked or own
     check_architecture(model, architecture)
+    semantics = stored.meta.semantics
+    if is_diffusion and semantics.shift:
+        classes = ", ".join(ARCHITECTURE_CLASS[choice] for choice in choices)
+        raise ValueError(
+            f"{stored.folder}: contract.shift (true) with blocks of {semantics.block_size} predicts a token at the "
+            f"slot before it, and no class that is exported does ({classes}); "
+            "decode it with megatron_dllm.generate, or train it without a shift."
+        )
     if is_diffusion and architecture not in DIFFUSION_ARCHITECTURES:
         raise ValueError(
             f"architecture ({architecture}) predicts the next token, {stored.folder} the token of the same place: "

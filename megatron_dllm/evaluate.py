@@ -95,7 +95,7 @@ def measure(composed: Any) -> Measured:
         config = request.config
         corpus = _open(config, Corpus)
         corpus.verify()
-        check_corpus(config, corpus, request.names, request.weights.sft)
+        check_corpus(config, corpus, request.names, request.weights.sft, request.weights.shift)
         return request, open_target(request, VALIDATION, _earlier)
 
     timeout = composed.run.distributed_timeout_minutes
@@ -103,10 +103,9 @@ def measure(composed: Any) -> Measured:
     request, target = meeting.decide(decide)
     with measured_model(request, meeting) as model:
         corpus = _open(request.config, Corpus)
-        names, sft = list(request.names), request.weights.sft
-        validation = evaluate(
-            model.chunks, model.config, model.groups, corpus, names, model.device, sft=sft, is_watched=True
-        )
+        names, sft, shift = list(request.names), request.weights.sft, request.weights.shift
+        where = (model.groups, corpus, names, model.device)
+        validation = evaluate(model.chunks, model.config, *where, sft=sft, shift=shift, is_watched=True)
     return Measured(request, target, validation)
 
 

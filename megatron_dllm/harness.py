@@ -145,7 +145,8 @@ def run(composed: Any) -> tuple[Path, dict[str, Any]]:
         block_size = int(request.names[0]) if request.weights.is_diffusion else None
         encoder, writer = encoder_of(request), None
         if block_size is not None and writing_tasks(tasks):
-            contract = contract_of(block_size, config.schedule.context_length, encoder, config.apply_chat_template)
+            is_chat, shift = config.apply_chat_template, request.weights.shift
+            contract = contract_of(block_size, config.schedule.context_length, encoder, is_chat, shift)
             may_cut = config.likelihood.truncate
             writer = Writer.of(model, encoder, config.decoding, contract, config.batch_size, may_cut)
         harness = HarnessModel(model, encoder, config.likelihood, block_size, writer, greedy_tasks(tasks))

@@ -146,6 +146,11 @@ def _questions(config: StudyConfig) -> list[Question]:
 
 def _ask(config: StudyConfig, checkpoint: str, found: Sequence[Question]) -> _Asked:
     source = read_source(config.source(checkpoint))
+    if source.contract.shift:
+        raise ValueError(
+            f"{source.folder}: contract.shift (true) predicts tokens at the slot before them, and a study judges those "
+            "at their own; ask for texts with megatron_dllm.generate or megatron_dllm.harness."
+        )
     tokenizer = load_tokenizer(TokenizerFiles(source.tokenizer))
     prompts, contract = encode_requests([question.chat for question in found], tokenizer, source)
     answers = [tokenizer.encode(question.expected, add_special_tokens=False).ids for question in found]

@@ -92,8 +92,8 @@ def check_identity(
 def check_start(folder: Path, config: Any) -> CheckpointMeta:
     """Refuse weights that the run's first stage would misread; returns what their contract.json says.
 
-    Autoregressive weights may start any stage. Diffusion weights predict a token at its own place, in blocks counted
-    from `block_origin`: another diffusion stage on the same grid continues them.
+    Autoregressive weights may start any stage. Diffusion weights predict a token at its own slot, or with a shift at
+    the one before, in blocks counted from `block_origin`: a diffusion stage of the same kind continues them.
 
     Raises:
         ValueError: naming the field, both values and the remedy.
@@ -106,6 +106,13 @@ def check_start(folder: Path, config: Any) -> CheckpointMeta:
         raise ValueError(
             f"schedule.stages.{name}.objective (ar) cannot start from the diffusion weights {folder}; "
             "start from an autoregressive checkpoint, or with a diffusion stage."
+        )
+    if first.is_shifted != stored.semantics.shift:
+        value, found = str(first.is_shifted).lower(), str(stored.semantics.shift).lower()
+        raise ValueError(
+            f"schedule.stages.{name}.shift ({value}) differs from that of the diffusion weights {folder} ({found}), "
+            f"which predict a token at another slot; set shift to {found} in every stage of blocks, or start from an "
+            "autoregressive checkpoint."
         )
     check_grid(folder, stored, config.data.block_origin)
     return stored

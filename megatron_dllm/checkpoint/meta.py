@@ -39,8 +39,9 @@ class Semantics(RunSemantics):
     """What the model's outputs mean; the part `contract` of the file.
 
     Attributes:
-        shift: position i predicts token i + 1, autoregressively; else token i.
-        block_size: tokens denoised together; 1 for autoregressive models.
+        shift: position i predicts token i + 1; else token i.
+        block_size: tokens denoised together; 1 for autoregressive models. With a shift, the first of them is predicted
+            by the clean block before, so blocks of 1 token are an autoregressive model.
     """
 
     shift: bool
@@ -132,8 +133,8 @@ class CheckpointMeta:
 
     @property
     def is_diffusion(self) -> bool:
-        """Whether position i predicts token i."""
-        return not self.semantics.shift
+        """Whether it denoises blocks; else it is autoregressive."""
+        return not self.semantics.shift or self.semantics.block_size > 1
 
 
 def read_meta(folder: Path) -> CheckpointMeta:

@@ -23,7 +23,8 @@ class WeightsFolder:
         folder: of the weights.
         is_hf: whether they are those of a Hugging Face folder.
         model: sizes and special tokens; an autoregressive HF folder may leave token ids open (-1).
-        is_diffusion: position i predicts token i; else token i + 1, autoregressively.
+        is_diffusion: it denoises blocks; else it is autoregressive.
+        shift: position i predicts token i + 1; else token i.
         block_size: tokens denoised together; 1 for autoregressive models.
         context_length: of training; None where the folder does not say.
         block_origin: where blocks begin to count; None where the folder does not say.
@@ -36,6 +37,7 @@ class WeightsFolder:
     is_hf: bool
     model: ModelConfig
     is_diffusion: bool
+    shift: bool
     block_size: int
     context_length: int | None
     block_origin: str | None
@@ -59,6 +61,7 @@ def read_weights_folder(path: Path) -> WeightsFolder:
         is_hf=False,
         model=stored.model,
         is_diffusion=stored.meta.is_diffusion,
+        shift=semantics.shift,
         block_size=semantics.block_size,
         context_length=semantics.context_length,
         block_origin=semantics.block_origin,
@@ -77,6 +80,7 @@ def _read_hf(folder: Path) -> WeightsFolder:
         is_hf=True,
         model=model,
         is_diffusion=stored.is_diffusion,
+        shift=not stored.is_diffusion,
         block_size=stored.decoded_block_size,
         context_length=stored.context_length,
         block_origin=None,

@@ -94,7 +94,8 @@ class StageConfig:
     preference: PreferenceConfig | None = None
     # Corpora and weights of this stage alone, in the form of data.train; null: data.train.
     train: Any = None
-    # Whether position i predicts token i + 1; null: what the objective does (ar: true, block_diffusion: false).
+    # Whether the slot before a token predicts it, as in AR; null: what the objective does (ar: true, block_diffusion:
+    # false). In block diffusion the first token of a block is then predicted by the clean block before it.
     shift: bool | None = None
     # Layout of this stage alone; null: the run's `parallel`. A run ends where the layout changes, and its next start
     # takes the next stage's (docs/runs.md).
@@ -116,6 +117,11 @@ class StageConfig:
     def is_shifted(self) -> bool:
         """`shift` with its default filled in."""
         return self.objective == "ar" if self.shift is None else self.shift
+
+    @property
+    def is_left_to_right(self) -> bool:
+        """Whether it trains an autoregressive model, as block diffusion does with a shift and blocks of one token."""
+        return self.objective == "ar" or (self.is_shifted and self.block_size == 1)
 
     def validate(self, name: str, context_length: int) -> None:
         """Raise ValueError with the stage's name if a value is impossible."""
@@ -242,9 +248,9 @@ class StageConfig:
         )
         check_levels(prefix, self)
         check(
-            self.is_shifted == (self.objective == "ar"),
-            f"{prefix}.shift ({str(self.is_shifted).lower()}) is not built for objective {self.objective}, in which "
-            f"position i predicts token {'i + 1' if self.objective == 'ar' else 'i'}; leave it null.",
+            self.is_shifted or self.objective != "ar",
+            f"{prefix}.shift (false) must be true or null for objective ar, in which position i predicts token i + 1; "
+            "leave it null.",
         )
 
 
@@ -295,6 +301,7 @@ class ScheduleConfig:
             f"theirs ({', '.join(f'{name}: {count}' for name, count in counts.items() if count is not None)}): null "
             "is the number of ranks of whichever start comes, and those will differ; give each stage its number.",
         )
+        self._check_shift()
         for name, stage in self.stages.items():
             stage.validate(name, self.context_length)
             needed = self.context_length * max(stage.num_noisy_copies, 1)
@@ -306,3 +313,15 @@ class ScheduleConfig:
                 f"{max(stage.num_noisy_copies, 1)} view(s) and the clean blocks of context_length "
                 f"{self.context_length} take {needed} tokens; raise row_length or lower context_length.",
             )
+
+    def _check_shift(self) -> None:
+        """What a slot predicts may change from a left-to-right stage to the next one, and never again."""
+        first: dict[bool, str] = {}
+        for name, stage in self.stages.items():
+            if not stage.is_left_to_right:
+                first.setdefault(stage.is_shifted, name)
+        check(
+            len(first) < 2,
+            f"schedule.stages.{first.get(True)}.shift (true) must be that of stage {first.get(False)} (false): a model "
+            "that predicts a token at another slot has to learn it anew; give all stages of blocks the same.",
+        )

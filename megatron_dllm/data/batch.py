@@ -99,7 +99,10 @@ class Batch:
 
     @property
     def target_views(self) -> Tensor:
-        """[T] int64, the view each target lies in: 1..K, beyond that for further copies of a block, or 0 in AR."""
+        """[T] int64, the view each target's slot lies in: 1..K, beyond that for further copies of a block, or 0.
+
+        It is 0 in AR, and where a clean slot predicts for all views (see `data.row`).
+        """
         return self._target_roles[:, VIEW].long()
 
     @property

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.data.geometry import RowGeometry, clean_lengths
+from megatron_dllm.data.geometry import RowGeometry, clean_lengths, noisy_lengths
 from megatron_dllm.data.noisy_blocks import find_noisy_blocks
 from megatron_dllm.data.spans import START, STOP, Spans
 
@@ -36,8 +36,11 @@ def forward_tokens(geometry: RowGeometry, lengths: IntArray, starts: IntArray, s
     Returns:
         [p] int64.
     """
-    if spans is None or geometry.objective == "ar":
-        return geometry.num_views * lengths + clean_lengths(geometry, lengths, starts)
+    if geometry.objective == "ar":
+        return lengths
+    if spans is None:
+        noisy = noisy_lengths(geometry, lengths, starts)
+        return geometry.num_views * noisy + clean_lengths(geometry, lengths, starts)
     blocks = find_noisy_blocks(geometry, lengths, starts, spans)
     if geometry.prune_clean:
         clean = np.zeros_like(lengths)

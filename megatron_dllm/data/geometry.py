@@ -32,7 +32,7 @@ class RowGeometry:
             document tokens of the row, so that a segment may begin in mid-block.
         prune_clean: whether copies of blocks that no loss needs are left out: of a noisy block without a token that
             may carry one, and of a clean block that no later block of its document with such a token reads.
-        shift: whether position i predicts token i + 1; None: what the objective does.
+        shift: whether the slot before a token predicts it, see `data.row`; None: what the objective does.
         fill: "eos" puts trained end-of-text tokens between the end of a turn and the end of its block, see
             `data.noisy_blocks`; "none" nothing. It concerns sources with spans alone, as turn_boundary does.
         turn_boundary: what a turn that ends in mid-block sees behind it, see `data.noisy_blocks`.
@@ -67,7 +67,7 @@ class RowGeometry:
         assert self.num_views >= 0 and (self.num_views > 0) == is_noisy, (
             f"num_views ({self.num_views}) must be 0 for ar and positive for block_diffusion"
         )
-        assert self.shift in (None, self.objective == "ar"), f"shift ({self.shift}) with objective {self.objective}"
+        assert is_noisy or self.shift is not False, "an AR position predicts the token after it"
         has_turns = (self.fill, self.turn_boundary) != ("none", "all")
         assert not has_turns or (is_noisy and self.block_origin == "document"), (
             f"fill ({self.fill}) and turn_boundary ({self.turn_boundary}) need block_diffusion on the document's grid"
@@ -106,6 +106,11 @@ class RowGeometry:
             rows_of_pairs=None if stage.preference is None else stage.global_batch_size,
         )
 
+    @property
+    def is_shifted(self) -> bool:
+        """`shift` with its default filled in."""
+        return self.objective == "ar" if self.shift is None else self.shift
+
     def grid_starts(self, starts: IntArray) -> IntArray:
         """Where the block grid stands at the first token of segments.
 
@@ -137,3 +142,25 @@ def clean_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) ->
     last_block = (first + lengths - 1) % geometry.block_size + 1
     kept = lengths - last_block if geometry.prune_clean else lengths
     return np.where(last_block >= lengths, 0, kept)
+
+
+def noisy_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) -> IntArray:
+    """Tokens that one noisy view shows of segments in which every token may carry a loss.
+
+    All of them, but with a shift none of a block of one token: that is predicted before its block, or by nobody.
+
+    Args:
+        geometry: of the row: block diffusion.
+        lengths: [p] tokens of the segments, each at least 1.
+        starts: [p] document tokens before each segment in its row.
+    """
+    if not (geometry.is_shifted and geometry.prune_clean):
+        return lengths
+    if geometry.block_size == 1:
+        return np.zeros_like(lengths)
+    first = geometry.grid_starts(starts) % geometry.block_size
+    in_first = np.minimum(geometry.block_size - first, lengths)
+    in_last = np.minimum((first + lengths - 1) % geometry.block_size + 1, lengths)
+    has_two = in_first < lengths
+    shown: IntArray = lengths - (in_last == 1) - ((in_first == 1) & has_two)
+    return shown

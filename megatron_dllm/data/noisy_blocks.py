@@ -19,18 +19,22 @@ Blocks of 8, an answer a of 3 tokens, a question q of 4, an answer b of 5, with 
                      b b b b E E E E      copy 0 of block 1, turn b
     clean            a a a q q q q b      which block 1 reads
 
-A turn that ends with a span without a loss was cut off, and is not filled. Everything follows from lengths and spans;
-packing and the building of rows both read this.
+A turn that ends with a span without a loss was cut off, and is not filled.
+
+With a shift, the slot before a token predicts it. Then the first token of a block is never masked: the last clean token
+of the block before predicts it. A noisy block with no other token to train shows none at all.
+
+Everything follows from lengths and spans; packing and the building of rows both read this.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.geometry import RowGeometry, row_starts
 from megatron_dllm.data.spans import KIND, MASKABLE, START, STOP, Spans
 
 IntArray = NDArray[np.int64]
@@ -141,7 +145,9 @@ def find_noisy_blocks(geometry: RowGeometry, lengths: IntArray, starts: IntArray
     if geometry.turn_boundary in ("mask_later", "all"):
         block, turn, copy = block[is_first], turn[is_first], copy[is_first]
     found = _show(geometry, lengths, grid, turns, turn, block, copy)
-    return found if geometry.prune_clean else _with_others(geometry, lengths, grid, found)
+    if not geometry.prune_clean:
+        return _with_others(geometry, lengths, grid, found)
+    return _without_lone_firsts(found, lengths, spans) if geometry.is_shifted else found
 
 
 def _show(
@@ -179,6 +185,22 @@ def _show(
         ends_here = (turns.stop[closing] == length) & (stop == length)
     is_filled = ends_here & ~turns.is_cut[turn] & (geometry.fill == "eos")
     return NoisyBlocks(segment, block, copy, start, stop, loss_start, loss_stop, np.where(is_filled, end - stop, 0))
+
+
+def _without_lone_firsts(found: NoisyBlocks, lengths: IntArray, spans: Spans) -> NoisyBlocks:
+    """These, without the tokens of those that train none behind their first; they keep their place in the document.
+
+    Args:
+        found: noisy blocks.
+        lengths: [p] tokens of the segments.
+        spans: of the segments.
+    """
+    num_before = np.append(0, np.cumsum(spans.kinds(lengths) == MASKABLE))
+    base = row_starts(lengths)[found.segment]
+    first = base + np.maximum(found.start + 1, found.loss_start)
+    stop = base + np.minimum(found.stop, found.loss_stop)
+    is_needed = (num_before[np.maximum(stop, first)] > num_before[first]) | (found.num_fill > 0)
+    return replace(found, stop=np.where(is_needed, found.stop, found.start))
 
 
 def _with_others(geometry: RowGeometry, lengths: IntArray, grid: IntArray, found: NoisyBlocks) -> NoisyBlocks:

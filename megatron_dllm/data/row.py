@@ -9,6 +9,12 @@ so that a query's visible keys are at most two intervals of the row. An AR segme
 Where not every token may carry a loss, noisy blocks without such a token are left out, and the clean
 copy ends before the last block that has one: no target reads what is missing. Of K views, further noisy copies of a
 block have the views K + 1 to 2 K, 2 K + 1 to 3 K, ... (see `data.noisy_blocks`), and stand before the clean copy too.
+
+With a shift, the slot before a token predicts it: in its block the slot before it in the same view; of the first token
+of a block the last clean slot of the block before, which sees all that may be known, and once for all views. Nothing
+predicts the first token of a segment. Blocks of 2, tokens a b | c d, [x] a masked slot:
+
+    slots       a [b] c [d]   a b        b is predicted at noisy a, d at noisy c, c at clean b
 Padding stands at the end of the row: document -1, the pad token, position 0.
 """
 
@@ -88,7 +94,7 @@ def build_row(
     num_noise_views = 0 if noise is None else noise.num_views
     assert num_noise_views == geometry.num_views, f"noise of {num_noise_views} views, rows of {geometry.num_views}"
     tokens = collect_tokens(content, plan.segments[:, LENGTH], geometry, eos_token_id)
-    drawn = None if noise is None else draw_row_noise(plan, content, tokens.noisy, noise, seed)
+    drawn = None if noise is None else draw_row_noise(plan, content, tokens, noise, seed)
     return lay_out_row(plan, content, tokens, geometry, drawn, mask_token_id=mask_token_id, pad_token_id=pad_token_id)
 
 
@@ -114,7 +120,7 @@ def lay_out_row(
         pad_token_id: fills the rest of the row.
 
     Returns:
-        The row. A position of a noisy view predicts its own token; in AR position i predicts token i + 1.
+        The row. A position of a noisy view predicts its own token; in AR, and with a shift, the token after it.
     """
     slots = _slots(tokens, geometry)
     num_forward, length = len(slots.token), geometry.row_length
@@ -127,6 +133,8 @@ def lay_out_row(
         targets = _masked_tokens(tokens.noisy, noise, slots, geometry.num_views)
         is_masked[slots.is_noisy] = tokens.noisy.is_hidden[slots.token[slots.is_noisy]]
         is_masked[targets.positions] = True
+        if geometry.is_shifted:
+            targets = _predicted_before(targets, tokens, noise, slots, geometry.num_views)
     return Row(
         sample_ids=content.sample_ids,
         num_segments=np.array([len(content.sample_ids)], dtype=np.int64),
@@ -256,6 +264,24 @@ def _masked_tokens(noisy: NoisyTokens, noise: RowNoise, slots: _Slots, num_views
         noisy.segments[noisy.is_maskable],
         num_views * int(noisy.is_maskable.sum()),
         num_views * _num_different(noisy.turns[noisy.is_maskable]),
+    )
+
+
+def _predicted_before(masked: _Targets, tokens: RowTokens, noise: RowNoise, slots: _Slots, num_views: int) -> _Targets:
+    """The masked tokens, each predicted by the slot before it, and the first tokens of blocks by the clean copy."""
+    leading, count = tokens.leading, len(tokens.leading.ids)
+    positions = np.append(masked.positions - 1, np.flatnonzero(~slots.is_noisy)[leading.places])
+    order = np.argsort(positions, kind="stable")
+    turns = np.append(tokens.noisy.turns[tokens.noisy.is_maskable], leading.turns)
+    return _Targets(
+        positions[order],
+        np.append(masked.ids, leading.ids)[order],
+        np.append(masked.weights, noise.leading_weights)[order],
+        np.append(masked.t, np.zeros(count, np.float32))[order],
+        np.append(masked.is_fill, np.zeros(count, np.bool_))[order],
+        np.append(masked.maskable_segments, leading.segments),
+        masked.num_maskable + num_views * count,
+        num_views * _num_different(turns),
     )
 
 

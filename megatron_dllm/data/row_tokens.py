@@ -65,7 +65,7 @@ class NoisyTokens(CopyTokens):
     Attributes:
         noisy_block_ids: the noisy block that each lies in, counted over the row.
         copies: which copy of its block that is, from 0.
-        is_maskable: whether the token may carry a loss.
+        is_maskable: whether the token may be masked, to carry a loss.
         is_hidden: whether it shows the mask token in every view without one.
         is_fill: whether it is an end-of-text token behind a turn.
         turns: the turn that it belongs to, counted over the row; without meaning where it is not maskable.
@@ -80,17 +80,36 @@ class NoisyTokens(CopyTokens):
 
 
 @dataclass(frozen=True)
+class LeadingTokens:
+    """First tokens of blocks that carry a loss where the slot before a token predicts it, [l].
+
+    Attributes:
+        places: the last clean token of the block before, which predicts it, counted over the row's clean tokens.
+        ids: token ids.
+        segments: the segment of the row that each lies in.
+        turns: the turn that it belongs to, counted over the row.
+    """
+
+    places: IntArray
+    ids: IntArray
+    segments: IntArray
+    turns: IntArray
+
+
+@dataclass(frozen=True)
 class RowTokens:
     """The tokens of a row's segments.
 
     Attributes:
         noisy: of one view, which all views show alike; none of them in AR.
         clean: of the clean copies.
+        leading: first tokens of blocks that the clean copy predicts; none without a shift.
         num_document_tokens: tokens of the segments, and of the fill, each once.
     """
 
     noisy: NoisyTokens
     clean: CopyTokens
+    leading: LeadingTokens
     num_document_tokens: int
 
 
@@ -118,9 +137,13 @@ def collect_tokens(
         blocks = find_noisy_blocks(geometry, lengths, starts, everything)
         num_clean = _clean_stops(blocks, lengths, geometry)
     noisy = _noisy_tokens(clean_ids, lengths, everything, blocks, eos_token_id)
+    leading_blocks = blocks if geometry.is_shifted else NoisyBlocks.none()
+    if geometry.is_shifted:
+        noisy = replace(noisy, is_maskable=noisy.is_maskable & ~_is_first(noisy, blocks))
     return RowTokens(
         noisy=noisy,
         clean=_clean_tokens(clean_ids, starts, num_clean, geometry),
+        leading=_leading_tokens(clean_ids, lengths, num_clean, everything, leading_blocks),
         num_document_tokens=len(clean_ids) + int(noisy.is_fill.sum()),
     )
 
@@ -163,7 +186,6 @@ def _noisy_tokens(
     token = np.minimum(positions, blocks.stop[block] - 1) + starts[segments]
     kinds = spans.kinds(lengths)[token]
     is_behind = ~is_fill & (positions >= blocks.loss_stop[block])
-    turns = Turns.of(spans)
     return NoisyTokens(
         ids=np.where(is_fill, -1 if eos_token_id is None else eos_token_id, clean_ids[token]),
         segments=segments,
@@ -174,5 +196,38 @@ def _noisy_tokens(
         is_maskable=is_fill | ((kinds == MASKABLE) & (positions >= blocks.loss_start[block]) & ~is_behind),
         is_hidden=~is_fill & ((kinds == MASKED) | is_behind),
         is_fill=is_fill,
-        turns=np.searchsorted(turns.start + starts[turns.segment], token, side="right") - 1,
+        turns=_turns(spans, starts, token),
     )
+
+
+def _is_first(noisy: NoisyTokens, blocks: NoisyBlocks) -> BoolArray:
+    """[m] whether a noisy token is the first one of its block."""
+    is_first: BoolArray = noisy.position_ids == blocks.start[noisy.noisy_block_ids]
+    return is_first
+
+
+def _leading_tokens(
+    clean_ids: IntArray, lengths: IntArray, num_clean: IntArray, spans: Spans, blocks: NoisyBlocks
+) -> LeadingTokens:
+    """First tokens of blocks that carry a loss; nothing predicts the first token of a segment.
+
+    Args:
+        clean_ids: [n] int64 tokens of the segments.
+        lengths: [p] int64 tokens of each segment.
+        num_clean: [p] int64 tokens of their clean copies.
+        spans: of the segments.
+        blocks: of the segments.
+    """
+    starts, segments, first = row_starts(lengths), blocks.segment, blocks.start
+    is_trained = (first > 0) & (first >= blocks.loss_start) & (first < blocks.loss_stop)
+    is_trained &= spans.kinds(lengths)[first + starts[segments]] == MASKABLE
+    segments, first = segments[is_trained], first[is_trained]
+    token = first + starts[segments]
+    places = row_starts(num_clean)[segments] + first - 1
+    return LeadingTokens(places, clean_ids[token], segments, _turns(spans, starts, token))
+
+
+def _turns(spans: Spans, starts: IntArray, token: IntArray) -> IntArray:
+    """[m] the turn of each token [m], counted over a row whose segments begin at starts [p]."""
+    turns = Turns.of(spans)
+    return np.searchsorted(turns.start + starts[turns.segment], token, side="right") - 1

@@ -8,6 +8,10 @@ later blocks see keys and values computed without a mask: in training, too, they
 Texts go at their own pace: in one pass some fill a block and others commit theirs; a text that has ended leaves, and a
 waiting prompt takes its place. What a text becomes does not depend on the others.
 
+With a shift, the slot before a token predicts it: inside a block its neighbour, of a block's first token the last one
+of the block before, when that is run as clean tokens. So that pass also begins the next block, with its first token
+accepted, as SGLang's HierarchyBlock does.
+
 `block_size == 1` decodes from left to right, one token a step; `block_size >= context_length` is MDLM
 decoding, where prompt and continuation are one block and nothing is ever committed.
 """
@@ -42,12 +46,14 @@ class DecodingContract:
             it, the last block is shorter.
         mask_token_id: stands for an unknown token; never generated.
         eos_token_ids: any of these ends the text.
+        shift: the slot before a token predicts it; else its own.
     """
 
     block_size: int
     context_length: int
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
+    shift: bool = False
 
     def validate(self) -> None:
         """Raise ValueError for impossible sizes, or if the mask token would end the text."""
@@ -163,6 +169,7 @@ class _Decoder:
             contract.mask_token_id,
             contract.eos_token_ids,
             config,
+            contract.shift,
         )
 
     def run(self, requests: Sequence[Request]) -> Iterator[Finished]:
@@ -185,7 +192,7 @@ class _Decoder:
         texts = [Text.begin(request, index, self._contract.context_length, self._device) for index, request in entering]
         present = [text.ids[: self._batch.num_kept(row)] for row, text in enumerate(self._batch.texts)]
         size = self._contract.block_size
-        whole = [text.ids[: len(text.ids) // size * size] for text in texts]
+        whole = [text.ids[: self._batch.num_prefilled(text)] for text in texts]
         for group in plan_prefill(present, whole, size):
             self._prefill(group)
         for text, ids in zip(texts, whole, strict=True):

@@ -44,7 +44,8 @@ class Generation:
         stop_reason: "eos", "stop", "max_new_tokens" or "context_length".
         steps_per_block: denoising passes of each generated block, in order.
         num_commit_forwards: passes that only stored clean keys and values: one for the prompt's whole
-            blocks if there are any, one after each generated block that another block follows.
+            blocks if there are any, one after each generated block that another block follows. With a shift the latter
+            also predict a token, and count as the first denoising pass of the block that follows.
         accepted_in_pass: for each generated token the denoising pass that accepted it; the first pass is 1, and they
             count on from block to block.
     """

@@ -11,7 +11,9 @@ from megatron_dllm.diffusion.noise_spec import NoiseSpec
 SEED = 0
 
 
-def conditions_of(config: TrainConfig, corpus: Source, num_tokens: int, sft: SftConfig | None = None) -> Conditions:
+def conditions_of(
+    config: TrainConfig, corpus: Source, num_tokens: int, sft: SftConfig | None = None, shift: bool = False
+) -> Conditions:
     """The conditions of a measurement.
 
     Args:
@@ -19,12 +21,15 @@ def conditions_of(config: TrainConfig, corpus: Source, num_tokens: int, sft: Sft
         corpus: held-out documents.
         num_tokens: document tokens that are measured, those of the fill not counted.
         sft: how chats lie in their rows; None: as they stand.
+        shift: whether the first token of a block is predicted before it, and that of a document not at all.
     """
     blocks = config.data.block_origin
     if blocks == "row":  # then the rows decide which tokens share a block
         blocks += f" of {config.schedule.tokens_per_row} tokens, packed by {config.data.packing_chunk}"
     if sft is not None and corpus.spans is not None:
         blocks += f", fill {sft.fill}, turns {sft.turn_boundary}"
+    if shift:
+        blocks += ", shift"
     noise = {**NoiseSpec.for_validation().stated(), "seed": SEED}
     return Conditions(
         corpus=corpus.fingerprint,

@@ -42,13 +42,16 @@ def validation_names(config: TrainConfig, stage: StageConfig) -> list[str]:
     return [AR] if stage.objective == AR else [str(size) for size in config.evaluation.block_sizes]
 
 
-def validation_geometry(config: TrainConfig, name: str, sft: SftConfig | None = None) -> RowGeometry:
+def validation_geometry(
+    config: TrainConfig, name: str, sft: SftConfig | None = None, shift: bool = False
+) -> RowGeometry:
     """Rows of an evaluation.
 
     Args:
         config: of the run.
         name: of the evaluation: a block size, or "ar".
         sft: how chats are trained; None: as they stand.
+        shift: whether the slot before a token predicts it; it does in any case for "ar".
     """
     is_ar = name == AR
     turned = None if is_ar else sft
@@ -60,12 +63,15 @@ def validation_geometry(config: TrainConfig, name: str, sft: SftConfig | None = 
         num_views=0 if is_ar else 1,
         block_origin=config.data.block_origin,
         prune_clean=config.data.prune_clean,
+        shift=True if shift else None,
         fill="none" if turned is None else turned.fill,
         turn_boundary="all" if turned is None else turned.turn_boundary,
     )
 
 
-def check_corpus(config: TrainConfig, corpus: Source, names: Iterable[str], sft: SftConfig | None = None) -> None:
+def check_corpus(
+    config: TrainConfig, corpus: Source, names: Iterable[str], sft: SftConfig | None = None, shift: bool = False
+) -> None:
     """Refuse held-out documents that an evaluation cannot measure.
 
     Args:
@@ -73,13 +79,14 @@ def check_corpus(config: TrainConfig, corpus: Source, names: Iterable[str], sft:
         corpus: held-out documents.
         names: of the evaluations.
         sft: how chats are trained; None: as they stand.
+        shift: whether the slot before a token predicts it.
 
     Raises:
         ValueError: they are too few for its rows, or one of them does not fit into a row; naming the evaluation.
     """
     for name in names:
         try:
-            geometry = validation_geometry(config, name, sft)
+            geometry = validation_geometry(config, name, sft, shift)
             check_fills_a_row(corpus, geometry)
             if sft is not None and corpus.spans is not None:
                 check_fits_a_row(corpus, geometry, measure_epoch(corpus, geometry), f"validation ({name})")
@@ -96,6 +103,7 @@ def evaluate(
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
     sft: SftConfig | None = None,
+    shift: bool = False,
     is_watched: bool = False,
 ) -> Validation:
     """Measure the NLL bound of the local model on `evaluation.num_tokens` tokens of the corpus (a collective).
@@ -109,6 +117,7 @@ def evaluate(
         device: where to compute.
         must_stop: asked on all ranks between batches.
         sft: how chats are trained; None: as they stand.
+        shift: whether the slot before a token predicts it.
         is_watched: show a bar.
 
     Raises:
@@ -119,11 +128,12 @@ def evaluate(
     for name in names:
         elbo, count = 0.0, 0
         label = f"scoring ({name})" if is_watched else None
-        for scores in score_corpus(chunks, config, groups, corpus, lengths, name, device, must_stop, sft, label):
+        where = (config, groups, corpus, lengths, name, device)
+        for scores in score_corpus(chunks, *where, must_stop, sft, shift, label):
             elbo, count = elbo + float(scores.means.sum()), count + int(scores.num_maskable.sum())
         nats[name] = -elbo / max(count, 1)
     target = 0 if names == [AR] else config.evaluation.block_sizes[0]
-    conditions = conditions_of(config, corpus, int(lengths.sum()), sft)
+    conditions = conditions_of(config, corpus, int(lengths.sum()), sft, shift and names != [AR])
     return Validation(nats, _bits_per_byte(nats, corpus), target, conditions)
 
 
@@ -157,6 +167,7 @@ def score_corpus(
     device: torch.device,
     must_stop: Callable[[], bool] = lambda: False,
     sft: SftConfig | None = None,
+    shift: bool = False,
     label: str | None = None,
 ) -> Iterator[DocumentScores]:
     """The scores of every document, step by step (a collective).
@@ -171,12 +182,14 @@ def score_corpus(
         device: where to compute.
         must_stop: asked on all ranks between batches.
         sft: how chats are trained; None: as they stand.
+        shift: whether the slot before a token predicts it.
         label: of a bar; None: there is none.
 
     Raises:
         EvaluationStopped: `must_stop` said so.
     """
-    geometry, noise, model = validation_geometry(config, name, sft), validation_objective(name).noise, config.model
+    geometry, model = validation_geometry(config, name, sft, shift), config.model
+    noise = validation_objective(name, shift).noise
     dataset = RowDataset(corpus, geometry, noise, SEED, model.mask_token_id, model.pad_token_id, model.eos_token_id)
     stream = RowStream(lengths, SEED, config.data.packing_chunk, shuffle=False, spans=corpus.spans)
     for step in watched(row_loader(config, groups, dataset, stream), label):

@@ -145,7 +145,7 @@ def _score(
     config, ids = model.config, model.config.model
     fill = "none" if block_size is None else settings.fill
     source = source_of(asked, block_size or 1, fill, config.schedule.context_length, ids.eos_token_id)
-    geometry = request_geometry(config, settings, source, block_size, one.num_views)
+    geometry = request_geometry(config, settings, source, block_size, one.num_views, model.shift)
     dataset = RowDataset(
         source,
         geometry,
@@ -166,7 +166,12 @@ def _score(
 
 
 def request_geometry(
-    config: TrainConfig, settings: LikelihoodConfig, source: MemorySource, block_size: int | None, num_views: int
+    config: TrainConfig,
+    settings: LikelihoodConfig,
+    source: MemorySource,
+    block_size: int | None,
+    num_views: int,
+    shift: bool = False,
 ) -> RowGeometry:
     """Rows as long as the settings allow, no longer than all documents need, and never too short for one of them."""
     context_length, layout = config.schedule.context_length, config.parallel
@@ -177,6 +182,7 @@ def request_geometry(
         context_length=context_length,
         row_length=(num_views + 1) * context_length,
         num_views=0 if is_ar else num_views,
+        shift=True if shift else None,
     )
     costs = segment_costs(roomy, source.document_lengths, source.spans)
     longest, limit = int(costs.max()), settings.row_length or 2 * context_length

@@ -26,3 +26,8 @@ class LocalModel:
     config: TrainConfig
     groups: Groups
     device: torch.device
+
+    @property
+    def shift(self) -> bool:
+        """Whether the slot before a token predicts it: what the stage that stands for the measurement says."""
+        return any(stage.is_shifted for stage in self.config.schedule.stages.values())

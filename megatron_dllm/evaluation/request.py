@@ -191,4 +191,5 @@ def _stage(config: Any, weights: WeightsFolder, world_size: int) -> StageConfig:
         global_batch_size=rows * world_size * virtual,
         micro_batch_size=rows,
         learning_rate=1.0,
+        shift=weights.shift,
     )

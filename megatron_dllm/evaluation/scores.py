@@ -84,15 +84,20 @@ def _sums(parts: Sequence[tuple[Tensor, Tensor, Tensor]], num_segments: Sequence
         parts: of each micro-batch [T] segments, [T] views and [T] fp32 scores of its targets; none of them where this
             rank has no outputs.
         num_segments: of each micro-batch.
-        num_views: k; further copies of a block have views beyond it (see `data.noisy_blocks`).
+        num_views: k; further copies of a block have views beyond it (see `data.noisy_blocks`). What a clean slot
+            predicts belongs to all of them alike.
     """
     sums = torch.zeros(sum(num_segments) * num_views, dtype=torch.float64)
+    of_all = torch.zeros(sum(num_segments), dtype=torch.float64)
     first = 0
     for (segments, views, scores), count in zip(parts, num_segments, strict=False):
-        place = (first + segments.cpu()) * num_views + (views.cpu() - 1) % num_views
-        sums.index_add_(0, place, scores.cpu().double())
+        segments, views, scores = first + segments.cpu(), views.cpu(), scores.cpu().double()
+        is_noisy = views > 0
+        place = segments[is_noisy] * num_views + (views[is_noisy] - 1) % num_views
+        sums.index_add_(0, place, scores[is_noisy])
+        of_all.index_add_(0, segments[~is_noisy], scores[~is_noisy])
         first += count
-    return sums.view(-1, num_views)
+    return sums.view(-1, num_views) + of_all.unsqueeze(1) / num_views
 
 
 def _gather_rows(local: Tensor, group: ProcessGroup) -> Tensor:

@@ -58,6 +58,7 @@ def read_source(config: GenerateConfig) -> CheckpointSource:
         context_length=config.context_length or longest,
         mask_token_id=model.mask_token_id,
         eos_token_ids=(model.eos_token_id,),
+        shift=weights.shift,
     )
     tokenizer = _find_tokenizer(weights.tokenizer, config.tokenizer)
     return CheckpointSource(weights.folder, weights.is_hf, model, contract, tokenizer)

@@ -78,7 +78,7 @@ class Objective:
 
     Attributes:
         noise: how tokens are masked; None: not at all.
-        shift: whether a position predicts the token after it; otherwise its own.
+        shift: whether a slot predicts the token after it; otherwise its own.
         loss: of a micro-batch and what the model says about its targets; right and finite for 0 targets.
         extra_sums: names of what `loss` puts into `StepSums.extra`, in order.
         level_means: names of what `loss` puts into `StepSums.level_means`, in order.
@@ -180,8 +180,8 @@ def _preferring(objective: Objective, preference: PreferenceConfig) -> Objective
     )
 
 
-def validation_objective(name: str) -> Objective:
-    """What a validation measures: the exact NLL for "ar", the ELBO for a block size."""
+def validation_objective(name: str, shift: bool = False) -> Objective:
+    """What a validation measures: the exact NLL for "ar", the ELBO for a block size, of a model with that shift."""
     if name == AR:
         return Objective(noise=None, shift=True, loss=token_loss)
-    return Objective(noise=NoiseSpec.for_validation(), shift=False, loss=token_loss)
+    return Objective(noise=NoiseSpec.for_validation(), shift=shift, loss=token_loss)

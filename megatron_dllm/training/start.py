@@ -111,7 +111,9 @@ def run_semantics(config: TrainConfig) -> RunSemantics:
 def semantics_of(config: TrainConfig, stage: StageConfig) -> Semantics:
     """What the model's outputs mean while a stage trains it."""
     return Semantics(
-        **asdict(run_semantics(config)), shift=objective_of(stage, config.noise).shift, block_size=stage.block_size
+        **asdict(run_semantics(config)),
+        shift=objective_of(stage, config.noise).shift,
+        block_size=1 if stage.is_left_to_right else stage.block_size,
     )
 
 
@@ -191,7 +193,8 @@ def check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources
     if held_out is None:
         return
     for stage in schedule.stages:
-        check_corpus(config, held_out, validation_names(config, stage.config), stage.config.sft)
+        names = validation_names(config, stage.config)
+        check_corpus(config, held_out, names, stage.config.sft, stage.config.is_shifted)
 
 
 def _check_pairs(stage: Stage, source: Source) -> None:

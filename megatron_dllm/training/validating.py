@@ -60,6 +60,7 @@ class Validator:
                 self.device,
                 lambda: self.stop.agreed(self.device),
                 stage.config.sft,
+                stage.config.is_shifted,
             )
         except EvaluationStopped:
             return None

@@ -94,6 +94,9 @@ def weigh_batches(
 def _weighed(batch: Batch, weighing: Weighing) -> Batch:
     """A micro-batch on the host whose loss weights have the factors of their documents and views."""
     factors = weighing.of_documents(batch.sample_ids, batch.segment_epochs)
-    of_targets = factors[batch.target_segments, (batch.target_views - 1) % factors.shape[1]]
+    views = batch.target_views
+    of_view = factors[batch.target_segments, (views - 1) % factors.shape[1]]
+    # What a clean slot predicts counts in every view.
+    of_targets = torch.where(views > 0, of_view, factors.mean(dim=1)[batch.target_segments])
     weighed = replace(batch, loss_weights=(batch.loss_weights.double() * of_targets).float())
     return weighed.pin_memory() if batch.loss_weights.is_pinned() else weighed

@@ -14,6 +14,7 @@ from benchmarks.tiny_run import write_corpus
 from megatron_dllm.config import EvaluationConfig, RunConfig
 
 NAMES = ["4", "32", "ar"]
+SHIFTED = ["1", "4", "32"]
 
 
 def _prepare(folder: str) -> dict[str, float]:
@@ -43,7 +44,9 @@ def _evaluate(layout: Layout, folder: str) -> dict[str, float]:
     chunks = build_chunks(config, made)
     load_weights(Path(folder) / "start_experts", chunks)
     corpus = Corpus(config.data.train, config.model)
-    return evaluate(chunks, config, made, corpus, NAMES, torch.device("cpu")).nats_per_token
+    found = evaluate(chunks, config, made, corpus, NAMES, torch.device("cpu")).nats_per_token
+    shifted = evaluate(chunks, config, made, corpus, SHIFTED, torch.device("cpu"), shift=True).nats_per_token
+    return {**found, **{f"shift {name}": value for name, value in shifted.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, floa
 @pytest.mark.parametrize("name", ["DP2", "TP2", "PP2", "PP2 virtual 2", "CP2"])
 def test_layouts_measure_what_one_rank_measures(name: str, start: tuple[str, dict[str, float]]) -> None:
     folder, expected = start
-    assert expected.keys() == set(NAMES)
+    assert expected.keys() == {*NAMES, *(f"shift {size}" for size in SHIFTED)}
+    # A token predicted by the slot before it, in blocks of one: the exact NLL of an autoregressive model.
+    assert expected["shift 1"] == pytest.approx(expected["ar"], rel=1e-6)
     for nats in run_ranks(_evaluate, LAYOUTS[name].world_size, LAYOUTS[name], folder):
         assert nats == pytest.approx(expected, rel=1e-6)

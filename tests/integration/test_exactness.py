@@ -21,7 +21,9 @@ from megatron_dllm.config import (
     TrainConfig,
 )
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.packing import RowStream
+from megatron_dllm.data.packing import RowPlan, RowStream
+from megatron_dllm.data.row import build_row
+from megatron_dllm.data.row_tokens import RowContent
 from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.parallel.groups import Groups
@@ -115,6 +117,60 @@ def test_elbo_at_block_size_1_is_the_exact_sequential_nll(built: Any, corpus: An
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("block_origin", ["document", "row"])
+def test_blocks_of_one_token_with_a_shift_have_the_nll_of_the_ar_model(
+    built: Any, corpus: Any, model_config: ModelConfig, block_origin: str
+) -> None:
+    from megatron_dllm.evaluation.elbo import evaluate
+
+    config = _config(model_config, corpus, block_origin=block_origin)
+    here = (Groups.current(), corpus)
+    exact = evaluate([built], config, *here, ["ar"], torch.device("cpu")).nats_per_token["ar"]
+    shifted = evaluate([built], config, *here, ["1", "4"], torch.device("cpu"), shift=True).nats_per_token
+    assert shifted["1"] == pytest.approx(exact, rel=1e-6)
+    assert shifted["4"] != pytest.approx(exact, rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_views", [1, 2])
+def test_a_shifted_loss_is_that_of_its_description(
+    built: Any, corpus: Any, model_config: ModelConfig, num_views: int
+) -> None:
+    """Every target by itself: one dense pass over the clean blocks, and the noisy block where it is not its first."""
+    spec = NoiseSpec("block", True, True, "elbo", 0.05, 0.95, num_views, "stratified")
+    from megatron_dllm.data.batch import collate
+
+    size, length = 4, 13
+    geometry = RowGeometry("block_diffusion", size, CONTEXT, 48, num_views, shift=True)
+    tokens = torch.from_numpy(corpus.read(3, 0, length))
+    plan, content = RowPlan(np.array([[3, 0, length, 0]]), 0), RowContent(tokens.numpy(), np.array([0]))
+    ids = (model_config.mask_token_id, model_config.pad_token_id)
+    batch = collate([build_row(plan, content, geometry, spec, seed=1, mask_token_id=ids[0], pad_token_id=ids[1])])
+    loss = float((built(batch).nll * batch.loss_weights).sum())
+    expected_loss = 0.0
+    for view in range(1, num_views + 1):
+        mine = batch.roles[0, :, 2] == view
+        positions = batch.position_ids[0, mine]
+        noisy = torch.full((length,), -1)
+        noisy[positions] = batch.input_ids[0, mine]
+        weight = dict(zip(batch.target_positions.tolist(), batch.loss_weights.tolist(), strict=True))
+        slot_of = dict(zip(positions.tolist(), mine.nonzero().squeeze(1).tolist(), strict=True))
+        for place in range(1, length):
+            begin = place // size * size
+            is_first = place == begin
+            if not is_first and noisy[place] != model_config.mask_token_id:
+                continue
+            ids = tokens[:begin] if is_first else torch.cat([tokens[:begin], noisy[begin : begin + size]])
+            places = torch.arange(len(ids))
+            roles = torch.stack([places * 0, places // size, (places >= begin).long()], -1).int()[None]
+            slot = torch.tensor([place - 1])
+            logits = built.head_logits(built.states(ids[None], places[None], roles, slot))
+            nll = -float(logits.double().log_softmax(-1)[0, tokens[place]])
+            expected_loss += nll * (1.0 if is_first else weight[slot_of[place - 1]])
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+@torch.no_grad()
 def test_elbo_bounds_the_block_wise_likelihood(built: Any, corpus: Any, model_config: ModelConfig) -> None:
     """The same rows and noise give the same ELBO again, and another block size gives another one."""
     from megatron_dllm.evaluation.elbo import evaluate
@@ -157,14 +213,15 @@ def _loss_and_gradients(
 
 @pytest.mark.parametrize("origin", ["document", "row"])
 @pytest.mark.parametrize("num_views", [1, 2, 3])
-@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize(("block_size", "shift"), [(1, None), (4, None), (16, None), (1, True), (4, True)])
 def test_pruning_clean_blocks_changes_no_number(
-    built: Any, corpus: Any, model_config: ModelConfig, origin: str, num_views: int, block_size: int
+    built: Any, corpus: Any, model_config: ModelConfig, origin: str, num_views: int, block_size: int, shift: bool | None
 ) -> None:
     """A clean block that no later block reads may be left out: same loss, same gradients, fewer tokens."""
     stage = StageConfig(
         block_size=block_size, num_tokens=1000, global_batch_size=1, learning_rate=1e-3, num_views=num_views, t_min=0.0
     )
+    stage.shift = shift
     config = _config(model_config, corpus, block_origin=origin)
     config.schedule.row_length = corpus.num_tokens * stage.num_views  # so that a chunk's segments share one row, always
     loss, gradients, tokens = _loss_and_gradients(built, config, corpus, stage, 4)

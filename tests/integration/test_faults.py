@@ -208,7 +208,7 @@ def _write_poisoned_start(config: TrainConfig) -> None:
     with torch.no_grad():
         engine.chunks[0].module.embedding.word_embeddings.weight[POISONED_TOKEN] = math.nan
     meta = CheckpointMeta(
-        asdict(config.model), replace(semantics_of(config, config.schedule.stages["stable"]), shift=True)
+        asdict(config.model), replace(semantics_of(config, config.schedule.stages["stable"]), shift=True, block_size=1)
     )
     CheckpointWriter(checkpoints_of(config), made.data_context).save(0, engine.chunks, None, meta, {})
 

@@ -174,12 +174,12 @@ class HarnessModel(TemplateLM):
     def _rolling_elbo(self, texts: Sequence[str]) -> list[float]:
         source = MemorySource.of_texts([self._encoder.document(text) for text in texts])
         name, model = str(self._block_size), self._model
-        check_fills_a_row(source, validation_geometry(model.config, name))
+        check_fills_a_row(source, validation_geometry(model.config, name, shift=model.shift))
         sums = np.zeros(len(texts))
         bounds = np.append(source.first_ids, source.num_tokens)
         lengths = source.document_lengths
         where = (model.chunks, model.config, model.groups, source, lengths, name, model.device)
-        for scores in score_corpus(*where, label="scoring documents"):
+        for scores in score_corpus(*where, shift=model.shift, label="scoring documents"):
             documents = np.searchsorted(bounds, scores.sample_ids.numpy(), side="right") - 1
             np.add.at(sums, documents, scores.means.numpy())
         return [float(value) for value in sums]

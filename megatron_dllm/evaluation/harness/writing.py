@@ -152,9 +152,11 @@ def _name(instance: Instance) -> str:
     return f"task {instance.task_name}, question {instance.doc_id}"
 
 
-def contract_of(block_size: int, context_length: int, encoder: Encoder, is_chat: bool) -> DecodingContract:
+def contract_of(
+    block_size: int, context_length: int, encoder: Encoder, is_chat: bool, shift: bool = False
+) -> DecodingContract:
     """How a checkpoint is decoded: in chats the end of a turn ends a text, too."""
-    contract = DecodingContract(block_size, context_length, encoder.mask_token_id, (encoder.eot_token_id,))
+    contract = DecodingContract(block_size, context_length, encoder.mask_token_id, (encoder.eot_token_id,), shift)
     if not is_chat:
         return contract
     assert encoder.template is not None, "a run that asks for chats has a template"

@@ -34,7 +34,7 @@ def _run(**stage: object) -> TrainConfig:
 
 def test_diffusion_weights_start_what_they_were_trained_for(tmp_path: Path) -> None:
     autoregressive, diffusion = (
-        make_checkpoint(tmp_path / "ar", 1, shift=True),
+        make_checkpoint(tmp_path / "ar", 1, shift=True, block_size=1),
         make_checkpoint(tmp_path / "diffusion", 1),
     )
     to_diffusion, to_ar = _run(objective="block_diffusion", block_size=4), _run(objective="ar", block_size=1)
@@ -59,3 +59,17 @@ def test_rotary_angles_change_where_it_is_said(tmp_path: Path) -> None:
     config.model.hidden_size = 16
     with pytest.raises(ValueError, match=r"model.hidden_size \(16\)"):
         check_start(folder, config)
+
+
+def test_a_shift_stays_what_it_is(tmp_path: Path) -> None:
+    folders = {shift: make_checkpoint(tmp_path / str(shift), 1, shift=shift) for shift in (True, False)}
+    for stored, folder in folders.items():
+        for shift in (True, False):
+            config = _run(objective="block_diffusion", block_size=4, shift=shift)
+            if shift == stored:
+                assert check_start(folder, config).is_diffusion
+                continue
+            with pytest.raises(ValueError, match=rf"first.shift \({str(shift).lower()}\) differs from .* set shift to"):
+                check_start(folder, config)
+    # Blocks of one token with a shift are an autoregressive model, which may start anything.
+    check_start(make_checkpoint(tmp_path / "one", 1, shift=True, block_size=1), _run(block_size=4))

@@ -140,7 +140,6 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
             dict(sft=SftConfig(loss_per="answer"), alignment=AlignmentConfig(1.0)),
             ("one.alignment.weight (1)", "a loss of tokens", "set it to 0"),
         ),
-        (dict(shift=True), ("one.shift (true)", "block_diffusion", "leave it null")),
         (dict(objective="ar", shift=False), ("one.shift (false)", "predicts token i + 1")),
         (
             dict(num_views=2, view_relation="complementary", t_min=0.2, t_max=0.7),

@@ -81,5 +81,6 @@ def make_masked_row(
     masked = np.array([[0] * len(tokens.noisy.ids), *masks], dtype=bool)
     weights = np.where(masked, 10.0 + np.arange(len(masked))[:, None], 0.0).astype(np.float32)
     t = np.tile(0.1 * (tokens.noisy.position_ids + 1), (len(masked), 1)).astype(np.float32)
-    noise = RowNoise(masked, weights, t)
+    leading = np.full(len(tokens.leading.ids), len(masks), np.float32)
+    noise = RowNoise(masked, weights, t, leading)
     return lay_out_row(plan, content, tokens, geometry, noise, mask_token_id=MASK, pad_token_id=PAD)

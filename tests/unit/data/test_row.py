@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from megatron_dllm.config.sft import TURN_BOUNDARIES
+from megatron_dllm.data.costs import segment_costs
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.packing import row_forward_tokens
+from megatron_dllm.data.packing import row_document_tokens, row_forward_tokens
 from megatron_dllm.data.row import Row
 from megatron_dllm.data.row_noise import draw_row_noise
 from megatron_dllm.data.row_tokens import collect_tokens
 from megatron_dllm.data.shuffle import mix_key
+from megatron_dllm.data.spans import MASKABLE
 from megatron_dllm.diffusion.noise import sample_noise
 from megatron_dllm.diffusion.roles import visible
-from tests.unit.data.made_rows import MASK, PAD, make_masked_row, make_plan, make_row, spec
+from tests.unit.data.made_rows import EOS, MASK, PAD, make_masked_row, make_plan, make_row, spans_of_kinds, spec
 from tests.unit.data.random_spans import random_spans
 
 
@@ -93,12 +98,86 @@ def test_row_grid_by_hand() -> None:
     assert row.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1, 2] + [0] * 4
 
 
+def test_shifted_row_by_hand() -> None:
+    geometry = RowGeometry("block_diffusion", 2, 5, 16, 2, shift=True)
+    row = make_masked_row([5, 2], geometry, [[0, 1, 0, 1, 0, 1], [0, 0, 0, 1, 0, 0]])
+    # Segment 0: the last block's one token is predicted before it, so no view shows it. Segment 1: one block.
+    noisy, clean = [1, 99, 3, 99, 1, 2, 3, 99], [1, 2, 3, 4]
+    assert row.input_ids.tolist() == [*noisy, *clean, 11, 99, 11, 12]
+    assert row.roles[:12, 1].tolist() == [0, 0, 1, 1] * 3
+    assert np.flatnonzero(row.is_masked).tolist() == [1, 3, 7, 13]
+    # Noisy tokens at the slot before them; tokens 3 and 5, first of their blocks, at the clean 2 and 4.
+    assert row.target_positions.tolist() == [0, 2, 6, 9, 11, 12]
+    assert row.target_ids.tolist() == [2, 4, 4, 3, 5, 12]
+    # A first token is predicted once for both views, in each of which it would weigh 1.
+    assert row.loss_weights.tolist() == [11.0, 11.0, 12.0, 2.0, 2.0, 11.0]
+    assert row.target_t[3:5].tolist() == [0.0, 0.0]
+    # All but the first token of each segment, in two views.
+    assert row.num_maskable == 2 * 5 and row.segment_maskable.tolist() == [4, 1]
+    assert (row.num_document_tokens, row.num_forward_tokens) == (7, 16)
+
+
+@pytest.mark.parametrize("prune_clean", [True, False])
+@pytest.mark.parametrize("kinds", [None, [0, 0, 1, 1, 1, 0, 1, 1, 0]])
+def test_blocks_of_one_token_with_a_shift_are_ar(kinds: list[int] | None, prune_clean: bool) -> None:
+    geometry = RowGeometry("block_diffusion", 1, 8, 16, 1, prune_clean=prune_clean, shift=True)
+    row = make_row([5, 1, 3], replace(geometry, row_length=32), spec(), kinds=kinds)
+    ar = make_row([5, 1, 3], RowGeometry("ar", 1, 8, 16, 0), None, kinds=kinds)
+    slots = [roles.tolist() for roles in row.roles[row.target_positions]]
+    assert slots == [roles.tolist() for roles in ar.roles[ar.target_positions]]
+    assert row.target_ids.tolist() == ar.target_ids.tolist() and not row.is_masked.any()
+    assert row.loss_weights.tolist() == ar.loss_weights.tolist()
+    assert (row.num_maskable, row.num_answers) == (ar.num_maskable, ar.num_answers)
+    # What the model sees is less than in AR: the last token of a segment predicts nothing.
+    assert not prune_clean or row.num_forward_tokens <= ar.num_forward_tokens
+
+
+@pytest.mark.parametrize("boundary", TURN_BOUNDARIES)
+@pytest.mark.parametrize("block_size", [1, 2, 4, 16])
+def test_shifted_rows_predict_every_token_once_a_view_and_never_from_itself(block_size: int, boundary: str) -> None:
+    generator = np.random.default_rng(block_size)
+    for num_views in (1, 2):
+        lengths = generator.integers(1, 17, 6)
+        kinds = random_spans(lengths.tolist(), seed=block_size).kinds(lengths).tolist()
+        spans = spans_of_kinds(lengths.tolist(), kinds)
+        geometry = RowGeometry("block_diffusion", block_size, 16, 1000, num_views, fill="eos", turn_boundary=boundary)
+        geometry = replace(geometry, shift=True)
+        row = make_row(lengths.tolist(), geometry, spec(num_views), kinds=kinds)
+        assert row.num_forward_tokens == row_forward_tokens(geometry, lengths, spans)
+        mask = visible(torch.from_numpy(row.roles), torch.from_numpy(row.roles)).numpy()
+        sees_clean = mask & ~row.is_masked
+        for slot, token in zip(row.target_positions, row.target_ids, strict=True):
+            place = row.position_ids[slot] + 1
+            assert token == EOS or token == 1 + place + 10 * row.roles[slot, 0]
+            is_itself = (row.position_ids == place) & (row.roles[:, 0] == row.roles[slot, 0])
+            assert not (sees_clean[slot] & is_itself).any()
+        if boundary in ("split_views", "all"):
+            # Every trained token but the first of a segment, and the fill, is counted once a view.
+            starts = np.cumsum(lengths) - lengths
+            num_trained = (np.array(kinds) == MASKABLE).sum() - (np.array(kinds)[starts] == MASKABLE).sum()
+            fill = row_document_tokens(geometry, lengths, spans) - lengths.sum()
+            assert row.num_maskable == num_views * (num_trained + fill)
+
+
+@pytest.mark.parametrize("block_origin", ["document", "row"])
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+def test_shifted_text_costs_what_its_rows_hold(block_size: int, block_origin: str) -> None:
+    generator = np.random.default_rng(7)
+    for _ in range(20):
+        lengths = generator.integers(1, 9, 5)
+        geometry = RowGeometry("block_diffusion", block_size, 8, 300, 2, block_origin, shift=True)
+        row = make_row(lengths.tolist(), geometry, spec(2))
+        assert row.num_forward_tokens == row_forward_tokens(geometry, lengths)
+        assert row.num_maskable == 2 * (lengths - 1).sum()
+        assert row.num_forward_tokens <= segment_costs(geometry, lengths).sum()
+
+
 @pytest.mark.parametrize("block_origin", ["document", "row"])
 def test_a_row_draws_the_noise_of_its_segments(block_origin: str) -> None:
     geometry = RowGeometry("block_diffusion", 2, 8, 16, 1, block_origin)
     plan, content = make_plan([3, 4], epoch=3, kinds=[1, 1, 1, 1, 0, 1, 1])
     tokens = collect_tokens(content, np.array([3, 4]), geometry, None)
-    drawn = draw_row_noise(plan, content, tokens.noisy, spec(), seed=5)
+    drawn = draw_row_noise(plan, content, tokens, spec(), seed=5)
     # Block ids count from each segment's first: under the row grid the second segment begins in mid-block.
     second = [0, 0, 1, 1] if block_origin == "document" else [0, 1, 1, 2]
     for sample_id, ordinal, place, block_ids in [(0, 0, slice(0, 3), [0, 0, 1]), (100, 1, slice(3, 7), second)]:

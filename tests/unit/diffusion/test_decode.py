@@ -79,6 +79,73 @@ def test_equals_slow_reference(block_size: int, prompt_length: int, threshold: f
         assert result.stop_reason == "max_new_tokens"
 
 
+def expected_shifted_decode(
+    model: ToyModel, prompt: list[int], block_size: int, num_tokens: int, threshold: float
+) -> tuple[list[int], list[int]]:
+    """`expected_decode` where the slot before a token predicts it."""
+
+    def guess(ids: list[int], num_clean: int, slot: int) -> tuple[float, int]:
+        roles = [(0, i // block_size, 0 if i < num_clean else 1) for i in range(len(ids))]
+        logits = model.logits(torch.tensor(ids), torch.arange(len(ids)), torch.tensor(roles))
+        best = max((p, -v) for v, p in enumerate(logits[slot].softmax(0).tolist()) if v != MASK)
+        return best[0], -best[1]
+
+    text, steps = list(prompt), []
+    while len(text) < len(prompt) + num_tokens:
+        begin = len(text) - len(text) % block_size
+        block: list[int | None] = [text[i] if i < len(text) else None for i in range(begin, begin + block_size)]
+        steps.append(0)
+        if block[0] is None:
+            block[0] = guess(text, begin, begin - 1)[1]
+            steps[-1] += 1
+        while None in block:
+            ids = text[:begin] + [MASK if token is None else token for token in block]
+            found = {i: guess(ids, begin, begin + i - 1) for i, token in enumerate(block) if token is None}
+            sure = [i for i, (p, _) in found.items() if p > threshold]
+            for i in sure or [max(found, key=lambda i: (found[i][0], -i))]:
+                block[i] = found[i][1]
+            steps[-1] += 1
+        text = text[:begin] + [token for token in block if token is not None]
+    return text[len(prompt) : len(prompt) + num_tokens], steps
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 5, 32])
+@pytest.mark.parametrize("prompt_length", [1, 4, 7, 8])
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+def test_a_shifted_model_equals_slow_reference(block_size: int, prompt_length: int, threshold: float) -> None:
+    prompt, contract = (PROMPT * 2)[:prompt_length], replace(CONTRACT, block_size=block_size, shift=True)
+    config = DecodingConfig(max_new_tokens=18, threshold=threshold)
+    forward = CachedForward(ToyModel(1))
+    result = decode(forward, prompt, config, contract)
+    expected_ids, expected_steps = expected_shifted_decode(ToyModel(1), prompt, block_size, 18, threshold)
+    assert (result.generated_ids, result.steps_per_block) == (expected_ids, expected_steps)
+    assert forward.num_passes == sum(expected_steps) + result.num_commit_forwards
+    assert result.num_commit_forwards == int((prompt_length - 1) // block_size > 0)
+
+
+def test_a_shifted_model_writes_the_same_among_others() -> None:
+    contract, config = replace(CONTRACT, shift=True), DecodingConfig(max_new_tokens=14, threshold=0.6)
+    prompts = [(PROMPT * 2)[:length] for length in (8, 1, 4, 7, 8, 5)]
+    alone = [decode(CachedForward(ToyModel()), prompt, config, contract) for prompt in prompts]
+    together = decode_all(CachedForward(ToyModel()), requests_of(prompts, config), config, contract, batch_size=3)
+    assert [text.generated_ids for text in together] == [text.generated_ids for text in alone]
+    assert [text.accepted_in_pass for text in together] == [text.accepted_in_pass for text in alone]
+
+
+def test_blocks_of_one_token_with_a_shift_decode_as_an_autoregressive_model() -> None:
+    model = ToyModel()
+    contract = replace(CONTRACT, block_size=1, shift=True)
+    result = decode(CachedForward(model), PROMPT, DecodingConfig(max_new_tokens=18), contract)
+    text = list(PROMPT)
+    for _ in range(18):
+        roles = torch.tensor([(0, i, 0) for i in range(len(text))])
+        logits = model.logits(torch.tensor(text), torch.arange(len(text)), roles)[-1]
+        logits[MASK] = -math.inf
+        text.append(int(logits.argmax()))
+    assert result.generated_ids == text[len(PROMPT) :]
+    assert (result.steps_per_block, result.tokens_per_forward) == ([1] * 18, 1.0)
+
+
 def test_toy_model_is_worth_decoding() -> None:
     """The comparison above would be empty if thresholds, blocks or committed keys made no difference."""
     texts = {tuple(run(b, threshold=t)[0].generated_ids) for b in (1, 4, 8) for t in (0.6, 1.0)}
