@@ -110,6 +110,7 @@ def train(layout: Layout, stage: str, folder: Path, groups: Any) -> Trained:
     from megatron_dllm.training.engine import build_engine, set_learning_rate
     from megatron_dllm.training.observers.fingerprint import step_fingerprint
     from megatron_dllm.training.step import train_step
+    from megatron_dllm.training.weighing import weigh_batches
 
     config = train_config(layout, STAGES[stage], folder / "corpus")
     if layout.defect is None:
@@ -125,7 +126,8 @@ def train(layout: Layout, stage: str, folder: Path, groups: Any) -> Trained:
     losses, norms, fingerprints = [], [], []
     for index, step in enumerate(islice(_loader(config, groups), NUM_STEPS)):
         noise = EmbeddingNoise(EMBEDDING_NOISE.get(stage, 0.0), 1000 + index)
-        result = train_step(engine, step.micro_batches, torch.device("cpu"), objective, noise)
+        batches, _ = weigh_batches(engine.chunks, step.micro_batches, torch.device("cpu"), groups, objective, None)
+        result = train_step(engine, batches, torch.device("cpu"), objective, noise)
         assert result.is_applied, f"step {index} of {stage}: {result.reason}"
         losses.append(result.loss)
         norms.append(result.grad_norm)

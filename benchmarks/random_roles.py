@@ -15,6 +15,7 @@ class RoleCase:
     Attributes:
         num_views: noisy copies of each document.
         block_size: tokens of a block; larger than any document: MDLM.
+        clean_block_size: tokens of a block of clean copies; 0: those of noisy ones.
         is_pruned: leave out clean blocks that no later block reads.
         has_clean: there are clean copies.
         is_row_grid: blocks are counted along the row, so that a document's first one may be short.
@@ -27,6 +28,7 @@ class RoleCase:
 
     num_views: int = 1
     block_size: int = 4
+    clean_block_size: int = 0
     is_pruned: bool = True
     has_clean: bool = True
     is_row_grid: bool = False
@@ -52,6 +54,10 @@ CASES = {
     "prompts": RoleCase(prompt_share=0.6),
     "prompts, two views": RoleCase(prompt_share=0.4, num_views=2, block_size=8),
     "tiny documents": RoleCase(max_document=3, block_size=2),
+    "clean blocks of one": RoleCase(clean_block_size=1),
+    "clean blocks of one, two views": RoleCase(clean_block_size=1, num_views=2, block_size=8),
+    "all clean tokens, in blocks of one": RoleCase(clean_block_size=1, block_size=8, is_pruned=False),
+    "smaller clean blocks": RoleCase(clean_block_size=2, block_size=6, is_row_grid=True),
     "split turns": RoleCase(has_split_turns=True),
     "split turns, two views": RoleCase(num_views=2, block_size=8, has_split_turns=True),
 }
@@ -67,11 +73,14 @@ def _draw_row(case: RoleCase, generator: torch.Generator) -> Tensor:
     rows: list[Tensor] = []
     used = before = 0
     copies = case.num_views + 1
+    # Noisy blocks have the numbers of the clean blocks that they begin with.
+    apart = case.block_size // (case.clean_block_size or case.block_size)
     for doc in range(case.row_length):
         length = int(torch.randint(1, min(case.max_document, case.row_length // copies) + 1, (), generator=generator))
         if case.max_document > case.row_length:
             length = case.row_length // copies - 1
-        blocks = (torch.arange(length) + (before if case.is_row_grid else 0)) // case.block_size
+        places = torch.arange(length) + (before if case.is_row_grid else 0)
+        blocks, clean_blocks = places // case.block_size, places // (case.clean_block_size or case.block_size)
         before += length
         answered = blocks[blocks - blocks[0] >= int(case.prompt_share * int(blocks[-1] - blocks[0] + 1))]
         parts = [(view, answered) for view in range(1, case.num_views + 1)]
@@ -79,10 +88,12 @@ def _draw_row(case: RoleCase, generator: torch.Generator) -> Tensor:
             is_split = torch.rand(int(blocks[-1]) + 1, generator=generator) < 0.4
             parts += [(view + case.num_views, answered[is_split[answered]]) for view in range(1, case.num_views + 1)]
         if case.has_clean:
-            parts.append((0, blocks[blocks < blocks[-1]] if case.is_pruned else blocks))
+            parts.append((0, clean_blocks[blocks < blocks[-1]] if case.is_pruned else clean_blocks))
         row = torch.cat(
             [
-                torch.stack([torch.full_like(kept, doc), kept, torch.full_like(kept, view)], dim=1)
+                torch.stack(
+                    [torch.full_like(kept, doc), kept * (1 if view == 0 else apart), torch.full_like(kept, view)], 1
+                )
                 for view, kept in parts
             ]
         )

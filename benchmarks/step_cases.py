@@ -173,6 +173,7 @@ def build_batch(documents: Documents, variant: Variant, mask_token_id: int, mult
         is_fill=torch.zeros(len(targets), dtype=torch.bool),
         num_maskable=torch.tensor(total * len(views)),
         num_answers=torch.tensor(len(documents.lengths) * len(views)),
+        num_ar_maskable=torch.tensor(0),
         num_document_tokens=torch.tensor(total),
         num_forward_tokens=torch.tensor(int((table[..., 1] >= 0).sum())),
     )

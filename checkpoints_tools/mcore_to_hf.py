@@ -171,6 +171,8 @@ def settle_architecture(stored: StoredModel, asked: str | None) -> str:
             f"architecture ({architecture}) predicts the next token, {stored.folder} the token of the same place: "
             f"served as {ARCHITECTURE_CLASS[architecture]} it would answer with noise; use {own}."
         )
+    if is_diffusion:
+        _check_clean_blocks(stored)
     if architecture in DIFFUSION_ARCHITECTURES and not is_diffusion:
         logger.warning(
             "%s predicts the next token (shift), %s serves diffusion models: train it before you serve it",
@@ -181,6 +183,17 @@ def settle_architecture(stored: StoredModel, asked: str | None) -> str:
         for difference in sglang_differences(architecture, stored.meta.semantics.block_size, model.mask_token_id):
             logger.warning("%s", difference)
     return architecture
+
+
+def _check_clean_blocks(stored: StoredModel) -> None:
+    """Refuse a model whose clean tokens see less than those that the exported classes keep."""
+    semantics = stored.meta.semantics
+    if semantics.clean_grid < semantics.block_size:
+        raise ValueError(
+            f"clean_block_size ({semantics.clean_grid}) of {stored.folder} must be its block_size "
+            f"({semantics.block_size}): the exported classes keep finished blocks whose tokens all see each other, "
+            "which this model has never read; train a last stage without clean_block_size."
+        )
 
 
 def _check_keys(reader: TorchDistReader, names: WeightMap, model: ModelConfig) -> dict[str, str]:

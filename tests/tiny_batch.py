@@ -69,6 +69,7 @@ def tiny_batch(
         is_fill=torch.zeros(len(targets), dtype=torch.bool),
         num_maskable=torch.tensor(len(targets)),
         num_answers=torch.tensor(sum(len(row) for row in rows)),
+        num_ar_maskable=torch.tensor(0),
         num_document_tokens=torch.tensor(sum(sum(row) for row in rows)),
         num_forward_tokens=torch.tensor(int((roles[..., 0] >= 0).sum())),
     )

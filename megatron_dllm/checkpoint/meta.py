@@ -42,10 +42,17 @@ class Semantics(RunSemantics):
         shift: position i predicts token i + 1; else token i.
         block_size: tokens denoised together; 1 for autoregressive models. With a shift, the first of them is predicted
             by the clean block before, so blocks of 1 token are an autoregressive model.
+        clean_block_size: clean tokens that see each other; None: block_size.
     """
 
     shift: bool
     block_size: int
+    clean_block_size: int | None = None
+
+    @property
+    def clean_grid(self) -> int:
+        """`clean_block_size` with its default filled in."""
+        return self.block_size if self.clean_block_size is None else self.clean_block_size
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,11 @@ def _read_semantics(table: Mapping[str, Any], place: str) -> Semantics:
             raise ValueError(
                 f"{place}{name} ({getattr(semantics, name)}) must be at least 1: the file is damaged; choose another."
             )
+    if semantics.clean_grid < 1 or semantics.block_size % semantics.clean_grid:
+        raise ValueError(
+            f"{place}clean_block_size ({semantics.clean_grid}) must divide block_size ({semantics.block_size}): the "
+            "file is damaged; choose another."
+        )
     return semantics
 
 

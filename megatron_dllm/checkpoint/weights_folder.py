@@ -30,6 +30,7 @@ class WeightsFolder:
         block_origin: where blocks begin to count; None where the folder does not say.
         precision: of the run that wrote it, if a run did.
         tokenizer: folder of the tokenizer, if there is one.
+        clean_block_size: clean tokens that see each other, as it was trained; None: block_size.
         sft: how it was trained on chats; None where it was not, or the folder does not say.
     """
 
@@ -43,6 +44,7 @@ class WeightsFolder:
     block_origin: str | None
     precision: str | None
     tokenizer: Path | None
+    clean_block_size: int | None = None
     sft: SftConfig | None = None
 
 
@@ -67,6 +69,7 @@ def read_weights_folder(path: Path) -> WeightsFolder:
         block_origin=semantics.block_origin,
         precision=stored.meta.provenance.precision,
         tokenizer=stored.tokenizer,
+        clean_block_size=semantics.clean_block_size,
         sft=None if stored.meta.sft is None else read_fields(SftConfig, stored.meta.sft, f"{path / CONTRACT}: sft."),
     )
 

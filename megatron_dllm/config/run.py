@@ -128,6 +128,12 @@ class EvaluationConfig:
     num_tokens: int = 0
     # Rows of a forward pass on one rank.
     micro_batch_size: int = 1
+    # Clean tokens that see each other while the ELBO is measured; it divides every block size. Null: the block size, as
+    # a server computes finished blocks, whatever clean_block_size a stage trains with.
+    clean_block_size: int | None = None
+    # At the end of stages, also measure the exact NLL of the next token by the same weights, under the name "ar": what
+    # a model that is being converted keeps of its autoregressive mode.
+    with_ar: bool = False
 
     def validate(self, context_length: int, has_validation: bool) -> None:
         """Raise ValueError for block sizes that do not fit, or tokens without a corpus."""
@@ -146,6 +152,12 @@ class EvaluationConfig:
                 block_size > 0 and context_length % block_size == 0,
                 f"evaluation.block_sizes ({block_size}) must divide context_length ({context_length}); "
                 f"use {nearest_divisors(context_length, block_size)}.",
+            )
+            check(
+                self.clean_block_size is None
+                or (self.clean_block_size > 0 and block_size % self.clean_block_size == 0),
+                f"evaluation.clean_block_size ({self.clean_block_size}) must divide every one of block_sizes "
+                f"({block_size}); null measures as a server computes.",
             )
 
 

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from megatron_dllm.config.alignment import AlignmentConfig
 from megatron_dllm.config.blend import blend_parts
 from megatron_dllm.config.cap import CapConfig
+from megatron_dllm.config.clean_copies import check_clean_copies
 from megatron_dllm.config.levels import check_levels
 from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.preference import PreferenceConfig
@@ -37,6 +38,9 @@ class StageConfig:
     objective: str = "block_diffusion"
     # Tokens denoised together; `block_size == context_length` is the MDLM stage (no clean copy).
     block_size: int = 1
+    # Tokens of the clean copies that see each other; it divides block_size. 1: a clean token sees what it sees in an AR
+    # model (context-causal, arXiv 2512.06776). Null: block_size, as a server computes finished blocks.
+    clean_block_size: int | None = None
     # Length of the stage in document tokens. Give either this or num_epochs.
     num_tokens: int | None = None
     # Length of the stage in passes over its corpus, instead of num_tokens.
@@ -88,6 +92,15 @@ class StageConfig:
     cap: CapConfig = field(default_factory=CapConfig)
     # Alignment of noisy tokens with the model's own states of clean ones, beside the NLL (docs/methods.md).
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    # Weight of the AR loss beside the diffusion loss, each a mean over its own tokens; 0: none. It needs clean copies
+    # in blocks of 1, whose tokens then predict the token after them (at most block_size tokens more a document).
+    ar_weight: float = 0.0
+    # Share of the clean tokens, drawn anew in every epoch, that predict their next token; their loss weighs 1 / share.
+    # 0, with ar_row_share: none.
+    ar_share: float = 1.0
+    # Share of the document tokens that are trained in AR rows, by the same ar_weight: clean tokens alone, each document
+    # once, so half as many model tokens; they have an order of their own of the same corpora.
+    ar_row_share: float = 0.0
     # Supervised fine-tuning on chats (LLaDA2.0 section 5.1); null: whatever may carry a loss is trained as it stands.
     sft: SftConfig | None = None
     # Preference optimisation on pairs of answers (LLaDA2.0 section 5.3); null: every answer is trained.
@@ -112,6 +125,16 @@ class StageConfig:
     def is_complementary(self) -> bool:
         """Whether views come in pairs with opposite masks."""
         return self.view_relation == "complementary"
+
+    @property
+    def clean_grid(self) -> int:
+        """`clean_block_size` with its default filled in."""
+        return self.block_size if self.clean_block_size is None else self.clean_block_size
+
+    @property
+    def clean_target_share(self) -> float:
+        """Share of the clean tokens beside noisy ones that predict their next token; 0: none does."""
+        return self.ar_share if self.ar_weight and self.clean_grid == 1 else 0.0
 
     @property
     def is_shifted(self) -> bool:
@@ -156,6 +179,7 @@ class StageConfig:
         if self.train is not None:
             blend_parts(f"{prefix}.train", self.train)
         self._check_noise(prefix)
+        check_clean_copies(prefix, self, context_length)
         self.cap.validate(f"{prefix}.cap", self.objective)
         if self.sft is not None:
             self.sft.validate(prefix, self.objective, self.cap.coefficient)
@@ -306,7 +330,7 @@ class ScheduleConfig:
             stage.validate(name, self.context_length)
             needed = self.context_length * max(stage.num_noisy_copies, 1)
             if stage.objective == "block_diffusion":
-                needed += self.context_length - stage.block_size
+                needed += self.context_length - (1 if stage.clean_target_share else stage.block_size)
             check(
                 self.tokens_per_row >= needed,
                 f"schedule.row_length ({self.tokens_per_row}) must hold the longest segment of stage {name}: "

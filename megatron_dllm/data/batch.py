@@ -64,6 +64,8 @@ class Batch:
         is_fill: [T] bool, whether the target is an end-of-text token behind an answer (see `data.noisy_blocks`).
         num_maskable: [] int64, tokens that could have carried a loss: the denominator.
         num_answers: [] int64, answers that could have carried a loss, once for each view; of text, its segments.
+        num_ar_maskable: [] int64, tokens that clean copies and AR rows beside noisy ones could have predicted: what the
+            AR loss of such a stage is a mean over; 0 in AR, whose targets `num_maskable` counts.
         num_document_tokens: [] int64, tokens of the corpus consumed, and of the fill (each once, whatever its copies).
         num_forward_tokens: [] int64, tokens the model sees, padding not counted.
     """
@@ -84,6 +86,7 @@ class Batch:
     is_fill: Tensor = field(metadata=_TARGET)
     num_maskable: Tensor = field(metadata=_TOTAL)
     num_answers: Tensor = field(metadata=_TOTAL)
+    num_ar_maskable: Tensor = field(metadata=_TOTAL)
     num_document_tokens: Tensor = field(metadata=_TOTAL)
     num_forward_tokens: Tensor = field(metadata=_TOTAL)
 

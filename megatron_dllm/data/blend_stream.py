@@ -7,6 +7,7 @@ position in each corpus and the tokens so far.
 
     weights 0.5, 0.3, 0.2 and rows of equal length:   0 1 2 0 0 1 0 1 2 0 ...
 
+AR rows among noisy ones are a corpus of their own (`data.ar_rows`), whose rows are planned under the geometry of AR.
 A global batch of preference pairs (`data.pair_packing`) is of one corpus: there the shares are within one batch.
 
 The sequence is a pure function of the seed and of the weights of the stages so far. A blend of one corpus is the
@@ -17,8 +18,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from megatron_dllm.data.ar_rows import ArRows
 from megatron_dllm.data.blend import Blend, first_number
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import LENGTH, RowPlan, RowStream
@@ -82,7 +85,10 @@ class BlendStream:
                 read through and is not to be repeated.
         """
         number = self._next_number(geometry)
-        plan = self._streams[number].next(geometry)
+        is_ar = isinstance(self._source(number), ArRows)
+        plan = self._streams[number].next(geometry.ar_rows() if is_ar else geometry)
+        if is_ar:
+            plan = replace(plan, is_ar=True)
         if plan.epoch and not self._is_repeating:
             raise ValueError(
                 f"corpus {self._source(number).name} has been read through, and data.on_exhausted (refuse) allows no "

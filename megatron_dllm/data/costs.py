@@ -1,8 +1,9 @@
 """What segments cost: the tokens that the model sees, and those that progress counts.
 
 A segment of n tokens takes `num_views` noisy copies, and a clean copy of the tokens that some
-later block reads: all but its last block. A segment of one block has no clean copy, so block_size equal
-to context_length is MDLM. An AR segment is its n clean tokens.
+later block reads: all but its last block. Where clean tokens predict their next one, the clean copy lacks the last
+token alone. A segment of one block has no clean copy, so block_size equal to context_length is MDLM. An AR segment is
+its n clean tokens.
 
 Where spans say which tokens may carry a loss, a segment costs less: noisy copies of the blocks that hold such
 a token, and a clean copy of what stands before the last of these blocks. A prompt of 1000 tokens and an
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dllm.data.geometry import RowGeometry, clean_lengths, noisy_lengths
-from megatron_dllm.data.noisy_blocks import find_noisy_blocks
+from megatron_dllm.data.noisy_blocks import clean_stops, find_noisy_blocks
 from megatron_dllm.data.spans import START, STOP, Spans
 
 IntArray = NDArray[np.int64]
@@ -42,11 +43,7 @@ def forward_tokens(geometry: RowGeometry, lengths: IntArray, starts: IntArray, s
         noisy = noisy_lengths(geometry, lengths, starts)
         return geometry.num_views * noisy + clean_lengths(geometry, lengths, starts)
     blocks = find_noisy_blocks(geometry, lengths, starts, spans)
-    if geometry.prune_clean:
-        clean = np.zeros_like(lengths)
-        np.maximum.at(clean, blocks.segment, blocks.start)
-    else:
-        clean = clean_lengths(geometry, lengths, starts)
+    clean = clean_stops(geometry, lengths, blocks, spans)
     return geometry.num_views * blocks.sums(blocks.num_tokens, len(lengths)) + clean
 
 

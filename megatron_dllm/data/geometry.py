@@ -40,6 +40,8 @@ class RowGeometry:
             counted from the stage's first one; None: documents have nothing to do with each other.
         longest_cost: tokens of the row that the costliest segment takes; None: what one of context_length takes in
             which every token may carry a loss.
+        clean_block_size: tokens of the clean copies that see each other; None: block_size.
+        ar_share: share of the clean tokens that predict the token after them; 0: none.
     """
 
     objective: str
@@ -54,6 +56,8 @@ class RowGeometry:
     turn_boundary: str = "all"
     rows_of_pairs: int | None = None
     longest_cost: int | None = None
+    clean_block_size: int | None = None
+    ar_share: float = 0.0
 
     def __post_init__(self) -> None:
         # The configuration has refused these; that a validation's rows are long enough shows only here.
@@ -74,6 +78,10 @@ class RowGeometry:
         )
         assert self.rows_of_pairs is None or (self.rows_of_pairs > 1 and self.block_origin == "document"), (
             f"rows_of_pairs ({self.rows_of_pairs}) must be 2 or more, so that any pair fits, on the document's grid"
+        )
+        assert self.block_size % self.clean_grid == 0, f"clean blocks of {self.clean_grid} in {self.block_size}"
+        assert not self.ar_share or (is_noisy and self.clean_grid == 1), (
+            "AR targets need clean copies that see no later token"
         )
         if self.longest_cost is not None:
             assert self.row_length >= self.longest_cost, (
@@ -104,12 +112,31 @@ class RowGeometry:
             fill="none" if stage.sft is None else stage.sft.fill,
             turn_boundary="all" if stage.sft is None else stage.sft.turn_boundary,
             rows_of_pairs=None if stage.preference is None else stage.global_batch_size,
+            clean_block_size=None if stage.clean_grid == stage.block_size else stage.clean_grid,
+            ar_share=stage.clean_target_share,
         )
 
     @property
     def is_shifted(self) -> bool:
         """`shift` with its default filled in."""
         return self.objective == "ar" if self.shift is None else self.shift
+
+    def ar_rows(self) -> RowGeometry:
+        """That of the AR rows of the same stage: each document once, its clean tokens alone."""
+        return RowGeometry("ar", 1, self.context_length, self.row_length, 0, self.block_origin, self.prune_clean)
+
+    @property
+    def clean_grid(self) -> int:
+        """`clean_block_size` with its default filled in."""
+        return self.block_size if self.clean_block_size is None else self.clean_block_size
+
+    def noisy_blocks(self, block: IntArray) -> IntArray:
+        """[m] int64 numbers of noisy blocks in roles: each has that of the clean block it begins with.
+
+        Args:
+            block: [m] int64 numbers of the blocks among noisy ones.
+        """
+        return block * (self.block_size // self.clean_grid)
 
     def grid_starts(self, starts: IntArray) -> IntArray:
         """Where the block grid stands at the first token of segments.
@@ -138,6 +165,8 @@ def clean_lengths(geometry: RowGeometry, lengths: IntArray, starts: IntArray) ->
     """
     if geometry.objective == "ar":
         return lengths
+    if geometry.ar_share:  # all but the last one predict their next token
+        return lengths - 1 if geometry.prune_clean else np.where(lengths > 1, lengths, 0)
     first = geometry.grid_starts(starts) % geometry.block_size
     last_block = (first + lengths - 1) % geometry.block_size + 1
     kept = lengths - last_block if geometry.prune_clean else lengths

@@ -66,6 +66,10 @@ class RowDataset(Dataset[Row]):
     eos_token_id: int | None = None
     num_sibling_bits: int = 0
 
+    def geometry_of(self, plan: RowPlan) -> RowGeometry:
+        """The geometry that a row was planned under."""
+        return self.geometry.ar_rows() if plan.is_ar else self.geometry
+
     def __getitem__(self, plan: RowPlan) -> Row:
         """Read the tokens of a plan's segments and build its row."""
         segments = plan.segments.tolist()
@@ -80,8 +84,8 @@ class RowDataset(Dataset[Row]):
         return build_row(
             plan,
             content,
-            self.geometry,
-            self.noise,
+            self.geometry_of(plan),
+            None if plan.is_ar else self.noise,
             seed=self.seed,
             mask_token_id=self.mask_token_id,
             pad_token_id=self.pad_token_id,
@@ -194,6 +198,6 @@ class BatchLoader:
 
     def _count(self, plan: RowPlan) -> tuple[int, int]:
         """Document tokens and forward tokens of a row."""
-        lengths, geometry = plan.segments[:, LENGTH], self._dataset.geometry
+        lengths, geometry = plan.segments[:, LENGTH], self._dataset.geometry_of(plan)
         spans = segment_spans(self._dataset.source.spans, plan.segments)
         return row_document_tokens(geometry, lengths, spans), row_forward_tokens(geometry, lengths, spans)

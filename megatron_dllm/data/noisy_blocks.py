@@ -150,6 +150,25 @@ def find_noisy_blocks(geometry: RowGeometry, lengths: IntArray, starts: IntArray
     return _without_lone_firsts(found, lengths, spans) if geometry.is_shifted else found
 
 
+def clean_stops(geometry: RowGeometry, lengths: IntArray, blocks: NoisyBlocks, spans: Spans) -> IntArray:
+    """[p] int64 tokens of the clean copies: those before the last noisy block, and those with an AR target.
+
+    All tokens of a segment that needs any, where nothing is left out.
+
+    Args:
+        geometry: of the row: block diffusion.
+        lengths: [p] tokens of the segments.
+        blocks: of the segments.
+        spans: of the segments.
+    """
+    stops = np.zeros_like(lengths)
+    np.maximum.at(stops, blocks.segment, blocks.start)
+    if geometry.ar_share:  # the token before the last one that may carry a loss predicts it
+        trained = spans.maskable()
+        np.maximum.at(stops, trained.owner, trained.table[:, STOP].astype(np.int64) - 1)
+    return stops if geometry.prune_clean else np.where(stops > 0, lengths, 0)
+
+
 def _show(
     geometry: RowGeometry,
     lengths: IntArray,

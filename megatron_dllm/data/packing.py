@@ -48,11 +48,13 @@ class RowPlan:
             `ordinal` counts the segments of the epoch in shuffled order.
         epoch: pass over the corpus, from 0.
         progress: share of the stage that was done before the row's global batch.
+        is_ar: an AR row of a stage whose other rows are noisy, see `data.ar_rows`.
     """
 
     segments: Segments
     epoch: int
     progress: float = 1.0
+    is_ar: bool = False
 
 
 def split_segments(segments: Segments, context_length: int) -> Segments:

@@ -5,7 +5,8 @@ clean tokens that some later block reads:
 
     [view 1: n tokens] [view 2: n tokens] ... [clean: n tokens, less the last block]
 
-so that a query's visible keys are at most two intervals of the row. An AR segment is its clean tokens.
+so that a query's visible keys are at most two intervals of the row. Where clean tokens predict their next one, the
+clean copy lacks the last token alone (see `data.clean_targets`). An AR segment is its clean tokens.
 Where not every token may carry a loss, noisy blocks without such a token are left out, and the clean
 copy ends before the last block that has one: no target reads what is missing. Of K views, further noisy copies of a
 block have the views K + 1 to 2 K, 2 K + 1 to 3 K, ... (see `data.noisy_blocks`), and stand before the clean copy too.
@@ -20,11 +21,13 @@ Padding stands at the end of the row: document -1, the pad token, position 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dllm.data.clean_targets import CleanTargets, find_clean_targets
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import LENGTH, RowPlan
 from megatron_dllm.data.row_noise import RowNoise, draw_row_noise, row_key
@@ -64,6 +67,7 @@ class Row:
     is_fill: BoolArray
     num_maskable: int
     num_answers: int
+    num_ar_maskable: int
     num_document_tokens: int
     num_forward_tokens: int
 
@@ -95,7 +99,10 @@ def build_row(
     assert num_noise_views == geometry.num_views, f"noise of {num_noise_views} views, rows of {geometry.num_views}"
     tokens = collect_tokens(content, plan.segments[:, LENGTH], geometry, eos_token_id)
     drawn = None if noise is None else draw_row_noise(plan, content, tokens, noise, seed)
-    return lay_out_row(plan, content, tokens, geometry, drawn, mask_token_id=mask_token_id, pad_token_id=pad_token_id)
+    clean = find_clean_targets(plan, content, tokens.clean, geometry, seed) if geometry.ar_share else None
+    return lay_out_row(
+        plan, content, tokens, geometry, drawn, clean, mask_token_id=mask_token_id, pad_token_id=pad_token_id
+    )
 
 
 def lay_out_row(
@@ -104,6 +111,7 @@ def lay_out_row(
     tokens: RowTokens,
     geometry: RowGeometry,
     noise: RowNoise | None,
+    clean: CleanTargets | None = None,
     *,
     mask_token_id: int,
     pad_token_id: int,
@@ -116,6 +124,7 @@ def lay_out_row(
         tokens: of its copies.
         geometry: of the row.
         noise: which tokens of which view are masked; None for AR.
+        clean: which clean tokens predict their next one; None: none.
         mask_token_id: replaces masked tokens.
         pad_token_id: fills the rest of the row.
 
@@ -129,12 +138,16 @@ def lay_out_row(
     if noise is None:
         kinds = None if content.spans is None else content.spans.kinds(plan.segments[:, LENGTH])
         targets = _next_tokens(tokens.clean, kinds)
+        if plan.is_ar:  # beside noisy rows, what the AR loss is a mean over
+            targets = replace(targets, num_maskable=0, num_answers=0, num_ar_maskable=targets.num_maskable)
     else:
         targets = _masked_tokens(tokens.noisy, noise, slots, geometry.num_views)
         is_masked[slots.is_noisy] = tokens.noisy.is_hidden[slots.token[slots.is_noisy]]
         is_masked[targets.positions] = True
         if geometry.is_shifted:
             targets = _predicted_before(targets, tokens, noise, slots, geometry.num_views)
+        if clean is not None:
+            targets = _with_clean_targets(targets, clean, slots)
     return Row(
         sample_ids=content.sample_ids,
         num_segments=np.array([len(content.sample_ids)], dtype=np.int64),
@@ -159,6 +172,7 @@ def lay_out_row(
         is_fill=targets.is_fill,
         num_maskable=targets.num_maskable,
         num_answers=targets.num_answers,
+        num_ar_maskable=targets.num_ar_maskable,
         num_document_tokens=tokens.num_document_tokens,
         num_forward_tokens=num_forward,
     )
@@ -179,6 +193,7 @@ class _Targets:
     maskable_segments: IntArray
     num_maskable: int
     num_answers: int
+    num_ar_maskable: int = 0
 
 
 @dataclass(frozen=True)
@@ -282,6 +297,26 @@ def _predicted_before(masked: _Targets, tokens: RowTokens, noise: RowNoise, slot
         np.append(masked.maskable_segments, leading.segments),
         masked.num_maskable + num_views * count,
         num_views * _num_different(turns),
+    )
+
+
+def _with_clean_targets(targets: _Targets, clean: CleanTargets, slots: _Slots) -> _Targets:
+    """Targets and those of the clean tokens, by position; the clean tokens stand in their slots in order."""
+    count, places = len(clean.tokens), np.flatnonzero(~slots.is_noisy)
+    positions = np.concatenate([targets.positions, places[clean.tokens]])
+    order = np.argsort(positions)
+
+    def both(values: NDArray[Any], more: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([values, more])[order]
+
+    return replace(
+        targets,
+        positions=positions[order],
+        ids=both(targets.ids, clean.ids),
+        weights=both(targets.weights, np.full(count, clean.weight, np.float32)),
+        t=both(targets.t, np.zeros(count, np.float32)),
+        is_fill=both(targets.is_fill, np.zeros(count, np.bool_)),
+        num_ar_maskable=clean.num_maskable,
     )
 
 

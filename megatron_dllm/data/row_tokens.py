@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_dllm.data.geometry import RowGeometry, row_starts
-from megatron_dllm.data.noisy_blocks import NoisyBlocks, Turns, find_noisy_blocks
+from megatron_dllm.data.noisy_blocks import NoisyBlocks, Turns, clean_stops, find_noisy_blocks
 from megatron_dllm.data.spans import MASKABLE, MASKED, Spans
 
 IntArray = NDArray[np.int64]
@@ -49,7 +49,7 @@ class CopyTokens:
         ids: token ids.
         segments: the segment of the row that each lies in.
         position_ids: place in the segment.
-        block_ids: number of the block.
+        block_ids: number of the block, in roles.
     """
 
     ids: IntArray
@@ -135,8 +135,8 @@ def collect_tokens(
         blocks, num_clean = NoisyBlocks.none(), lengths
     else:
         blocks = find_noisy_blocks(geometry, lengths, starts, everything)
-        num_clean = _clean_stops(blocks, lengths, geometry)
-    noisy = _noisy_tokens(clean_ids, lengths, everything, blocks, eos_token_id)
+        num_clean = clean_stops(geometry, lengths, blocks, everything)
+    noisy = _noisy_tokens(clean_ids, lengths, everything, blocks, geometry, eos_token_id)
     leading_blocks = blocks if geometry.is_shifted else NoisyBlocks.none()
     if geometry.is_shifted:
         noisy = replace(noisy, is_maskable=noisy.is_maskable & ~_is_first(noisy, blocks))
@@ -148,24 +148,22 @@ def collect_tokens(
     )
 
 
-def _clean_stops(blocks: NoisyBlocks, lengths: IntArray, geometry: RowGeometry) -> IntArray:
-    """[p] tokens of the clean copies: those before the last noisy block, or all of them where nothing is left out."""
-    stops = np.zeros_like(lengths)
-    np.maximum.at(stops, blocks.segment, blocks.start)
-    return stops if geometry.prune_clean else np.where(stops > 0, lengths, 0)
-
-
 def _clean_tokens(clean_ids: IntArray, starts: IntArray, num_clean: IntArray, geometry: RowGeometry) -> CopyTokens:
     """The first num_clean [p] tokens of the segments, which start at starts [p] of clean_ids [n]."""
     segments = np.repeat(np.arange(len(starts)), num_clean)
     positions = np.arange(len(segments)) - np.repeat(np.cumsum(num_clean) - num_clean, num_clean)
     is_ar = geometry.objective == "ar"
-    blocks = positions if is_ar else (positions + geometry.grid_starts(starts)[segments]) // geometry.block_size
+    blocks = positions if is_ar else (positions + geometry.grid_starts(starts)[segments]) // geometry.clean_grid
     return CopyTokens(clean_ids[positions + starts[segments]], segments, positions, blocks)
 
 
 def _noisy_tokens(
-    clean_ids: IntArray, lengths: IntArray, spans: Spans, blocks: NoisyBlocks, eos_token_id: int | None
+    clean_ids: IntArray,
+    lengths: IntArray,
+    spans: Spans,
+    blocks: NoisyBlocks,
+    geometry: RowGeometry,
+    eos_token_id: int | None,
 ) -> NoisyTokens:
     """What each noisy block shows: tokens of its segment, then its fill.
 
@@ -174,6 +172,7 @@ def _noisy_tokens(
         lengths: [p] int64 tokens of each segment.
         spans: of the segments.
         blocks: of the segments.
+        geometry: of the row.
         eos_token_id: the fill.
     """
     widths, starts = blocks.num_tokens, row_starts(lengths)
@@ -190,7 +189,7 @@ def _noisy_tokens(
         ids=np.where(is_fill, -1 if eos_token_id is None else eos_token_id, clean_ids[token]),
         segments=segments,
         position_ids=positions,
-        block_ids=blocks.block[block],
+        block_ids=geometry.noisy_blocks(blocks.block[block]),
         noisy_block_ids=block,
         copies=blocks.copy[block],
         is_maskable=is_fill | ((kinds == MASKABLE) & (positions >= blocks.loss_start[block]) & ~is_behind),

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_dllm.config import DecodingConfig
 from megatron_dllm.diffusion.decoding_batch import DecodingBatch
-from megatron_dllm.diffusion.decoding_pass import Alone, DecodingPass, Forward, Peers, clean_pass, idle_pass
+from megatron_dllm.diffusion.decoding_pass import Alone, BlockGrid, DecodingPass, Forward, Peers, clean_pass, idle_pass
 from megatron_dllm.diffusion.generation import Generation, Request, Text
 from megatron_dllm.diffusion.prediction import NUM_VALUES, predict
 from megatron_dllm.diffusion.prefill import Entrant, plan_prefill
@@ -47,6 +47,7 @@ class DecodingContract:
         mask_token_id: stands for an unknown token; never generated.
         eos_token_ids: any of these ends the text.
         shift: the slot before a token predicts it; else its own.
+        clean_block_size: tokens of finished blocks that see each other; None: block_size.
     """
 
     block_size: int
@@ -54,6 +55,12 @@ class DecodingContract:
     mask_token_id: int
     eos_token_ids: tuple[int, ...]
     shift: bool = False
+    clean_block_size: int | None = None
+
+    @property
+    def grid(self) -> BlockGrid:
+        """The blocks of noisy and of clean tokens."""
+        return BlockGrid(self.block_size, self.clean_block_size or self.block_size)
 
     def validate(self) -> None:
         """Raise ValueError for impossible sizes, or if the mask token would end the text."""
@@ -61,6 +68,11 @@ class DecodingContract:
             value = getattr(self, name)
             if value <= 0:
                 raise ValueError(f"{name} ({value}) must be positive; give a number of tokens.")
+        if self.block_size % self.grid.clean_block_size:
+            raise ValueError(
+                f"block_size ({self.block_size}) must be a multiple of {self.clean_block_size}, the clean_block_size "
+                "that the checkpoint was trained with; leave block_size out, or give a multiple."
+            )
         if self.mask_token_id in self.eos_token_ids:
             raise ValueError(
                 f"mask_token_id ({self.mask_token_id}) must not be among eos_token_ids "
@@ -164,7 +176,7 @@ class _Decoder:
         self._batch_size, self._device, self._peers = batch_size, device, peers
         self._batch = DecodingBatch(
             batch_size,
-            contract.block_size,
+            contract.grid,
             contract.context_length,
             contract.mask_token_id,
             contract.eos_token_ids,
@@ -206,7 +218,7 @@ class _Decoder:
                 self._forward.copy(entrant.source, entrant.slot, entrant.num_shared)
         if any(entrant.num_computed for entrant in group):
             runs = [(entrant.num_shared, entrant.ids[entrant.num_shared :]) for entrant in group]
-            self._pass(clean_pass(group[0].slot, runs, self._contract.block_size))
+            self._pass(clean_pass(group[0].slot, runs, self._contract.grid))
 
     def _pass(self, step: DecodingPass | None) -> Tensor | None:
         """Compute a pass together with the peers.

@@ -19,10 +19,9 @@ from torch.nn.functional import pad
 from megatron_dllm.config import DecodingConfig
 from megatron_dllm.diffusion.acceptance import accept
 from megatron_dllm.diffusion.credit import Trace
-from megatron_dllm.diffusion.decoding_pass import NOISY_VIEW, DecodingPass, places
+from megatron_dllm.diffusion.decoding_pass import BlockGrid, DecodingPass, places
 from megatron_dllm.diffusion.generation import Text
 from megatron_dllm.diffusion.prediction import Proposals
-from megatron_dllm.diffusion.roles import VIEW
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class DecodingBatch:
     def __init__(
         self,
         size: int,
-        block_size: int,
+        grid: BlockGrid,
         context_length: int,
         mask_token_id: int,
         eos_token_ids: tuple[int, ...],
@@ -55,7 +54,7 @@ class DecodingBatch:
 
         Args:
             size: most rows.
-            block_size: of the grid.
+            grid: blocks of noisy and of clean tokens.
             context_length: where the last block of a text ends at the latest.
             mask_token_id: stands for an unknown token.
             eos_token_ids: any of these ends a text.
@@ -63,9 +62,9 @@ class DecodingBatch:
             shift: the slot before a token predicts it; else its own.
         """
         self.texts: list[Text] = []
-        self._block_size, self._context_length = block_size, context_length
+        self._grid, self._block_size, self._context_length = grid, grid.block_size, context_length
         self._mask, self._eos, self._config, self._shift = mask_token_id, eos_token_ids, config, shift
-        width = min(block_size, context_length)
+        width = min(grid.block_size, context_length)
         self._ids = torch.zeros(size, width, dtype=torch.int64)
         self._is_masked = torch.zeros(size, width, dtype=torch.bool)
         self._passes = torch.zeros(size, width, dtype=torch.int64)
@@ -109,8 +108,7 @@ class DecodingBatch:
         num_rows = len(self.texts)
         lengths = self._lengths[:num_rows]
         width = int(lengths.max())
-        positions, roles = places(self._starts[:num_rows], lengths, width, self._block_size)
-        roles[..., VIEW] = torch.where(self._is_filled[:num_rows], roles[..., VIEW].T, NOISY_VIEW).T
+        positions, roles = places(self._starts[:num_rows], lengths, width, self._grid, self._is_filled[:num_rows])
         is_wanted = self._slots_of(self._predicted(num_rows)[:, :width])
         return DecodingPass(
             first_slot=0,

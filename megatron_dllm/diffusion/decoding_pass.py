@@ -21,6 +21,19 @@ NOISY_VIEW = 1
 
 
 @dataclass(frozen=True)
+class BlockGrid:
+    """How a text is cut into blocks.
+
+    Attributes:
+        block_size: tokens denoised together.
+        clean_block_size: tokens of finished blocks that see each other; it divides block_size.
+    """
+
+    block_size: int
+    clean_block_size: int
+
+
+@dataclass(frozen=True)
 class DecodingPass:
     """The tokens of one pass, on the host. Position ids count from a text's start; all documents are number 0.
 
@@ -119,31 +132,32 @@ def idle_pass() -> DecodingPass:
     return DecodingPass(0, none, none, roles, none[0, :0], [0])
 
 
-def clean_pass(first_slot: int, runs: Sequence[tuple[int, Sequence[int]]], block_size: int) -> DecodingPass:
+def clean_pass(first_slot: int, runs: Sequence[tuple[int, Sequence[int]]], grid: BlockGrid) -> DecodingPass:
     """A pass that keeps clean tokens and reads no logits.
 
     Args:
         first_slot: of the first run.
         runs: for each slot the position of its first token here, and the ids from there on.
-        block_size: of the grid.
+        grid: blocks of noisy and of clean tokens.
     """
     length = max(len(ids) for _, ids in runs)
     input_ids = torch.zeros(len(runs), length, dtype=torch.int64)
     for row, (_, ids) in enumerate(runs):
         input_ids[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
     starts, lengths = torch.tensor([start for start, _ in runs]), torch.tensor([len(ids) for _, ids in runs])
-    positions, roles = places(starts, lengths, length, block_size)
+    positions, roles = places(starts, lengths, length, grid, torch.ones(len(runs), dtype=torch.bool))
     return DecodingPass(first_slot, input_ids, positions, roles, torch.zeros(0, dtype=torch.int64), [0] * len(runs))
 
 
-def places(starts: Tensor, lengths: Tensor, width: int, block_size: int) -> tuple[Tensor, Tensor]:
-    """Where the tokens of some rows stand, all in the clean view.
+def places(starts: Tensor, lengths: Tensor, width: int, grid: BlockGrid, is_clean: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens of some rows stand.
 
     Args:
         starts: [b] int64 position of each row's first token.
         lengths: [b] int64 tokens of each row; the rest is padding.
         width: n, tokens of the longest.
-        block_size: of the grid.
+        grid: blocks of noisy and of clean tokens.
+        is_clean: [b] bool, whether a row's tokens are clean ones.
 
     Returns:
         position_ids [b, n] int64 and roles [b, n, 3] int32.
@@ -152,6 +166,9 @@ def places(starts: Tensor, lengths: Tensor, width: int, block_size: int) -> tupl
     positions = starts.unsqueeze(1) + offsets
     roles = torch.zeros(len(starts), width, 3, dtype=torch.int32)
     roles[..., DOC] = torch.where(offsets < lengths.unsqueeze(1), 0, PADDING_DOC)
-    roles[..., BLOCK] = positions // block_size
-    roles[..., VIEW] = CLEAN_VIEW
+    # Numbers count clean blocks; a noisy block has the number of the clean block that it begins with.
+    clean, noisy = positions // grid.clean_block_size, positions // grid.block_size
+    rows = is_clean.unsqueeze(1)
+    roles[..., BLOCK] = torch.where(rows, clean, noisy * (grid.block_size // grid.clean_block_size))
+    roles[..., VIEW] = torch.where(rows, CLEAN_VIEW, NOISY_VIEW)
     return positions, roles

@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     FIRST_MASKED = 3
     TOKEN = 4
     VIEW_ORDER = 5
+    CLEAN_TARGET = 6
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ def conditions_of(
     blocks = config.data.block_origin
     if blocks == "row":  # then the rows decide which tokens share a block
         blocks += f" of {config.schedule.tokens_per_row} tokens, packed by {config.data.packing_chunk}"
+    if config.evaluation.clean_block_size is not None:
+        blocks += f", clean blocks of {config.evaluation.clean_block_size}"
     if sft is not None and corpus.spans is not None:
         blocks += f", fill {sft.fill}, turns {sft.turn_boundary}"
     if shift:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from megatron_dllm.config import DecodingConfig
 from megatron_dllm.diffusion.decode import DecodingContract
-from megatron_dllm.diffusion.decoding_pass import NOISY_VIEW, DecodingPass, Forward, Peers, clean_pass, places
+from megatron_dllm.diffusion.decoding_pass import DecodingPass, Forward, Peers, clean_pass, places
 from megatron_dllm.diffusion.prediction import Proposals, predict
-from megatron_dllm.diffusion.roles import VIEW
 from megatron_dllm.evaluation.study_results import Confidence
 
 # Views of a block: their numbers of masked tokens are spread evenly over 1 .. all.
@@ -103,7 +102,7 @@ def predict_answers(
             masks = torch.stack([block.masked(view, generator) for view in range(NUM_VIEWS)])
             if block.start > num_kept:
                 runs = [(num_kept, block.ids[num_kept : block.start])]
-                _compute(forward, peers, clean_pass(0, runs, contract.block_size))
+                _compute(forward, peers, clean_pass(0, runs, contract.grid))
                 num_kept = block.start
                 for view in range(1, NUM_VIEWS):
                     forward.copy(0, view, num_kept)
@@ -126,8 +125,8 @@ def _noisy_pass(block: _Block, masks: Tensor, contract: DecodingContract) -> Dec
     """The views of a block, [k, n] bool of the answer's masked tokens, one a row."""
     num_views, length = masks.shape
     starts, lengths = torch.full((num_views,), block.start), torch.full((num_views,), length)
-    positions, roles = places(starts, lengths, length, contract.block_size)
-    roles[..., VIEW] = NOISY_VIEW
+    is_clean = torch.zeros(num_views, dtype=torch.bool)
+    positions, roles = places(starts, lengths, length, contract.grid, is_clean)
     ids = torch.full((num_views, length), contract.mask_token_id)
     known = torch.tensor(block.ids[block.start :])
     ids[:, : len(known)] = known

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from megatron_dllm.checkpoint.validation import Validation
-from megatron_dllm.config import SftConfig, StageConfig, TrainConfig
+from megatron_dllm.config import EvaluationConfig, SftConfig, StageConfig, TrainConfig
 from megatron_dllm.data.epoch import check_fits_a_row, measure_epoch
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import RowDataset
@@ -38,8 +38,13 @@ class EvaluationStopped(Exception):
 
 
 def validation_names(config: TrainConfig, stage: StageConfig) -> list[str]:
-    """What a stage is evaluated at: the block sizes, the target first, or "ar"."""
-    return [AR] if stage.objective == AR else [str(size) for size in config.evaluation.block_sizes]
+    """What a stage is evaluated at: the block sizes, the target first, and "ar" if asked for; or "ar" alone."""
+    return [AR] if stage.objective == AR else diffusion_names(config.evaluation)
+
+
+def diffusion_names(evaluation: EvaluationConfig) -> list[str]:
+    """What a diffusion model is evaluated at."""
+    return [*(str(size) for size in evaluation.block_sizes), *([AR] if evaluation.with_ar else [])]
 
 
 def validation_geometry(
@@ -66,6 +71,7 @@ def validation_geometry(
         shift=True if shift else None,
         fill="none" if turned is None else turned.fill,
         turn_boundary="all" if turned is None else turned.turn_boundary,
+        clean_block_size=None if is_ar else config.evaluation.clean_block_size,
     )
 
 

@@ -21,6 +21,7 @@ from megatron_dllm.checkpoint.weights_folder import WeightsFolder, read_weights_
 from megatron_dllm.config import DataConfig, EvaluationConfig, ModelConfig, ParallelConfig, StageConfig
 from megatron_dllm.config.evaluate import LONGEST_CONTEXT, EvaluateConfig
 from megatron_dllm.config.run import HELD_OUT_TOKENS
+from megatron_dllm.evaluation.elbo import diffusion_names
 from megatron_dllm.hf.special_tokens import settle_special_tokens
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.model.objective import AR
@@ -109,7 +110,7 @@ def settle(composed: Any, weights: WeightsFolder, world_size: int) -> Request:
     """
     config = _filled(composed, weights, world_size)
     config.validate(world_size)
-    names = [str(size) for size in config.evaluation.block_sizes] if weights.is_diffusion else [AR]
+    names = diffusion_names(config.evaluation) if weights.is_diffusion else [AR]
     return Request(config, weights, tuple(names))
 
 

@@ -59,7 +59,9 @@ def read_source(config: GenerateConfig) -> CheckpointSource:
         mask_token_id=model.mask_token_id,
         eos_token_ids=(model.eos_token_id,),
         shift=weights.shift,
+        clean_block_size=weights.clean_block_size,
     )
+    contract.validate()
     tokenizer = _find_tokenizer(weights.tokenizer, config.tokenizer)
     return CheckpointSource(weights.folder, weights.is_hf, model, contract, tokenizer)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from megatron_dllm.config import AlignmentConfig, NoiseConfig, PreferenceConfig, StageConfig
@@ -86,6 +87,7 @@ class Objective:
         count: of a micro-batch, what `loss` is a mean over.
         entropy_temperature: what the model is asked for (see `model.head`): the entropy of its predictions at this
             temperature, and their largest probability; None: neither.
+        ar_weight: of the AR loss of clean tokens, see `training.balancing`; 0: they have none.
         weigh: from the scores of a global batch's documents, and [d, k] or [d, 1] fp64 those of a reference, to the
             factors of their loss weights; None: the loss does not compare documents.
         largest_start_margin: above which `Weighing.largest_margin` says that a run does not start from its reference.
@@ -100,6 +102,7 @@ class Objective:
     ratios: tuple[str, ...] = ()
     count: Count = maskable_tokens
     entropy_temperature: float | None = None
+    ar_weight: float = 0.0
     weigh: Callable[[DocumentScores, Tensor], Weighing] | None = None
     largest_start_margin: float = math.inf
     alignment: AlignmentRule | None = None
@@ -109,6 +112,21 @@ def token_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
     """The weighted NLL of the targets: the NELBO with weights 1/t, the exact NLL in AR."""
     total = weighted_nll(outputs.nll, batch.loss_weights)
     sums = token_sums(total, batch.num_maskable, outputs.nll, outputs.is_correct, batch.target_t)
+    return MicroLoss(total, batch.num_maskable, sums)
+
+
+def guided_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
+    """The diffusion loss of noisy tokens and the AR loss of clean ones, whose loss weights are balanced already.
+
+    Both are divided by the maskable tokens. What is logged of targets is of noisy ones; beside that stand the two
+    losses, the AR loss without its weight.
+    """
+    is_noisy = batch.target_views > 0
+    total = weighted_nll(outputs.nll, batch.loss_weights)
+    sums = token_sums(total, batch.num_maskable, outputs.nll, outputs.is_correct, batch.target_t, is_noisy)
+    noisy = weighted_nll(torch.where(is_noisy, outputs.nll, 0.0), batch.loss_weights)
+    clean = torch.where(is_noisy, 0.0, outputs.nll).double().sum()
+    sums = sums.with_extra(diffusion_loss=noisy).with_ratios(ar_loss=(clean, (~is_noisy).sum()))
     return MicroLoss(total, batch.num_maskable, sums)
 
 
@@ -141,12 +159,17 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     """The objective that a stage of the configuration names.
 
     Args:
-        stage: its objective, shift, loss weight, range of t, views, confidence, alignment, chats and preferences.
+        stage: its objective, shift, loss weight, range of t, views, AR loss, confidence, alignment, chats and
+            preferences.
         noise: settings that hold for the whole run.
     """
     if stage.objective == AR:
         return Objective(noise=None, shift=stage.is_shifted, loss=token_loss)
     objective = Objective(noise=NoiseSpec.for_stage(noise, stage), shift=stage.is_shifted, loss=token_loss)
+    if stage.ar_weight:
+        objective = replace(
+            objective, loss=guided_loss, extra_sums=("diffusion_loss",), ratios=("ar_loss",), ar_weight=stage.ar_weight
+        )
     if stage.cap.coefficient != 0.0:
         objective = replace(
             objective,
@@ -162,7 +185,8 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     count = answers if stage.sft.loss_per == "answer" else maskable_tokens
     if stage.preference is not None:
         count, objective = documents, _preferring(objective, stage.preference)
-    return replace(objective, loss=partial(chat_loss, objective.loss, count), ratios=("fill_share",), count=count)
+    ratios = (*objective.ratios, "fill_share")
+    return replace(objective, loss=partial(chat_loss, objective.loss, count), ratios=ratios, count=count)
 
 
 def _alignment(config: AlignmentConfig, shift: bool) -> AlignmentRule:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_dllm.config import StageConfig
 from megatron_dllm.data.costs import document_tokens, forward_tokens
-from megatron_dllm.data.geometry import RowGeometry
+from megatron_dllm.data.geometry import RowGeometry, clean_lengths
 from megatron_dllm.data.spans import START, STOP, Spans
 
 IntArray = NDArray[np.int64]
@@ -42,7 +42,7 @@ def visible_pairs(geometry: RowGeometry, lengths: IntArray) -> IntArray:
     """Pairs of query and key that see each other, of documents in which every token may carry a loss.
 
     A document of blocks b_0 .. b_k: noisy block i sees itself and the clean blocks before it, so b_i (b_0 + ... + b_i)
-    pairs in each view; clean blocks likewise, but for the last one, which nobody reads.
+    pairs in each view; clean ones likewise, in blocks of their own, but for the tokens that nobody reads.
 
     Args:
         geometry: of the row; blocks count from the beginning of the document.
@@ -53,13 +53,15 @@ def visible_pairs(geometry: RowGeometry, lengths: IntArray) -> IntArray:
     """
     if geometry.objective == "ar":
         return lengths * (lengths + 1) // 2
-    size = geometry.block_size
-    before = (lengths - 1) // size  # whole blocks before the last one
-    last = lengths - before * size
-    earlier = size * size * before * (before + 1) // 2
-    noisy = earlier + last * lengths
-    clean = earlier if geometry.prune_clean else np.where(before > 0, noisy, 0)
-    return geometry.num_views * noisy + clean
+    clean = clean_lengths(geometry, lengths, np.zeros_like(lengths))
+    return geometry.num_views * _pairs(lengths, geometry.block_size) + _pairs(clean, geometry.clean_grid)
+
+
+def _pairs(lengths: IntArray, size: int) -> IntArray:
+    """[p] pairs of [p] tokens, in blocks of `size`, which see themselves and those before them."""
+    whole = lengths // size
+    last = lengths - whole * size
+    return size * size * whole * (whole + 1) // 2 + last * lengths
 
 
 def assumed_row(geometry: RowGeometry, stage: StageConfig, document_length: int) -> RowContent:
@@ -72,14 +74,32 @@ def assumed_row(geometry: RowGeometry, stage: StageConfig, document_length: int)
     """
     length = min(document_length, geometry.context_length)
     lengths = np.array([length])
-    number = geometry.row_length // int(forward_tokens(geometry, lengths, np.zeros_like(lengths))[0])
+    tokens = _document_tokens(geometry, length)
+    if stage.ar_row_share:  # a share counts document tokens, of which an AR row holds more
+        share = stage.ar_row_share
+        tokens = 1.0 / ((1.0 - share) / tokens + share / _document_tokens(geometry.ar_rows(), length))
     return RowContent(
         length=geometry.row_length,
-        document_tokens=float(number * length),
-        targets=number * length * targets_per_token(stage),
-        pairs=float(number * visible_pairs(geometry, lengths)[0]),
+        document_tokens=tokens,
+        targets=tokens * targets_per_token(stage),
+        pairs=tokens * float(_stage_pairs(geometry, stage, lengths)[0]) / length,
         source=f"assumed: documents of {length:,} tokens",
     )
+
+
+def _document_tokens(geometry: RowGeometry, length: int) -> float:
+    """Of a row of documents of one length."""
+    lengths = np.array([length])
+    return float(geometry.row_length // int(forward_tokens(geometry, lengths, np.zeros_like(lengths))[0]) * length)
+
+
+def _stage_pairs(geometry: RowGeometry, stage: StageConfig, lengths: IntArray) -> NDArray[np.float64]:
+    """[p] pairs of documents of [p] tokens, as a mean over the noisy rows and the AR rows of a stage."""
+    noisy = visible_pairs(geometry, lengths).astype(np.float64)
+    if not stage.ar_row_share:
+        return noisy
+    share = stage.ar_row_share
+    return (1.0 - share) * noisy + share * visible_pairs(geometry.ar_rows(), lengths)
 
 
 def measured_row(
@@ -103,13 +123,14 @@ def measured_row(
         length=geometry.row_length,
         document_tokens=tokens_per_row,
         targets=tokens_per_row * share * targets_per_token(stage),
-        pairs=tokens_per_row * float(visible_pairs(geometry, lengths).sum()) / counted,
+        pairs=tokens_per_row * float(_stage_pairs(geometry, stage, lengths).sum()) / counted,
         source="measured: the corpus",
     )
 
 
 def targets_per_token(stage: StageConfig) -> float:
-    """Targets of a document token that may carry a loss, over all views: its expected number of masks."""
+    """Targets of a document token that may carry a loss: its expected number of masks, and of AR targets."""
     if stage.objective == "ar":
         return 1.0
-    return stage.num_views * (stage.t_min + stage.t_max) / 2.0
+    noisy = stage.num_views * (stage.t_min + stage.t_max) / 2.0 + stage.clean_target_share
+    return (1.0 - stage.ar_row_share) * noisy + stage.ar_row_share

@@ -67,7 +67,8 @@ def blend_changes(config: TrainConfig, sources: Sources, state: RunState, stages
         stages: names of the stages that are to be trained now.
     """
     shares = stage_shares(config, sources)
-    names = {source.fingerprint: name for name, source in sources.corpora.items()}
+    named = [*sources.corpora.items(), *((f"{name} (AR rows)", rows) for name, rows in sources.ar_rows.items())]
+    names = {source.fingerprint: name for name, source in named}
     known = {corpus["fingerprint"]: corpus["name"] for corpus in state.stream.get("corpora", [])}
     changes = []
     for stage in stages:

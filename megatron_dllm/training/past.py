@@ -19,7 +19,7 @@ from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage
 from megatron_dllm.run.history import Change, changes_between
 from megatron_dllm.run.names import CONFIG
 
-_KEPT = ("objective", "block_size")
+_KEPT = ("objective", "block_size", "clean_block_size")
 _REMEDY = "continue with the run's own schedule (its config.yaml), or start a new run from the weights"
 _RESTORE = "restore it from a copy, or remove it if what the run was trained with does not matter"
 

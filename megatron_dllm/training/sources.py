@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.data.ar_rows import ArRows
 from megatron_dllm.data.corpus import Corpus
 from megatron_dllm.data.source import Source
 
@@ -41,8 +42,17 @@ class Sources:
         return {prefix: self._open(prefix, self._config) for prefix in self._config.train_corpora}
 
     def of_stage(self, name: str) -> tuple[Share, ...]:
-        """The training documents of a stage."""
-        return tuple(Share(self.corpora[part.prefix], part.share) for part in self._config.blend_of(name))
+        """The training documents of a stage; those of its AR rows stand behind the others."""
+        parts, share = self._config.blend_of(name), self._config.schedule.stages[name].ar_row_share
+        noisy = tuple(Share(self.corpora[part.prefix], part.share * (1.0 - share)) for part in parts)
+        return noisy + tuple(Share(self.ar_rows[part.prefix], part.share * share) for part in parts if share)
+
+    @cached_property
+    def ar_rows(self) -> Mapping[str, ArRows]:
+        """By prefix, the documents that some stage also trains in AR rows."""
+        stages = [name for name, stage in self._config.schedule.stages.items() if stage.ar_row_share]
+        parts = [part for name in stages for part in self._config.blend_of(name)]
+        return {part.prefix: ArRows(self.corpora[part.prefix]) for part in parts}
 
     def prompted_stages(self) -> list[str]:
         """Names of the stages with documents that say which of their tokens carry a loss."""

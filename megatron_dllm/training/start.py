@@ -17,6 +17,7 @@ from megatron_dllm.checkpoint.identity import check_identity, check_start
 from megatron_dllm.checkpoint.manifest import check_complete, fingerprint
 from megatron_dllm.checkpoint.meta import CheckpointMeta, RunSemantics, Semantics, read_state
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
+from megatron_dllm.data.ar_rows import ArRows
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.packing import RowFill, estimate_fill
@@ -114,6 +115,7 @@ def semantics_of(config: TrainConfig, stage: StageConfig) -> Semantics:
         **asdict(run_semantics(config)),
         shift=objective_of(stage, config.noise).shift,
         block_size=1 if stage.is_left_to_right else stage.block_size,
+        clean_block_size=None if stage.clean_grid == stage.block_size else stage.clean_grid,
     )
 
 
@@ -188,7 +190,8 @@ def check_sources(config: TrainConfig, schedule: BlockSchedule, sources: Sources
     for stage in schedule.stages:
         for part in sources.of_stage(stage.name):
             _check_pairs(stage, part.source)
-            check_fills_a_row(part.source, RowGeometry.of_stage(stage.config, config.schedule, config.data))
+            geometry = RowGeometry.of_stage(stage.config, config.schedule, config.data)
+            check_fills_a_row(part.source, geometry.ar_rows() if isinstance(part.source, ArRows) else geometry)
     check_not_exhausted(config, sources)
     if held_out is None:
         return
@@ -280,8 +283,8 @@ def _check_same_stage(folder: Path, stored: CheckpointMeta, config: TrainConfig)
             "run's own schedule (its config.yaml), or start a new run from the weights."
         )
     ours = semantics_of(config, config.schedule.stages[name])
-    for field in ("shift", "block_size"):
-        value, found = getattr(ours, field), getattr(stored.semantics, field)
+    for field, attribute in (("shift", "shift"), ("block_size", "block_size"), ("clean_block_size", "clean_grid")):
+        value, found = getattr(ours, attribute), getattr(stored.semantics, attribute)
         if value != found:
             raise ValueError(
                 f"schedule.stages.{name}: {field} ({value}) differs from the checkpoint {folder} "
@@ -313,7 +316,7 @@ def _check_position(config: TrainConfig, schedule: BlockSchedule, resume: Resume
 def new_stream(config: TrainConfig, sources: Sources) -> BlendStream:
     """The run's sequence of rows, at its beginning."""
     data = config.data
-    corpora = list(sources.corpora.values())
+    corpora = [*sources.corpora.values(), *sources.ar_rows.values()]
     return BlendStream(corpora, config.run.seed, data.packing_chunk, is_repeating=data.on_exhausted == "repeat")
 
 
@@ -336,11 +339,11 @@ def _measure_fills(config: TrainConfig, schedule: BlockSchedule, sources: Source
     """How the rows of each stage are filled, measured by packing the first chunks of each of its corpora."""
     fills: Fills = {}
     for stage in schedule.stages:
-        geometry = RowGeometry.of_stage(stage.config, config.schedule, config.data)
-        for part in config.blend_of(stage.name):
-            if (part.prefix, geometry) not in fills:
-                source = sources.corpora[part.prefix]
-                fills[part.prefix, geometry] = estimate_fill(
+        wanted = [(part.prefix, rows) for part in config.blend_of(stage.name) for rows, _ in _row_kinds(config, stage)]
+        for prefix, geometry in wanted:
+            if (prefix, geometry) not in fills:
+                source = sources.corpora[prefix]
+                fills[prefix, geometry] = estimate_fill(
                     source.document_lengths,
                     geometry,
                     seed=config.run.seed,
@@ -351,12 +354,19 @@ def _measure_fills(config: TrainConfig, schedule: BlockSchedule, sources: Source
     return fills
 
 
+def _row_kinds(config: TrainConfig, stage: Stage) -> list[tuple[RowGeometry, float]]:
+    """The geometries of a stage's rows, with their shares of the document tokens: AR rows have one of their own."""
+    geometry, share = RowGeometry.of_stage(stage.config, config.schedule, config.data), stage.config.ar_row_share
+    return [(geometry, 1.0 - share), *([(geometry.ar_rows(), share)] if share else [])]
+
+
 def _estimates(config: TrainConfig, schedule: BlockSchedule, fills: Fills) -> dict[str, RowEstimate]:
     """By stage name, what a row holds."""
     estimates = {}
     for stage in schedule.stages:
-        geometry = RowGeometry.of_stage(stage.config, config.schedule, config.data)
-        shares = [(part.share, fills[part.prefix, geometry]) for part in config.blend_of(stage.name)]
+        kinds = _row_kinds(config, stage)
+        parts = config.blend_of(stage.name)
+        shares = [(part.share * share, fills[part.prefix, rows]) for part in parts for rows, share in kinds]
         if len(shares) == 1:
             ((_, fill),) = shares
             estimates[stage.name] = RowEstimate(fill.document_tokens, fill.forward_tokens)

@@ -18,6 +18,7 @@ from megatron_dllm.diffusion.losses.document_scores import DocumentScores, Weigh
 from megatron_dllm.evaluation.scores import score_documents
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.parallel.groups import Groups
+from megatron_dllm.training.balancing import balance_batches
 
 # Given this rank's micro-batches, whose documents have these scores: [d, k] or [d, 1] fp64 scores of the reference.
 Reference = Callable[[Sequence[Batch], DocumentScores], Tensor]
@@ -70,7 +71,7 @@ def weigh_batches(
     objective: Objective,
     reference: Reference | None,
 ) -> tuple[list[Batch], Weighing | None]:
-    """A global batch as it is to be trained (a collective); the batch itself where its objective compares nothing.
+    """A global batch as it is to be trained (a collective); the batch itself where its weights follow from rows alone.
 
     Args:
         chunks: the local model.
@@ -84,7 +85,7 @@ def weigh_batches(
         The micro-batches with their loss weights, and what these follow from.
     """
     if objective.weigh is None:
-        return list(micro_batches), None
+        return balance_batches(micro_batches, objective.ar_weight, device, groups), None
     assert objective.noise is not None and reference is not None, "scores need noise and a reference"
     scores = score_documents(chunks, micro_batches, device, groups, objective.noise.num_views)
     weighing = objective.weigh(scores, reference(micro_batches, scores))

@@ -233,6 +233,65 @@ def test_pruning_clean_blocks_changes_no_number(
         assert float((gradients[name] - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-9, name
 
 
+def _batches(config: TrainConfig, corpus: Any, stage: StageConfig) -> list[Any]:
+    """The rows of all documents, one a batch."""
+    from megatron_dllm.data.batch import collate
+    from megatron_dllm.data.loader import RowDataset
+    from megatron_dllm.model.objective import objective_of
+
+    geometry, model = RowGeometry.of_stage(stage, config.schedule, config.data), config.model
+    noise = objective_of(stage, config.noise).noise
+    dataset = RowDataset(corpus, geometry, noise, 7, model.mask_token_id, model.pad_token_id)
+    stream, batches = RowStream(corpus.document_lengths, 7, 4, shuffle=False), []
+    while (plan := stream.next(geometry)).epoch == 0:
+        batches.append(collate([dataset[plan]]))
+    return batches
+
+
+@torch.no_grad()
+def test_the_ar_loss_of_clean_tokens_is_the_nll_of_the_ar_model(
+    built: Any, corpus: Any, model_config: ModelConfig
+) -> None:
+    """Beside the noisy copies the clean ones compute what an AR model does, bit by bit or nearly."""
+    config = _config(model_config, corpus)
+    guided = replace(config.schedule.stages["only"], clean_block_size=1, ar_weight=0.5)
+    causal = replace(guided, objective="ar", clean_block_size=None, ar_weight=0.0)
+
+    def nlls(stage: StageConfig) -> dict[tuple[int, int], float]:
+        found = {}
+        for batch in _batches(config, corpus, stage):
+            values, places = built(batch).nll.tolist(), batch.position_ids.flatten()[batch.target_positions].tolist()
+            rows = zip(
+                values, places, batch.sample_ids[batch.target_segments].tolist(), batch.target_views, strict=True
+            )
+            found |= {(sample, place): value for value, place, sample, view in rows if view == 0}
+        return found
+
+    found, expected = nlls(guided), nlls(causal)
+    assert found.keys() == expected.keys() and len(found) > 100
+    assert max(abs(found[key] - expected[key]) for key in expected) < 1e-6 * max(expected.values())
+
+
+def test_ar_targets_without_weight_change_no_number(built: Any, corpus: Any, model_config: ModelConfig) -> None:
+    """The clean tokens that only an AR target needs are read by no noisy one: same diffusion loss and gradients."""
+    config = _config(model_config, corpus)
+    config.schedule.row_length = 2 * corpus.num_tokens  # so that a chunk's segments share one row, always
+    results = []
+    for weight in (0.5, 0.0):
+        stage = replace(config.schedule.stages["only"], clean_block_size=1, ar_weight=weight)
+        built.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch in _batches(config, corpus, stage):
+            loss = (built(batch).nll * batch.loss_weights * (batch.target_views > 0)).sum()
+            loss.backward()
+            total += float(loss)
+        results.append((total, {name: p.grad.clone() for name, p in built.named_parameters() if p.grad is not None}))
+    (loss_value, gradients), (expected_loss, expected_gradients) = results
+    assert loss_value == pytest.approx(expected_loss, rel=1e-6)
+    for name, expected in expected_gradients.items():
+        assert float((gradients[name] - expected).norm()) <= 1e-5 * float(expected.norm()) + 1e-9, name
+
+
 @dataclass(frozen=True)
 class _Answer:
     """One conversation: a prompt of 1000 tokens and an answer of 216, which ends with a block of 32."""

@@ -119,6 +119,22 @@ def _steps_of_stages(config: TrainConfig) -> list[int]:
     return [stages.count(name) for name in STAGES]
 
 
+def test_a_stage_with_an_ar_loss_continues_exactly(folder: Path) -> None:
+    """Clean copies in blocks of one, half of their tokens as AR targets, and AR rows: stopped within the stage."""
+    guided = replace(STAGES["warmup"], clean_block_size=1, ar_weight=0.5, ar_share=0.5, ar_row_share=0.25)
+    unbroken, stopped = (
+        replace(config, schedule=replace(config.schedule, stages={"warmup": guided}))
+        for config in (run_config(folder, "guided_unbroken"), run_config(folder, "guided_stopped"))
+    )
+    assert train_ranks(1, unbroken) == [0]
+    assert train_ranks(1, stopped, 3) == [EXIT_PREEMPTED] and train_ranks(1, stopped) == [0]
+    _assert_equal(stopped, unbroken)
+    records = read_metrics(unbroken)
+    assert all({"diffusion_loss", "ar_loss", "data_share/corpus.ar"} <= set(record) for record in records)
+    for record in records:
+        assert record["loss"] == pytest.approx(record["diffusion_loss"] + 0.5 * record["ar_loss"], rel=0.2)
+
+
 @pytest.mark.parametrize("is_overlapping", [False, True], ids=["plain", "async saves, overlapping collectives"])
 def test_stops_and_starts_change_nothing(folder: Path, unbroken_two: TrainConfig, is_overlapping: bool) -> None:
     """Stopped in the first stage, exactly at its end, and inside a chunk of the second; by a signal to either rank."""

@@ -33,7 +33,9 @@ def weighted_nll(nll: Tensor, loss_weights: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bucket_sums(nll: Tensor, is_correct: Tensor, t: Tensor, num_buckets: int) -> Tensor:
+def bucket_sums(
+    nll: Tensor, is_correct: Tensor, t: Tensor, num_buckets: int, is_counted: Tensor | None = None
+) -> Tensor:
     """What is logged per noise level, as one small tensor that a single all-reduce adds up over ranks.
 
     Bucket i holds t in [i, i + 1) / num_buckets, the last one t = 1 too; AR targets have t = 0. Sums are
@@ -44,11 +46,13 @@ def bucket_sums(nll: Tensor, is_correct: Tensor, t: Tensor, num_buckets: int) ->
         is_correct: [T] bool, whether the most probable token is the target.
         t: [T] noise level of the target's block.
         num_buckets: buckets of [0, 1].
+        is_counted: [T] bool, the targets that count; None: all. The others' NLL is 0, and they are not correct.
 
     Returns:
         [num_buckets, 3] float64 (counts stay exact beyond 2^24): columns NLL, COUNT, CORRECT.
     """
-    values = torch.stack([nll.double(), torch.ones_like(nll, dtype=torch.float64), is_correct.double()], dim=-1)
+    counted = torch.ones_like(nll) if is_counted is None else is_counted
+    values = torch.stack([nll.double(), counted.double(), is_correct.double()], dim=-1)
     return level_sums(values, t, num_buckets)
 
 

@@ -102,7 +102,9 @@ class StepSums:
 
 
 @torch.no_grad()
-def token_sums(loss: Tensor, count: Tensor, nll: Tensor, is_correct: Tensor, t: Tensor) -> StepSums:
+def token_sums(
+    loss: Tensor, count: Tensor, nll: Tensor, is_correct: Tensor, t: Tensor, is_counted: Tensor | None = None
+) -> StepSums:
     """The sums of one micro-batch.
 
     Args:
@@ -111,14 +113,17 @@ def token_sums(loss: Tensor, count: Tensor, nll: Tensor, is_correct: Tensor, t: 
         nll: [T] negative log-likelihood of the targets, nats.
         is_correct: [T] bool, whether the most likely token is the target.
         t: [T] noise level of the target's block.
+        is_counted: [T] bool, the targets that the sums beside the loss are of; None: all.
     """
+    counted = torch.ones_like(nll, dtype=torch.bool) if is_counted is None else is_counted
+    nll, is_correct = torch.where(counted, nll, 0.0), is_correct & counted
     return StepSums(
         # In fp32 first, as they are computed: counts of one micro-batch stay far below 2^24.
         loss=loss.float().double(),
         nll=nll.sum().float().double(),
         num_correct=is_correct.sum().float().double(),
-        num_targets=nll.new_full((), nll.numel()).float().double(),
+        num_targets=counted.sum().float().double(),
         count=count.float().double(),
         num_maskable=count.float().double(),
-        buckets=bucket_sums(nll, is_correct, t, NUM_BUCKETS),
+        buckets=bucket_sums(nll, is_correct, t, NUM_BUCKETS, counted),
     )

@@ -21,8 +21,9 @@ from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from checkpoints_tools.compare import compare
 from checkpoints_tools.merge_topk import merge
 from megatron_dllm.checkpoint import output_folder
+from megatron_dllm.checkpoint.folder import resolve_checkpoint
 from megatron_dllm.checkpoint.manifest import damaged_files, read_json
-from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics
+from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics, read_meta, write_meta
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.compose import compose_train_config
@@ -187,6 +188,19 @@ def test_architectures(
     expected_code = {f"configuration_{code}.py", f"modeling_{code}.py", *shared} if code else set()
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == expected_code
     assert expected_class in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["llada2_moe", "sdar_moe", "sdar"])
+def test_clean_blocks_that_no_server_computes_are_refused(name: str, tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "hf", MODELS[name])
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    folder = resolve_checkpoint(tmp_path / "mcore")
+    meta = read_meta(folder)
+    write_meta(folder, replace(meta, semantics=replace(meta.semantics, clean_block_size=1)))
+    seal(folder)
+    with pytest.raises(ValueError, match=r"clean_block_size \(1\) of .* must be its block_size .*; train a last"):
+        mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
+    assert left_in(tmp_path) == {"hf", "mcore"}
 
 
 @pytest.mark.parametrize("name", ["llada2_moe", "sdar_moe", "sdar"])

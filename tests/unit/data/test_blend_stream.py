@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from megatron_dllm.data.ar_rows import ArRows
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.data.loader import RowDataset
@@ -47,6 +48,51 @@ def assert_same(plans: list[RowPlan], expected: list[RowPlan]) -> None:
     for plan, expected_plan in zip(plans, expected, strict=True):
         np.testing.assert_array_equal(plan.segments, expected_plan.segments)
         assert plan.epoch == expected_plan.epoch
+
+
+def test_ar_rows_are_a_corpus_of_their_own_with_a_share_of_the_tokens() -> None:
+    rows = ArRows(WEB)
+    weights = {WEB.fingerprint: 0.75, rows.fingerprint: 0.25}
+
+    def stream() -> BlendStream:
+        made = BlendStream([WEB, rows], 5, 16)
+        made.use(weights)
+        return made
+
+    expected = [stream().next(GEOMETRY)]  # a stream begins as the other does
+    original = stream()
+    plans = [original.next(GEOMETRY) for _ in range(300)]
+    assert_same(plans[:1], expected)
+    assert [plan.is_ar for plan in plans] == [number_of(plan) == 1 for plan in plans]
+    noisy, ar, _ = tokens_by_corpus(plans)
+    assert abs(ar - 0.25 * (noisy + ar)) <= 2 * GEOMETRY.row_length
+    own = RowStream(WEB.document_lengths, 5, 16)
+    assert_same([plan for plan in plans if not plan.is_ar][:50], [own.next(GEOMETRY) for _ in range(50)])
+    assert max(int(plan.segments[:, LENGTH].sum()) for plan in plans if plan.is_ar) > 2 / 3 * GEOMETRY.row_length
+    resumed = stream()
+    halfway = stream()
+    for _ in range(150):
+        halfway.next(GEOMETRY)
+    resumed.load_state_dict(json.loads(json.dumps(halfway.state_dict())))
+    following = [resumed.next(GEOMETRY) for _ in range(150)]
+    assert_same(following, plans[150:])
+    assert [plan.is_ar for plan in following] == [plan.is_ar for plan in plans[150:]]
+
+
+def test_an_ar_row_counts_its_targets_for_the_ar_loss_alone() -> None:
+    stream = BlendStream([WEB, ArRows(WEB)], 5, 16)
+    stream.use({WEB.fingerprint: 0.5, ArRows(WEB).fingerprint: 0.5})
+    dataset = RowDataset(stream.documents, GEOMETRY, NOISE, 7, 99, 98)
+    plans = [stream.next(GEOMETRY) for _ in range(20)]
+    for plan, row in zip(plans, (dataset[plan] for plan in plans), strict=True):
+        assert len(row.input_ids) == GEOMETRY.row_length
+        if not plan.is_ar:
+            assert (row.num_maskable, row.num_ar_maskable) == (int(plan.segments[:, LENGTH].sum()), 0)
+            continue
+        assert (row.num_maskable, row.num_ar_maskable) == (0, len(row.target_ids))
+        assert not row.is_masked.any() and (row.roles[row.target_positions, 2] == 0).all()
+        assert (row.target_ids == row.input_ids[row.target_positions + 1]).all()
+        assert row.num_forward_tokens == row.num_document_tokens == int(plan.segments[:, LENGTH].sum())
 
 
 def test_one_corpus_alone_gives_its_own_rows() -> None:

@@ -32,7 +32,7 @@ from tests.unit.diffusion.toy_decoder import (
 
 
 def expected_decode(
-    model: ToyModel, prompt: list[int], block_size: int, num_tokens: int, threshold: float
+    model: ToyModel, prompt: list[int], block_size: int, num_tokens: int, threshold: float, clean: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Greedy decoding written from its description: the whole dense model over [clean blocks ; block], every step."""
     text, steps = list(prompt), []
@@ -42,7 +42,8 @@ def expected_decode(
         steps.append(0)
         while None in block:
             ids = text[:begin] + [MASK if token is None else token for token in block]
-            roles = [(0, i // block_size, 0 if i < begin else 1) for i in range(len(ids))]
+            size = clean or block_size
+            roles = [(0, (i if i < begin else begin) // size, 0 if i < begin else 1) for i in range(len(ids))]
             logits = model.logits(torch.tensor(ids), torch.arange(len(ids)), torch.tensor(roles))
             proposals = {}
             for i, token in enumerate(block):
@@ -77,6 +78,25 @@ def test_equals_slow_reference(block_size: int, prompt_length: int, threshold: f
         assert result.generated_ids == expected_ids
         assert result.steps_per_block == expected_steps
         assert result.stop_reason == "max_new_tokens"
+
+
+@pytest.mark.parametrize("clean", [1, 2, 4])
+def test_finished_blocks_are_kept_in_blocks_of_their_own(clean: int) -> None:
+    """As trained: a clean token sees those of its small block and before, a noisy one its whole block."""
+    contract, texts = replace(CONTRACT, clean_block_size=clean), set()
+    for seed in range(3):
+        config = DecodingConfig(max_new_tokens=18, threshold=0.6)
+        result = decode(CachedForward(ToyModel(seed)), PROMPT, config, contract)
+        assert (result.generated_ids, result.steps_per_block) == expected_decode(
+            ToyModel(seed), PROMPT, 4, 18, 0.6, clean
+        )
+        texts.add(tuple(result.generated_ids) != tuple(run(4, model_seed=seed)[0].generated_ids))
+    assert (True in texts) == (clean < 4), "the comparison would be empty if the clean blocks made no difference"
+
+
+def test_a_block_that_clean_blocks_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"block_size \(4\) must be a multiple of 3, the clean_block_size"):
+        replace(CONTRACT, clean_block_size=3).validate()
 
 
 def expected_shifted_decode(

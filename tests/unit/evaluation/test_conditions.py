@@ -37,6 +37,7 @@ def test_every_setting_of_the_measurement_counts() -> None:
         conditions_of(CONFIG, Text("b"), 8),
         conditions_of(replace(CONFIG, schedule=replace(CONFIG.schedule, context_length=64)), text, 8),
         conditions_of(replace(CONFIG, parallel=ParallelConfig(precision="bf16")), text, 8),
+        conditions_of(replace(CONFIG, evaluation=replace(CONFIG.evaluation, clean_block_size=1)), text, 8),
     }
-    assert len(found) == 5
+    assert len(found) == 6
     assert "t_unit=block" in conditions_of(CONFIG, text, 8).noise

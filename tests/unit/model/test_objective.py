@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from megatron_dllm.config import AlignmentConfig, CapConfig, NoiseConfig, SftConfig, StageConfig
+from megatron_dllm.data.batch import collate
+from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.diffusion.losses.alignment import AlignmentRule
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.head import target_cross_entropy
 from megatron_dllm.model.objective import Objective, objective_of, token_loss, validation_objective
+from megatron_dllm.parallel.groups import Groups
+from megatron_dllm.training.balancing import balance_batches
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
+from tests.unit.data.made_rows import make_row, spec
 
 STAGE = StageConfig(block_size=4, num_tokens=100, global_batch_size=1, learning_rate=1.0, t_max=0.9)
 
@@ -58,6 +64,41 @@ def test_the_loss_of_tokens_by_hand() -> None:
     assert found.sums.num_correct == int(is_correct.sum()) and found.sums.num_targets == len(nll)
     found.total.backward()
     assert torch.equal(nll.grad, batch.loss_weights)
+
+
+def test_the_diffusion_loss_and_the_ar_loss_are_two_means_by_hand(one_rank: Groups) -> None:
+    """Two micro-batches with other numbers of both kinds: L = L_diff / N_diff + 0.5 L_AR / N_AR over both."""
+    objective = objective_of(replace(STAGE, clean_block_size=1, ar_weight=0.5), NoiseConfig())
+    geometry = RowGeometry("block_diffusion", 4, 32, 96, 1, clean_block_size=1, ar_share=1.0)
+    batches = [collate([make_row(lengths, geometry, spec())]) for lengths in ([13, 1, 9], [6, 20])]
+    generator = torch.Generator().manual_seed(0)
+    nlls = [torch.rand(len(batch.target_ids), generator=generator).requires_grad_() for batch in batches]
+    balanced = balance_batches(batches, objective.ar_weight, torch.device("cpu"), one_rank)
+    found = [objective.loss(b, TargetOutputs(nll, nll < 0.5)) for b, nll in zip(balanced, nlls, strict=True)]
+    noisy = sum(float((n * b.loss_weights)[b.target_views > 0].sum()) for b, n in zip(batches, nlls, strict=True))
+    clean = torch.cat([nll[batch.target_views == 0] for batch, nll in zip(batches, nlls, strict=True)])
+    expected = noisy / 49 + 0.5 * float(clean.mean())
+    assert len(clean) == sum(int(batch.num_ar_maskable) for batch in batches) == 22 + 24 - 2
+    assert sum(float(part.total) for part in found) / 49 == pytest.approx(expected, rel=1e-6)
+    assert sum(int(part.count) for part in found) == 49
+    flat = torch.stack([part.sums.flatten() for part in found]).sum(0)
+    sums = found[0].sums.rebuild(flat)
+    assert sums.mean_loss == pytest.approx(expected, rel=1e-6)
+    assert float(sums.extra["diffusion_loss"]) / 49 == pytest.approx(noisy / 49, rel=1e-6)
+    assert float(sums.ratios["ar_loss"][0] / sums.ratios["ar_loss"][1]) == pytest.approx(float(clean.mean()), rel=1e-6)
+    assert float(sums.num_targets) == sum(int((b.target_views > 0).sum()) for b in batches)
+    assert float(sums.buckets[:, 1].sum()) == float(sums.num_targets)
+    assert tuple(sums.extra) == objective.extra_sums and tuple(sums.ratios) == objective.ratios
+
+
+def test_a_step_of_ar_rows_alone_is_divided_by_their_tokens(one_rank: Groups) -> None:
+    objective = objective_of(replace(STAGE, ar_weight=0.5, ar_row_share=0.5), NoiseConfig())
+    row = make_row([13, 9], RowGeometry("ar", 1, 32, 96, 0), None)
+    batch = replace(collate([row]), num_maskable=torch.tensor(0), num_ar_maskable=torch.tensor(20))
+    (balanced,) = balance_batches([batch], objective.ar_weight, torch.device("cpu"), one_rank)
+    nll = torch.full((20,), 3.0)
+    found = objective.loss(balanced, TargetOutputs(nll, nll < 0.0))
+    assert float(found.total / found.count) == pytest.approx(0.5 * 3.0)
 
 
 def _cap_and_plain(is_right: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -19,11 +19,13 @@ GEOMETRY = RowGeometry("block_diffusion", 4, 32, 96, 1)
 
 def _expected_pairs(geometry: RowGeometry, length: int) -> int:
     """Of one document, counted on the mask of its roles."""
-    blocks = [position if geometry.objective == "ar" else position // geometry.block_size for position in range(length)]
-    last = blocks[-1]
-    roles = [(0, block, view + 1) for view in range(geometry.num_views) for block in blocks]
-    is_ar, keeps_last = geometry.objective == "ar", not geometry.prune_clean and last > 0
-    roles += [(0, block, 0) for block in blocks if is_ar or block < last or keeps_last]
+    is_ar, size = geometry.objective == "ar", 1 if geometry.objective == "ar" else geometry.block_size
+    clean = geometry.clean_block_size or size
+    last = (length - 1) // size
+    roles = [(0, p // size * (size // clean), view + 1) for view in range(geometry.num_views) for p in range(length)]
+    keeps_last = is_ar or (not geometry.prune_clean and last > 0)
+    has_target = [geometry.ar_share > 0 and place + 1 < length for place in range(length)]
+    roles += [(0, p // clean, 0) for p in range(length) if p // size < last or keeps_last or has_target[p]]
     table = torch.tensor([roles], dtype=torch.int32)
     return int(visible(table, table).sum())
 
@@ -38,6 +40,9 @@ def _expected_pairs(geometry: RowGeometry, length: int) -> int:
         replace(GEOMETRY, block_size=32),
         replace(GEOMETRY, prune_clean=False),
         replace(GEOMETRY, objective="ar", num_views=0),
+        replace(GEOMETRY, clean_block_size=2),
+        replace(GEOMETRY, clean_block_size=1, prune_clean=False),
+        replace(GEOMETRY, clean_block_size=1, ar_share=1.0),
     ],
 )
 def test_pairs_are_those_of_the_mask(geometry: RowGeometry, length: int) -> None:
@@ -49,6 +54,17 @@ def test_a_row_holds_as_many_documents_as_fit() -> None:
     row = assumed_row(GEOMETRY, stage_config(t_min=0.0, t_max=1.0), 16)
     assert (row.length, row.document_tokens, row.targets) == (96, 48.0, 24.0)
     assert row.pairs == 3 * _expected_pairs(GEOMETRY, 16)
+
+
+def test_ar_rows_hold_more_documents() -> None:
+    """A quarter of the tokens in AR rows of 96 tokens, the rest in noisy rows of 48."""
+    stage = stage_config(block_size=4, t_min=0.0, t_max=1.0, ar_weight=0.5, ar_row_share=0.25)
+    row = assumed_row(GEOMETRY, stage, 16)
+    assert row.document_tokens == pytest.approx(1 / (0.75 / 48 + 0.25 / 96))
+    assert row.targets == pytest.approx(row.document_tokens * (0.75 * 0.5 + 0.25))
+    ar = replace(GEOMETRY, objective="ar", num_views=0)
+    pairs = 0.75 * _expected_pairs(GEOMETRY, 16) + 0.25 * _expected_pairs(ar, 16)
+    assert row.pairs == pytest.approx(row.document_tokens / 16 * pairs)
 
 
 def test_a_long_document_is_cut_at_the_context() -> None:

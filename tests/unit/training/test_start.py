@@ -102,6 +102,8 @@ def test_a_stage_that_is_over_stays_as_it_was(config: TrainConfig) -> None:
     (folder.parents[1] / CONFIG).write_text(as_yaml(config))
     with pytest.raises(ValueError, match=r"warmup: block_size \(8\) differs from the checkpoint"):
         decide(now)
+    with pytest.raises(ValueError, match=r"warmup: clean_block_size \(1\) differs from the checkpoint .* \(4\)"):
+        decide(with_stage(config, "warmup", clean_block_size=1))
     assert decide(config).changes == ()
     longer = with_stage(config, "warmup", num_tokens=1000)
     assert [str(change) for change in decide(longer).changes] == ["schedule.stages.warmup.num_tokens: 900 -> 1000"]
