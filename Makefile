@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-record docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study dpo-study clean
+.PHONY: demo demo-record docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study dpo-study study-methods clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -94,3 +94,8 @@ dpo-study: demo
 
 study: demo
 	$(BIN)/python launch/local.py experiment=tiny_study
+
+# Is a clean half that stays autoregressive worth it? Arms at equal floating-point operations, two sizes, seeds; hours on
+# two cores. It may be stopped and given again; writes benchmarks/results/ar_guided.md. Not run in full yet.
+study-methods: install
+	$(BIN)/python -m benchmarks.ar_guided
