@@ -85,7 +85,11 @@ class ParallelConfig:
         tp = self.tensor_model_parallel_size
         for name in ("num_attention_heads", "ffn_hidden_size", "vocab_size", "moe_shared_expert_intermediate_size"):
             value = getattr(model, name)
-            check(value % tp == 0, f"parallel.tensor_model_parallel_size ({tp}) must divide model.{name} ({value}).")
+            remedy = f"; extend_vocab makes {-(-value // tp) * tp} rows of them" if name == "vocab_size" else ""
+            check(
+                value % tp == 0,
+                f"parallel.tensor_model_parallel_size ({tp}) must divide model.{name} ({value}){remedy}.",
+            )
         groups = model.num_query_groups
         check(
             groups % tp == 0 or tp % groups == 0,

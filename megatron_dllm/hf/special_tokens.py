@@ -97,8 +97,8 @@ def settle_mask_id(files: TokenizerFiles, vocab_size: int, stated: int, wanted: 
     if mask_id is None:
         raise ValueError(
             "mask_token_id (auto) cannot be found: neither config.json nor the tokenizer of "
-            f"{files.folder} has a mask token, and no row of the embedding is free; add one to the tokenizer, or give "
-            "--mask_token_id with the id of a reserved token."
+            f"{files.folder} has a mask token, and no row of the embedding is free; add rows with "
+            "checkpoints_tools.extend_vocab, or give --mask_token_id with the id of a reserved token."
         )
     if not 0 <= mask_id < vocab_size:
         raise ValueError(

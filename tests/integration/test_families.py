@@ -5,6 +5,7 @@ Runs under transformers 5 and 4.57: make test-transformers4
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints_tools import hf_to_mcore, mcore_to_hf
+from benchmarks.tiny_run import checkpoints_of, read_metrics, train_ranks, write_corpus
+from checkpoints_tools import extend_vocab, hf_to_mcore, mcore_to_hf
 from checkpoints_tools.compare import compare
 from megatron_dllm.checkpoint.stored_model import read_stored_model
+from megatron_dllm.compose import compose_train_config
 from megatron_dllm.config import DecodingConfig, ModelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
+from megatron_dllm.hf.safetensors_io import SafetensorsFolder
+from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
+from tests.golden.earlier_run import CHECKPOINT, FOLDER, STEPS, earlier_config, steps_of
 from tests.integration.ours import load_ours, logits_of
 
 LENGTH = 23
@@ -144,3 +150,75 @@ def test_fused_experts_of_a_mixtral(tmp_path: Path) -> None:
     for form in ("each", "fused"):
         hf_to_mcore.convert(tmp_path / form, tmp_path / f"{form}_mcore", 2)
     assert compare(tmp_path / "each_mcore", tmp_path / "fused_mcore").is_equal
+
+
+# Layers and experts of a large model of every family, and how many tensors it has; the shapes are cut down.
+LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
+    "Llama 3 70B": ("Llama", {"num_hidden_layers": 80}, 723),
+    "Qwen2.5 72B": ("Qwen2", {"num_hidden_layers": 80}, 963),
+    "Qwen3 32B": ("Qwen3", {"num_hidden_layers": 64, "head_dim": 2}, 707),
+    "Mistral Large": ("Mistral", {"num_hidden_layers": 88, "sliding_window": None}, 795),
+    "Mixtral 8x22B": ("Mixtral", {"num_hidden_layers": 56, "num_local_experts": 8, "num_experts_per_tok": 2}, 1739),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_model_converts_by_its_real_names(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    family, changes, num_tensors = LARGE[name]
+    small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 4}
+    config = getattr(transformers, f"{family}Config")(**SIZES | small | changes)
+    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore", 2)
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back")
+    names = [SafetensorsFolder(tmp_path / folder).tensors.keys() for folder in ("hf", "back")]
+    assert names[0] == names[1] and len(names[0]) == num_tensors
+    assert compare(tmp_path / "hf", tmp_path / "back").is_equal
+
+
+def test_a_qwen2_with_biases_trains_on_two_tensor_ranks(tmp_path: Path) -> None:
+    """From a vocabulary that two ranks do not divide to a diffusion model that transformers decodes."""
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(**SIZES | {"vocab_size": 127, "max_position_embeddings": 64})
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "hf")
+    write_corpus(tmp_path / "corpus")
+    words = [
+        "experiment=convert",
+        f"data.train={tmp_path / 'corpus'}",
+        f"run.root={tmp_path / 'runs'}",
+        "schedule.num_tokens=100000",
+        "schedule.global_batch_size=4",
+        "schedule.micro_batch_size=2",
+        "parallel={tensor_model_parallel_size: 2, sequence_parallel: true}",
+        "logging={interval_steps: 1, tensorboard: false}",
+    ]
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "odd", 2)
+    with pytest.raises(ValueError, match=r"must divide model.vocab_size \(127\); extend_vocab makes 128 rows of them"):
+        compose_train_config([*words, f"checkpoint.load={tmp_path / 'odd'}"]).validate(2)
+    extend_vocab.convert(tmp_path / "odd", tmp_path / "even", 128)
+    run = compose_train_config([*words, f"checkpoint.load={tmp_path / 'even'}"])
+    assert train_ranks(2, run, 2) == [EXIT_PREEMPTED] * 2
+    assert [record["step"] for record in read_metrics(run) if "loss" in record] == [1, 2]
+
+    mcore_to_hf.convert(tmp_path / "runs" / "convert", tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    biases = [value for name, value in exported.named_parameters() if name.endswith("proj.bias")]
+    assert len(biases) == 2 * 3 and all(bool(bias.any()) for bias in biases), "they begin as zeros"
+    assert exported.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8).shape[1] > 3
+
+
+def test_a_run_goes_on_with_a_larger_vocabulary_and_its_optimizer(tmp_path: Path) -> None:
+    """Two more rows among 128 cost at most some hundredths of a nat; everything else is the run's own."""
+    write_corpus(tmp_path / "corpus")
+    config = earlier_config(tmp_path)
+    config = replace(config, model=replace(config.model, vocab_size=130))
+    extend_vocab.convert(FOLDER / CHECKPOINT, checkpoints_of(config) / CHECKPOINT, 130, keeps_optimizer=True)
+    assert train_ranks(1, config) == [0]
+    _, *expected = (FOLDER / STEPS).read_text(encoding="utf-8").splitlines()
+    found = steps_of(config, int(CHECKPOINT.removeprefix("step_")) + 1)
+    assert len(found) == len(expected)
+    for mine, theirs in zip((line.split() for line in found), (line.split() for line in expected), strict=True):
+        assert (mine[0], mine[1], mine[4]) == (theirs[0], theirs[1], theirs[4])
+        assert float(mine[2]) == pytest.approx(float(theirs[2]), rel=0.02)
