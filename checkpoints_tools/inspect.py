@@ -39,7 +39,7 @@ _GROUPS = (
     ("attention", ("attention.", "self_attn.")),
     ("shared experts", (".shared_experts.",)),
     ("experts", (".experts.",)),
-    ("router", (".router.", ".mlp.gate.")),
+    ("router", (".router.", ".mlp.gate.", ".block_sparse_moe.gate.")),
     ("dense MLP", (".mlp.",)),
 )
 

@@ -88,6 +88,7 @@ MODELS = {
     "llama": LLAMA,
     "mistral": replace(LLAMA, family="mistral"),
     "mixtral": MIXTRAL,
+    "olmoe": replace(MIXTRAL, family="olmoe", qk_layernorm=True, qk_layernorm_spans_heads=True),
     "megatron_dllm": replace(LLAMA, family="megatron_dllm", add_qkv_bias=True, tie_word_embeddings=True),
     "megatron_dllm with experts": replace(MIXTRAL, family="megatron_dllm", num_dense_layers=1, rotary_percent=0.5),
     "two dense layers, two shared experts": replace(LING, num_dense_layers=2, moe_shared_expert_intermediate_size=20),

@@ -22,6 +22,7 @@ IDENTITY = (
     "kv_channels",
     "vocab_size",
     "qk_layernorm",
+    "qk_layernorm_spans_heads",
     "add_qkv_bias",
     "layernorm_epsilon",
     "rotary_base",
@@ -42,7 +43,7 @@ IDENTITY = (
     "mask_token_id",
 )
 # What the absence of a field means that earlier versions did not have.
-_ADDED_LATER = {"add_qkv_bias": False}
+_ADDED_LATER = {"qk_layernorm_spans_heads": False, "add_qkv_bias": False}
 # What `checkpoint.change_rotary` lets a run or a measurement change, to reach longer contexts.
 ROTARY = ("rotary_base", "rotary_scaling")
 

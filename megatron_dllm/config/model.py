@@ -21,6 +21,7 @@ FAMILIES = (
     "llama",
     "mistral",
     "mixtral",
+    "olmoe",
     "megatron_dllm",
 )
 SCORE_FUNCTIONS = ("sigmoid", "softmax")
@@ -51,7 +52,7 @@ class ModelConfig:
     """
 
     # Layout of the tensors in Hugging Face format: bailing_moe, llada2_moe, qwen3_moe, sdar_moe, qwen3, sdar, qwen2,
-    # llama, mistral, mixtral, or megatron_dllm for the class of our own exports.
+    # llama, mistral, mixtral, olmoe, or megatron_dllm for the class of our own exports.
     family: str = "bailing_moe"
     # Transformer layers.
     num_layers: int = MISSING
@@ -71,6 +72,8 @@ class ModelConfig:
     max_position_embeddings: int = 32768
     # Normalise queries and keys of each head.
     qk_layernorm: bool = True
+    # Normalise the queries of all heads together, and so the keys, with qk_layernorm (OLMoE).
+    qk_layernorm_spans_heads: bool = False
     # Biases in the projections to queries, keys and values (Qwen2 and 2.5 have them).
     add_qkv_bias: bool = False
     # Added to the mean square in every RMSNorm.
@@ -150,6 +153,10 @@ class ModelConfig:
         )
         if self.rotary_scaling is not None:
             self.rotary_scaling.validate("model.rotary_scaling", self.max_position_embeddings)
+        check(
+            self.qk_layernorm or not self.qk_layernorm_spans_heads,
+            "model.qk_layernorm_spans_heads (true) needs qk_layernorm, which it says more of; set that to true.",
+        )
         self._validate_numbers()
         for name in ("mask_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)

@@ -97,6 +97,11 @@ class ParallelConfig:
             "or be a multiple of it.",
         )
         check(
+            groups % tp == 0 or not model.qk_layernorm_spans_heads,
+            f"parallel.tensor_model_parallel_size ({tp}) must divide model.num_query_groups ({groups}) where one norm "
+            "spans all heads (model.qk_layernorm_spans_heads); use a divisor.",
+        )
+        check(
             not self.sequence_parallel or tp > 1,
             f"parallel.sequence_parallel (true) needs tensor_model_parallel_size above 1 (it is {tp}); "
             "set it to false.",

@@ -59,11 +59,11 @@ FAMILY_OF_MODEL_TYPE = {
     "llama": "llama",
     "mistral": "mistral",
     "mixtral": "mixtral",
+    "olmoe": "olmoe",
     "megatron_dllm": "megatron_dllm",
 }
 # Known by name, and what they have that our model does not.
 LACKING = {
-    "olmoe": "one norm over the queries of all heads together, and one over the keys",
     "deepseek_v2": "multi-head latent attention (kv_lora_rank)",
     "deepseek_v3": "multi-head latent attention (kv_lora_rank)",
     "qwen2_moe": "a gate on its shared expert",
@@ -83,6 +83,7 @@ ARCHITECTURE_CLASS = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
     "megatron_dllm": "MegatronDllmForCausalLM",
 }
 # Architectures an export may be written as: those that can hold the tensors, first of each kind the usual one.
@@ -97,6 +98,7 @@ ARCHITECTURES_OF_FAMILY = {
     "llama": ("llama", "megatron_dllm"),
     "mistral": ("mistral", "megatron_dllm"),
     "mixtral": ("mixtral", "megatron_dllm"),
+    "olmoe": ("olmoe", "megatron_dllm"),
     "megatron_dllm": ("megatron_dllm",),
 }
 DIFFUSION_ARCHITECTURES = ("llada2_moe", "sdar_moe", "sdar", "megatron_dllm")

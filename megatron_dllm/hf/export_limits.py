@@ -10,7 +10,11 @@ from megatron_dllm.hf.architectures import ARCHITECTURE_CLASS, ARCHITECTURES_OF_
 from megatron_dllm.hf.families import FAMILIES
 
 _BAILING = ("bailing_moe", "llada2_moe")
-_BAILING_ONLY: dict[str, Any] = {"moe_router_score_function": "sigmoid", "add_qkv_bias": False}
+_BAILING_ONLY: dict[str, Any] = {
+    "moe_router_score_function": "sigmoid",
+    "qk_layernorm_spans_heads": False,
+    "add_qkv_bias": False,
+}
 
 
 def check_architecture(model: ModelConfig, architecture: str) -> None:

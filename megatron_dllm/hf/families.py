@@ -87,8 +87,8 @@ def _lowest_layers(reader: ConfigValues, key: str) -> int:
     return len(layers)
 
 
-_PLAIN = {"qk_layernorm": False, "add_qkv_bias": False, "rotary_percent": 1.0}
-_QWEN3 = {"qk_layernorm": True, "add_qkv_bias": False, "rotary_percent": 1.0}
+_PLAIN = {"qk_layernorm": False, "qk_layernorm_spans_heads": False, "add_qkv_bias": False, "rotary_percent": 1.0}
+_QWEN3 = _PLAIN | {"qk_layernorm": True}
 # A softmax over the experts of a token, and nothing beside it.
 _SOFTMAX = {
     "moe_router_score_function": "softmax",
@@ -124,6 +124,19 @@ FAMILIES = {
             _CHOSEN,
         ),
     ),
+    "olmoe": Family(
+        _QWEN3 | {"qk_layernorm_spans_heads": True},
+        stated=_NO_BIAS | {"clip_qkv": None},
+        written=_NO_BALANCING,
+        has_experts=True,
+        fixed_of_experts=_SOFTMAX | {"num_dense_layers": 0},
+        settings_of_experts=(
+            Setting("intermediate_size", "moe_ffn_hidden_size"),
+            Setting("num_experts", "num_moe_experts", _at_least_one),
+            _CHOSEN,
+            _NORMALISED,
+        ),
+    ),
     "qwen2": Family(_PLAIN | {"add_qkv_bias": True}, stated=_NO_WINDOW),
     "qwen3": Family(_QWEN3, stated=_NO_BIAS | _NO_WINDOW, settings=(_HEAD_DIM,)),
     "sdar": Family(_QWEN3, stated=_NO_BIAS | _NO_WINDOW, is_strict=False),
@@ -150,6 +163,7 @@ FAMILIES = {
         {},
         settings=(
             Setting("use_qk_norm", "qk_layernorm", _flag),
+            Setting("qk_norm_spans_heads", "qk_layernorm_spans_heads", _flag),
             Setting("qkv_bias", "add_qkv_bias", _flag),
             Setting("partial_rotary_factor", "rotary_percent", lambda reader, key: reader.need(key, float)),
             Setting("num_experts", "num_moe_experts"),

@@ -34,6 +34,7 @@ NAMES_OF_FAMILY = {
     "qwen2": "llama",
     "llama": "llama",
     "mistral": "llama",
+    "olmoe": "llama",
     "megatron_dllm": "llama",
     "mixtral": "mixtral",
 }
@@ -135,8 +136,8 @@ _LLAMA = (
     Rule("model.layers.{l}.self_attn.q_proj.bias", _QKV_BIAS, "Q", QUERY, "qkv_bias"),
     Rule("model.layers.{l}.self_attn.k_proj.bias", _QKV_BIAS, "K", KEY, "qkv_bias"),
     Rule("model.layers.{l}.self_attn.v_proj.bias", _QKV_BIAS, "K", VALUE, "qkv_bias"),
-    Rule("model.layers.{l}.self_attn.q_norm.weight", _LAYER + "self_attention.q_layernorm.weight", "D", when="norms"),
-    Rule("model.layers.{l}.self_attn.k_norm.weight", _LAYER + "self_attention.k_layernorm.weight", "D", when="norms"),
+    Rule("model.layers.{l}.self_attn.q_norm.weight", _LAYER + "self_attention.q_layernorm.weight", "QN", when="norms"),
+    Rule("model.layers.{l}.self_attn.k_norm.weight", _LAYER + "self_attention.k_layernorm.weight", "KN", when="norms"),
     Rule("model.layers.{l}.self_attn.o_proj.weight", _LAYER + "self_attention.linear_proj.weight", "H Q"),
 )
 _MIXTRAL = tuple(
@@ -270,6 +271,8 @@ def _letters(model: ModelConfig) -> dict[str, int]:
         "Q": heads * head_dim,
         "K": groups * head_dim,
         "QKV": (heads + 2 * groups) * head_dim,
+        "QN": heads * head_dim if model.qk_layernorm_spans_heads else head_dim,
+        "KN": groups * head_dim if model.qk_layernorm_spans_heads else head_dim,
         "I": model.ffn_hidden_size,
         "M": model.moe_ffn_hidden_size,
         "2M": 2 * model.moe_ffn_hidden_size,

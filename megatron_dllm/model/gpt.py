@@ -68,7 +68,13 @@ def build_model(
     built = DiffusionGPTModel(
         model,
         config,
-        block_spec(config, paths, vp_stage, can_skip_outputs(model, config, training)),
+        block_spec(
+            config,
+            paths,
+            vp_stage,
+            can_skip_outputs(model, config, training),
+            groups.tensor if model.qk_layernorm_spans_heads else None,
+        ),
         AttentionPlanner(backends[paths.attention.name], groups.context, config.cp_comm_type == "a2a"),
         pre_process=groups.is_first_stage(vp_stage),
         post_process=groups.is_last_stage(vp_stage),

@@ -109,7 +109,8 @@ def _bias_weights(model: ModelConfig, tensor_size: int) -> int:
 
 
 def _norm_weights(model: ModelConfig) -> int:
-    return 2 * model.hidden_size + (2 * model.kv_channels if model.qk_layernorm else 0)
+    heads = model.num_attention_heads + model.num_query_groups if model.qk_layernorm_spans_heads else 2
+    return 2 * model.hidden_size + (heads * model.kv_channels if model.qk_layernorm else 0)
 
 
 def rank_weights(model: ModelConfig, layout: ParallelConfig, rank: PipelineRank) -> Weights:

@@ -18,7 +18,7 @@ from checkpoints_tools import extend_vocab, hf_to_mcore, mcore_to_hf
 from checkpoints_tools.compare import compare
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.compose import compose_train_config
-from megatron_dllm.config import DecodingConfig, ModelConfig
+from megatron_dllm.config import DecodingConfig, ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
@@ -51,6 +51,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, window as long as any text": ("Mistral", {"sliding_window": 128}),
     "mixtral": ("Mixtral", {"rope_theta": 1e6, **EXPERTS}),
     "mixtral tied": ("Mixtral", {"tie_word_embeddings": True, **EXPERTS, **WIDE}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False}),
+    "olmoe, normalised": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True}),
 }
 
 
@@ -121,6 +123,18 @@ def test_the_diffusion_class_has_the_same_logits(converted: Converted) -> None:
         assert float((actual - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     hf_to_mcore.convert(converted.folder / "diffusion", converted.folder / "again", 2)
     assert compare(converted.folder / "again", converted.folder / "mcore").is_equal
+    assert torch.equal(logits_of(_loaded_directly(converted), _ids(), blocks), expected)
+
+
+def _loaded_directly(converted: Converted) -> Any:
+    """Our model with the weights of the diffusion folder, as generate and evaluate load it."""
+    from megatron_dllm.inference.load import load_hf_weights
+    from megatron_dllm.model.gpt import build_model
+    from megatron_dllm.parallel.groups import Groups
+
+    model = build_model(read_stored_model(converted.folder / "again").model, ParallelConfig(), Groups.current())
+    load_hf_weights(converted.folder / "diffusion", model)
+    return model.eval()
 
 
 def test_the_diffusion_class_decodes_our_tokens(converted: Converted) -> None:
@@ -158,6 +172,7 @@ LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
     "Qwen2.5 72B": ("Qwen2", {"num_hidden_layers": 80}, 963),
     "Qwen3 32B": ("Qwen3", {"num_hidden_layers": 64, "head_dim": 2}, 707),
     "Mistral Large": ("Mistral", {"num_hidden_layers": 88, "sliding_window": None}, 795),
+    "OLMoE 7B": ("Olmoe", {"num_hidden_layers": 16, "num_experts": 64, "norm_topk_prob": False}, 3219),
     "Mixtral 8x22B": ("Mixtral", {"num_hidden_layers": 56, "num_local_experts": 8, "num_experts_per_tok": 2}, 1739),
 }
 

@@ -137,10 +137,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rotar
 
 
 class GroupedAttention(nn.Module):
-    """Grouped-query attention; queries and keys may be normalised per head, and the three projections have biases."""
+    """Grouped-query attention; queries and keys may be normalised, and the three projections have biases.
+
+    A norm is over each head, or over all heads together with `spans_heads`.
+    """
 
     def __init__(self, layer: int, hidden_size: int, num_heads: int, num_groups: int, head_dim: int, eps: float,
-                 has_norms: bool = True, has_bias: bool = False) -> None:
+                 has_norms: bool = True, spans_heads: bool = False, has_bias: bool = False) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = head_dim
@@ -148,15 +151,17 @@ class GroupedAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_groups * head_dim, bias=has_bias)
         self.v_proj = nn.Linear(hidden_size, num_groups * head_dim, bias=has_bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
-        self.q_norm = RMSNorm(head_dim, eps) if has_norms else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, eps) if has_norms else nn.Identity()
+        self.q_size, self.k_size = (n * head_dim if spans_heads else head_dim for n in (num_heads, num_groups))
+        self.q_norm = RMSNorm(self.q_size, eps) if has_norms else nn.Identity()
+        self.k_norm = RMSNorm(self.k_size, eps) if has_norms else nn.Identity()
 
     def forward(self, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor],
                 cache: BlockCache | None) -> Tensor:
         """Attend from `hidden` [b, n, h] to itself and the cache; the other arguments are those of `attend`."""
-        query, key, value = (project(hidden).unflatten(-1, (-1, self.head_dim))
-                             for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(self.q_norm(query), self.k_norm(key), value, mask, rotary, cache, self.layer))
+        query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.q_size))).flatten(-2)
+        key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.k_size))).flatten(-2)
+        query, key, value = (part.unflatten(-1, (-1, self.head_dim)) for part in (query, key, self.v_proj(hidden)))
+        return self.o_proj(attend(query, key, value, mask, rotary, cache, self.layer))
 
 
 class SoftmaxExperts(nn.Module):

@@ -16,8 +16,9 @@ _MUST_BE = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "u
 class MegatronDllmConfig(PretrainedConfig):
     """Sizes; `block_length` tokens are denoised together.
 
-    Queries and keys of each head are normalised with `use_qk_norm`, and have biases, as values do, with `qkv_bias`. The
-    layers from `first_k_dense_replace` on have `num_experts` experts, where there are any.
+    Queries and keys are normalised with `use_qk_norm`, each head by itself unless `qk_norm_spans_heads`; they have
+    biases, as values do, with `qkv_bias`. Where there are `num_experts` experts, the layers from
+    `first_k_dense_replace` on have them.
     """
 
     model_type = "megatron_dllm"
@@ -39,6 +40,7 @@ class MegatronDllmConfig(PretrainedConfig):
         rope_scaling: dict[str, Any] | None = None,
         partial_rotary_factor: float = 1.0,
         use_qk_norm: bool = False,
+        qk_norm_spans_heads: bool = False,
         qkv_bias: bool = False,
         num_experts: int = 0,
         num_experts_per_tok: int = 0,
@@ -77,6 +79,7 @@ class MegatronDllmConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.use_qk_norm = use_qk_norm
+        self.qk_norm_spans_heads = qk_norm_spans_heads
         self.qkv_bias = qkv_bias
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok

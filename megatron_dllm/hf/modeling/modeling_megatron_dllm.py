@@ -1,8 +1,8 @@
 """Llama's layers, and those of its kin, as a bidirectional model that decodes block by block, in plain PyTorch.
 
-For models that were converted from Llama, Qwen2, Mistral or Mixtral, whose layers no published diffusion class has.
-Loads with `trust_remote_code=True` under transformers 4.57 and 5.x. Position i predicts token i, where the input holds
-the mask token. Shapes: b batch, n tokens of this call, h hidden.
+For models that were converted from Llama, Qwen2, Mistral, Mixtral or OLMoE, whose layers no published diffusion class
+has. Loads with `trust_remote_code=True` under transformers 4.57 and 5.x. Position i predicts token i, where the input
+holds the mask token. Shapes: b batch, n tokens of this call, h hidden.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class MegatronDllmDecoderLayer(nn.Module):
         super().__init__()
         hidden_size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = GroupedAttention(layer, hidden_size, config.num_attention_heads, config.num_key_value_heads,
-                                          config.head_dim, eps, config.use_qk_norm, config.qkv_bias)
+                                          config.head_dim, eps, config.use_qk_norm, config.qk_norm_spans_heads,
+                                          config.qkv_bias)
         if config.num_experts and layer >= config.first_k_dense_replace:
             self.mlp: nn.Module = SoftmaxExperts(hidden_size, config.moe_intermediate_size, config.num_experts,
                                                  config.num_experts_per_tok, config.norm_topk_prob)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints_tools import compare, inspect, mcore_to_hf
+from benchmarks.synthetic import write_synthetic
+from checkpoints_tools import compare, hf_to_mcore, inspect, mcore_to_hf
 from megatron_dllm.hf.name_table import weight_map
 from megatron_dllm.run.files import write_json
 from megatron_dllm.run.names import CONTRACT, VALIDATION
-from tests.tiny_models import LING, seal
+from tests.tiny_models import LING, MODELS, seal
 
 
 def test_inspect_counts_parameters_alike_in_both_formats(checkpoint: Path, hf: Path) -> None:
@@ -30,6 +31,15 @@ def test_inspect_counts_parameters_alike_in_both_formats(checkpoint: Path, hf: P
         assert found["parameters_of"]["dense MLP"] == 3 * 20 * 24
         assert found["elements_of_dtype"] == {"bfloat16": total, "float32": 8}
         assert found["contract"]["shift"] is True
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2"])
+def test_inspect_knows_the_parts_of_every_family(name: str, tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "hf", MODELS[name])
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    of_hf, of_mcore = (inspect.describe(tmp_path / folder)["parameters_of"] for folder in ("hf", "mcore"))
+    assert of_hf == of_mcore and "other" not in of_hf
+    assert of_hf.get("router", 0) == (3 * 4 * 24 if MODELS[name].is_moe else 0)
 
 
 def test_inspect_shows_step_contract_and_validation(checkpoint: Path) -> None:

@@ -96,6 +96,29 @@ MIXTRAL_8X7B = MISTRAL_7B | {
     "router_aux_loss_coef": 0.02,
     "vocab_size": 32000,
 }
+OLMOE_7B = _COMMON | {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "clip_qkv": None,
+    "eos_token_id": 50279,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 16,
+    "output_router_logits": False,
+    "pad_token_id": 1,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01,
+    "vocab_size": 50304,
+}
 QWEN3_8B = QWEN25_7B | {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -117,6 +140,7 @@ PUBLISHED = {
     "mistral": (MISTRAL_7B, 7_248_023_552, 291),
     "mixtral": (MIXTRAL_8X7B, 46_702_792_704, 995),
     "qwen3": (QWEN3_8B, 8_190_735_360, 399),
+    "olmoe": (OLMOE_7B, 6_919_161_856, 3219),
 }
 
 
@@ -182,6 +206,8 @@ def test_reads_mixtral_whose_experts_have_the_size_of_the_mlp() -> None:
         ),
         (MISTRAL_7B, {"sliding_window": "4096"}, "sliding_window"),
         (MIXTRAL_8X7B, {"sliding_window": 4096}, r"sliding_window \(4096\) must be null"),
+        (OLMOE_7B, {"clip_qkv": 8.0}, r"clip_qkv \(8.0\) must be None in a olmoe"),
+        (OLMOE_7B, {"norm_topk_prob": None}, "lacks norm_topk_prob"),
         (MIXTRAL_8X7B, {"num_local_experts": None}, "lacks num_experts"),
         (MIXTRAL_8X7B, {"num_local_experts": 0}, r"num_experts \(0\) must be at least 1"),
     ],

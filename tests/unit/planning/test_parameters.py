@@ -58,6 +58,7 @@ def _random_layout(draw: random.Random) -> tuple[ModelConfig, ParallelConfig, in
     """A small model and a layout of up to 32 ranks for it, some with more tensor ranks than query groups."""
     is_tied, has_norm = draw.random() < 0.3, draw.random() < 0.7
     sizes = dict(num_query_groups=draw.choice([2, 4, 8]), tie_word_embeddings=is_tied, qk_layernorm=has_norm)
+    sizes |= dict(add_qkv_bias=not has_norm, qk_layernorm_spans_heads=has_norm and is_tied)
     experts = draw.choice([{}, {}, dict(num_moe_experts=0), dict(moe_shared_expert_intermediate_size=0)])
     model = model_config(num_layers=draw.choice([4, 6]), num_dense_layers=draw.choice([0, 1, 3]), **sizes, **experts)
     num_ranks = draw.choice([4, 8, 16, 32])
