@@ -21,11 +21,13 @@ INSTALL = [
     "matplotlib>=3.8",  # the pictures of the report
     "tensorboard>=2.16",  # metrics
     "wandb>=0.17",  # metrics, offline too
+    "packaging>=24.2",  # comparing versions of packages
     "psutil>=5.9",  # megatron-core's checkpoint writer dies without it
     "pybind11>=2.12",  # megatron-core's dataset helpers
 ]
 EXTRAS = {
-    "gpu": ["transformer-engine[pytorch]>=2.2"],  # TE linear layers, grouped experts, FusedAdam
+    "gpu": ["transformer-engine[pytorch]>=2.3"],  # TE linear layers, grouped experts, FusedAdam
+    "offload": ["deepspeed>=0.17"],  # Adam of the host's memory (optimizer.offload_adam=deepspeed)
     "slurm": ["hydra-submitit-launcher==1.2.0", "submitit>=1.5"],  # sweeps on SLURM
     "eval": ["lm-eval>=0.4.13,<0.5"],  # the tasks of lm-evaluation-harness (megatron_dllm.harness)
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"],  # the pages and a reference as a site

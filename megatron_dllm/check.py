@@ -1,8 +1,11 @@
 """Check what a run would read, as training does before it starts, without starting it.
 
     python -m megatron_dllm.check FOLDER ... [--without_inputs FOLDER ...]
+    python -m megatron_dllm.check --paths experiment=NAME [key=value ...] [--on cuda]
 
 Each folder holds a resolved config.yaml, as the launcher freezes it. One line a problem; exit code 2 if there is one.
+With --paths: which implementation of each part a run would take on this machine (or a GPU, --on cuda), why, and what
+would be faster; on this machine those that are fast are compared with the plain ones.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ if __name__ == "__main__":
     listen()
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_dllm.compose import compose_train_config
+from megatron_dllm.checkpoint.brought import fill
+from megatron_dllm.compose import compose_dict, compose_train_config, to_train_config
+from megatron_dllm.config.recipe_source import split_folder
 
 
 def problem_of(folder: Path, has_inputs: bool) -> str | None:
@@ -35,6 +41,27 @@ def problem_of(folder: Path, has_inputs: bool) -> str | None:
     return None
 
 
+def show_paths(words: Sequence[str], device: str) -> None:
+    """Print what a run of these settings takes on a device: this process's, or cuda anywhere.
+
+    Raises:
+        ValueError: a setting that is none, or what cannot run there.
+        RuntimeError: a fast path gives other numbers than the plain one.
+    """
+    from megatron_dllm.parallel.device import DeviceFacts
+    from megatron_dllm.training.paths_table import paths_report
+
+    folder, rest = split_folder(words)
+    composed = compose_dict(rest, recipes=folder)
+    # What runs does not depend on them.
+    fill(composed.run, name="check")
+    fill(composed.data, train="none")
+    config = to_train_config(composed)
+    config.parallel.validate_choices()
+    config.optimizer.validate()
+    print(paths_report(config, DeviceFacts.as_cuda(has_transformer_engine=False) if device == "cuda" else None))
+
+
 def main() -> int:
     """Check every folder and print the problems."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,11 +73,16 @@ def main() -> int:
         default=[],
         help="folders whose corpora or start checkpoint have yet to be made",
     )
+    parser.add_argument("--paths", nargs="*", metavar="KEY=VALUE", help="settings of a run whose paths are shown")
+    parser.add_argument("--on", choices=("here", "cuda"), default="here", help="the device that --paths speaks of")
     arguments = parser.parse_args()
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()
     prepare_host()
+    if arguments.paths is not None:
+        show_paths(arguments.paths, arguments.on)
+        return 0
     found = [
         (folder, problem_of(folder, has_inputs))
         for folders, has_inputs in ((arguments.folders, True), (arguments.without_inputs, False))

@@ -62,7 +62,7 @@ def train(config: TrainConfig, make_parts: Callable[[], Parts] | None = None) ->
         start = meeting.decide(lambda: decide_start(config, world_size(), sources))
         # Refuses what cannot run here.
         device_facts, backend = DeviceFacts.here(), config.training.attention_backend
-        choose_paths(config.model, start.layout, device_facts, backend, is_training=True)
+        choose_paths(config.model, start.layout, device_facts, backend, True, config.optimizer)
         stop = StopRequest()  # from here on the ranks stop together
     groups = initialize(start.layout, config.run, meeting)
     try:

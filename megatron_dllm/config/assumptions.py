@@ -28,6 +28,9 @@ class AssumptionsConfig:
     attention_efficiency: float = 0.4
     # Share of the rated bandwidth of a GPU's memory that small operations and the optimizer reach.
     memory_efficiency: float = 0.8
+    # Time in which the host updates a parameter that is offloaded (optimizer.offload), with the way of its gradient and
+    # its weight, in ns, on a rank's share of the cores.
+    offload_ns: float = 0.6
     # Tokens of the busiest expert rank beside the mean.
     expert_imbalance: float = 1.3
     # Memory of a GPU that tensors cannot have (context, NCCL, workspaces, fragments), in GB of 10^9 bytes.
@@ -48,7 +51,7 @@ class AssumptionsConfig:
         for name in (*_SHARES, "memory_limit"):
             value = getattr(self, name)
             check(0.0 < value <= 1.0, f"assumptions.{name} ({value}) must lie in (0, 1]; it is a share.")
-        for name in ("host_ms_per_layer", "reserve_gb"):
+        for name in ("host_ms_per_layer", "offload_ns", "reserve_gb"):
             value = getattr(self, name)
             check(value >= 0.0, f"assumptions.{name} ({value}) must not be negative; 0 leaves it out.")
         check(

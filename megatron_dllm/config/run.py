@@ -9,6 +9,8 @@ from omegaconf import MISSING
 from megatron_dllm.config.rules import check, check_choice, check_name, check_positive, nearest_divisors
 
 NON_FINITE_ACTIONS = ("stop", "skip")
+OFFLOADS = ("none", "cpu")
+HOST_ADAMS = ("torch", "deepspeed")
 # Held-out tokens that are measured where a recipe names the corpus and not their number.
 HELD_OUT_TOKENS = 2_000_000
 
@@ -57,6 +59,13 @@ class OptimizerConfig:
     overlap_grad_reduce: bool = False
     # Gather updated weights while the next forward pass goes on; needs overlap_grad_reduce.
     overlap_param_gather: bool = False
+    # Where fp32 weights and moments lie and are updated: none, in the GPU's memory; cpu, in the host's, 12 bytes a
+    # parameter of the rank's shard, which leaves the GPU as much more room and makes a step longer.
+    offload: str = "none"
+    # Share of the parameters whose state is offloaded, in (0, 1].
+    offload_fraction: float = 1.0
+    # What updates them there: torch (its fused kernel) or deepspeed (CPUAdam, from the package of that name).
+    offload_adam: str = "torch"
     # What to do with a step whose loss or gradient norm is not finite: stop the run, or skip the step.
     on_non_finite: str = "stop"
     # A gradient norm above this many times its running median is a spike and treated the same way; 0: off.
@@ -69,12 +78,26 @@ class OptimizerConfig:
             check(0.0 <= value < 1.0, f"optimizer.{name} ({value}) must lie in [0, 1).")
         check_positive("optimizer.adam_eps", self.adam_eps)
         check_choice("optimizer.on_non_finite", self.on_non_finite, NON_FINITE_ACTIONS)
+        self._validate_offload()
         for name in ("clip_grad", "weight_decay", "spike_factor"):
             value = getattr(self, name)
             check(value >= 0, f"optimizer.{name} ({value}) must not be negative; 0 turns it off.")
         check(
             not self.overlap_param_gather or self.overlap_grad_reduce,
             "optimizer.overlap_param_gather (true) needs overlap_grad_reduce; set both to true.",
+        )
+
+    @property
+    def offloaded(self) -> float:
+        """Share of the parameters whose state lies in the host's memory."""
+        return self.offload_fraction if self.offload == "cpu" else 0.0
+
+    def _validate_offload(self) -> None:
+        check_choice("optimizer.offload", self.offload, OFFLOADS)
+        check_choice("optimizer.offload_adam", self.offload_adam, HOST_ADAMS)
+        check(
+            0.0 < self.offload_fraction <= 1.0,
+            f"optimizer.offload_fraction ({self.offload_fraction}) must lie in (0, 1]; offload=none offloads nothing.",
         )
 
 

@@ -89,6 +89,25 @@ class _Combine(torch.autograd.Function):
         return grad.index_select(0, ctx.tokens), None
 
 
+def permute(tokens: Tensor, probs: Tensor, order: CopyOrder) -> tuple[Tensor, Tensor]:
+    """A copy of every token for each of its experts.
+
+    Args:
+        tokens: [T, h].
+        probs: [T, k] of each token's copies, by expert.
+        order: where the copies lie.
+
+    Returns:
+        [T k, h] copies and [T k] their probabilities, sorted by expert.
+    """
+    return _Permute.apply(tokens, probs, order)
+
+
+def combine(rows: Tensor, order: CopyOrder) -> Tensor:
+    """The sums [T, h] of each token's copies, of rows [T k, h] sorted by expert."""
+    return _Combine.apply(rows, order)
+
+
 class GatherDispatcher(MoEAlltoAllTokenDispatcher):
     """megatron-core's dispatcher with the reorderings of this file.
 
@@ -126,7 +145,7 @@ class GatherDispatcher(MoEAlltoAllTokenDispatcher):
         self.tokens_per_expert = self.preprocess(routing_map)
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_permutation_1", self.tokens_per_expert)
         self.order = CopyOrder.of(routing_map, self.config.moe_router_topk)
-        return _Permute.apply(tokens, probs.gather(1, self.order.experts), self.order)
+        return permute(tokens, probs.gather(1, self.order.experts), self.order)
 
     def dispatch_postprocess(self, global_input_tokens: Tensor, global_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [m, h] as they arrived, sorted by local expert, with how many each has, and probabilities [m]."""
@@ -142,7 +161,7 @@ class GatherDispatcher(MoEAlltoAllTokenDispatcher):
 
     def combine_postprocess(self, permutated_local_input_tokens: Tensor) -> Tensor:
         """The outputs [s b k, h] of every token's experts, added up: [s, b, h]."""
-        return _Combine.apply(permutated_local_input_tokens, self.order).view(self.hidden_shape)
+        return combine(permutated_local_input_tokens, self.order).view(self.hidden_shape)
 
 
 def use_gathers(model: nn.Module) -> None:

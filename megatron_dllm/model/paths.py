@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dllm.model.attention.backends import BACKENDS
 from megatron_dllm.parallel.device import DeviceFacts
 
+# How to have the packages that are faster.
+GET_ENGINE = 'pip install "megatron_dllm[gpu]"'
+GET_DEEPSPEED = 'pip install "megatron_dllm[offload]"'
 # torch's grouped product refuses matrices whose rows are not a multiple of so many bytes.
 GROUPED_ROW_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A name and why it was chosen, for people."""
+    """A name and why it was chosen, for people, and what would be faster there and how to have it."""
 
     name: str
     reason: str
+    faster: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -39,7 +43,7 @@ class Paths:
             (megatron-core's own, never chosen), or none in a dense model.
         dispatcher: how tokens reach their experts, alltoall or allgather; none in a dense model.
         fusions: of small operations, compiled or plain. Where they are compiled, torch's Adam is one kernel too.
-        optimizer: te or torch.
+        optimizer: whose Adam: te, apex or torch; or offloaded, on the host.
         collectives: nccl or gloo. An overlapped send of gloo reads its tensor while it is on its way.
     """
 
@@ -67,6 +71,7 @@ def choose_paths(
     facts: DeviceFacts,
     attention_backend: str = "auto",
     is_training: bool = False,
+    optimizer: OptimizerConfig | None = None,
 ) -> Paths:
     """What runs on such a device; a pure function.
 
@@ -76,13 +81,17 @@ def choose_paths(
         facts: of the device.
         attention_backend: see `config.training.ATTENTION_BACKENDS`.
         is_training: gradients are needed.
+        optimizer: of the run; None: the defaults.
 
     Raises:
-        ValueError: what is asked for by name cannot run there.
+        ValueError: what is asked for by name cannot run there, or a package that is installed is the wrong one.
     """
+    facts.packages.check(facts.is_cuda)
     has_te = facts.is_cuda and facts.has_transformer_engine
     from_te = Choice("te", "TransformerEngine is installed")
-    torchs = Choice("torch", "TransformerEngine is not installed, slower" if facts.is_cuda else "no CUDA")
+    torchs = Choice("torch", "no CUDA")
+    if facts.is_cuda:
+        torchs = Choice("torch", "TransformerEngine is not installed, slower", f"TransformerEngine's: {GET_ENGINE}")
     device = "CUDA" if facts.is_cuda else "no CUDA"
     layers = from_te if has_te else torchs
     return Paths(
@@ -92,7 +101,7 @@ def choose_paths(
         experts=_experts(model, parallel, facts.is_cuda, has_te),
         dispatcher=_dispatcher(model, parallel, facts.is_cuda),
         fusions=Choice("compiled" if facts.is_cuda else "plain", device),
-        optimizer=layers,
+        optimizer=_optimizer(optimizer or OptimizerConfig(), facts, layers),
         collectives=Choice("nccl" if facts.is_cuda else "gloo", device),
     )
 
@@ -103,7 +112,7 @@ def _attention(name: str, facts: DeviceFacts, is_training: bool) -> Choice:
             return Choice("shared_prefix", "fastest on CPU")
         if facts.has_triton:
             return Choice("flex", "fastest on CUDA")
-        return Choice("chunked", "no Triton here, which flex needs")
+        return Choice("chunked", "no Triton here, which flex needs", "flex: a torch whose wheel brings Triton")
     if name not in BACKENDS:
         raise ValueError(f"attention_backend ({name}) is not known; use auto or one of {', '.join(BACKENDS)}.")
     if name == "shared_prefix" and facts.is_cuda:
@@ -118,6 +127,20 @@ def _attention(name: str, facts: DeviceFacts, is_training: bool) -> Choice:
     return Choice(name, "asked for by name")
 
 
+def _optimizer(config: OptimizerConfig, facts: DeviceFacts, layers: Choice) -> Choice:
+    """Whose Adam: megatron-core takes TransformerEngine's, else Apex's, else torch's."""
+    if config.offload == "cpu":
+        if config.offload_adam == "deepspeed" and not facts.packages.has_deepspeed:
+            raise ValueError(
+                f"optimizer.offload_adam (deepspeed) needs the package deepspeed, which is not installed; "
+                f"{GET_DEEPSPEED}, or use torch."
+            )
+        return Choice("offloaded", f"{config.offload_fraction:.0%} on the host, by {config.offload_adam}'s Adam")
+    if layers.name == "torch" and facts.is_cuda and facts.packages.apex == "nvidia":
+        return Choice("apex", "TransformerEngine is not installed, Apex is")
+    return layers
+
+
 def _experts(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool, has_te: bool) -> Choice:
     if not model.is_moe:
         return Choice("none", "a dense model")
@@ -129,7 +152,8 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool, has_te
     if inner % unit or model.hidden_size % unit:
         return Choice("sections", f"the grouped product is for sizes that are multiples of {unit}")
     if is_cuda and parallel.precision != "bf16":
-        return Choice("sections", "the grouped product of CUDA is for bf16")
+        faster = "one grouped product: parallel.precision=bf16"
+        return Choice("sections", "the grouped product of CUDA is for bf16", faster)
     return Choice("grouped", "bf16 on CUDA" if is_cuda else "one product for all, whose weights lie together")
 
 

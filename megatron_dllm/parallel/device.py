@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils._triton import has_triton
+
+from megatron_dllm.parallel.packages import Packages
 
 
 @dataclass(frozen=True)
@@ -18,19 +19,23 @@ class DeviceFacts:
         is_cuda: the device is an NVIDIA GPU, else the CPU.
         has_triton: Triton compiles for this device.
         has_transformer_engine: TransformerEngine is installed.
+        packages: optional ones that are installed.
     """
 
     is_cuda: bool
     has_triton: bool
     has_transformer_engine: bool
+    packages: Packages = field(default_factory=Packages)
 
     @classmethod
     def here(cls) -> DeviceFacts:
         """Of this process's device."""
+        packages = Packages.here()
         return cls(
             is_cuda=torch.cuda.is_available(),
             has_triton=has_triton(),
-            has_transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+            has_transformer_engine=packages.transformer_engine is not None,
+            packages=packages,
         )
 
     @classmethod

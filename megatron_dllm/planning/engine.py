@@ -76,7 +76,9 @@ def measure(
     """
     _check(config, layout, world_size, rank)
     chosen = stage_of(config, stage)
-    config = replace(config, parallel=layout)
+    offloaded = config.optimizer.offloaded
+    # A host's memory is none of the tensors that are watched: what lies there is taken off afterwards.
+    config = replace(config, parallel=layout, optimizer=replace(config.optimizer, offload="none"))
     # A batch smaller than the ranks is the caller's to refuse; here it runs once.
     total = max(1, chosen.global_batch_size // (chosen.micro_batch_size * layout.data_parallel_size(world_size)))
     number = min(total, _enough(layout))
@@ -84,6 +86,8 @@ def measure(
     paths = _paths(config, facts)
     with fake_world(layout, rank, world_size) as groups:
         answer = _run(config, chosen, groups, paths, batches, total / number)
+    kept = round(answer.memory.optimizer * (1.0 - offloaded))
+    answer = replace(answer, memory=replace(answer.memory, optimizer=kept))
     return StageAnswer(stage, (answer,), ENGINE)
 
 
@@ -134,7 +138,8 @@ def _check(config: TrainConfig, layout: ParallelConfig, world_size: int, rank: i
 
 def _paths(config: TrainConfig, facts: DeviceFacts | None) -> Paths:
     facts = facts or DeviceFacts.as_cuda(has_transformer_engine=False)
-    return choose_paths(config.model, config.parallel, facts, config.training.attention_backend, is_training=True)
+    backend = config.training.attention_backend
+    return choose_paths(config.model, config.parallel, facts, backend, True, config.optimizer)
 
 
 def _enough(layout: ParallelConfig) -> int:

@@ -23,7 +23,7 @@ class Setting:
     Attributes:
         model: sizes.
         training: how it is trained.
-        optimizer: what travels while the model computes.
+        optimizer: what travels while the model computes, and what lies on the host.
         machine: what executes it.
     """
 
@@ -135,7 +135,8 @@ def _memory(
 ) -> tuple[RankMemory, ...]:
     model, layout, reserve = setting.model, candidate.layout, setting.reserve
     return tuple(
-        rank_memory(model, layout, rank, batch, candidate.num_gpus, reserve, held) for rank, held in weights.items()
+        rank_memory(model, layout, rank, batch, candidate.num_gpus, reserve, held, setting.optimizer.offloaded)
+        for rank, held in weights.items()
     )
 
 

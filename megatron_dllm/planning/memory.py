@@ -15,15 +15,22 @@ _CHUNK_BYTES = 10
 _HEAD_GRADIENT_BYTES = 2
 
 
-def model_state(weights: Weights, layout: ParallelConfig, num_gpus: int) -> tuple[int, int, int]:
+def model_state(
+    weights: Weights, layout: ParallelConfig, num_gpus: int, offloaded: float = 0.0
+) -> tuple[int, int, int]:
     """Bytes of weights, of their gradients (fp32), and of this rank's shard of the optimizer.
 
-    The optimizer keeps Adam's two moments in fp32, and beside bf16 weights an fp32 copy of them.
+    The optimizer keeps Adam's two moments in fp32, and beside bf16 weights an fp32 copy of them; of a share that is
+    offloaded nothing lies on the GPU.
     """
     dense, experts = replicas(layout, num_gpus)
     is_bf16 = layout.precision == "bf16"
     shard = weights.dense / dense + weights.experts / experts
-    return weights.total * (2 if is_bf16 else 4), weights.total * 4, round(shard * (12 if is_bf16 else 8))
+    return (
+        weights.total * (2 if is_bf16 else 4),
+        weights.total * 4,
+        round(shard * (12 if is_bf16 else 8) * (1.0 - offloaded)),
+    )
 
 
 def rank_memory(
@@ -34,6 +41,7 @@ def rank_memory(
     num_gpus: int,
     reserve: int,
     weights: Weights | None = None,
+    offloaded: float = 0.0,
 ) -> RankMemory:
     """Bytes of a pipeline rank at the moment of a step at which it holds the most.
 
@@ -45,9 +53,10 @@ def rank_memory(
         num_gpus: of the run.
         reserve: bytes beside the tensors.
         weights: of the rank, where they are known already.
+        offloaded: share of the optimizer's state that lies on the host.
     """
     held = weights or rank_weights(model, layout, rank)
-    state = model_state(held, layout, num_gpus)
+    state = model_state(held, layout, num_gpus, offloaded)
     layers = rank_layers(rank, batch)
     in_flight = pipeline_in_flight(layout, rank.index, batch.number)
     kept = in_flight * sum(number * _kept(layout.recompute, cost) for number, cost in layers)

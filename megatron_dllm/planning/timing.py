@@ -102,7 +102,7 @@ def step_time(
         batch: a micro-batch of the stage.
         machine: what executes it.
         num_gpus: of the run.
-        optimizer: whether gradients and weights travel while the model computes.
+        optimizer: whether gradients and weights travel while the model computes, and what the host updates.
         weights: of the ranks, where they are known already.
     """
     held = {rank: weights[rank] if weights else rank_weights(model, layout, rank) for rank in ranks}
@@ -117,7 +117,7 @@ def step_time(
         **{name: batch.number * value for name, value in one.items()},
         pipeline=bubble + batch.number * sends,
         gradients=gradients,
-        optimizer=max(_optimizer(layout, held[rank], machine, num_gpus) for rank in ranks),
+        optimizer=max(_optimizer(layout, held[rank], machine, num_gpus, optimizer.offloaded) for rank in ranks),
     )
 
 
@@ -193,9 +193,12 @@ def _gradients(
     return reduced + gathered
 
 
-def _optimizer(layout: ParallelConfig, weights: Weights, machine: Machine, num_gpus: int) -> float:
+def _optimizer(layout: ParallelConfig, weights: Weights, machine: Machine, num_gpus: int, offloaded: float) -> float:
+    """Seconds of an update, of which the host does a share while the GPU does the rest."""
     dense, experts = replicas(layout, num_gpus)
-    return (weights.dense / dense + weights.experts / experts) * _OPTIMIZER_BYTES / machine.memory_rate
+    shard = weights.dense / dense + weights.experts / experts
+    on_gpu = shard * (1.0 - offloaded) * _OPTIMIZER_BYTES / machine.memory_rate
+    return max(on_gpu, shard * offloaded * machine.assumptions.offload_ns / 1e9)
 
 
 def distinct_ranks(ranks: tuple[PipelineRank, ...]) -> tuple[PipelineRank, ...]:

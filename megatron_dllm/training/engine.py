@@ -18,11 +18,12 @@ from torch import nn
 
 from megatron_dllm.config import OptimizerConfig, TrainConfig
 from megatron_dllm.model.attention.backends import BACKENDS, Backend
-from megatron_dllm.model.attention.flex import check_gradients
 from megatron_dllm.model.gpt import build_model
 from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.parallel.device import DeviceFacts, local_device
 from megatron_dllm.parallel.groups import Groups
+from megatron_dllm.training.offload import offload_adam
+from megatron_dllm.training.self_check import check_paths
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Engine:
 def paths_here(config: TrainConfig, is_training: bool) -> Paths:
     """What runs on this process's device."""
     backend = config.training.attention_backend
-    return choose_paths(config.model, config.parallel, DeviceFacts.here(), backend, is_training)
+    return choose_paths(config.model, config.parallel, DeviceFacts.here(), backend, is_training, config.optimizer)
 
 
 def build_chunks(
@@ -102,11 +103,10 @@ def build_engine(
         backends: of attention, by name.
 
     Raises:
-        RuntimeError: the compiled attention kernel gives other gradients than the reference on this GPU.
+        RuntimeError: a fast path gives other numbers than the plain one on this device.
     """
-    if paths is None and paths_here(config, is_training=True).attention.name == "flex":
-        dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-        check_gradients(local_device(), dtype, config.model.kv_channels)
+    if paths is None:
+        check_paths(paths_here(config, is_training=True), config, local_device())
     chunks = build_chunks(config, groups, is_training=True, paths=paths, backends=backends)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -121,7 +121,9 @@ def build_engine(
     optimizer = get_megatron_optimizer(
         _megatron_config(config.optimizer, config.parallel.precision), wrapped, use_gloo_process_groups=False
     )
-    if (paths or paths_here(config, is_training=True)).fusions.name == "compiled":
+    if config.optimizer.offload == "cpu":
+        offload_adam(optimizer, config.optimizer)
+    elif (paths or paths_here(config, is_training=True)).fusions.name == "compiled":
         fuse_adam(optimizer)
     transformer_config = wrapped[0].config
     transformer_config.finalize_model_grads_func = finalize_model_grads
@@ -136,7 +138,7 @@ def build_engine(
 
 
 def _megatron_config(optimizer: OptimizerConfig, precision: str) -> MegatronOptimizerConfig:
-    return MegatronOptimizerConfig(
+    settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=1.0,
         min_lr=0.0,
@@ -151,6 +153,10 @@ def _megatron_config(optimizer: OptimizerConfig, precision: str) -> MegatronOpti
         overlap_param_gather=optimizer.overlap_param_gather,
         log_num_zeros_in_grad=False,
     )
+    # The distributed optimizer leaves gradients and fp32 weights to the one behind it. By the public flag it would
+    # insist on TransformerEngine's.
+    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = optimizer.offload == "cpu"
+    return settings
 
 
 def fuse_adam(optimizer: MegatronOptimizer) -> None:

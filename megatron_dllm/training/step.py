@@ -79,7 +79,7 @@ def train_step(
         for bias, before in zip(biases, biases_before, strict=True):
             bias.copy_(before)
         return replace(result, is_applied=False, reason=reason)
-    _clip(engine, grad_norm)
+    clip_gradients(engine, grad_norm)
     engine.optimizer.step_with_ready_grads()
     return result
 
@@ -96,10 +96,16 @@ def _moving_expert_biases(engine: Engine) -> list[Tensor]:
     ]
 
 
-def _clip(engine: Engine, grad_norm: float) -> None:
+def clip_gradients(engine: Engine, grad_norm: float) -> None:
+    """Shorten the gradients of this norm to the longest that is allowed."""
     for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
         if getattr(part, "is_stub_optimizer", False) or part.config.clip_grad <= 0.0:
             continue
         parameters = part.get_parameters()
         if parameters:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )

@@ -182,9 +182,13 @@ def test_a_model_parallel_run_equals_one_rank_and_itself(
 
 
 @pytest.mark.slow
-def test_a_bf16_run_continues_with_its_fp32_weights_past_an_altered_description(folder: Path) -> None:
-    layout = ParallelConfig(precision="bf16")
-    unbroken, config = (run_config(folder, name, layout, checkpoint=KEEP_ALL) for name in ("bf16", "bf16_continued"))
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_a_bf16_run_continues_with_its_fp32_weights_past_an_altered_description(folder: Path, offload: str) -> None:
+    layout, optimizer = ParallelConfig(precision="bf16"), OptimizerConfig(adam_eps=1e-3, offload=offload)
+    unbroken, config = (
+        run_config(folder, f"{name}_{offload}", layout, checkpoint=KEEP_ALL, optimizer=optimizer)
+        for name in ("bf16", "bf16_continued")
+    )
     assert train_ranks(2, unbroken) == [0, 0]
     first, second, _ = _steps_of_stages(unbroken)
     for after in (first, first + second):
@@ -207,6 +211,16 @@ def test_a_run_moves_through_all_layouts(folder: Path, unbroken_one: TrainConfig
     for layout, ranks in ((TP2, 2), (PP2_VIRTUAL, 2), (TP2_EP2, 2), (CP2, 2), (PP2_EP2, 4), (ParallelConfig(), 2)):
         moved = replace(config, parallel=layout)
         assert train_ranks(ranks, moved, 2) == [EXIT_PREEMPTED] * ranks
+    assert train_ranks(1, config) == [0]
+    _assert_close(config, unbroken_one)
+
+
+@pytest.mark.slow
+def test_a_run_takes_its_optimizer_to_the_host_and_back(folder: Path, unbroken_one: TrainConfig) -> None:
+    config = run_config(folder, "offloaded")
+    on_host = replace(config, optimizer=replace(config.optimizer, offload="cpu", offload_fraction=0.7))
+    assert train_ranks(1, config, 2) == [EXIT_PREEMPTED]
+    assert train_ranks(2, on_host, 3) == [EXIT_PREEMPTED] * 2
     assert train_ranks(1, config) == [0]
     _assert_close(config, unbroken_one)
 

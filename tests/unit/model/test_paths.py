@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_dllm.config import ParallelConfig
+from megatron_dllm.config import OptimizerConfig, ParallelConfig
 from megatron_dllm.model.paths import choose_paths
 from megatron_dllm.parallel.device import DeviceFacts
+from megatron_dllm.parallel.packages import Packages
 from tests.reference_model import tiny_model
 
 CPU = DeviceFacts(is_cuda=False, has_triton=False, has_transformer_engine=False)
@@ -39,6 +40,8 @@ TABLE = {
     "CUDA, fp32": (CUDA, MOE, FP32, ON_CUDA | dict(experts="sections")),
     "CUDA without Triton": (replace(CUDA, has_triton=False), MOE, BF16, ON_CUDA | dict(attention="chunked")),
     "CUDA, TransformerEngine": (CUDA_TE, MOE, BF16, WITH_TE | dict(experts="te_grouped", dispatcher="alltoall")),
+    "CUDA, Apex": (replace(CUDA, packages=Packages(apex="nvidia")), MOE, BF16, ON_CUDA | dict(optimizer="apex")),
+    "CUDA, TransformerEngine and Apex": (replace(CUDA_TE, packages=Packages(apex="nvidia")), MOE, BF16, WITH_TE),
     "CUDA, all-gather": (CUDA_TE, MOE, ParallelConfig(moe_token_dispatcher="allgather"), dict(dispatcher="allgather")),
 }
 
@@ -78,6 +81,16 @@ def test_what_cannot_run_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         choose_paths(MOE, ParallelConfig(**parallel), facts, **arguments)
+
+
+def test_an_offloaded_optimizer_says_who_updates_it() -> None:
+    with_deepspeed = replace(CUDA, packages=Packages(has_deepspeed=True))
+    offloaded = OptimizerConfig(offload="cpu", offload_fraction=0.5, offload_adam="deepspeed")
+    choice = choose_paths(MOE, BF16, with_deepspeed, optimizer=offloaded).optimizer
+    assert str(choice) == "offloaded (50% on the host, by deepspeed's Adam)"
+    with pytest.raises(ValueError, match=r"offload_adam \(deepspeed\) needs the package.*megatron_dllm\[offload\]"):
+        choose_paths(MOE, BF16, CUDA, optimizer=offloaded)
+    assert choose_paths(MOE, BF16, CUDA, optimizer=replace(offloaded, offload="none")).optimizer.name == "torch"
 
 
 def test_one_line_says_it_all() -> None:

@@ -12,9 +12,9 @@ from megatron_dllm.config.assumptions import AssumptionsConfig
 from megatron_dllm.planning.answer import RankMemory
 from megatron_dllm.planning.engine import measure
 from megatron_dllm.planning.layers import Tokens, layer_cost
-from megatron_dllm.planning.memory import pipeline_in_flight, rank_memory
+from megatron_dllm.planning.memory import model_state, pipeline_in_flight, rank_memory
 from megatron_dllm.planning.micro_batch import micro_batch_of
-from megatron_dllm.planning.parameters import pipeline_ranks
+from megatron_dllm.planning.parameters import pipeline_ranks, rank_weights
 from megatron_dllm.planning.rows import RowContent
 from megatron_dllm.planning.work import assumed_work
 from tests.unit.config.configs import stage_config
@@ -51,6 +51,14 @@ def test_bytes_that_a_layer_keeps_for_a_token(model: str, tensor_size: int, expe
     config = _config(model, tensor_model_parallel_size=tensor_size, expert_tensor_parallel_size=1)
     cost = layer_cost(config.model, config.parallel, Tokens(1000.0, 1000.0, 0.0), True, 1.0)
     assert cost.kept / 1000 / 1e3 == pytest.approx(expected, abs=0.05)
+
+
+def test_what_is_offloaded_leaves_the_gpu() -> None:
+    config = _config("ling_mini", expert_model_parallel_size=8)
+    held = rank_weights(config.model, config.parallel, pipeline_ranks(config.model, config.parallel)[0])
+    whole, half, none = (model_state(held, config.parallel, 16, share) for share in (0.0, 0.5, 1.0))
+    assert whole[:2] == half[:2] == none[:2]
+    assert half[2] == pytest.approx(whole[2] / 2, rel=1e-9) and none[2] == 0
 
 
 def test_the_optimizer_is_shared_by_replicas_of_each_kind_of_weight() -> None:
