@@ -52,6 +52,16 @@ def test_calls_of_torch_cuda_are_answered() -> None:
 
 
 @needs_no_cuda
+@pytest.mark.ranks
+def test_preparing_loads_no_compiler_and_leaves_torch_as_it_was() -> None:
+    code = (
+        "import sys, torch; real = torch.compile; from megatron_dllm.host import prepare_host; prepare_host(); "
+        "assert torch.compile is real; assert 'torch._inductor' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@needs_no_cuda
 def test_no_loaded_function_of_megatron_names_the_device() -> None:
     import types
 
