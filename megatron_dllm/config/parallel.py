@@ -10,6 +10,9 @@ from megatron_dllm.config.rules import check, check_choice, check_positive
 CONTEXT_PARALLEL_METHODS = ("gather", "ulysses")
 TOKEN_DISPATCHERS = ("auto", "allgather", "alltoall")
 PRECISIONS = ("fp32", "bf16")
+TRAINING_PRECISIONS = (*PRECISIONS, "fp8")
+# Rows and columns of a block of numbers with one scale; products in FP8 want multiples of it.
+FP8_BLOCK = 128
 
 
 @dataclass
@@ -39,7 +42,9 @@ class ParallelConfig:
     context_parallel_method: str = "gather"
     # How tokens reach their experts; auto: alltoall with CUDA (sends only what is needed), allgather without.
     moe_token_dispatcher: str = "auto"
-    # Of weights and activations in forward and backward passes: fp32 or bf16; the optimizer keeps fp32.
+    # Of weights and activations in forward and backward passes: fp32, bf16, or fp8: bf16 with the products of the
+    # layers in FP8 (E4M3, a scale for each block, as Ling was trained), on a GPU with TransformerEngine. The optimizer
+    # keeps fp32.
     precision: str = "fp32"
     # none | selective (attention is recomputed) | full (only each layer's input is kept).
     recompute: str = "none"
@@ -55,7 +60,7 @@ class ParallelConfig:
 
     def validate_choices(self) -> None:
         """Refuse settings that are wrong for any number of ranks."""
-        check_choice("parallel.precision", self.precision, PRECISIONS)
+        check_choice("parallel.precision", self.precision, TRAINING_PRECISIONS)
         check_choice("parallel.recompute", self.recompute, ("none", "selective", "full"))
         check_choice("parallel.context_parallel_method", self.context_parallel_method, CONTEXT_PARALLEL_METHODS)
         check_choice("parallel.moe_token_dispatcher", self.moe_token_dispatcher, TOKEN_DISPATCHERS)
@@ -80,6 +85,24 @@ class ParallelConfig:
         self._validate_context(model)
         self._validate_pipeline(model)
         self._validate_experts(world_size, model)
+        if self.precision == "fp8":
+            self._validate_fp8(model)
+
+    def _validate_fp8(self, model: ModelConfig) -> None:
+        tp = self.tensor_model_parallel_size
+        sizes = {
+            "hidden_size": (model.hidden_size, 1),
+            "ffn_hidden_size": (model.ffn_hidden_size, tp),
+            "num_attention_heads x kv_channels": (model.num_attention_heads * model.kv_channels, tp),
+            "moe_ffn_hidden_size": (model.moe_ffn_hidden_size, self.expert_tensor_parallel_size or tp),
+            "moe_shared_expert_intermediate_size": (model.moe_shared_expert_intermediate_size, tp),
+        }
+        for name, (size, parts) in sizes.items():
+            check(
+                not size or (size // parts) % FP8_BLOCK == 0 or (not model.is_moe and name.startswith("moe")),
+                f"parallel.precision (fp8) needs multiples of {FP8_BLOCK}, and model.{name} ({size}) on {parts} tensor "
+                f"ranks is {size // parts} each; use bf16, or fewer tensor ranks.",
+            )
 
     def _validate_tensor(self, model: ModelConfig) -> None:
         tp = self.tensor_model_parallel_size

@@ -9,7 +9,7 @@ from megatron_dllm.config.blend import BlendPart, blend_parts
 from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.nearest_layout import as_overrides, nearest_layout
-from megatron_dllm.config.parallel import ParallelConfig
+from megatron_dllm.config.parallel import FP8_BLOCK, ParallelConfig
 from megatron_dllm.config.preference import FROZEN, ReferenceConfig
 from megatron_dllm.config.rules import check, check_positive, check_values, nearest_multiples
 from megatron_dllm.config.run import CheckpointConfig, EvaluationConfig, LoggingConfig, OptimizerConfig, RunConfig
@@ -182,6 +182,12 @@ class TrainConfig:
             row_length % split == 0,
             f"schedule.row_length ({row_length}) must be a multiple of tensor x context parallel size ({split}) in "
             f"stage {name}; use {-(-row_length // split) * split}.",
+        )
+        unit = FP8_BLOCK * split
+        check(
+            layout.precision != "fp8" or row_length % unit == 0,
+            f"schedule.row_length ({row_length}) must be a multiple of {FP8_BLOCK} x tensor x context parallel size "
+            f"({unit}) with parallel.precision fp8; use {-(-row_length // unit) * unit}.",
         )
 
     @staticmethod

@@ -150,7 +150,9 @@ def _filled(composed: Any, weights: WeightsFolder, world_size: int) -> EvaluateC
     fill(config.run, name=_STAGE)
     fill(config.data, train=config.data.validation or _NO_CORPUS, block_origin=weights.block_origin or "document")
     fill(config.schedule, context_length=context_length)
-    fill(config.parallel, precision=weights.precision or ("bf16" if DeviceFacts.here().is_cuda else "fp32"))
+    # FP8 is a way to train: its weights are bf16.
+    precision = "bf16" if weights.precision == "fp8" else weights.precision
+    fill(config.parallel, precision=precision or ("bf16" if DeviceFacts.here().is_cuda else "fp32"))
     fill(config.evaluation, block_sizes=[weights.block_size], num_tokens=HELD_OUT_TOKENS)
     origin = weights.block_origin or config.data.block_origin
     if weights.is_diffusion and config.data.block_origin != origin:

@@ -29,7 +29,7 @@ def transformer_config(
 
 def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths, training: TrainingConfig) -> dict[str, Any]:
     is_interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    dtype = torch.bfloat16 if parallel.precision == "bf16" else torch.float32
+    dtype = torch.float32 if parallel.precision == "fp32" else torch.bfloat16
     return dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -56,7 +56,9 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths, train
         gradient_accumulation_fusion=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=parallel.precision == "bf16",
+        bf16=parallel.precision != "fp32",
+        fp8="e4m3" if parallel.precision == "fp8" else None,
+        fp8_recipe="blockwise",
         # Losses are summed over targets and divided once, by the global batch's count.
         calculate_per_token_loss=True,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -15,6 +15,8 @@ from megatron_dllm.parallel.device import DeviceFacts
 # How to have the packages that are faster.
 GET_ENGINE = 'pip install "megatron_dllm[gpu]"'
 GET_DEEPSPEED = 'pip install "megatron_dllm[offload]"'
+# Of the first card whose products in FP8 take a scale for each block: Hopper.
+FP8_CAPABILITY = (9, 0)
 # torch's grouped product refuses matrices whose rows are not a multiple of so many bytes.
 GROUPED_ROW_BYTES = 16
 
@@ -44,6 +46,7 @@ class Paths:
         dispatcher: how tokens reach their experts, alltoall or allgather; none in a dense model.
         fusions: of small operations, compiled or plain. Where they are compiled, torch's Adam is one kernel too.
         optimizer: whose Adam: te, apex or torch; or offloaded, on the host.
+        precision: fp32, bf16 or fp8, of the products of the layers.
         collectives: nccl or gloo. An overlapped send of gloo reads its tensor while it is on its way.
     """
 
@@ -54,6 +57,7 @@ class Paths:
     dispatcher: Choice
     fusions: Choice
     optimizer: Choice
+    precision: Choice
     collectives: Choice
 
     @property
@@ -102,6 +106,7 @@ def choose_paths(
         dispatcher=_dispatcher(model, parallel, facts.is_cuda),
         fusions=Choice("compiled" if facts.is_cuda else "plain", device),
         optimizer=_optimizer(optimizer or OptimizerConfig(), facts, layers),
+        precision=_precision(parallel, facts, has_te),
         collectives=Choice("nccl" if facts.is_cuda else "gloo", device),
     )
 
@@ -141,6 +146,24 @@ def _optimizer(config: OptimizerConfig, facts: DeviceFacts, layers: Choice) -> C
     return layers
 
 
+def _precision(parallel: ParallelConfig, facts: DeviceFacts, has_te: bool) -> Choice:
+    if parallel.precision != "fp8":
+        faster = "fp8, on Hopper: parallel.precision=fp8" if has_te and facts.capability >= FP8_CAPABILITY else ""
+        return Choice(parallel.precision, "asked for", faster)
+    if not has_te:
+        raise ValueError(
+            "parallel.precision (fp8) needs TransformerEngine and a GPU, which are not both here; "
+            f"{GET_ENGINE} on a GPU, or use bf16."
+        )
+    if facts.capability < FP8_CAPABILITY:
+        needed, found = (".".join(map(str, version)) for version in (FP8_CAPABILITY, facts.capability))
+        raise ValueError(
+            f"parallel.precision (fp8) needs a GPU of compute capability {needed} (Hopper) or later, and this one has "
+            f"{found}; use bf16."
+        )
+    return Choice("fp8", "E4M3 in blocks, through TransformerEngine")
+
+
 def _experts(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool, has_te: bool) -> Choice:
     if not model.is_moe:
         return Choice("none", "a dense model")
@@ -151,7 +174,7 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool, has_te
     unit = GROUPED_ROW_BYTES // (4 if parallel.precision == "fp32" else 2)
     if inner % unit or model.hidden_size % unit:
         return Choice("sections", f"the grouped product is for sizes that are multiples of {unit}")
-    if is_cuda and parallel.precision != "bf16":
+    if is_cuda and parallel.precision == "fp32":
         faster = "one grouped product: parallel.precision=bf16"
         return Choice("sections", "the grouped product of CUDA is for bf16", faster)
     return Choice("grouped", "bf16 on CUDA" if is_cuda else "one product for all, whose weights lie together")

@@ -20,12 +20,14 @@ class DeviceFacts:
         has_triton: Triton compiles for this device.
         has_transformer_engine: TransformerEngine is installed.
         packages: optional ones that are installed.
+        capability: compute capability of the GPU; (0, 0) without one.
     """
 
     is_cuda: bool
     has_triton: bool
     has_transformer_engine: bool
     packages: Packages = field(default_factory=Packages)
+    capability: tuple[int, int] = (0, 0)
 
     @classmethod
     def here(cls) -> DeviceFacts:
@@ -36,12 +38,13 @@ class DeviceFacts:
             has_triton=has_triton(),
             has_transformer_engine=packages.transformer_engine is not None,
             packages=packages,
+            capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0),
         )
 
     @classmethod
     def as_cuda(cls, has_transformer_engine: bool = True) -> DeviceFacts:
         """Of a GPU node as it is usually installed, asked on any machine."""
-        return cls(is_cuda=True, has_triton=True, has_transformer_engine=has_transformer_engine)
+        return cls(is_cuda=True, has_triton=True, has_transformer_engine=has_transformer_engine, capability=(9, 0))
 
 
 def local_device() -> torch.device:

@@ -85,7 +85,7 @@ def layer_cost(model: ModelConfig, layout: ParallelConfig, tokens: Tokens, is_mo
         + recomputed
         + (cp - 1) * 4 * computed * keys  # keys and values of the other context ranks, at most
     )
-    width = 1.0 if layout.precision == "bf16" else 2.0
+    width = 1.0 if layout.precision != "fp32" else 2.0
     return LayerCost(
         products=2 * (computed * of_keys + read * of_queries) + mlp.products,
         attention=4 * tokens.pairs * share * queries,

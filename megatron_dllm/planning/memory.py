@@ -24,7 +24,7 @@ def model_state(
     offloaded nothing lies on the GPU.
     """
     dense, experts = replicas(layout, num_gpus)
-    is_bf16 = layout.precision == "bf16"
+    is_bf16 = layout.precision != "fp32"
     shard = weights.dense / dense + weights.experts / experts
     return (
         weights.total * (2 if is_bf16 else 4),

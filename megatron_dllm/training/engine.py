@@ -86,7 +86,7 @@ def build_chunks(
                 backends=backends,
             )
         )
-    if config.parallel.precision == "bf16":
+    if config.parallel.precision != "fp32":
         return [Float16Module(chunk.config, chunk) for chunk in chunks]
     return chunks
 
@@ -147,8 +147,8 @@ def _megatron_config(optimizer: OptimizerConfig, precision: str) -> MegatronOpti
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
-        bf16=precision == "bf16",
-        params_dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+        bf16=precision != "fp32",
+        params_dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
         use_distributed_optimizer=True,
         overlap_param_gather=optimizer.overlap_param_gather,
         log_num_zeros_in_grad=False,

@@ -131,7 +131,7 @@ REFUSED_LAYOUTS = [
     ),
     (1, layout_config(context_parallel_method="ring"), {}, ("context_parallel_method (ring)", "gather, ulysses")),
     (1, layout_config(moe_token_dispatcher="flex"), {}, ("moe_token_dispatcher (flex)", "alltoall")),
-    (1, layout_config(precision="fp8"), {}, ("precision (fp8)", "fp32, bf16")),
+    (1, layout_config(precision="fp16"), {}, ("precision (fp16)", "fp32, bf16, fp8")),
     (1, layout_config(recompute="some"), {}, ("recompute (some)", "none, selective, full")),
 ]
 

@@ -150,3 +150,16 @@ def test_router_load_of_the_last_layer_counts_kept_tokens(recompute: str) -> Non
     totals = load.totals(torch.device("cpu")).sum(-1) / model.moe_router_topk
     masked, clean = float(batch.is_masked.sum()), 50.0
     assert totals.tolist() == [[0.0] * 3, [masked, 50.0 - masked, clean], [masked, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", (None, True)), ("fp8", ("e4m3", False))])
+def test_products_in_fp8_want_every_token(precision: str, expected: tuple[str | None, bool]) -> None:
+    from megatron_dllm.model.last_layer import can_skip_outputs
+    from megatron_dllm.model.megatron_config import transformer_config
+    from megatron_dllm.model.paths import choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
+
+    model, layout = tiny_model(num_moe_experts=0), ParallelConfig(precision=precision)
+    config = transformer_config(model, layout, choose_paths(model, layout, DeviceFacts.as_cuda()))
+    assert (config.fp8, can_skip_outputs(model, config, TrainingConfig())) == expected
+    assert config.bf16 and config.fp8_recipe == "blockwise"

@@ -83,6 +83,21 @@ def test_what_cannot_run_is_refused(
         choose_paths(MOE, ParallelConfig(**parallel), facts, **arguments)
 
 
+def test_fp8_is_for_hopper_with_transformer_engine() -> None:
+    fp8 = ParallelConfig(precision="fp8")
+    choice = choose_paths(WIDE, fp8, CUDA_TE)
+    assert choice.precision.name == "fp8" and choice.experts.name == "te_grouped"
+    for facts, message in (
+        (CPU, r"parallel.precision \(fp8\) needs TransformerEngine and a GPU"),
+        (CUDA, r"parallel.precision \(fp8\) needs TransformerEngine and a GPU"),
+        (replace(CUDA_TE, capability=(8, 0)), r"compute capability 9.0 \(Hopper\) or later, and this one has 8.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_paths(WIDE, fp8, facts)
+    assert "parallel.precision=fp8" in choose_paths(WIDE, BF16, CUDA_TE).precision.faster
+    assert choose_paths(WIDE, BF16, CUDA).precision.faster == ""
+
+
 def test_an_offloaded_optimizer_says_who_updates_it() -> None:
     with_deepspeed = replace(CUDA, packages=Packages(has_deepspeed=True))
     offloaded = OptimizerConfig(offload="cpu", offload_fraction=0.5, offload_adam="deepspeed")
