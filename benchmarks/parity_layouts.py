@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_dllm.config import (
+    AttentionAnnealConfig,
     DataConfig,
     LoggingConfig,
     ModelConfig,
@@ -209,6 +210,9 @@ STAGES: dict[str, StageConfig] = {
     "shift": replace(_BLOCKS, num_views=2, shift=True),
     "mdlm": replace(_BLOCKS, block_size=CONTEXT_LENGTH),
     "guided": replace(_BLOCKS, clean_block_size=1, ar_weight=0.5, ar_share=0.5, ar_row_share=0.25),
+    "annealed": replace(
+        _BLOCKS, block_size=CONTEXT_LENGTH, shift=True, attention_anneal=AttentionAnnealConfig(steps=3)
+    ),
     "blend": replace(_BLOCKS, train=[0.6, "corpus", 0.4, SECOND_CORPUS]),
 }
 # Noise on the embeddings of masked tokens, where a stage has it.

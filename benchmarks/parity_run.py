@@ -127,7 +127,7 @@ def train(layout: Layout, stage: str, folder: Path, groups: Any) -> Trained:
     for index, step in enumerate(islice(_loader(config, groups), NUM_STEPS)):
         noise = EmbeddingNoise(EMBEDDING_NOISE.get(stage, 0.0), 1000 + index)
         batches, _ = weigh_batches(engine.chunks, step.micro_batches, torch.device("cpu"), groups, objective, None)
-        result = train_step(engine, batches, torch.device("cpu"), objective, noise)
+        result = train_step(engine, batches, torch.device("cpu"), objective.at(index), noise)
         assert result.is_applied, f"step {index} of {stage}: {result.reason}"
         losses.append(result.loss)
         norms.append(result.grad_norm)

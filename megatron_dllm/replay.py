@@ -82,7 +82,8 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
         chunks = build_chunks(config, groups)
         load_weights(checkpoint, chunks, config.checkpoint.verify)
         device = local_device()
-        objective = objective_of(config.schedule.stages[record["stage"]], config.noise)
+        # Records of earlier versions do not know the stage's steps, nor what follows from them.
+        objective = objective_of(config.schedule.stages[record["stage"]], config.noise).at(record.get("stage_step", 0))
         noise = EmbeddingNoise(**record["embedding_noise"])
         return record, checkpoint, replay_step(chunks[0], ranks, objective, noise, device)
     finally:

@@ -11,6 +11,7 @@ copies of them the model sees.
 from __future__ import annotations
 
 from megatron_dllm.config.alignment import AlignmentConfig
+from megatron_dllm.config.annealing import AttentionAnnealConfig
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.generate import DecodingConfig, GenerateConfig
@@ -27,6 +28,7 @@ from megatron_dllm.config.training import TrainingConfig
 
 __all__ = [
     "AlignmentConfig",
+    "AttentionAnnealConfig",
     "CapConfig",
     "CheckpointConfig",
     "DataConfig",

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from megatron_dllm.config.alignment import AlignmentConfig
+from megatron_dllm.config.annealing import AttentionAnnealConfig
 from megatron_dllm.config.blend import blend_parts
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.clean_copies import check_clean_copies
@@ -101,6 +102,9 @@ class StageConfig:
     # Share of the document tokens that are trained in AR rows, by the same ar_weight: clean tokens alone, each document
     # once, so half as many model tokens; they have an order of their own of the same corpora.
     ar_row_share: float = 0.0
+    # Opening of the mask from causal to bidirectional, where documents are one block (docs/methods.md); null: the whole
+    # mask from the first step on.
+    attention_anneal: AttentionAnnealConfig | None = None
     # Supervised fine-tuning on chats (LLaDA2.0 section 5.1); null: whatever may carry a loss is trained as it stands.
     sft: SftConfig | None = None
     # Preference optimisation on pairs of answers (LLaDA2.0 section 5.3); null: every answer is trained.
@@ -185,6 +189,14 @@ class StageConfig:
             self.sft.validate(prefix, self.objective, self.cap.coefficient)
         if self.preference is not None:
             self._check_preference(prefix, self.preference)
+        if self.attention_anneal is not None:
+            self.attention_anneal.validate(
+                f"{prefix}.attention_anneal",
+                self.objective,
+                self.block_size,
+                context_length,
+                is_preference=self.preference is not None,
+            )
         self.alignment.validate(
             f"{prefix}.alignment",
             self.objective,

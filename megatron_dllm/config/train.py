@@ -105,6 +105,11 @@ class TrainConfig:
             f"data.block_origin ({self.data.block_origin}) must be document for schedule.stages.{name}.sft: a server "
             "counts the blocks of a chat from its beginning.",
         )
+        check(
+            stage.attention_anneal is None or self.data.block_origin == "document",
+            f"data.block_origin ({self.data.block_origin}) must be document for schedule.stages.{name}."
+            "attention_anneal: on a grid through the row a document may have more than one block.",
+        )
 
     def layout_of(self, stage: StageConfig) -> ParallelConfig:
         """The parallel layout in which a stage runs."""

@@ -127,6 +127,7 @@ class DiffusionGPTModel(GPTModel):
         noise_seed: int = 0,
         entropy_temperature: float | None = None,
         alignment: Alignment | None = None,
+        open_share: float = 1.0,
     ) -> Tensor | TargetOutputs:
         """Negative log-likelihood of the batch's targets.
 
@@ -138,6 +139,7 @@ class DiffusionGPTModel(GPTModel):
             entropy_temperature: also compute the entropy of each prediction at this temperature, and its largest
                 probability; None: neither.
             alignment: of the states behind each layer, which then computes all tokens; None: no alignment.
+            open_share: of the mask in rows of one-block documents, see `model.attention.annealing`.
 
         Returns:
             On the last pipeline stage the outputs of the T targets, else the hidden states [s/(cp x tp), b, h] for
@@ -145,7 +147,14 @@ class DiffusionGPTModel(GPTModel):
         """
         hidden = self._embed(batch, mask_noise_sigma, noise_seed) if self.pre_process else None
         after_layer = None if alignment is None else self._aligning(batch, alignment)
-        hidden = self._decode(hidden, batch.position_ids, batch.roles, batch.target_positions, after_layer=after_layer)
+        hidden = self._decode(
+            hidden,
+            batch.position_ids,
+            batch.roles,
+            batch.target_positions,
+            after_layer=after_layer,
+            open_share=open_share,
+        )
         if not self.post_process:
             return hidden
         return target_cross_entropy(
@@ -205,6 +214,7 @@ class DiffusionGPTModel(GPTModel):
         positions: Tensor,
         cached: CachedPass | None = None,
         after_layer: Callable[[int, Tensor], Tensor] | None = None,
+        open_share: float = 1.0,
     ) -> Tensor:
         """Run this stage's layers.
 
@@ -215,6 +225,7 @@ class DiffusionGPTModel(GPTModel):
             positions: [P] indexes into the flattened [b * s] tokens whose output is read.
             cached: a pass of the KV cache.
             after_layer: see `AttentionInputs`; the last layer then computes all tokens.
+            open_share: of the mask.
 
         Returns:
             On the last pipeline stage [P, h] hidden states of the flat `positions` in [b * s], else those of all
@@ -230,7 +241,14 @@ class DiffusionGPTModel(GPTModel):
             multiple = self.tp_group.size() if self.config.sequence_parallel else 1
             rows = rows_to_keep(positions, length, num_rows, multiple)
         has_plain_layers = rows is None or len(self.decoder.layers) > 1
-        inputs = self.attention.prepare(roles, rows=rows, has_plain_layers=has_plain_layers, cached=cached)
+        inputs = self.attention.prepare(
+            roles,
+            rows=rows,
+            has_plain_layers=has_plain_layers,
+            cached=cached,
+            position_ids=position_ids,
+            open_share=open_share,
+        )
         inputs = replace(inputs, after_layer=after_layer)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, attention_bias=inputs)
         return self._select(hidden, positions, is_kept=rows is not None) if self.post_process else hidden

@@ -32,6 +32,7 @@ from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.preference import PreferenceRule, weigh_pairs
 from megatron_dllm.diffusion.losses.step_sums import StepSums, token_sums
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
+from megatron_dllm.model.attention.annealing import Annealing
 
 AR = "ar"
 # The largest reward margin, beta times the margin, of a run that starts from its reference: scores that were computed
@@ -92,6 +93,7 @@ class Objective:
             factors of their loss weights; None: the loss does not compare documents.
         largest_start_margin: above which `Weighing.largest_margin` says that a run does not start from its reference.
         alignment: of states behind the layers, beside the loss; None: none.
+        annealing: of the attention mask, in one of the stage's steps; None: the mask is open.
     """
 
     noise: NoiseSpec | None
@@ -106,6 +108,16 @@ class Objective:
     weigh: Callable[[DocumentScores, Tensor], Weighing] | None = None
     largest_start_margin: float = math.inf
     alignment: AlignmentRule | None = None
+    annealing: Annealing | None = None
+
+    @property
+    def open_share(self) -> float:
+        """How much of the attention mask is open."""
+        return 1.0 if self.annealing is None else self.annealing.share
+
+    def at(self, step: int) -> Objective:
+        """The objective in the step after so many of its stage."""
+        return self if self.annealing is None else replace(self, annealing=self.annealing.at(step))
 
 
 def token_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
@@ -159,8 +171,8 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     """The objective that a stage of the configuration names.
 
     Args:
-        stage: its objective, shift, loss weight, range of t, views, AR loss, confidence, alignment, chats and
-            preferences.
+        stage: its objective, shift, loss weight, range of t, views, AR loss, confidence, alignment, annealing, chats
+            and preferences.
         noise: settings that hold for the whole run.
     """
     if stage.objective == AR:
@@ -180,6 +192,8 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
         )
     if stage.alignment.weight != 0.0:
         objective = replace(objective, alignment=_alignment(stage.alignment, objective.shift))
+    if stage.attention_anneal is not None:
+        objective = replace(objective, annealing=Annealing(stage.attention_anneal.steps))
     if stage.sft is None:
         return objective
     count = answers if stage.sft.loss_per == "answer" else maskable_tokens

@@ -53,6 +53,7 @@ def _forward_step(
     noise: EmbeddingNoise,
     observe: Callable[[Batch], None] | None,
     entropy_temperature: float | None,
+    open_share: float,
     batches: Iterator[tuple[Batch, Alignment | None]],
     model: nn.Module,
 ) -> tuple[Any, Callable[..., Any]]:
@@ -65,6 +66,7 @@ def _forward_step(
         noise_seed=noise.seed,
         entropy_temperature=entropy_temperature,
         alignment=alignment,
+        open_share=open_share,
     )
     return output, partial(finish, batch)
 
@@ -90,6 +92,7 @@ def run_batches(
     observe: Callable[[Batch], None] | None = None,
     entropy_temperature: float | None = None,
     alignments: Sequence[Alignment] | None = None,
+    open_share: float = 1.0,
 ) -> list[Any]:
     """Run micro-batches through the schedule (a collective).
 
@@ -105,6 +108,7 @@ def run_batches(
         observe: told each micro-batch before its forward pass.
         entropy_temperature: what the head is asked for, see `model.head`.
         alignments: one of each micro-batch; None: no alignment.
+        open_share: of the attention mask, see `model.attention.annealing`.
 
     Returns:
         What `finish` said last of each micro-batch, in order; nothing except on the last pipeline stage.
@@ -115,7 +119,9 @@ def run_batches(
     iterators = [zip(local, asked, strict=True) for _ in chunks]
     forward_backward = get_forward_backward_func()
     found: list[Any] = forward_backward(
-        forward_step_func=partial(_forward_step, finish, noise or EmbeddingNoise(), observe, entropy_temperature),
+        forward_step_func=partial(
+            _forward_step, finish, noise or EmbeddingNoise(), observe, entropy_temperature, open_share
+        ),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
         num_microbatches=len(local),
@@ -164,6 +170,7 @@ def run_schedule(
         noise=noise,
         observe=observe,
         entropy_temperature=objective.entropy_temperature,
+        open_share=objective.open_share,
         alignments=alignments,
     )
     like = StepSums.zeros(device, objective.extra_sums, objective.level_means, objective.ratios)

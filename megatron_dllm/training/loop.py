@@ -152,7 +152,7 @@ class Trainer:
             index=state.step,
             consumed_tokens=state.consumed_tokens + step.num_document_tokens,
             learning_rate=learning_rate,
-            result=self._train_step(objective, step, noise, is_logged),
+            result=self._train_step(objective.at(state.stage_step), step, noise, is_logged),
             embedding_noise=noise,
             micro_batches=step.micro_batches,
             num_document_tokens=step.num_document_tokens,
@@ -160,6 +160,7 @@ class Trainer:
             stream_state=step.stream_state,
             seconds=time.perf_counter() - started,
             is_logged=is_logged,
+            stage_step=state.stage_step,
         )
 
     def _train_step(self, objective: Objective, step: GlobalStep, noise: EmbeddingNoise, is_logged: bool) -> StepResult:

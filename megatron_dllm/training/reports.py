@@ -30,6 +30,7 @@ class StepReport:
         stream_state: position of the row sequence behind the step, see `BlendStream.state_dict`.
         seconds: from asking for its rows to the update.
         is_logged: whether a record is written of it.
+        stage_step: steps of the stage before it.
     """
 
     stage: Stage
@@ -44,6 +45,7 @@ class StepReport:
     stream_state: Mapping[str, Any]
     seconds: float
     is_logged: bool
+    stage_step: int = 0
 
     @property
     def step(self) -> int:

@@ -22,6 +22,7 @@ class RunState:
         grad_norms: of the last steps applied in this stage: the next stage's noise gives other norms.
         num_skipped: steps skipped in a row, up to now.
         blends: by stage, the share of each corpus in the document tokens, by the corpus's fingerprint.
+        stage_step: steps made in the stage, skipped ones too; checkpoints of earlier versions do not say.
         reference: fingerprint of the checkpoint that preferences are compared with; "" where there are none.
     """
 
@@ -33,6 +34,7 @@ class RunState:
     num_skipped: int = 0
     blends: dict[str, dict[str, float]] = field(default_factory=dict)
     reference: str = ""
+    stage_step: int = 0
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunState:
@@ -57,4 +59,5 @@ class RunState:
             stream=step.stream_state,
             grad_norms=[] if is_stage_end else norms,
             num_skipped=0 if result.is_applied else self.num_skipped + 1,
+            stage_step=0 if is_stage_end else self.stage_step + 1,
         )

@@ -139,6 +139,7 @@ def test_a_shifted_loss_is_that_of_its_description(
     """Every target by itself: one dense pass over the clean blocks, and the noisy block where it is not its first."""
     spec = NoiseSpec("block", True, True, "elbo", 0.05, 0.95, num_views, "stratified")
     from megatron_dllm.data.batch import collate
+    from megatron_dllm.evaluation.scores import score_documents
 
     size, length = 4, 13
     geometry = RowGeometry("block_diffusion", size, CONTEXT, 48, num_views, shift=True)
@@ -147,7 +148,7 @@ def test_a_shifted_loss_is_that_of_its_description(
     ids = (model_config.mask_token_id, model_config.pad_token_id)
     batch = collate([build_row(plan, content, geometry, spec, seed=1, mask_token_id=ids[0], pad_token_id=ids[1])])
     loss = float((built(batch).nll * batch.loss_weights).sum())
-    expected_loss = 0.0
+    expected_scores = []
     for view in range(1, num_views + 1):
         mine = batch.roles[0, :, 2] == view
         positions = batch.position_ids[0, mine]
@@ -155,6 +156,7 @@ def test_a_shifted_loss_is_that_of_its_description(
         noisy[positions] = batch.input_ids[0, mine]
         weight = dict(zip(batch.target_positions.tolist(), batch.loss_weights.tolist(), strict=True))
         slot_of = dict(zip(positions.tolist(), mine.nonzero().squeeze(1).tolist(), strict=True))
+        expected_scores.append(0.0)
         for place in range(1, length):
             begin = place // size * size
             is_first = place == begin
@@ -166,8 +168,10 @@ def test_a_shifted_loss_is_that_of_its_description(
             slot = torch.tensor([place - 1])
             logits = built.head_logits(built.states(ids[None], places[None], roles, slot))
             nll = -float(logits.double().log_softmax(-1)[0, tokens[place]])
-            expected_loss += nll * (1.0 if is_first else weight[slot_of[place - 1]])
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
+            expected_scores[-1] -= nll * (1.0 if is_first else weight[slot_of[place - 1]])
+    assert loss == pytest.approx(-sum(expected_scores), rel=1e-5)
+    scores = score_documents([built], [batch], torch.device("cpu"), Groups.current(), num_views)
+    assert scores.by_view[0].tolist() == pytest.approx(expected_scores, rel=1e-5)
 
 
 @torch.no_grad()

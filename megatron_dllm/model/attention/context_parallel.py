@@ -50,7 +50,7 @@ def _all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_roles(roles: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Roles [b, s/cp, 3] of every rank, in rank order: [b, s, 3]."""
+    """Roles [b, s/cp, 3] of every rank, in rank order: [b, s, 3]; columns behind the third come along."""
     return _all_gather(roles.transpose(0, 1), group).transpose(0, 1).contiguous()
 
 
@@ -87,7 +87,7 @@ def plan_exchange(roles: Tensor, group: dist.ProcessGroup) -> KeyExchange:
     """Agree with the other ranks on what travels; once per micro-batch, with one collective.
 
     Args:
-        roles: [b, s/cp, 3] int32 roles of this rank's tokens.
+        roles: [b, s/cp, 3] int32 roles of this rank's tokens; columns behind the third come along.
         group: the context-parallel group.
 
     Returns:
@@ -105,7 +105,7 @@ def plan_exchange(roles: Tensor, group: dist.ProcessGroup) -> KeyExchange:
         return KeyExchange(group, None, whole_roles.to(roles.device))
     # Clean tokens first, in their order; what lies behind them travels as padding.
     order = torch.argsort((~is_clean).int(), dim=-1, stable=True)[..., :num_sent]
-    sent_roles = every.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, 3)).clone()
+    sent_roles = every.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, roles.shape[-1])).clone()
     sent_roles[..., DOC].masked_fill_(~is_clean.gather(2, order), PADDING_DOC)
     own_roles = every[rank].clone()
     own_roles[..., DOC].masked_fill_(is_clean[rank], PADDING_DOC)

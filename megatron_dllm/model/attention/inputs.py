@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dllm.model.attention import chunked, dense
+from megatron_dllm.model.attention.annealing import annealed_plan, placed
 from megatron_dllm.model.attention.backends import Backend
 from megatron_dllm.model.attention.context_parallel import KeyExchange, gather_roles, plan_exchange
 from megatron_dllm.model.attention.kv_cache import CachedPass
@@ -99,6 +101,8 @@ class AttentionPlanner:
         rows: Tensor | None = None,
         has_plain_layers: bool = True,
         cached: CachedPass | None = None,
+        position_ids: Tensor | None = None,
+        open_share: float = 1.0,
     ) -> AttentionInputs:
         """The inputs of a micro-batch; with a context group of more than one rank a collective.
 
@@ -108,23 +112,30 @@ class AttentionPlanner:
                 leaves out any.
             has_plain_layers: whether some layer attends with all queries.
             cached: a pass of the KV cache.
+            position_ids: [b, s] positions in the documents; needed where the mask is not wholly open.
+            open_share: of the mask, see `annealing`; below 1 documents are of one block.
         """
         assert self.context is None or cached is None or self.context.size() == 1, "the KV cache holds whole rows"
         backend = self.backend if cached is None else _backend_of(cached, roles, self.backend)
-        exchange, heads, query_roles, key_roles = None, None, roles, roles
+        build_plan: Callable[[Tensor, Tensor], Any] = backend.build_plan
+        tokens = roles
+        if open_share < 1.0:
+            assert position_ids is not None and cached is None, "a mask that opens has places, and no cache"
+            tokens, build_plan = placed(roles, position_ids), partial(annealed_plan, backend, open_share)
+        exchange, heads, query_roles, key_roles = None, None, tokens, tokens
         if cached is not None:
             key_roles = cached.key_roles
         elif self.context is not None and self.context.size() > 1 and self.exchanges_heads:
-            heads, query_roles = self.context, gather_roles(roles, self.context)
+            heads, query_roles = self.context, gather_roles(tokens, self.context)
             key_roles = query_roles
         elif self.context is not None and self.context.size() > 1:
-            exchange = plan_exchange(roles, self.context)
+            exchange = plan_exchange(tokens, self.context)
             key_roles = exchange.key_roles
         return AttentionInputs(
             roles=roles,
             backend=backend,
-            plan=backend.build_plan(query_roles, key_roles) if has_plain_layers else None,
-            kept=None if rows is None else _keep(rows, roles, key_roles, backend),
+            plan=build_plan(query_roles, key_roles) if has_plain_layers else None,
+            kept=None if rows is None else _keep(rows, tokens, key_roles, backend, build_plan),
             exchange=exchange,
             heads=heads,
             cached=cached,
@@ -142,14 +153,17 @@ def _backend_of(cached: CachedPass, roles: Tensor, chosen: Backend) -> Backend:
     return chunked if chosen.IS_COMPILED_PER_SHAPE else chosen
 
 
-def _keep(rows: Tensor, roles: Tensor, key_roles: Tensor, backend: Backend) -> KeptQueries:
+def _keep(
+    rows: Tensor, roles: Tensor, key_roles: Tensor, backend: Backend, build_plan: Callable[[Tensor, Tensor], Any]
+) -> KeptQueries:
     """The last layer's queries.
 
     Args:
         rows: [R] int64 indexes into the flattened [s * b] tokens.
         roles: [b, s, 3] int32 of this rank's tokens.
         key_roles: [b, k, 3] int32 of the keys.
-        backend: plans for them.
+        backend: that attends.
+        build_plan: makes its plan.
     """
     num_queries = num_selected(len(rows), roles.shape[0] * roles.shape[1], is_rounded=backend.IS_COMPILED_PER_SHAPE)
-    return KeptQueries(rows, num_queries, backend.build_plan(*select_roles(roles, key_roles, rows, num_queries)))
+    return KeptQueries(rows, num_queries, build_plan(*select_roles(roles, key_roles, rows, num_queries)))

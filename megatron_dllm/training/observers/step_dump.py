@@ -36,6 +36,7 @@ class StepDump(Observer):
         """Write the rows of all ranks (a collective)."""
         record = {
             "stage": report.stage.name,
+            "stage_step": report.stage_step,
             "reason": report.result.reason,
             "loss": report.result.loss,
             "grad_norm": report.result.grad_norm,

@@ -24,7 +24,7 @@ from megatron_dllm.checkpoint import output_folder
 from megatron_dllm.checkpoint.folder import resolve_checkpoint
 from megatron_dllm.checkpoint.manifest import damaged_files, read_json
 from megatron_dllm.checkpoint.meta import CheckpointMeta, Position, Provenance, Semantics, read_meta, write_meta
-from megatron_dllm.checkpoint.stored_model import read_stored_model
+from megatron_dllm.checkpoint.stored_model import StoredModel, read_stored_model
 from megatron_dllm.checkpoint.torch_dist_read import TorchDistReader
 from megatron_dllm.compose import compose_train_config
 from megatron_dllm.hf.architectures import ARCHITECTURES_OF_FAMILY
@@ -94,6 +94,18 @@ def test_checkpoint_says_what_it_is(checkpoint: Path, hf: Path) -> None:
     manifest = read_json(checkpoint / MANIFEST)
     assert damaged_files(checkpoint, manifest, manifest) == []
     assert {path.name for path in checkpoint.iterdir()} == {*manifest, MANIFEST}
+
+
+def test_blocks_with_a_shift_are_not_exported(checkpoint: Path) -> None:
+    stored = read_stored_model(checkpoint)
+
+    def with_blocks(size: int) -> StoredModel:
+        semantics = replace(stored.meta.semantics, block_size=size)
+        return replace(stored, meta=replace(stored.meta, semantics=semantics))
+
+    assert mcore_to_hf.settle_architecture(with_blocks(1), None) == "bailing_moe"
+    with pytest.raises(ValueError, match=r"contract.shift \(true\) with blocks of 8 .* no class that is exported does"):
+        mcore_to_hf.settle_architecture(with_blocks(8), None)
 
 
 def test_keys_are_those_of_both_layer_specs(checkpoint: Path) -> None:

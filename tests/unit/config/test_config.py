@@ -8,6 +8,7 @@ import pytest
 
 from megatron_dllm.config import (
     AlignmentConfig,
+    AttentionAnnealConfig,
     CapConfig,
     CheckpointConfig,
     DataConfig,
@@ -159,6 +160,15 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
             ("one.alignment.weight (1)", "a loss of tokens", "set it to 0"),
         ),
         (dict(objective="ar", shift=False), ("one.shift (false)", "predicts token i + 1")),
+        (dict(attention_anneal=AttentionAnnealConfig(5)), ("one.attention_anneal", "block_size 256", "set it to null")),
+        (
+            dict(block_size=256, attention_anneal=AttentionAnnealConfig(0)),
+            ("one.attention_anneal.steps (0)", "positive"),
+        ),
+        (
+            dict(block_size=256, attention_anneal=AttentionAnnealConfig(5, "linear")),
+            ("attention_anneal.kind (linear)", "window"),
+        ),
         (
             dict(num_views=2, view_relation="complementary", t_min=0.2, t_max=0.7),
             ("t_min, t_max (0.2, 0.7)", "use t_max = 0.8"),
@@ -277,6 +287,28 @@ def test_other_sections_are_checked(sections: dict[str, object], parts: tuple[st
 def test_tokens_per_row_defaults_to_two_contexts() -> None:
     assert ScheduleConfig(context_length=256).tokens_per_row == 512
     assert ScheduleConfig(context_length=256, row_length=300).tokens_per_row == 300
+
+
+def test_stages_of_blocks_agree_on_their_shift() -> None:
+    stages = {
+        "ar": stage_config(objective="ar", block_size=1),
+        "one": stage_config(block_size=1, shift=True),
+        "two": stage_config(block_size=32, shift=True),
+    }
+    schedule = ScheduleConfig(context_length=256, stages=stages)
+    train_config(schedule=schedule).validate(1)
+    stages["three"] = stage_config(block_size=64)
+    message = refusal_of(lambda: train_config(schedule=schedule).validate(1))
+    assert "stages.two.shift (true)" in message and "stage three (false)" in message
+
+
+def test_a_mask_opens_in_documents_of_one_block() -> None:
+    stage = stage_config(block_size=256, attention_anneal=AttentionAnnealConfig(5))
+    schedule = ScheduleConfig(context_length=256, stages={"one": stage})
+    train_config(schedule=schedule).validate(1)
+    by_row = DataConfig(train="x", block_origin="row")
+    message = refusal_of(lambda: train_config(schedule=schedule, data=by_row).validate(1))
+    assert "data.block_origin (row)" in message and "attention_anneal" in message
 
 
 def test_chats_need_the_block_grid_of_documents() -> None:

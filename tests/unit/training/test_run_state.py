@@ -21,16 +21,17 @@ def result(norm: float, is_applied: bool = True) -> StepResult:
 
 def test_an_applied_step() -> None:
     state = RunState(4, 3, 200, {}, [1.0, 2.0], num_skipped=1).after(STEP, result(3.0), 2, is_stage_end=False)
-    assert state == RunState(5, 4, 270, {"epoch": 1}, [2.0, 3.0], num_skipped=0)
+    assert state == RunState(5, 4, 270, {"epoch": 1}, [2.0, 3.0], num_skipped=0, stage_step=1)
 
 
 def test_a_skipped_step_consumes_its_rows_and_leaves_the_norms() -> None:
     state = RunState(4, 3, 200, {}, [1.0, 2.0], num_skipped=1).after(STEP, result(9.0, False), 2, is_stage_end=False)
-    assert state == RunState(5, 3, 270, {"epoch": 1}, [1.0, 2.0], num_skipped=2)
+    assert state == RunState(5, 3, 270, {"epoch": 1}, [1.0, 2.0], num_skipped=2, stage_step=1)
 
 
-def test_norms_are_forgotten_at_the_end_of_a_stage() -> None:
-    assert RunState(grad_norms=[1.0]).after(STEP, result(2.0), 5, is_stage_end=True).grad_norms == []
+def test_norms_and_steps_of_a_stage_end_with_it() -> None:
+    state = RunState(grad_norms=[1.0], stage_step=6).after(STEP, result(2.0), 5, is_stage_end=True)
+    assert (state.grad_norms, state.stage_step) == ([], 0)
 
 
 def test_a_state_comes_back_from_json_and_an_older_one_with_defaults() -> None:

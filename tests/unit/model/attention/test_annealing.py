@@ -1,0 +1,109 @@
+"""The mask that opens: what each share of it shows, in every backend, and in the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.random_roles import draw_inputs
+from megatron_dllm.config import ParallelConfig
+from megatron_dllm.diffusion.roles import visible
+from megatron_dllm.model.attention import dense
+from megatron_dllm.model.attention.annealing import Annealing, annealed_plan, window_roles
+from megatron_dllm.model.attention.backends import Backend
+from tests.reference_model import tiny_model
+from tests.tiny_batch import tiny_batch
+from tests.unit.model.attention.eager_kernel import small_backends
+
+SHARES = [0.0, 0.1, 0.34, 0.8, 1.0]
+LENGTHS, VIEWS = [[7, 1, 12], [20]], 2
+
+
+def one_block_rows() -> Tensor:
+    """[2, 42, 4] documents of one block in two views and their places, padding behind them."""
+    rows = []
+    for lengths in LENGTHS:
+        tokens = [
+            [doc, 0, view, place]
+            for doc, length in enumerate(lengths)
+            for view in range(1, VIEWS + 1)
+            for place in range(length)
+        ]
+        rows.append(tokens + [[-1, 0, 0, 0]] * (42 - len(tokens)))
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def expected_mask(tokens: Tensor, share: float) -> Tensor:
+    """[b, s, s] by its description, token by token."""
+    mask = torch.zeros(*tokens.shape[:2], tokens.shape[1], dtype=torch.bool)
+    for row, lengths in zip(range(len(tokens)), LENGTHS, strict=True):
+        for i, (doc, _, view, q) in enumerate(tokens[row].tolist()):
+            for j, (other, _, seen, k) in enumerate(tokens[row].tolist()):
+                if doc == other >= 0 and view == seen:
+                    mask[row, i, j] = k <= q + math.floor(share * lengths[doc])
+    return mask
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_the_window_by_its_description(share: float) -> None:
+    tokens = one_block_rows()
+    mask = visible(*window_roles(tokens, tokens, share))
+    assert torch.equal(mask, expected_mask(tokens, share))
+    for lengths, row in zip(LENGTHS, mask, strict=True):
+        widths = [(n, math.floor(share * n)) for n in lengths]
+        assert int(row.sum()) == VIEWS * sum(min(n, q + w + 1) for n, w in widths for q in range(n))
+
+
+def test_its_ends_are_the_causal_mask_and_the_whole_one() -> None:
+    tokens = one_block_rows()
+    roles = tokens[..., :3]
+    assert torch.equal(visible(*window_roles(tokens, tokens, 1.0)), visible(roles, roles))
+    # An autoregressive row of the same tokens: each copy a document of its own, each token a clean block.
+    doc = torch.where(roles[..., 0] >= 0, 10 * roles[..., 0] + roles[..., 2], -1)
+    causal = torch.stack([doc, tokens[..., 3], torch.zeros_like(doc)], dim=-1)
+    assert torch.equal(visible(*window_roles(tokens, tokens, 0.0)), visible(causal, causal))
+
+
+@pytest.mark.parametrize("name", ["chunked", "shared_prefix", "flex"])
+@pytest.mark.parametrize("share", [0.1, 0.34])
+def test_every_backend_keeps_the_window(name: str, share: float) -> None:
+    backend: Backend = small_backends(tile_size=8)[name]
+    generator = torch.Generator().manual_seed(3)
+    tokens = one_block_rows()
+    keys = tokens[:, torch.randperm(42, generator=generator)]
+    for queries in (keys, keys[:, :11]):
+        inputs, grad = draw_inputs(queries[..., :3], keys[..., :3])
+        both = []
+        for one in (backend, dense):
+            out = one.attend(*inputs, annealed_plan(one, share, queries, keys), 0.3)
+            both.append((out, *torch.autograd.grad(out, inputs, grad)))
+        for got, want in zip(*both, strict=True):
+            assert float((got - want).detach().abs().max()) < 1e-12
+
+
+def test_the_share_follows_from_the_step_alone() -> None:
+    annealing = Annealing(steps=4)
+    assert [annealing.at(step).share for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("has_all_outputs", [False, True])
+def test_a_closed_mask_is_that_of_the_autoregressive_model(one_rank: Any, has_all_outputs: bool) -> None:
+    from megatron_dllm.config import TrainingConfig
+    from megatron_dllm.model.gpt import build_model
+
+    model = tiny_model()
+    training = TrainingConfig(skip_unused_outputs=not has_all_outputs)
+    built = build_model(model, ParallelConfig(), one_rank, training=training)
+    batch = tiny_batch(model, [[17, 9], [24]], row_length=32, block_size=32, has_clean=False)
+    roles = batch.roles.clone()
+    roles[..., 1], roles[..., 2] = batch.position_ids, 0
+    causal = built(replace(batch, roles=roles)).nll
+    opened = {share: built(batch, open_share=share).nll for share in (1e-9, 0.3, 1.0)}
+    torch.testing.assert_close(opened[1e-9], causal, rtol=1e-6, atol=1e-6)
+    assert torch.equal(opened[1.0], built(batch).nll)
+    assert float((opened[0.3] - opened[1e-9]).abs().max()) > 1e-3 < float((opened[0.3] - opened[1.0]).abs().max())
