@@ -8,8 +8,7 @@ from omegaconf import MISSING
 
 from megatron_dllm.config.rules import check, check_choice, check_positive
 
-WINDOW = "window"
-KINDS = (WINDOW,)
+WINDOW, RANDOM = KINDS = ("window", "random")
 
 
 @dataclass
@@ -21,7 +20,8 @@ class AttentionAnnealConfig:
 
     # Optimizer steps of the stage over which the mask opens.
     steps: int = MISSING
-    # What opens. window: a token sees the r n tokens behind it, too, in a document of n tokens.
+    # What opens. window: a token sees the r n tokens behind it, too, in a document of n tokens. random: it sees a share
+    # r of all tokens behind it, drawn anew in each step, as published; needs training.attention_backend dense.
     kind: str = WINDOW
 
     def validate(self, prefix: str, objective: str, block_size: int, context_length: int, is_preference: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from megatron_dllm.config.annealing import RANDOM
 from megatron_dllm.config.blend import BlendPart, blend_parts
 from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.model import ModelConfig
@@ -109,6 +110,13 @@ class TrainConfig:
             stage.attention_anneal is None or self.data.block_origin == "document",
             f"data.block_origin ({self.data.block_origin}) must be document for schedule.stages.{name}."
             "attention_anneal: on a grid through the row a document may have more than one block.",
+        )
+        check(
+            stage.attention_anneal is None
+            or stage.attention_anneal.kind != RANDOM
+            or self.training.attention_backend == "dense",
+            f"training.attention_backend ({self.training.attention_backend}) must be dense with schedule.stages.{name}."
+            "attention_anneal.kind random, whose keys are no intervals; set it to dense, or the kind to window.",
         )
 
     def layout_of(self, stage: StageConfig) -> ParallelConfig:

@@ -16,9 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dllm.diffusion.roles import DOC, VIEW
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+from megatron_dllm.model.mixing import GOLDEN, as_int64, mix, shifted
 
 
 def mean_row_norm(weight: Tensor, vocab_size: int, tp_group: ProcessGroup | None) -> Tensor:
@@ -60,29 +58,12 @@ def token_normals(seed: int, row_keys: Tensor, roles: Tensor, position_ids: Tens
     Returns:
         [b, s, h] fp32.
     """
-    key = _mix(_mix(_as_int64(seed) + row_keys.long()) + 1).unsqueeze(-1)
-    key = _mix(_mix(_mix(key + roles[..., DOC].long()) + roles[..., VIEW].long()) + position_ids)
+    key = mix(mix(as_int64(seed) + row_keys.long()) + 1).unsqueeze(-1)
+    key = mix(mix(mix(key + roles[..., DOC].long()) + roles[..., VIEW].long()) + position_ids)
     pairs = (hidden_size + 1) // 2
-    counters = torch.arange(1, pairs + 1, device=key.device) * _as_int64(_GOLDEN)
-    bits = _mix(key.unsqueeze(-1) + counters)
+    counters = torch.arange(1, pairs + 1, device=key.device) * as_int64(GOLDEN)
+    bits = mix(key.unsqueeze(-1) + counters)
     # Box-Muller: the upper 32 bits give the radius (never log 0), the lower 32 the angle.
-    radius = torch.sqrt(-2.0 * torch.log(((_shift(bits, 32) + 1).double() / 2.0**32).float()))
+    radius = torch.sqrt(-2.0 * torch.log(((shifted(bits, 32) + 1).double() / 2.0**32).float()))
     angle = (bits & 0xFFFFFFFF).float() * (2.0 * math.pi / 2.0**32)
     return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)[..., :hidden_size]
-
-
-def _as_int64(value: int) -> int:
-    value &= 0xFFFFFFFFFFFFFFFF
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _shift(value: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's own keeps the sign)."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(value: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele et al. 2014): 64 well mixed bits of a counter, modulo 2^64."""
-    value = (value ^ _shift(value, 30)) * _as_int64(_MIX_1)
-    value = (value ^ _shift(value, 27)) * _as_int64(_MIX_2)
-    return value ^ _shift(value, 31)

@@ -21,6 +21,7 @@ from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.alignment import Alignment, LayerAlignment, TokenShare, find_pairs
+from megatron_dllm.model.attention.annealing import Opening, PlacedOpening
 from megatron_dllm.model.attention.backends import BACKENDS, Backend
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import CachedPass
@@ -127,7 +128,7 @@ class DiffusionGPTModel(GPTModel):
         noise_seed: int = 0,
         entropy_temperature: float | None = None,
         alignment: Alignment | None = None,
-        open_share: float = 1.0,
+        opening: Opening | None = None,
     ) -> Tensor | TargetOutputs:
         """Negative log-likelihood of the batch's targets.
 
@@ -135,11 +136,12 @@ class DiffusionGPTModel(GPTModel):
             batch: one micro-batch; under context parallelism this rank's shard of it.
             mask_noise_sigma: noise on the embedding of masked tokens, as a fraction of the mean row norm;
                 only while training.
-            noise_seed: seed of that noise; another value per step gives independent noise.
+            noise_seed: seed of that noise, and of the mask's random pairs; another value per step gives independent
+                draws.
             entropy_temperature: also compute the entropy of each prediction at this temperature, and its largest
                 probability; None: neither.
             alignment: of the states behind each layer, which then computes all tokens; None: no alignment.
-            open_share: of the mask in rows of one-block documents, see `model.attention.annealing`.
+            opening: how far the mask is open, in rows of one-block documents; None: all of it.
 
         Returns:
             On the last pipeline stage the outputs of the T targets, else the hidden states [s/(cp x tp), b, h] for
@@ -153,7 +155,7 @@ class DiffusionGPTModel(GPTModel):
             batch.roles,
             batch.target_positions,
             after_layer=after_layer,
-            open_share=open_share,
+            opening=None if opening is None else PlacedOpening.of(opening, noise_seed, batch),
         )
         if not self.post_process:
             return hidden
@@ -214,7 +216,7 @@ class DiffusionGPTModel(GPTModel):
         positions: Tensor,
         cached: CachedPass | None = None,
         after_layer: Callable[[int, Tensor], Tensor] | None = None,
-        open_share: float = 1.0,
+        opening: PlacedOpening | None = None,
     ) -> Tensor:
         """Run this stage's layers.
 
@@ -225,7 +227,7 @@ class DiffusionGPTModel(GPTModel):
             positions: [P] indexes into the flattened [b * s] tokens whose output is read.
             cached: a pass of the KV cache.
             after_layer: see `AttentionInputs`; the last layer then computes all tokens.
-            open_share: of the mask.
+            opening: of the mask; None: it is open.
 
         Returns:
             On the last pipeline stage [P, h] hidden states of the flat `positions` in [b * s], else those of all
@@ -242,12 +244,7 @@ class DiffusionGPTModel(GPTModel):
             rows = rows_to_keep(positions, length, num_rows, multiple)
         has_plain_layers = rows is None or len(self.decoder.layers) > 1
         inputs = self.attention.prepare(
-            roles,
-            rows=rows,
-            has_plain_layers=has_plain_layers,
-            cached=cached,
-            position_ids=position_ids,
-            open_share=open_share,
+            roles, rows=rows, has_plain_layers=has_plain_layers, cached=cached, opening=opening
         )
         inputs = replace(inputs, after_layer=after_layer)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, attention_bias=inputs)

@@ -32,7 +32,7 @@ from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.preference import PreferenceRule, weigh_pairs
 from megatron_dllm.diffusion.losses.step_sums import StepSums, token_sums
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
-from megatron_dllm.model.attention.annealing import Annealing
+from megatron_dllm.model.attention.annealing import Annealing, Opening
 
 AR = "ar"
 # The largest reward margin, beta times the margin, of a run that starts from its reference: scores that were computed
@@ -111,9 +111,9 @@ class Objective:
     annealing: Annealing | None = None
 
     @property
-    def open_share(self) -> float:
-        """How much of the attention mask is open."""
-        return 1.0 if self.annealing is None else self.annealing.share
+    def opening(self) -> Opening | None:
+        """How far the attention mask is open; None: all of it."""
+        return None if self.annealing is None else self.annealing.opening
 
     def at(self, step: int) -> Objective:
         """The objective in the step after so many of its stage."""
@@ -193,7 +193,7 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     if stage.alignment.weight != 0.0:
         objective = replace(objective, alignment=_alignment(stage.alignment, objective.shift))
     if stage.attention_anneal is not None:
-        objective = replace(objective, annealing=Annealing(stage.attention_anneal.steps))
+        objective = replace(objective, annealing=Annealing(stage.attention_anneal.kind, stage.attention_anneal.steps))
     if stage.sft is None:
         return objective
     count = answers if stage.sft.loss_per == "answer" else maskable_tokens

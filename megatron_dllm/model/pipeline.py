@@ -23,6 +23,7 @@ from megatron_dllm.diffusion.losses.alignment import AlignmentRule
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.step_sums import StepSums
 from megatron_dllm.model.alignment import Alignment
+from megatron_dllm.model.attention.annealing import Opening
 from megatron_dllm.model.objective import LossFunction, Objective
 from megatron_dllm.parallel.groups import Groups
 
@@ -53,7 +54,7 @@ def _forward_step(
     noise: EmbeddingNoise,
     observe: Callable[[Batch], None] | None,
     entropy_temperature: float | None,
-    open_share: float,
+    opening: Opening | None,
     batches: Iterator[tuple[Batch, Alignment | None]],
     model: nn.Module,
 ) -> tuple[Any, Callable[..., Any]]:
@@ -66,7 +67,7 @@ def _forward_step(
         noise_seed=noise.seed,
         entropy_temperature=entropy_temperature,
         alignment=alignment,
-        open_share=open_share,
+        opening=opening,
     )
     return output, partial(finish, batch)
 
@@ -92,7 +93,7 @@ def run_batches(
     observe: Callable[[Batch], None] | None = None,
     entropy_temperature: float | None = None,
     alignments: Sequence[Alignment] | None = None,
-    open_share: float = 1.0,
+    opening: Opening | None = None,
 ) -> list[Any]:
     """Run micro-batches through the schedule (a collective).
 
@@ -108,7 +109,7 @@ def run_batches(
         observe: told each micro-batch before its forward pass.
         entropy_temperature: what the head is asked for, see `model.head`.
         alignments: one of each micro-batch; None: no alignment.
-        open_share: of the attention mask, see `model.attention.annealing`.
+        opening: how far the attention mask is open; None: all of it.
 
     Returns:
         What `finish` said last of each micro-batch, in order; nothing except on the last pipeline stage.
@@ -120,7 +121,7 @@ def run_batches(
     forward_backward = get_forward_backward_func()
     found: list[Any] = forward_backward(
         forward_step_func=partial(
-            _forward_step, finish, noise or EmbeddingNoise(), observe, entropy_temperature, open_share
+            _forward_step, finish, noise or EmbeddingNoise(), observe, entropy_temperature, opening
         ),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks,
@@ -170,7 +171,7 @@ def run_schedule(
         noise=noise,
         observe=observe,
         entropy_temperature=objective.entropy_temperature,
-        open_share=objective.open_share,
+        opening=objective.opening,
         alignments=alignments,
     )
     like = StepSums.zeros(device, objective.extra_sums, objective.level_means, objective.ratios)

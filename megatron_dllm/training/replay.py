@@ -149,7 +149,7 @@ def replay_step(
                         noise_seed=noise.seed,
                         entropy_temperature=objective.entropy_temperature,
                         alignment=_alignment_of(objective, model, device),
-                        open_share=objective.open_share,
+                        opening=objective.opening,
                     )
                     loss = objective.loss(local, outputs).total / denominator
                 torch.autograd.backward(loss)

@@ -1,11 +1,17 @@
 """A mask that opens from causal to bidirectional, in rows of one-block documents (after DiffuLLaMA).
 
-Each noisy copy of such a document sees itself alone. While the mask opens, token q of n sees token k where
-k <= q + w, with the window w = floor(r n) and r the share that is open: at r = 0 the causal mask, at r = 1 all of it.
+Each noisy copy of such a document sees itself alone. While the mask opens, token q of n sees token k by the share r
+that is open:
 
-To a backend this is nothing new. Give the keys of a copy the roles of an autoregressive document, each token a clean
-block of its own, and each query the block w further on: it sees its "own" block q + w and the "earlier" ones, which
-is k <= q + w. So a query's keys stay an interval, and every backend and every layout computes it.
+    window    k <= q + w, with the window w = floor(r n)
+    random    k <= q, or u(q, k) < r, with u drawn anew in each step for every pair of a document
+
+At r = 0 both are the causal mask, at r = 1 all of it.
+
+A window is nothing new to a backend. Give the keys of a copy the roles of an autoregressive document, each token a
+clean block of its own, and each query the block w further on: it sees its "own" block q + w and the "earlier" ones,
+which is k <= q + w. So a query's keys stay an interval, and every backend and every layout computes it. Random pairs
+need the dense mask. They are a pure function of (seed of the step, row, document, q, k): the same in every layout.
 """
 
 from __future__ import annotations
@@ -16,12 +22,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, PADDING_DOC, VIEW
+from megatron_dllm.config.annealing import RANDOM
+from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, PADDING_DOC, VIEW, visible
+from megatron_dllm.model.attention import dense
 from megatron_dllm.model.attention.backends import Backend
 from megatron_dllm.model.attention.plan import find_intervals
+from megatron_dllm.model.mixing import GOLDEN, as_int64, mix, shifted
 
-# The column of a token's position, behind those of its role.
-_POSITION = 3
+# Columns behind those of a token's role: its place in the document, and a number of the document.
+_PLACE, _KEY = 3, 4
+_KEY_BITS = 31
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How far the mask of a step is open.
+
+    Attributes:
+        kind: what opens, of `config.annealing.KINDS`.
+        share: that is open, r, below 1.
+    """
+
+    kind: str
+    share: float
 
 
 @dataclass(frozen=True)
@@ -29,10 +53,12 @@ class Annealing:
     """How the mask of a stage opens.
 
     Attributes:
+        kind: what opens.
         steps: of the stage, over which it does.
         step: steps of the stage before this one.
     """
 
+    kind: str
     steps: int
     step: int = 0
 
@@ -41,29 +67,59 @@ class Annealing:
         return replace(self, step=step)
 
     @property
-    def share(self) -> float:
-        """How much is open, r: 1 / steps in the first step, and 1 from the last of them on."""
-        return min(1.0, (self.step + 1) / self.steps)
+    def opening(self) -> Opening | None:
+        """How far it is open: 1 / steps in the first step, and all of it (None) from the last of them on."""
+        share = (self.step + 1) / self.steps
+        return Opening(self.kind, share) if share < 1.0 else None
 
 
-def placed(roles: Tensor, position_ids: Tensor) -> Tensor:
-    """Roles with the tokens' places in their documents beside them, to travel where roles do.
+@dataclass(frozen=True)
+class PlacedOpening:
+    """The opening of a micro-batch's mask.
 
-    Args:
-        roles: [b, s, 3] int32.
-        position_ids: [b, s] positions in the documents.
-
-    Returns:
-        [b, s, 4] int32.
+    Attributes:
+        opening: of the step.
+        seed: of its random pairs.
+        tokens: [b, s, 5] int32 roles, places and documents' numbers of this rank's tokens, which travel as roles do.
     """
-    return torch.cat([roles, position_ids.unsqueeze(-1).to(roles.dtype)], dim=-1)
+
+    opening: Opening
+    seed: int
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, opening: Opening, seed: int, batch: Batch) -> PlacedOpening:
+        """The opening in a micro-batch, or this context rank's part of one.
+
+        Args:
+            opening: of the step.
+            seed: another one in each step.
+            batch: its tokens.
+        """
+        doc = batch.roles[..., DOC].long()
+        key = shifted(mix(mix(batch.row_keys.long()).unsqueeze(-1) + doc), 64 - _KEY_BITS)
+        columns = [batch.roles, batch.position_ids.unsqueeze(-1), key.unsqueeze(-1)]
+        return cls(opening, seed, torch.cat([column.int() for column in columns], dim=-1))
+
+    def plan(self, backend: Backend, query: Tensor, key: Tensor) -> Any:
+        """The backend's plan of the mask.
+
+        Args:
+            backend: that attends; the dense one for random pairs.
+            query: [b, q, 5] int32, as in `tokens`.
+            key: [b, k, 5] int32.
+        """
+        if self.opening.kind == RANDOM:
+            assert backend is dense, "the configuration has refused other backends"
+            return random_mask(query, key, self.opening.share, self.seed).unsqueeze(1)
+        return backend.build_plan(*window_roles(query, key, self.opening.share))
 
 
 def window_roles(query: Tensor, key: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Roles by which `roles.visible` is the window.
 
     Args:
-        query: [b, q, 4] int32, see `placed`; documents of one block.
+        query: [b, q, 4] int32 roles and places, more columns behind them or none; documents of one block.
         key: [b, k, 4] int32: every token that the queries may see at all.
         share: that is open.
 
@@ -75,7 +131,7 @@ def window_roles(query: Tensor, key: Tensor, share: float) -> tuple[Tensor, Tens
     window = torch.floor(share * length).to(query.dtype)
     # Every copy is a document of its own.
     stride = torch.maximum(query[..., VIEW].max(), key[..., VIEW].max()) + 1
-    return _in_order(query, stride, query[..., _POSITION] + window), _in_order(key, stride, key[..., _POSITION])
+    return _in_order(query, stride, query[..., _PLACE] + window), _in_order(key, stride, key[..., _PLACE])
 
 
 def _in_order(tokens: Tensor, stride: Tensor, block: Tensor) -> Tensor:
@@ -84,13 +140,20 @@ def _in_order(tokens: Tensor, stride: Tensor, block: Tensor) -> Tensor:
     return torch.stack([doc, block, torch.full_like(block, CLEAN_VIEW)], dim=-1)
 
 
-def annealed_plan(backend: Backend, share: float, query: Tensor, key: Tensor) -> Any:
-    """A backend's plan of the window.
+def random_mask(query: Tensor, key: Tensor, share: float, seed: int) -> Tensor:
+    """The causal mask, and random pairs behind it.
 
     Args:
-        backend: plans.
-        share: that is open.
-        query: [b, q, 4] int32, see `placed`.
-        key: [b, k, 4] int32.
+        query: [b, q, 5] int32 roles, places and documents' numbers; documents of one block.
+        key: [b, k, 5] int32.
+        share: of the pairs that are open.
+        seed: of their draws.
+
+    Returns:
+        [b, q, k] bool.
     """
-    return backend.build_plan(*window_roles(query, key, share))
+    of_query = mix(mix(query[..., _KEY].long() + as_int64(seed)) + query[..., _PLACE]).unsqueeze(-1)
+    bits = mix(of_query + (key[..., _PLACE].long() + 1).unsqueeze(-2) * as_int64(GOLDEN))
+    is_open = shifted(bits, 11).double() / 2.0**53 < share
+    is_causal = key[..., _PLACE].unsqueeze(-2) <= query[..., _PLACE].unsqueeze(-1)
+    return visible(query, key) & (is_causal | is_open)

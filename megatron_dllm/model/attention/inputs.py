@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_dllm.model.attention import chunked, dense
-from megatron_dllm.model.attention.annealing import annealed_plan, placed
+from megatron_dllm.model.attention.annealing import PlacedOpening
 from megatron_dllm.model.attention.backends import Backend
 from megatron_dllm.model.attention.context_parallel import KeyExchange, gather_roles, plan_exchange
 from megatron_dllm.model.attention.kv_cache import CachedPass
@@ -101,8 +101,7 @@ class AttentionPlanner:
         rows: Tensor | None = None,
         has_plain_layers: bool = True,
         cached: CachedPass | None = None,
-        position_ids: Tensor | None = None,
-        open_share: float = 1.0,
+        opening: PlacedOpening | None = None,
     ) -> AttentionInputs:
         """The inputs of a micro-batch; with a context group of more than one rank a collective.
 
@@ -112,16 +111,15 @@ class AttentionPlanner:
                 leaves out any.
             has_plain_layers: whether some layer attends with all queries.
             cached: a pass of the KV cache.
-            position_ids: [b, s] positions in the documents; needed where the mask is not wholly open.
-            open_share: of the mask, see `annealing`; below 1 documents are of one block.
+            opening: of the mask, whose documents are of one block; None: it is open.
         """
         assert self.context is None or cached is None or self.context.size() == 1, "the KV cache holds whole rows"
         backend = self.backend if cached is None else _backend_of(cached, roles, self.backend)
         build_plan: Callable[[Tensor, Tensor], Any] = backend.build_plan
         tokens = roles
-        if open_share < 1.0:
-            assert position_ids is not None and cached is None, "a mask that opens has places, and no cache"
-            tokens, build_plan = placed(roles, position_ids), partial(annealed_plan, backend, open_share)
+        if opening is not None:
+            assert cached is None, "decoding has the whole mask"
+            tokens, build_plan = opening.tokens, partial(opening.plan, backend)
         exchange, heads, query_roles, key_roles = None, None, tokens, tokens
         if cached is not None:
             key_roles = cached.key_roles

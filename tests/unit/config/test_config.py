@@ -309,6 +309,10 @@ def test_a_mask_opens_in_documents_of_one_block() -> None:
     by_row = DataConfig(train="x", block_origin="row")
     message = refusal_of(lambda: train_config(schedule=schedule, data=by_row).validate(1))
     assert "data.block_origin (row)" in message and "attention_anneal" in message
+    stage.attention_anneal = AttentionAnnealConfig(5, "random")
+    message = refusal_of(lambda: train_config(schedule=schedule).validate(1))
+    assert "training.attention_backend (auto) must be dense" in message and "kind random" in message
+    train_config(schedule=schedule, training=TrainingConfig(attention_backend="dense")).validate(1)
 
 
 def test_chats_need_the_block_grid_of_documents() -> None:

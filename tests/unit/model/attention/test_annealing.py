@@ -12,9 +12,10 @@ from torch import Tensor
 
 from benchmarks.random_roles import draw_inputs
 from megatron_dllm.config import ParallelConfig
+from megatron_dllm.config.annealing import KINDS, RANDOM
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import dense
-from megatron_dllm.model.attention.annealing import Annealing, annealed_plan, window_roles
+from megatron_dllm.model.attention.annealing import Annealing, Opening, PlacedOpening, random_mask, window_roles
 from megatron_dllm.model.attention.backends import Backend
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
@@ -80,15 +81,50 @@ def test_every_backend_keeps_the_window(name: str, share: float) -> None:
         inputs, grad = draw_inputs(queries[..., :3], keys[..., :3])
         both = []
         for one in (backend, dense):
-            out = one.attend(*inputs, annealed_plan(one, share, queries, keys), 0.3)
+            plan = PlacedOpening(Opening("window", share), 0, tokens).plan(one, queries, keys)
+            out = one.attend(*inputs, plan, 0.3)
             both.append((out, *torch.autograd.grad(out, inputs, grad)))
         for got, want in zip(*both, strict=True):
             assert float((got - want).detach().abs().max()) < 1e-12
 
 
 def test_the_share_follows_from_the_step_alone() -> None:
-    annealing = Annealing(steps=4)
-    assert [annealing.at(step).share for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    annealing = Annealing("window", steps=4)
+    openings = [annealing.at(step).opening for step in range(6)]
+    assert openings == [*(Opening("window", share) for share in (0.25, 0.5, 0.75)), None, None, None]
+    assert Annealing("window", steps=1).opening is None
+
+
+def _numbered(tokens: Tensor) -> Tensor:
+    """[b, s, 5] tokens [b, s, 4] with a number of each document."""
+    rows = torch.arange(len(tokens), dtype=torch.int32).view(-1, 1, 1)
+    return torch.cat([tokens, 100 * rows + tokens[..., :1]], dim=-1)
+
+
+def test_random_pairs_have_the_ends_of_the_window_and_its_seed_alone() -> None:
+    tokens = _numbered(one_block_rows())
+    whole, causal = visible(tokens, tokens), expected_mask(tokens[..., :4], 0.0)
+    assert torch.equal(random_mask(tokens, tokens, 0.0, 7), causal)
+    assert torch.equal(random_mask(tokens, tokens, 1.0, 7), whole)
+    mask = random_mask(tokens, tokens, 0.4, 7)
+    assert bool((causal <= mask).all() and (mask <= whole).all())
+    assert not torch.equal(mask, random_mask(tokens, tokens, 0.4, 8))
+    # Wherever a token lies, and whatever lies beside it.
+    order = torch.randperm(42, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(random_mask(tokens[:, order[:9]], tokens[:, order], 0.4, 7), mask[:, order[:9]][:, :, order])
+    assert torch.equal(random_mask(tokens[1:], tokens[1:], 0.4, 7), mask[1:])
+
+
+def test_the_expected_share_of_random_pairs() -> None:
+    length, num_documents, share = 40, 50, 0.3
+    place = torch.arange(length, dtype=torch.int32).repeat(num_documents)
+    doc = torch.arange(num_documents, dtype=torch.int32).repeat_interleave(length)
+    tokens = torch.stack([doc, 0 * doc, 0 * doc + 1, place, doc], dim=-1)[None]
+    found = float(random_mask(tokens, tokens, share, 3).sum()) / (num_documents * length**2)
+    expected = share + (1 - share) * (length + 1) / (2 * length)
+    num_drawn = num_documents * length * (length - 1) / 2
+    error = math.sqrt(share * (1 - share) * num_drawn) / (num_documents * length**2)
+    assert abs(found - expected) < 4 * error
 
 
 @pytest.mark.parametrize("has_all_outputs", [False, True])
@@ -103,7 +139,10 @@ def test_a_closed_mask_is_that_of_the_autoregressive_model(one_rank: Any, has_al
     roles = batch.roles.clone()
     roles[..., 1], roles[..., 2] = batch.position_ids, 0
     causal = built(replace(batch, roles=roles)).nll
-    opened = {share: built(batch, open_share=share).nll for share in (1e-9, 0.3, 1.0)}
-    torch.testing.assert_close(opened[1e-9], causal, rtol=1e-6, atol=1e-6)
-    assert torch.equal(opened[1.0], built(batch).nll)
-    assert float((opened[0.3] - opened[1e-9]).abs().max()) > 1e-3 < float((opened[0.3] - opened[1.0]).abs().max())
+    whole = built(batch).nll
+    for kind in KINDS:
+        if kind == RANDOM:
+            built.attention = replace(built.attention, backend=dense)
+        closed, half = (built(batch, opening=Opening(kind, share), noise_seed=3).nll for share in (1e-9, 0.3))
+        torch.testing.assert_close(closed, causal, rtol=1e-6, atol=1e-6)
+        assert float((half - closed).abs().max()) > 1e-3 < float((half - whole).abs().max())
