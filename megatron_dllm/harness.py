@@ -30,7 +30,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +45,7 @@ from megatron_dllm.config.evaluate import spelled_out
 from megatron_dllm.config.harness import HarnessConfig
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
+from megatron_dllm.evaluation.harness.installed import check_installed
 from megatron_dllm.evaluation.request import Request, open_config, open_target, open_weights, settle
 from megatron_dllm.evaluation.task_results import metrics_of
 from megatron_dllm.run.files import parents_made, write_text
@@ -98,14 +98,12 @@ def run(composed: Any) -> tuple[Path, dict[str, Any]]:
         ValueError: what `read_request` refuses, a task that is unknown or whose data are not here, or a place that
             cannot be written or has a result.
     """
-    check(
-        find_spec("lm_eval") is not None,
-        "lm_eval (not installed) is what asks the tasks; pip install 'megatron_dllm[eval]' brings it.",
-    )
+    check_installed()
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()
     prepare_host()
+    from megatron_dllm.evaluation.harness.asking import ask
     from megatron_dllm.evaluation.harness.model import HarnessModel
     from megatron_dllm.evaluation.harness.requests import Encoder
     from megatron_dllm.evaluation.harness.results import results_of, settings_of
@@ -125,11 +123,8 @@ def run(composed: Any) -> tuple[Path, dict[str, Any]]:
         config: Any = request.config
         target = open_target(request, HARNESS, lambda _: "an earlier result")
         encoder = encoder_of(request)
-        check(
-            encoder.template is not None or not config.apply_chat_template,
-            f"apply_chat_template (true) needs a chat template, and {encoder.folder} has none; put the model's "
-            "chat_template.jinja beside its tokenizer.json.",
-        )
+        if config.apply_chat_template:
+            encoder.check_chats()
         tasks.extend(load_tasks(config.tasks, config.include_path))
         why_not = config.why_not_write(request.weights.is_diffusion)
         check_tasks(tasks, why_not_write=why_not, has_confirmed=config.confirm_unsafe_code)
@@ -150,32 +145,17 @@ def run(composed: Any) -> tuple[Path, dict[str, Any]]:
             may_cut = config.likelihood.truncate
             writer = Writer.of(model, encoder, config.decoding, contract, config.batch_size, may_cut)
         harness = HarnessModel(model, encoder, config.likelihood, block_size, writer, greedy_tasks(tasks))
-        found = _ask(harness, tasks, config)
+        found = ask(
+            harness,
+            tasks,
+            config,
+            limit=config.limit,
+            bootstrap_iters=config.bootstrap_iters,
+            log_samples=config.log_samples,
+        )
     if found is None:
         return target, {}
     return target, results_of(found, harness.scored, settings_of(request, config))
-
-
-def _ask(harness: Any, tasks: list[Any], config: HarnessConfig) -> Any:
-    """What `simple_evaluate` returns for loaded tasks."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    return simple_evaluate(
-        model=harness,
-        tasks=tasks,
-        # Without one, the harness would look through all of its own tasks on every rank.
-        task_manager=TaskManager(include_defaults=False),
-        num_fewshot=config.num_fewshot,
-        limit=config.limit,
-        bootstrap_iters=config.bootstrap_iters if is_rank_zero() else 0,
-        log_samples=config.log_samples,
-        system_instruction=config.system_instruction,
-        apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=config.fewshot_as_multiturn,
-        fewshot_random_seed=config.fewshot_seed,
-        confirm_run_unsafe_code=config.confirm_unsafe_code,
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

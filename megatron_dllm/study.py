@@ -4,10 +4,10 @@
     torchrun --nproc_per_node N -m megatron_dllm.study ... [tensor_model_parallel_size=2]
 
 Every DIR is a folder as of generate whose tokenizer has a chat template. The questions are held-out ones of tasks
-whose answers a program can check (`tasks=[sort,add]`), or chats of a file (`chats_file=FILE`). Each is decoded at
-every block size, rule and value: `block_sizes=[8,32] rules=[threshold,factor,hierarchy] thresholds=[0.7,0.9]`. The
-table, written to the JSON file with a picture beside it, says which points no other beats. Keys and defaults:
-`config.StudyConfig`; `--help` lists them.
+whose answers a program can check (`tasks=[sort,add]`), tasks of lm-evaluation-harness that have a model write
+(`tasks=[gsm8k]`, or a YAML file), or chats of a file (`chats_file=FILE`). Each is decoded at every block size, rule and
+value: `block_sizes=[8,32] rules=[threshold,factor,hierarchy] thresholds=[0.7,0.9]`. The table, written to the JSON file
+with a picture beside it, says which points no other beats. Keys and defaults: `config.StudyConfig`, and by `--help`.
 """
 
 from __future__ import annotations
@@ -20,64 +20,45 @@ if __name__ == "__main__":
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tokenizers import Tokenizer
 
 from megatron_dllm.compose import compose_dict
-from megatron_dllm.config import DecodingConfig, ParallelConfig, RotaryScalingConfig, RunConfig
+from megatron_dllm.config import ParallelConfig, RotaryScalingConfig, RunConfig
 from megatron_dllm.config.command_line import taken_as_typed
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.reference import keys_of
-from megatron_dllm.config.study import SWEPT, StudyConfig
+from megatron_dllm.config.study import StudyConfig
 from megatron_dllm.data.chat import question_of
 from megatron_dllm.data.tokenizer import load_tokenizer
-from megatron_dllm.diffusion.decode import DecodingContract
+from megatron_dllm.evaluation.harness.installed import check_installed
 from megatron_dllm.evaluation.questions import Question, read_questions
-from megatron_dllm.evaluation.study_results import COLUMNS, Confidence, Point, Study, write_studies
+from megatron_dllm.evaluation.study_results import COLUMNS, Study, write_studies
 from megatron_dllm.evaluation.tasks.catalogue import TASKS
 from megatron_dllm.evaluation.tasks.task import questions
 from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 from megatron_dllm.inference.prompts import encode_requests
-from megatron_dllm.inference.source import CheckpointSource, read_source
+from megatron_dllm.inference.source import read_source
 from megatron_dllm.run.place import is_rank_zero, world_size
 from megatron_dllm.run.stream import check_new
 
+if TYPE_CHECKING:
+    from megatron_dllm.evaluation.harness.decoded_tasks import WrittenTasks
+    from megatron_dllm.evaluation.studying import Asked
+
 log = logging.getLogger(__name__)
-_AS_TYPED = ("checkpoint", "chats_file", "output", "tokenizer")
+_AS_TYPED = ("checkpoint", "chats_file", "output", "tokenizer", "include_path", "system_instruction")
 _TASK_SEED = 1
 _WIDTH = 120
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What one checkpoint is asked.
-
-    Attributes:
-        prompts: tokens of each question.
-        answers: tokens of the right answers, with the token that ends them.
-        contract: how it is decoded, at the block size that it was trained with.
-    """
-
-    source: CheckpointSource
-    prompts: list[list[int]]
-    answers: list[list[int]]
-    contract: DecodingContract
-
-    @property
-    def pairs(self) -> list[tuple[list[int], list[int]]]:
-        """Each prompt with its answer."""
-        return list(zip(self.prompts, self.answers, strict=True))
 
 
 @dataclass(frozen=True)
@@ -85,7 +66,7 @@ class _Plan:
     """What rank 0 has read and decided."""
 
     questions: list[Question]
-    asked: list[_Asked]
+    asked: list[Asked]
     layouts: list[ParallelConfig]
 
 
@@ -101,26 +82,32 @@ def study(config: StudyConfig) -> list[Study]:
 
     run = RunConfig(name="study")
     meeting = meet(run)
-    plan = meeting.decide(lambda: _plan(config))
+    tasks: list[WrittenTasks] = []
+    plan = meeting.decide(lambda: _plan(config, tasks))
     from megatron_dllm.host import prepare_host
 
     prepare_host()
+    from megatron_dllm.evaluation.studying import study_checkpoint
     from megatron_dllm.parallel.groups import started
 
+    # The other ranks find the data where rank 0 has put them.
+    tasks = tasks or _tasks(config)
     with started(plan.layouts[0], run, meeting) as groups:
         return [
-            _measure(config, name, plan.questions, asked, layout, groups)
+            study_checkpoint(config, name, plan.questions, asked, layout, groups, tasks[0] if tasks else None)
             for name, asked, layout in zip(config.checkpoint, plan.asked, plan.layouts, strict=True)
         ]
 
 
-def _plan(config: StudyConfig) -> _Plan:
+def _plan(config: StudyConfig, tasks: list[WrittenTasks]) -> _Plan:
+    """Read what is asked; tasks of lm-evaluation-harness, which no other rank can be sent, go into a list."""
     from megatron_dllm.parallel.device import DeviceFacts
 
     if config.output is not None:
         for path in (Path(config.output), _picture_of(Path(config.output))):
             check_new(path)
     found = _questions(config)
+    tasks += _tasks(config)
     asked = [_ask(config, checkpoint, found) for checkpoint in config.checkpoint]
     is_cuda = DeviceFacts.here().is_cuda
     layouts = [
@@ -134,17 +121,37 @@ def _questions(config: StudyConfig) -> list[Question]:
     """What is asked: a file's chats, or held-out questions of the tasks."""
     if config.chats_file is not None:
         return read_questions(Path(config.chats_file), config.num_questions, "chats_file")
-    unknown = [name for name in config.tasks if name not in TASKS]
-    if unknown:
-        raise ValueError(f"tasks ({', '.join(unknown)}) are not known; use some of {', '.join(TASKS)}.")
     return [
         Question(name, question_of({"messages": [{"role": "user", "content": text}]}), TASKS[name].answer(text))
-        for name in config.tasks or TASKS
+        for name in (TASKS if not config.tasks else [name for name in config.tasks if name in TASKS])
         for text in islice(questions(TASKS[name], _TASK_SEED, held_out=True), config.num_questions)
     ]
 
 
-def _ask(config: StudyConfig, checkpoint: str, found: Sequence[Question]) -> _Asked:
+def _tasks(config: StudyConfig) -> list[WrittenTasks]:
+    """The tasks of lm-evaluation-harness as one, or none.
+
+    Raises:
+        ValueError: a task that neither this program nor the harness knows, or that writes no text.
+    """
+    names = [name for name in config.tasks if name not in TASKS]
+    if not names:
+        return []
+    check_installed()
+    from megatron_dllm.host import quiet_libraries
+
+    quiet_libraries()
+    from megatron_dllm.evaluation.harness.decoded_tasks import WrittenTasks
+
+    try:
+        return [WrittenTasks.load(names, config, config.num_questions)]
+    except ValueError as error:
+        raise ValueError(f"{error} Tasks of this program are {', '.join(TASKS)}.") from None
+
+
+def _ask(config: StudyConfig, checkpoint: str, found: Sequence[Question]) -> Asked:
+    from megatron_dllm.evaluation.studying import Asked
+
     source = read_source(config.source(checkpoint))
     if source.contract.shift:
         raise ValueError(
@@ -155,76 +162,7 @@ def _ask(config: StudyConfig, checkpoint: str, found: Sequence[Question]) -> _As
     prompts, contract = encode_requests([question.chat for question in found], tokenizer, source)
     answers = [tokenizer.encode(question.expected, add_special_tokens=False).ids for question in found]
     end = contract.eos_token_ids[-1]
-    return _Asked(source, [prompt.ids for prompt in prompts], [[*ids, end] for ids in answers], contract)
-
-
-def _measure(
-    config: StudyConfig, name: str, found: Sequence[Question], asked: _Asked, layout: ParallelConfig, groups: Any
-) -> Study:
-    """Load one checkpoint and decode with every block size and setting."""
-    from megatron_dllm.inference.decoder import Decoder
-    from megatron_dllm.inference.load import load_model
-
-    model = load_model(asked.source, groups, config.precision, config.attention_backend, layout)
-    tokenizer = load_tokenizer(TokenizerFiles(asked.source.tokenizer))
-    points: list[Point] = []
-    confidence: list[Confidence] = []
-    for size in config.block_sizes or [asked.contract.block_size]:
-        decoder = Decoder(model, groups, replace(asked.contract, block_size=size), config.batch_size)
-        rows = _confidence(config, asked, decoder)
-        confidence += rows
-        for setting in config.settings():
-            points.append(_point(decoder, tokenizer, found, asked, setting, rows))
-            log.info("%s, block %d, %s", name, size, _label(points[-1]))
-    device = f"{decoder.device.type}, {layout.precision}"
-    place = "" if config.chats_file is None else f" of {config.chats_file}"
-    source = f"{asked.source.folder.name}, {len(found)} questions{place}"
-    told = f"{source}, at most {config.max_new_tokens} tokens, batch {config.batch_size}, {device}"
-    return Study(name, f"{told}, {groups.world.size()} ranks", points, confidence)
-
-
-def _confidence(config: StudyConfig, asked: _Asked, decoder: Any) -> list[Confidence]:
-    from megatron_dllm.evaluation.confidence import predict_answers, table
-
-    found = predict_answers(*decoder.passes(), asked.pairs, decoder.contract, decoder.device)
-    return [row for threshold in config.thresholds for row in table(found, decoder.contract.block_size, threshold)]
-
-
-def _point(
-    decoder: Any,
-    tokenizer: Tokenizer,
-    found: Sequence[Question],
-    asked: _Asked,
-    setting: DecodingConfig,
-    rows: Sequence[Confidence],
-) -> Point:
-    """Decode all questions in one way."""
-    from megatron_dllm.evaluation.answering import answer_all, median_tokens_per_forward, score
-    from megatron_dllm.evaluation.confidence import expected_tokens_per_forward, mean_block
-
-    begun = time.perf_counter()
-    answers = answer_all(decoder, found, asked.prompts, tokenizer, setting)
-    seconds = time.perf_counter() - begun
-    value, expected = getattr(setting, SWEPT[setting.rule][0]), None
-    if setting.rule == "threshold":
-        length = mean_block(asked.pairs, decoder.contract)
-        expected = expected_tokens_per_forward([row for row in rows if row.threshold == value], length)
-    return Point(
-        block_size=decoder.contract.block_size,
-        rule=setting.rule,
-        value=value,
-        tasks=score(answers),
-        num_commits=sum(answer.generation.num_commit_forwards for answer in answers),
-        median_tokens_per_forward=median_tokens_per_forward(answers),
-        seconds=seconds,
-        expected_tokens_per_forward=expected,
-    )
-
-
-def _label(point: Point) -> str:
-    return (
-        f"{point.rule} {point.value:g}: {point.accuracy:.3f} right, {point.tokens_per_forward:.2f} tokens per forward"
-    )
+    return Asked(source, [prompt.ids for prompt in prompts], [[*ids, end] for ids in answers], contract)
 
 
 def show(studies: Sequence[Study]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from megatron_dllm.config.asking import AskingConfig
 from megatron_dllm.config.evaluate import EvaluateConfig
 from megatron_dllm.config.generate import DecodingConfig
 from megatron_dllm.config.likelihood import LikelihoodConfig
@@ -13,35 +14,21 @@ from megatron_dllm.config.rules import check, check_positive
 
 
 @dataclass
-class HarnessConfig(EvaluateConfig):
+class HarnessConfig(EvaluateConfig, AskingConfig):
     """A configuration of which model, layout, tasks and estimator count; the checkpoint brings the rest."""
 
     # Tasks, groups and tags of lm-evaluation-harness by name, or YAML files.
     tasks: list[str] = MISSING
-    # Folder with YAML files of further tasks, known by their names; null: none.
-    include_path: str | None = None
-    # Solved examples in front of each question; null: what the task says.
-    num_fewshot: int | None = None
-    # Ask in the form of chats, by the tokenizer's template.
-    apply_chat_template: bool = False
-    # In a chat, examples are earlier turns; false: they stand in the question.
-    fewshot_as_multiturn: bool = True
-    # A text that every question is preceded by; null: none.
-    system_instruction: str | None = None
     # Questions of each task at the most; below 1: a share of them; null: all.
     limit: float | None = None
     # Null: the block size that the checkpoint was trained with.
     block_size: int | None = None
     # Texts that are decoded at a time, on each replica of the model.
     batch_size: int = 16
-    # Of the choice of examples.
-    fewshot_seed: int = 1234
     # Resamplings for the errors of metrics that have no formula; 0: none.
     bootstrap_iters: int = 1000
     # Write every question with its scores, too.
     log_samples: bool = True
-    # Allow tasks that run what the model writes as a program on this machine.
-    confirm_unsafe_code: bool = False
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
 
@@ -49,9 +36,8 @@ class HarnessConfig(EvaluateConfig):
         """Raise ValueError for what a run cannot follow; tasks are looked up when they are loaded."""
         super().validate(world_size)
         check(len(self.tasks) > 0, "tasks ([]) must name at least one task of lm-evaluation-harness or a YAML file.")
-        for name in ("num_fewshot", "bootstrap_iters", "fewshot_seed"):
-            value = getattr(self, name)
-            check(value is None or value >= 0, f"{name} ({value}) must not be negative.")
+        self.validate_asking()
+        check(self.bootstrap_iters >= 0, f"bootstrap_iters ({self.bootstrap_iters}) must not be negative.")
         if self.limit is not None:
             check_positive("limit", self.limit)
         check_positive("batch_size", self.batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from megatron_dllm.config.asking import AskingConfig
 from megatron_dllm.config.generate import RULES, DecodingConfig, GenerateConfig
 from megatron_dllm.config.placement import PlacementConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive, check_values
@@ -20,12 +21,13 @@ SWEPT = {
 
 
 @dataclass
-class StudyConfig(PlacementConfig):
+class StudyConfig(PlacementConfig, AskingConfig):
     """Checkpoints, questions, and the grid of block sizes and rules that all of them are decoded with."""
 
     # Folders as of generate, one for each time that the key is given.
     checkpoint: list[str] = field(default_factory=list)
-    # Names of tasks whose answers a program can check; empty: all of them.
+    # Names of tasks whose answers a program can check, or tasks of lm-evaluation-harness that have a model write: names
+    # or YAML files. Empty: all of the former.
     tasks: list[str] = field(default_factory=list)
     # Held-out questions of each task.
     num_questions: int = 60
@@ -62,6 +64,7 @@ class StudyConfig(PlacementConfig):
     def validate(self) -> None:
         """Raise ValueError where the study is incomplete, or names a setting that decoding cannot follow."""
         self.validate_placement()
+        self.validate_asking()
         check(bool(self.checkpoint), "checkpoint (not given) is required: name an HF or a run folder.")
         check(bool(self.rules), "rules ([]) is empty; name one or more.")
         check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,12 @@ from statistics import median
 from tokenizers import Tokenizer
 
 from megatron_dllm.config import DecodingConfig
+from megatron_dllm.config.study import SWEPT
 from megatron_dllm.diffusion.decode import requests_of
 from megatron_dllm.diffusion.generation import Generation
 from megatron_dllm.evaluation.answer_scores import ShownAnswer, TaskScore
 from megatron_dllm.evaluation.questions import Question
+from megatron_dllm.evaluation.study_results import Point
 from megatron_dllm.inference.decoder import Decoder
 
 
@@ -42,6 +45,53 @@ class Answer:
         return ShownAnswer(
             self.question.task, self.question.text, self.text, self.is_right, texts, generation.accepted_in_pass
         )
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one way of decoding made of all questions.
+
+    Attributes:
+        tasks: score of each task.
+        generations: of all answers.
+        seconds: of decoding them.
+    """
+
+    tasks: dict[str, TaskScore]
+    generations: list[Generation]
+    seconds: float
+
+    def joined(self, other: Decoded) -> Decoded:
+        """Together with the questions of other tasks."""
+        return Decoded(
+            {**self.tasks, **other.tasks}, [*self.generations, *other.generations], self.seconds + other.seconds
+        )
+
+    def point(self, block_size: int, config: DecodingConfig, expected_tokens_per_forward: float | None) -> Point:
+        """The point of a study that decoded so."""
+        return Point(
+            block_size=block_size,
+            rule=config.rule,
+            value=getattr(config, SWEPT[config.rule][0]),
+            tasks=self.tasks,
+            num_commits=sum(generation.num_commit_forwards for generation in self.generations),
+            median_tokens_per_forward=median(generation.tokens_per_forward for generation in self.generations),
+            seconds=self.seconds,
+            expected_tokens_per_forward=expected_tokens_per_forward,
+        )
+
+
+def decode_questions(
+    decoder: Decoder,
+    questions: Sequence[Question],
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    config: DecodingConfig,
+) -> Decoded:
+    """`answer_all` and its score."""
+    begun = time.perf_counter()
+    answers = answer_all(decoder, questions, prompts, tokenizer, config)
+    return Decoded(score(answers), [answer.generation for answer in answers], time.perf_counter() - begun)
 
 
 def answer_all(
@@ -80,8 +130,3 @@ def _score(answers: Sequence[Answer]) -> TaskScore:
         num_tokens=sum(len(answer.generation.generated_ids) for answer in answers),
         num_forwards=sum(answer.generation.num_denoising_forwards for answer in answers),
     )
-
-
-def median_tokens_per_forward(answers: Sequence[Answer]) -> float:
-    """Median over answers of the tokens per denoising pass of each."""
-    return median(answer.generation.tokens_per_forward for answer in answers)

@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_dllm.config.likelihood import LikelihoodConfig
-from megatron_dllm.config.rules import check
 from megatron_dllm.data.memory_source import MemorySource
 from megatron_dllm.data.source import check_fills_a_row
 from megatron_dllm.evaluation.continuations import Continuation
 from megatron_dllm.evaluation.elbo import score_corpus, validation_geometry
 from megatron_dllm.evaluation.harness.requests import Encoder, noise_key
+from megatron_dllm.evaluation.harness.text_model import TextModel
 from megatron_dllm.evaluation.harness.writing import Writer
 from megatron_dllm.evaluation.likelihood import Likelihood, score_continuations
 from megatron_dllm.evaluation.local_model import LocalModel
@@ -44,7 +43,7 @@ class Scored:
     likelihood: Likelihood
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel(TextModel):
     """The model of `lm_eval.simple_evaluate`.
 
     Args:
@@ -68,53 +67,15 @@ class HarnessModel(TemplateLM):
         writer: Writer | None = None,
         greedy_tasks: frozenset[str] = frozenset(),
     ) -> None:
-        super().__init__()
-        self._model, self._encoder, self._settings, self._block_size = model, encoder, settings, block_size
-        self._writer, self._greedy_tasks = writer, greedy_tasks
+        super().__init__(encoder, writer)
+        self._model, self._settings, self._block_size = model, settings, block_size
+        self._greedy_tasks = greedy_tasks
         self.scored: list[Scored] = []
-
-    @property
-    def eot_token_id(self) -> int:
-        """The end-of-text token, which also stands for an empty context."""
-        return self._encoder.eot_token_id
 
     @property
     def max_length(self) -> int:
         """Tokens of context and continuation together."""
         return self._model.config.schedule.context_length
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Part of the name under which the harness would keep prompts; they are not kept."""
-        return str(self._encoder.folder)
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens of a text; none is added, as this program's corpora begin with text."""
-        return self._encoder.encode(string)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat: up to where the assistant begins to speak, or goes on with its last message.
-
-        Raises:
-            ValueError: the template refuses the chat, or does not write that message as it stands.
-        """
-        template = self._encoder.template
-        assert template is not None, "a run that asks for chats has a template"
-        text = template.render(chat_history, None, is_prompt=add_generation_prompt)
-        if add_generation_prompt:
-            return text
-        last = chat_history[-1]["content"]
-        start = text.rfind(last)
-        check(
-            start >= 0,
-            f"gen_prefix ({last!r}), with which the answer is to begin, must stand in the chat as it is, and the "
-            f"template of {self._encoder.folder} changes it; take spaces off its ends in the task.",
-        )
-        return text[: start + len(last)]
-
-    def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template, for the record."""
-        return None if self._encoder.template is None else self._encoder.template.text
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The likelihood of every choice, in nats, and where a task asks for it whether the model would write it.
@@ -195,8 +156,3 @@ class HarnessModel(TemplateLM):
         found = score_continuations(self._model, asked, self._settings, None)
         np.add.at(sums, owners, [likelihood.value for likelihood in found])
         return [float(value) for value in sums]
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes behind every prompt, up to where the task ends it."""
-        assert self._writer is not None, "a run with such a task has a writer"
-        return self._writer.write(requests)

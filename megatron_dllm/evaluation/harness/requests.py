@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from megatron_dllm.config.rules import check
 from megatron_dllm.data.chat_template import ChatTemplate
 from megatron_dllm.data.tokenizer import TextTokenizer, load_tokenizer
 from megatron_dllm.evaluation.continuations import LARGEST_KEY
@@ -44,6 +45,14 @@ class Encoder:
         template = ChatTemplate.load(str(folder)) if chat_template(folder) is not None else None
         tokenizer = load_tokenizer(TokenizerFiles(folder))
         return cls(folder, tokenizer, TextTokenizer.load(folder), template, mask_token_id, eot_token_id)
+
+    def check_chats(self) -> None:
+        """Raise ValueError where the tokenizer has no template of chats."""
+        check(
+            self.template is not None,
+            f"apply_chat_template (true) needs a chat template, and {self.folder} has none; put the model's "
+            "chat_template.jinja beside its tokenizer.json.",
+        )
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without special tokens at either end.

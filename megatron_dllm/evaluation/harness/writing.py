@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_dllm.config import DecodingConfig
 from megatron_dllm.diffusion.decode import DecodingContract, requests_of
-from megatron_dllm.diffusion.generation import Request
+from megatron_dllm.diffusion.generation import Generation, Request
 from megatron_dllm.evaluation.continuations import Continuation
 from megatron_dllm.evaluation.harness.requests import Encoder
 from megatron_dllm.evaluation.local_model import LocalModel
@@ -30,6 +30,14 @@ class _Sampling(NamedTuple):
     temperature: float
     top_p: float
     top_k: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text without what ended it, and how it was decoded."""
+
+    text: str
+    generation: Generation
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,8 @@ class Writer:
         (chunk,) = model.chunks
         return cls(Decoder(unwrap_model(chunk), model.groups, contract, batch_size), config, encoder, may_cut)
 
-    def write(self, asked: Sequence[Instance]) -> list[str]:
-        """A text for each prompt, without what ended it (a collective).
+    def write(self, asked: Sequence[Instance]) -> list[Written]:
+        """A text for each prompt (a collective).
 
         Raises:
             ValueError: a prompt that does not fit the window, or a setting of a task that has no meaning here.
@@ -80,12 +88,13 @@ class Writer:
         groups: dict[_Sampling, list[int]] = defaultdict(list)
         for place, instance in enumerate(asked):
             groups[self._sampling(instance)].append(place)
-        texts: dict[int, str] = {}
+        texts: dict[int, Written] = {}
         for sampling, places in groups.items():
             stops = [self._stops(asked[place]) for place in places]
             requests = [self._request(asked[place], place, stop) for place, stop in zip(places, stops, strict=True)]
             found = self.decoder.decode(requests, replace(self.config, **sampling._asdict()))
-            texts |= {place: stop.text_of(text) for place, stop, text in zip(places, stops, found, strict=True)}
+            for place, stop, generation in zip(places, stops, found, strict=True):
+                texts[place] = Written(stop.text_of(generation), generation)
         return [texts[place] for place in range(len(asked))]
 
     def would_write(self, asked: Sequence[Continuation]) -> list[bool]:
