@@ -1,9 +1,10 @@
 """The likelihood of continuations: requests as documents of the one scorer, and what is known of each score's error.
 
     1 plan    share the continuations out by the noisy views they take            evaluation/estimators.py
-    2 source  context fixed, continuation with a loss, fill behind it             evaluation/continuations.py
-    3 rows    packed in order, so that the choices of a question lie together     data/packing.py
-    4 score   one forward pass of each row, sums by document and view             evaluation/scores.py
+    2 group   choices that end in the block where they begin share their context  evaluation/shared_contexts.py
+    3 source  context fixed, continuation with a loss, fill behind it             evaluation/continuations.py
+    4 rows    packed in order, so that the choices of a question lie together     data/packing.py
+    5 score   one forward pass of each row, sums by document and view             evaluation/scores.py
 
 A score depends on nothing but its continuation, the estimator and the seed: not on the rows, the layout, or on what
 else is asked. It is a log-likelihood in nats, never divided by the number of tokens.
@@ -14,25 +15,22 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.likelihood import LikelihoodConfig
-from megatron_dllm.data.costs import segment_costs
-from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.loader import RowDataset
-from megatron_dllm.data.memory_source import MemorySource
 from megatron_dllm.data.packing import RowStream
-from megatron_dllm.evaluation.continuations import NUM_SIBLING_BITS, Continuation, source_of
+from megatron_dllm.evaluation.continuations import Continuation
 from megatron_dllm.evaluation.estimators import Pass, plan_passes
 from megatron_dllm.evaluation.local_model import LocalModel
 from megatron_dllm.evaluation.progress import watched
+from megatron_dllm.evaluation.request_rows import request_rows
 from megatron_dllm.evaluation.row_loader import row_loader
 from megatron_dllm.evaluation.scores import score_documents
+from megatron_dllm.evaluation.shared_contexts import group_choices
 
 # A decision whose gap is below so many standard errors is not one.
 _SURE_ERRORS = 2.0
@@ -137,55 +135,38 @@ def score_continuations(
     return [found[item] for item in fitted]
 
 
-@torch.no_grad()
 def _score(
     model: LocalModel, asked: Sequence[Continuation], settings: LikelihoodConfig, block_size: int | None, one: Pass
 ) -> NDArray[np.float64]:
     """[d, k] the scores of the continuations of one pass, in order."""
-    config, ids = model.config, model.config.model
-    fill = "none" if block_size is None else settings.fill
-    source = source_of(asked, block_size or 1, fill, config.schedule.context_length, ids.eos_token_id)
-    geometry = request_geometry(config, settings, source, block_size, one.num_views, model.shift)
-    dataset = RowDataset(
-        source,
-        geometry,
-        one.noise,
-        settings.seed,
-        ids.mask_token_id,
-        ids.pad_token_id,
-        num_sibling_bits=NUM_SIBLING_BITS,
-    )
-    stream = RowStream(
-        source.document_lengths, settings.seed, config.data.packing_chunk, shuffle=False, spans=source.spans
-    )
-    by_id: dict[int, NDArray[np.float64]] = {}
-    for step in watched(row_loader(config, model.groups, dataset, stream), "scoring choices"):
-        scores = score_documents(model.chunks, step.micro_batches, model.device, model.groups, one.num_views)
-        by_id.update(zip(scores.sample_ids.tolist(), scores.by_view.numpy(), strict=True))
-    return np.stack([by_id[source.sample_id(place, 0)] for place in range(len(asked))])
+    context_length = model.config.schedule.context_length
+    groups: dict[int, list[tuple[int, ...]]] = {1: [(place,) for place in range(len(asked))]}
+    # With a shift, a clean slot predicts the first token of a block, and choices differ in it.
+    if block_size is not None and not model.shift:
+        row_length = settings.row_length or 2 * context_length
+        groups = group_choices(asked, block_size, settings.fill, context_length, one.num_views, row_length)
+    found = np.zeros((len(asked), one.num_views))
+    for members in groups.values():
+        scores = _score_groups(model, asked, members, settings, block_size, one)
+        found[np.array(members).flatten()] = scores.reshape(-1, one.num_views)
+    return found
 
 
-def request_geometry(
-    config: TrainConfig,
+@torch.no_grad()
+def _score_groups(
+    model: LocalModel,
+    asked: Sequence[Continuation],
+    members: Sequence[Sequence[int]],
     settings: LikelihoodConfig,
-    source: MemorySource,
     block_size: int | None,
-    num_views: int,
-    shift: bool = False,
-) -> RowGeometry:
-    """Rows as long as the settings allow, no longer than all documents need, and never too short for one of them."""
-    context_length, layout = config.schedule.context_length, config.parallel
-    is_ar = block_size is None
-    roomy = RowGeometry(
-        objective="ar" if is_ar else "block_diffusion",
-        block_size=block_size or 1,
-        context_length=context_length,
-        row_length=(num_views + 1) * context_length,
-        num_views=0 if is_ar else num_views,
-        shift=True if shift else None,
-    )
-    costs = segment_costs(roomy, source.document_lengths, source.spans)
-    longest, limit = int(costs.max()), settings.row_length or 2 * context_length
-    needed = max(longest, min(limit, int(costs.sum())))
-    split = layout.tensor_model_parallel_size * layout.context_parallel_size
-    return replace(roomy, row_length=-(-needed // split) * split, longest_cost=longest)
+    one: Pass,
+) -> NDArray[np.float64]:
+    """[g, c * k] the scores of g groups of c continuations, which share a context if c is more than 1."""
+    source, dataset = request_rows(model, asked, members, settings, block_size, one)
+    chunk, num_views = model.config.data.packing_chunk, len(members[0]) * one.num_views
+    stream = RowStream(source.document_lengths, settings.seed, chunk, shuffle=False, spans=source.spans)
+    by_id: dict[int, NDArray[np.float64]] = {}
+    for step in watched(row_loader(model.config, model.groups, dataset, stream), "scoring choices"):
+        scores = score_documents(model.chunks, step.micro_batches, model.device, model.groups, num_views)
+        by_id.update(zip(scores.sample_ids.tolist(), scores.by_view.numpy(), strict=True))
+    return np.stack([by_id[source.sample_id(group, 0)] for group in range(len(members))])

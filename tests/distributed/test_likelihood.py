@@ -17,6 +17,8 @@ from megatron_dllm.evaluation.continuations import Continuation
 CONTEXT = (5, 7, 11, 13, 17, 19, 23)
 # Of a question two choices, of another one three: 1 to 9 tokens, in one block or several.
 ASKED = [Continuation(CONTEXT[: 7 - n], tuple(range(3, 4 + 2 * n)), noise_key=n // 2) for n in range(5)]
+# Of a third one, choices that share their context.
+ASKED += [Continuation(CONTEXT[:5], (token, 4), noise_key=9) for token in (3, 5, 6)]
 
 
 def _prepare(folder: str) -> list[tuple[float, ...]]:
@@ -55,7 +57,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[flo
     folder = str(tmp_path_factory.mktemp("likelihood"))
     (expected,) = run_ranks(_prepare, 1, folder, timeout_s=300.0)
     # Two passes of block diffusion, one of the autoregressive roles.
-    assert {len(views) for views in expected[:5]} == {1, 8} and len(expected) == 10
+    assert {len(views) for views in expected[: len(ASKED)]} == {1, 8} and len(expected) == 2 * len(ASKED)
     return folder, expected
 
 
