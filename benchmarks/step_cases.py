@@ -171,6 +171,7 @@ def build_batch(documents: Documents, variant: Variant, mask_token_id: int, mult
         segment_epochs=torch.zeros(len(starts) * len(rows), dtype=torch.int64),
         segment_maskable=torch.tensor(documents.lengths).repeat(len(rows)),
         is_fill=torch.zeros(len(targets), dtype=torch.bool),
+        is_ar_target=torch.zeros(len(targets), dtype=torch.bool),
         num_maskable=torch.tensor(total * len(views)),
         num_answers=torch.tensor(len(documents.lengths) * len(views)),
         num_ar_maskable=torch.tensor(0),

@@ -67,6 +67,7 @@ def tiny_batch(
         row_keys=torch.arange(b) * 7919 + 13,
         sample_ids=torch.arange(sum(len(row) for row in rows)),
         is_fill=torch.zeros(len(targets), dtype=torch.bool),
+        is_ar_target=torch.zeros(len(targets), dtype=torch.bool),
         num_maskable=torch.tensor(len(targets)),
         num_answers=torch.tensor(sum(len(row) for row in rows)),
         num_ar_maskable=torch.tensor(0),

@@ -74,8 +74,8 @@ def _check_ar_loss(prefix: str, stage: StageConfig, context_length: int) -> None
         "have epochs of their own; give num_tokens.",
     )
     check(
-        not stage.is_shifted,
-        f"{key} must be 0 with shift, where clean tokens predict the first tokens of blocks already; leave shift null.",
+        not stage.ar_row_share or stage.attention_anneal is None,
+        f"{prefix}.ar_row_share ({stage.ar_row_share}) must be 0 with attention_anneal, which opens the mask of every row.",
     )
     check(stage.cap.coefficient == 0.0, f"{key} must be 0 with cap.coefficient; train the one after the other.")
     check(stage.preference is None, f"{key} must be 0 with preference, whose loss is of answers; set it to 0.")

@@ -62,6 +62,8 @@ class Batch:
         target_t: [T] fp32, noise level of the target's block (0 in AR).
         loss_weights: [T] fp32, e.g. 1/t for the ELBO.
         is_fill: [T] bool, whether the target is an end-of-text token behind an answer (see `data.noisy_blocks`).
+        is_ar_target: [T] bool, whether the target counts in an AR loss beside the diffusion loss, see
+            `training.balancing`; false in AR, which has no other loss.
         num_maskable: [] int64, tokens that could have carried a loss: the denominator.
         num_answers: [] int64, answers that could have carried a loss, once for each view; of text, its segments.
         num_ar_maskable: [] int64, tokens that clean copies and AR rows beside noisy ones could have predicted: what the
@@ -84,6 +86,7 @@ class Batch:
     target_t: Tensor = field(metadata=_TARGET | _DIGESTED)
     loss_weights: Tensor = field(metadata=_TARGET | _DIGESTED)
     is_fill: Tensor = field(metadata=_TARGET)
+    is_ar_target: Tensor = field(metadata=_TARGET)
     num_maskable: Tensor = field(metadata=_TOTAL)
     num_answers: Tensor = field(metadata=_TOTAL)
     num_ar_maskable: Tensor = field(metadata=_TOTAL)

@@ -65,6 +65,7 @@ class Row:
     target_t: FloatArray
     loss_weights: FloatArray
     is_fill: BoolArray
+    is_ar_target: BoolArray
     num_maskable: int
     num_answers: int
     num_ar_maskable: int
@@ -139,7 +140,13 @@ def lay_out_row(
         kinds = None if content.spans is None else content.spans.kinds(plan.segments[:, LENGTH])
         targets = _next_tokens(tokens.clean, kinds)
         if plan.is_ar:  # beside noisy rows, what the AR loss is a mean over
-            targets = replace(targets, num_maskable=0, num_answers=0, num_ar_maskable=targets.num_maskable)
+            targets = replace(
+                targets,
+                is_ar=np.ones(len(targets.ids), np.bool_),
+                num_maskable=0,
+                num_answers=0,
+                num_ar_maskable=targets.num_maskable,
+            )
     else:
         targets = _masked_tokens(tokens.noisy, noise, slots, geometry.num_views)
         is_masked[slots.is_noisy] = tokens.noisy.is_hidden[slots.token[slots.is_noisy]]
@@ -170,6 +177,7 @@ def lay_out_row(
         target_t=targets.t,
         loss_weights=targets.weights,
         is_fill=targets.is_fill,
+        is_ar_target=np.zeros(len(targets.ids), np.bool_) if targets.is_ar is None else targets.is_ar,
         num_maskable=targets.num_maskable,
         num_answers=targets.num_answers,
         num_ar_maskable=targets.num_ar_maskable,
@@ -193,6 +201,7 @@ class _Targets:
     maskable_segments: IntArray
     num_maskable: int
     num_answers: int
+    is_ar: BoolArray | None = None  # of the AR loss beside the diffusion loss; None: no target is
     num_ar_maskable: int = 0
 
 
@@ -304,7 +313,7 @@ def _with_clean_targets(targets: _Targets, clean: CleanTargets, slots: _Slots) -
     """Targets and those of the clean tokens, by position; the clean tokens stand in their slots in order."""
     count, places = len(clean.tokens), np.flatnonzero(~slots.is_noisy)
     positions = np.concatenate([targets.positions, places[clean.tokens]])
-    order = np.argsort(positions)
+    order = np.argsort(positions, kind="stable")
 
     def both(values: NDArray[Any], more: NDArray[Any]) -> NDArray[Any]:
         return np.concatenate([values, more])[order]
@@ -316,6 +325,7 @@ def _with_clean_targets(targets: _Targets, clean: CleanTargets, slots: _Slots) -
         weights=both(targets.weights, np.full(count, clean.weight, np.float32)),
         t=both(targets.t, np.zeros(count, np.float32)),
         is_fill=both(targets.is_fill, np.zeros(count, np.bool_)),
+        is_ar=both(np.zeros(len(targets.ids), np.bool_), np.ones(count, np.bool_)),
         num_ar_maskable=clean.num_maskable,
     )
 

@@ -128,17 +128,17 @@ def token_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
 
 
 def guided_loss(batch: Batch, outputs: TargetOutputs) -> MicroLoss:
-    """The diffusion loss of noisy tokens and the AR loss of clean ones, whose loss weights are balanced already.
+    """The diffusion loss and the AR loss beside it, whose loss weights are balanced already.
 
-    Both are divided by the maskable tokens. What is logged of targets is of noisy ones; beside that stand the two
-    losses, the AR loss without its weight.
+    Both are divided by the maskable tokens. What is logged of targets is of the diffusion loss; beside that stand
+    the two losses, the AR loss without its weight.
     """
-    is_noisy = batch.target_views > 0
+    is_diffusion = ~batch.is_ar_target
     total = weighted_nll(outputs.nll, batch.loss_weights)
-    sums = token_sums(total, batch.num_maskable, outputs.nll, outputs.is_correct, batch.target_t, is_noisy)
-    noisy = weighted_nll(torch.where(is_noisy, outputs.nll, 0.0), batch.loss_weights)
-    clean = torch.where(is_noisy, 0.0, outputs.nll).double().sum()
-    sums = sums.with_extra(diffusion_loss=noisy).with_ratios(ar_loss=(clean, (~is_noisy).sum()))
+    sums = token_sums(total, batch.num_maskable, outputs.nll, outputs.is_correct, batch.target_t, is_diffusion)
+    noisy = weighted_nll(torch.where(is_diffusion, outputs.nll, 0.0), batch.loss_weights)
+    clean = torch.where(is_diffusion, 0.0, outputs.nll).double().sum()
+    sums = sums.with_extra(diffusion_loss=noisy).with_ratios(ar_loss=(clean, (~is_diffusion).sum()))
     return MicroLoss(total, batch.num_maskable, sums)
 
 

@@ -41,6 +41,6 @@ def balance_batches(
 
 
 def _balanced(batch: Batch, factor: float) -> Batch:
-    factors = torch.where(batch.target_views > 0, 1.0, factor).double()
+    factors = torch.where(batch.is_ar_target, factor, 1.0).double()
     balanced = replace(batch, loss_weights=(batch.loss_weights.double() * factors).float())
     return balanced.pin_memory() if batch.loss_weights.is_pinned() else balanced

@@ -171,12 +171,13 @@ def served_nll(model: Any, history: Tensor, block: Tensor, answers: Tensor, size
             target_t=zero,
             loss_weights=zero,
             is_fill=zero.bool(),
+            is_ar_target=zero.bool(),
             sample_ids=torch.zeros(1, dtype=torch.int64),
             num_segments=torch.ones(1, dtype=torch.int64),
             segment_epochs=torch.zeros(1, dtype=torch.int64),
             segment_maskable=torch.ones(1, dtype=torch.int64),
             row_keys=torch.zeros(1, dtype=torch.int64),
-            **{name: torch.tensor(1) for name in ("num_maskable", "num_answers")},
+            **{name: torch.tensor(1) for name in ("num_maskable", "num_answers", "num_ar_maskable")},
             **{name: torch.tensor(1) for name in ("num_document_tokens", "num_forward_tokens")},
         )
     ).nll

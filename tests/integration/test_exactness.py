@@ -276,6 +276,26 @@ def test_the_ar_loss_of_clean_tokens_is_the_nll_of_the_ar_model(
     assert max(abs(found[key] - expected[key]) for key in expected) < 1e-6 * max(expected.values())
 
 
+@torch.no_grad()
+def test_the_served_mask_is_measured_unless_another_is_asked_for(
+    built: Any, corpus: Any, model_config: ModelConfig
+) -> None:
+    from megatron_dllm.evaluation.elbo import diffusion_names, evaluate
+
+    config = _config(model_config, corpus)
+    served = EvaluationConfig(block_sizes=[4, 1], num_tokens=60, with_ar=True)
+    causal = EvaluationConfig(block_sizes=[4, 1], num_tokens=60, clean_block_size=1)
+    names = diffusion_names(served)
+    assert (names, diffusion_names(causal)) == (["4", "1", "ar"], ["4", "1"])
+    first, other = (
+        evaluate([built], replace(config, evaluation=e), Groups.current(), corpus, names, torch.device("cpu"))
+        for e in (served, causal)
+    )
+    assert first.nats_per_token["4"] != other.nats_per_token["4"]
+    assert all(first.nats_per_token[name] == other.nats_per_token[name] for name in ("1", "ar"))
+    assert (first.target_block_size, first.difference(other)) == (4, "blocks document, not document, clean blocks of 1")
+
+
 def test_ar_targets_without_weight_change_no_number(built: Any, corpus: Any, model_config: ModelConfig) -> None:
     """The clean tokens that only an AR target needs are read by no noisy one: same diffusion loss and gradients."""
     config = _config(model_config, corpus)

@@ -125,7 +125,10 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
         (dict(ar_weight=0.5, clean_block_size=1, ar_share=1.5), ("ar_share (1.5)", "[0, 1]")),
         (dict(ar_weight=0.5, clean_block_size=1, ar_share=0.0), ("ar_share (0)", "give ar_row_share")),
         (dict(ar_weight=0.5, ar_row_share=0.5, ar_share=0.5), ("ar_share (0.5)", "clean blocks of 32")),
-        (dict(ar_weight=0.5, clean_block_size=1, shift=True), ("ar_weight (0.5)", "leave shift null")),
+        (
+            dict(ar_weight=0.5, ar_row_share=0.5, block_size=256, attention_anneal=AttentionAnnealConfig(steps=5)),
+            ("ar_row_share (0.5)", "attention_anneal"),
+        ),
         (dict(ar_row_share=0.5), ("ar_row_share (0.5)", "no effect without ar_weight")),
         (dict(ar_weight=0.5, ar_row_share=1.0), ("ar_row_share (1.0)", "take objective ar")),
         (dict(ar_weight=0.5, ar_row_share=0.5, num_tokens=None, num_epochs=1.0), ("num_epochs (1.0)", "null")),

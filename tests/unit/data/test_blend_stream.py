@@ -90,7 +90,7 @@ def test_an_ar_row_counts_its_targets_for_the_ar_loss_alone() -> None:
             assert (row.num_maskable, row.num_ar_maskable) == (int(plan.segments[:, LENGTH].sum()), 0)
             continue
         assert (row.num_maskable, row.num_ar_maskable) == (0, len(row.target_ids))
-        assert not row.is_masked.any() and (row.roles[row.target_positions, 2] == 0).all()
+        assert row.is_ar_target.all() and not row.is_masked.any() and (row.roles[row.target_positions, 2] == 0).all()
         assert (row.target_ids == row.input_ids[row.target_positions + 1]).all()
         assert row.num_forward_tokens == row.num_document_tokens == int(plan.segments[:, LENGTH].sum())
 

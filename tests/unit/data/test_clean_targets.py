@@ -27,7 +27,7 @@ def test_guided_row_by_hand() -> None:
     row = make_row([5, 2], geometry, spec())
     assert row.input_ids[[*range(5, 9), 11]].tolist() == [1, 2, 3, 4, 11] and row.input_ids[12:].tolist() == [PAD] * 4
     assert row.roles[:12, 2].tolist() == [1] * 5 + [0] * 4 + [1] * 2 + [0]
-    is_clean = row.roles[row.target_positions, 2] == 0
+    is_clean = row.is_ar_target
     assert row.target_positions[is_clean].tolist() == [5, 6, 7, 8, 11]
     assert row.target_ids[is_clean].tolist() == [2, 3, 4, 5, 12]
     assert row.loss_weights[is_clean].tolist() == [1.0] * 5 and row.target_t[is_clean].tolist() == [0.0] * 5
@@ -75,6 +75,22 @@ def test_the_predicate_gives_the_mask_of_two_grids(block_size: int, clean: int, 
     first = geometry.grid_starts(np.cumsum(lengths) - lengths)
     assert (mask == _expected_mask(row, block_size, clean, first)).all()
     assert (visible_keys(row.roles) == mask.sum(1)).all()
+
+
+def test_with_a_shift_the_first_tokens_of_blocks_have_two_losses() -> None:
+    """The slot before a block predicts its first token for the diffusion loss and, as all do, for the AR loss."""
+    geometry = replace(GUIDED, shift=True)
+    row = make_row(LENGTHS, geometry, spec())
+    plain = make_row(LENGTHS, replace(geometry, ar_share=0.0), spec())
+    own = ~row.is_ar_target
+    for name in ("target_ids", "loss_weights", "target_t"):
+        assert getattr(row, name)[own].tolist() == getattr(plain, name).tolist()
+    assert row.num_maskable == plain.num_maskable
+    places = row.target_positions[row.is_ar_target]
+    assert len(places) == len(set(places.tolist())) == row.num_ar_maskable == sum(LENGTHS) - len(LENGTHS)
+    assert (row.target_ids[row.is_ar_target] == row.input_ids[places] + 1).all()
+    leading = set(row.target_positions[own].tolist()) & set(places.tolist())
+    assert len(leading) == 3 + 0 + 2 + 1, "block starts 4, 8, 12 of 13 tokens, 4 and 8 of 9, 4 of 6"
 
 
 def test_an_ar_target_is_the_next_token_of_its_document() -> None:

@@ -20,6 +20,7 @@ COUNTS = (
     "segment_maskable",
     "num_maskable",
     "num_answers",
+    "num_ar_maskable",
     "num_document_tokens",
     "num_forward_tokens",
 )
@@ -54,6 +55,7 @@ def test_shards_together_are_the_batch(batch: Batch, cp_size: int) -> None:
         "loss_weights",
         "target_t",
         "is_fill",
+        "is_ar_target",
     }
 
 

@@ -94,7 +94,8 @@ def test_the_diffusion_loss_and_the_ar_loss_are_two_means_by_hand(one_rank: Grou
 def test_a_step_of_ar_rows_alone_is_divided_by_their_tokens(one_rank: Groups) -> None:
     objective = objective_of(replace(STAGE, ar_weight=0.5, ar_row_share=0.5), NoiseConfig())
     row = make_row([13, 9], RowGeometry("ar", 1, 32, 96, 0), None)
-    batch = replace(collate([row]), num_maskable=torch.tensor(0), num_ar_maskable=torch.tensor(20))
+    of_ar = dict(num_maskable=torch.tensor(0), num_ar_maskable=torch.tensor(20), is_ar_target=torch.ones(20).bool())
+    batch = replace(collate([row]), **of_ar)
     (balanced,) = balance_batches([batch], objective.ar_weight, torch.device("cpu"), one_rank)
     nll = torch.full((20,), 3.0)
     found = objective.loss(balanced, TargetOutputs(nll, nll < 0.0))

@@ -28,7 +28,10 @@ def _row(batch: Batch, row: int, samples: slice) -> Batch:
         name: getattr(batch, name)[row : row + 1]
         for name in ("input_ids", "position_ids", "roles", "is_masked", "row_keys", "num_segments")
     }
-    per_target = {name: getattr(batch, name)[mine] for name in ("target_ids", "loss_weights", "target_t", "is_fill")}
+    per_target = {
+        name: getattr(batch, name)[mine]
+        for name in ("target_ids", "loss_weights", "target_t", "is_fill", "is_ar_target")
+    }
     return replace(
         batch,
         **per_row,
