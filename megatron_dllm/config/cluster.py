@@ -36,7 +36,7 @@ class ContainerConfig:
 
     # none: directly on the node; pyxis or apptainer: in an image.
     kind: str = "none"
-    # A file (.sqsh, .sif), or a registry address such as docker://nvcr.io#nvidia/pytorch:25.06-py3.
+    # A file (.sqsh, .sif) built from containers/Dockerfile, or the address of such an image in a registry.
     image: str | None = None
     # HOST:CONTAINER[:ro]; the project and the run folder are mounted at their own paths by themselves.
     mounts: list[str] = field(default_factory=list)
