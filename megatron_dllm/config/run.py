@@ -11,6 +11,7 @@ from megatron_dllm.config.rules import check, check_choice, check_name, check_po
 NON_FINITE_ACTIONS = ("stop", "skip")
 OFFLOADS = ("none", "cpu")
 HOST_ADAMS = ("torch", "deepspeed")
+MOMENTS = ("fp32", "bf16")
 # Held-out tokens that are measured where a recipe names the corpus and not their number.
 HELD_OUT_TOKENS = 2_000_000
 
@@ -66,6 +67,9 @@ class OptimizerConfig:
     offload_fraction: float = 1.0
     # What updates them there: torch (its fused kernel) or deepspeed (CPUAdam, from the package of that name).
     offload_adam: str = "torch"
+    # Precision in which Adam's two moments are kept: fp32, or bf16 by TransformerEngine's Adam, 4 bytes less a
+    # parameter of the rank's shard. Checkpoints hold fp32 in any case.
+    moments: str = "fp32"
     # What to do with a step whose loss or gradient norm is not finite: stop the run, or skip the step.
     on_non_finite: str = "stop"
     # A gradient norm above this many times its running median is a spike and treated the same way; 0: off.
@@ -95,6 +99,12 @@ class OptimizerConfig:
     def _validate_offload(self) -> None:
         check_choice("optimizer.offload", self.offload, OFFLOADS)
         check_choice("optimizer.offload_adam", self.offload_adam, HOST_ADAMS)
+        check_choice("optimizer.moments", self.moments, MOMENTS)
+        check(
+            self.moments == "fp32" or self.offload == "none",
+            f"optimizer.moments ({self.moments}) must be fp32 with optimizer.offload {self.offload}, whose Adam keeps "
+            "fp32; set one of the two back.",
+        )
         check(
             0.0 < self.offload_fraction <= 1.0,
             f"optimizer.offload_fraction ({self.offload_fraction}) must lie in (0, 1]; offload=none offloads nothing.",

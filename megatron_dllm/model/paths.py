@@ -141,6 +141,13 @@ def _optimizer(config: OptimizerConfig, facts: DeviceFacts, layers: Choice) -> C
                 f"{GET_DEEPSPEED}, or use torch."
             )
         return Choice("offloaded", f"{config.offload_fraction:.0%} on the host, by {config.offload_adam}'s Adam")
+    if config.moments != "fp32":
+        if layers.name != "te":
+            raise ValueError(
+                f"optimizer.moments ({config.moments}) needs the Adam of TransformerEngine on a GPU, which is not "
+                f"here; {GET_ENGINE} on a GPU, or use fp32."
+            )
+        return Choice("te", f"TransformerEngine is installed; moments in {config.moments}")
     if layers.name == "torch" and facts.is_cuda and facts.packages.apex == "nvidia":
         return Choice("apex", "TransformerEngine is not installed, Apex is")
     return layers

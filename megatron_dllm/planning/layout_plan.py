@@ -135,7 +135,7 @@ def _memory(
 ) -> tuple[RankMemory, ...]:
     model, layout, reserve = setting.model, candidate.layout, setting.reserve
     return tuple(
-        rank_memory(model, layout, rank, batch, candidate.num_gpus, reserve, held, setting.optimizer.offloaded)
+        rank_memory(model, layout, rank, batch, candidate.num_gpus, reserve, held, setting.optimizer)
         for rank, held in weights.items()
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_dllm.config import ModelConfig, ParallelConfig
+from megatron_dllm.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dllm.planning.answer import RankMemory
 from megatron_dllm.planning.layers import LayerCost
 from megatron_dllm.planning.micro_batch import MicroBatch, rank_layers
@@ -16,21 +16,19 @@ _HEAD_GRADIENT_BYTES = 2
 
 
 def model_state(
-    weights: Weights, layout: ParallelConfig, num_gpus: int, offloaded: float = 0.0
+    weights: Weights, layout: ParallelConfig, num_gpus: int, optimizer: OptimizerConfig | None = None
 ) -> tuple[int, int, int]:
     """Bytes of weights, of their gradients (fp32), and of this rank's shard of the optimizer.
 
-    The optimizer keeps Adam's two moments in fp32, and beside bf16 weights an fp32 copy of them; of a share that is
-    offloaded nothing lies on the GPU.
+    The optimizer keeps Adam's two moments in fp32 or bf16, and beside bf16 weights an fp32 copy of them; of a share
+    that is offloaded nothing lies on the GPU.
     """
+    optimizer = optimizer or OptimizerConfig()
     dense, experts = replicas(layout, num_gpus)
     is_bf16 = layout.precision != "fp32"
-    shard = weights.dense / dense + weights.experts / experts
-    return (
-        weights.total * (2 if is_bf16 else 4),
-        weights.total * 4,
-        round(shard * (12 if is_bf16 else 8) * (1.0 - offloaded)),
-    )
+    kept = (8 if optimizer.moments == "fp32" else 4) + (4 if is_bf16 else 0)
+    shard = (weights.dense / dense + weights.experts / experts) * (1.0 - optimizer.offloaded)
+    return weights.total * (2 if is_bf16 else 4), weights.total * 4, round(shard * kept)
 
 
 def rank_memory(
@@ -41,7 +39,7 @@ def rank_memory(
     num_gpus: int,
     reserve: int,
     weights: Weights | None = None,
-    offloaded: float = 0.0,
+    optimizer: OptimizerConfig | None = None,
 ) -> RankMemory:
     """Bytes of a pipeline rank at the moment of a step at which it holds the most.
 
@@ -53,10 +51,10 @@ def rank_memory(
         num_gpus: of the run.
         reserve: bytes beside the tensors.
         weights: of the rank, where they are known already.
-        offloaded: share of the optimizer's state that lies on the host.
+        optimizer: how its state is kept, and where; None: the defaults.
     """
     held = weights or rank_weights(model, layout, rank)
-    state = model_state(held, layout, num_gpus, offloaded)
+    state = model_state(held, layout, num_gpus, optimizer)
     layers = rank_layers(rank, batch)
     in_flight = pipeline_in_flight(layout, rank.index, batch.number)
     kept = in_flight * sum(number * _kept(layout.recompute, cost) for number, cost in layers)

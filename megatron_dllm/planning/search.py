@@ -164,9 +164,9 @@ def _peak(
     setting: Setting, layout: ParallelConfig, weights: dict[PipelineRank, Weights], batch: MicroBatch, num_gpus: int
 ) -> int:
     # Of ranks that hold the same layers, the first has the most micro-batches in flight.
-    model, reserve, offloaded = setting.model, setting.reserve, setting.optimizer.offloaded
+    model, reserve, optimizer = setting.model, setting.reserve, setting.optimizer
     return max(
-        rank_memory(model, layout, rank, batch, num_gpus, reserve, weights[rank], offloaded).total
+        rank_memory(model, layout, rank, batch, num_gpus, reserve, weights[rank], optimizer).total
         for rank in distinct_ranks(tuple(weights))
     )
 

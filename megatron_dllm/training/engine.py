@@ -152,11 +152,25 @@ def _megatron_config(optimizer: OptimizerConfig, precision: str) -> MegatronOpti
         use_distributed_optimizer=True,
         overlap_param_gather=optimizer.overlap_param_gather,
         log_num_zeros_in_grad=False,
+        **moment_settings(optimizer.moments),
     )
     # The distributed optimizer leaves gradients and fp32 weights to the one behind it. By the public flag it would
     # insist on TransformerEngine's.
-    settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = optimizer.offload == "cpu"
+    if optimizer.offload == "cpu":
+        settings.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     return settings
+
+
+def moment_settings(precision: str) -> dict[str, Any]:
+    """How megatron-core is told to keep the moments; the fp32 weights stay whole, as checkpoints hold them."""
+    if precision == "fp32":
+        return {}
+    return dict(
+        use_precision_aware_optimizer=True,
+        store_param_remainders=False,
+        exp_avg_dtype=torch.bfloat16,
+        exp_avg_sq_dtype=torch.bfloat16,
+    )
 
 
 def fuse_adam(optimizer: MegatronOptimizer) -> None:

@@ -257,6 +257,11 @@ def test_schedules_that_cannot_run_are_refused(schedule: ScheduleConfig, parts: 
         (dict(optimizer=OptimizerConfig(adam_eps=0.0)), ("optimizer.adam_eps (0.0)", "positive")),
         (dict(optimizer=OptimizerConfig(offload="disk")), ("optimizer.offload (disk)", "none, cpu")),
         (dict(optimizer=OptimizerConfig(offload_adam="apex")), ("offload_adam (apex)", "torch, deepspeed")),
+        (dict(optimizer=OptimizerConfig(moments="fp8")), ("optimizer.moments (fp8)", "fp32, bf16")),
+        (
+            dict(optimizer=OptimizerConfig(moments="bf16", offload="cpu")),
+            ("optimizer.moments (bf16)", "offload cpu", "set one of the two back"),
+        ),
         (dict(optimizer=OptimizerConfig(offload_fraction=0.0)), ("offload_fraction (0.0)", "(0, 1]")),
         (dict(optimizer=OptimizerConfig(on_non_finite="pray")), ("on_non_finite (pray)", "stop, skip")),
         (dict(optimizer=OptimizerConfig(clip_grad=-1.0)), ("optimizer.clip_grad (-1.0)", "0 turns it off")),

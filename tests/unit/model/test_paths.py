@@ -98,6 +98,14 @@ def test_fp8_is_for_hopper_with_transformer_engine() -> None:
     assert choose_paths(WIDE, BF16, CUDA).precision.faster == ""
 
 
+def test_moments_in_bf16_are_transformer_engines() -> None:
+    short = OptimizerConfig(moments="bf16")
+    assert str(choose_paths(MOE, BF16, CUDA_TE, optimizer=short).optimizer).endswith("installed; moments in bf16)")
+    for facts in (CPU, CUDA, replace(CUDA, packages=Packages(apex="nvidia"))):
+        with pytest.raises(ValueError, match=r"optimizer.moments \(bf16\) needs the Adam of TransformerEngine"):
+            choose_paths(MOE, BF16, facts, optimizer=short)
+
+
 def test_an_offloaded_optimizer_says_who_updates_it() -> None:
     with_deepspeed = replace(CUDA, packages=Packages(has_deepspeed=True))
     offloaded = OptimizerConfig(offload="cpu", offload_fraction=0.5, offload_adam="deepspeed")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_dllm.compose import compose_train_config
-from megatron_dllm.config import ParallelConfig, ScheduleConfig, TrainConfig
+from megatron_dllm.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megatron_dllm.config.assumptions import AssumptionsConfig
 from megatron_dllm.planning.answer import RankMemory
 from megatron_dllm.planning.engine import measure
@@ -56,9 +56,15 @@ def test_bytes_that_a_layer_keeps_for_a_token(model: str, tensor_size: int, expe
 def test_what_is_offloaded_leaves_the_gpu() -> None:
     config = _config("ling_mini", expert_model_parallel_size=8)
     held = rank_weights(config.model, config.parallel, pipeline_ranks(config.model, config.parallel)[0])
-    whole, half, none = (model_state(held, config.parallel, 16, share) for share in (0.0, 0.5, 1.0))
+    half, none = (
+        model_state(held, config.parallel, 16, OptimizerConfig(offload="cpu", offload_fraction=share))
+        for share in (0.5, 1.0)
+    )
+    whole = model_state(held, config.parallel, 16)
     assert whole[:2] == half[:2] == none[:2]
     assert half[2] == pytest.approx(whole[2] / 2, rel=1e-9) and none[2] == 0
+    short = model_state(held, config.parallel, 16, OptimizerConfig(moments="bf16"))
+    assert short[2] == pytest.approx(whole[2] * 8 / 12, rel=1e-9)
 
 
 def test_the_optimizer_is_shared_by_replicas_of_each_kind_of_weight() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,22 @@ def _weights_after(engine: Any, num_steps: int) -> list[Tensor]:
         engine.optimizer.prepare_grads()
         engine.optimizer.step_with_ready_grads()
     return [parameter.detach().clone() for chunk in engine.chunks for parameter in chunk.parameters()]
+
+
+def test_moments_in_bf16_are_asked_of_megatron(tmp_path: Path) -> None:
+    from megatron_dllm.parallel.groups import Groups
+    from megatron_dllm.training.engine import build_engine, moment_settings, paths_here
+
+    assert moment_settings("fp32") == {}
+    settings = moment_settings("bf16")
+    assert settings["exp_avg_dtype"] == settings["exp_avg_sq_dtype"] == torch.bfloat16
+    assert settings["use_precision_aware_optimizer"] and not settings["store_param_remainders"]
+    write_corpus(tmp_path / "corpus")
+    config = run_config(tmp_path, "engine")
+    short = replace(config, optimizer=replace(config.optimizer, moments="bf16"))
+    # megatron-core asks for TransformerEngine, or its version, and so has heard of it.
+    with pytest.raises((RuntimeError, TypeError)):
+        build_engine(short, Groups.current(), paths_here(config, is_training=True))
 
 
 def test_the_fused_adam_is_the_same_adam(tmp_path: Path) -> None:
