@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import engine_answer, real_rank
+from benchmarks import context_balance, context_exchange, engine_answer, long_attention, real_rank
 from benchmarks.attention import causal_run
 from benchmarks.computed_pairs import build_roles, computed_pairs
 from benchmarks.decoding import Way, draw_prompts, measure
@@ -139,3 +140,21 @@ def test_what_the_engine_cannot_be_asked_is_refused_before_anything_is_built() -
         engine_answer.main([*words, "3", "--stages", "stable"])
     with pytest.raises(ValueError, match=r"stage \(nosuch\) must be one of warmup_1, "):
         real_rank.main([*words, "64", "--rank", "0", "--stage", "nosuch"])
+
+
+@pytest.mark.parametrize(("block_size", "is_general"), [(32, False), (1024, True)])
+def test_clean_keys_alone_travel_where_blocks_are_whole(block_size: int, is_general: bool) -> None:
+    """One document of 1024 tokens on 8 ranks, counted by hand: 256 tokens a rank, half of them clean, steps of 32."""
+    rows = context_balance.build_rows(context_exchange.geometry_of(1024, block_size), 1, 1024, 0.0)
+    found = context_exchange.measure(rows, 8, num_groups=4, kv_channels=128)
+    assert found["all_mib"] == pytest.approx(7 * 256 * 2 * 4 * 128 * 2 / 2**20)
+    assert found["general"] == float(is_general)
+    assert (found["share"] == 1.0) if is_general else (0.5 <= found["share"] <= 0.75)
+    assert found["balance"] <= 1.02
+
+
+def test_a_context_rank_of_long_rows_sees_its_pairs() -> None:
+    args = SimpleNamespace(block=32, ranks=4, head_dim=8, backend="shared_prefix")
+    found = long_attention.measure_row(512, "one", args)
+    assert found["million_pairs"] == pytest.approx(512**2 / 4 / 1e6, rel=0.02)
+    assert found["peak_mib"] > 0 and found["ns_a_pair"] > 0

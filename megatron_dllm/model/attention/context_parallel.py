@@ -97,12 +97,10 @@ def plan_exchange(roles: Tensor, group: dist.ProcessGroup) -> KeyExchange:
     # On the host: the number of keys that travel is the shape of a tensor.
     whole_roles = gather_roles(roles, group).cpu()
     every = whole_roles.unflatten(1, (size, -1)).transpose(0, 1)
-    is_clean = (every[..., VIEW] == CLEAN_VIEW) & (every[..., DOC] > PADDING_DOC)
-    length = roles.shape[1]
-    step = max(1, length // SENT_STEPS)
-    num_sent = -(-max(int(is_clean.sum(-1).max()), 1) // step) * step
-    if num_sent > MAX_SENT_SHARE * length or _has_divided_block(whole_roles, length):
+    num_sent = keys_to_send(whole_roles, size)
+    if num_sent is None:
         return KeyExchange(group, None, whole_roles.to(roles.device))
+    is_clean = _is_clean(every)
     # Clean tokens first, in their order; what lies behind them travels as padding.
     order = torch.argsort((~is_clean).int(), dim=-1, stable=True)[..., :num_sent]
     sent_roles = every.gather(2, order.unsqueeze(-1).expand(-1, -1, -1, roles.shape[-1])).clone()
@@ -111,6 +109,25 @@ def plan_exchange(roles: Tensor, group: dist.ProcessGroup) -> KeyExchange:
     own_roles[..., DOC].masked_fill_(is_clean[rank], PADDING_DOC)
     key_roles = torch.cat([sent_roles.transpose(0, 1).flatten(1, 2), own_roles], dim=1)
     return KeyExchange(group, order[rank].T.contiguous().to(roles.device), key_roles.to(roles.device))
+
+
+def keys_to_send(roles: Tensor, size: int) -> int | None:
+    """Keys that each rank sends of its rows, or None: all, because a noisy block is divided or little would be saved.
+
+    Args:
+        roles: [b, s, 3] int32 roles of whole rows, the tokens of the first rank first.
+        size: context-parallel ranks.
+    """
+    length = roles.shape[1] // size
+    step = max(1, length // SENT_STEPS)
+    num_clean = int(_is_clean(roles).unflatten(1, (size, -1)).sum(-1).max())
+    num_sent = -(-max(num_clean, 1) // step) * step
+    return None if num_sent > MAX_SENT_SHARE * length or _has_divided_block(roles, length) else num_sent
+
+
+def _is_clean(roles: Tensor) -> Tensor:
+    """[...] whether each token of `roles` [..., 3] is of a clean copy."""
+    return (roles[..., VIEW] == CLEAN_VIEW) & (roles[..., DOC] > PADDING_DOC)
 
 
 def _has_divided_block(roles: Tensor, length: int) -> bool:
