@@ -25,6 +25,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.config.generate import GenerateConfig
 from megatron_dllm.config.harness import HarnessConfig
+from megatron_dllm.config.needle import NeedleConfig
 from megatron_dllm.config.plan import PlanKeys
 from megatron_dllm.config.rules import check
 from megatron_dllm.config.study import StudyConfig
@@ -125,6 +126,7 @@ def _cell(text: str) -> str:
 SECTIONS = {
     "Training: train, evaluate, and the training jobs of a chain": TrainConfig,
     "Tasks of lm-evaluation-harness: harness, which has the keys of training too": HarnessConfig,
+    "Long contexts: needle, which has the keys of training too": NeedleConfig,
     "Decoding: generate": GenerateConfig,
     "Decoding in many ways: study": StudyConfig,
     "Planning: plan, beside the keys of training": PlanKeys,

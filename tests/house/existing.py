@@ -15,6 +15,7 @@ from megatron_dllm.compose import schema_keys
 from megatron_dllm.config import GenerateConfig, TrainConfig
 from megatron_dllm.config.evaluate import SHORT_NAMES, EvaluateConfig
 from megatron_dllm.config.harness import HarnessConfig
+from megatron_dllm.config.needle import NeedleConfig
 from megatron_dllm.config.plan import PlanConfig
 from megatron_dllm.config.study import StudyConfig
 from tests.house.mentions import FOLDERS, PACKAGE, Mention
@@ -167,6 +168,7 @@ class Existing:
             "megatron_dllm.evaluate": {*training, *schema_keys(EvaluateConfig), *SHORT_NAMES},
             "megatron_dllm.plan": {*training, *schema_keys(PlanConfig)},
             "megatron_dllm.harness": {*training, *schema_keys(HarnessConfig), *SHORT_NAMES},
+            "megatron_dllm.needle": {*training, *schema_keys(NeedleConfig), *SHORT_NAMES},
             **dict.fromkeys(LAUNCHING, launching),
             "megatron_dllm.generate": set(schema_keys(GenerateConfig)),
             "megatron_dllm.study": set(schema_keys(StudyConfig)),

@@ -10,9 +10,12 @@ import pytest
 
 from benchmarks.synthetic import write_synthetic
 from megatron_dllm.checkpoint.meta import Semantics, read_meta, write_meta
+from megatron_dllm.config import RotaryScalingConfig
 from megatron_dllm.evaluate import compose_words
-from megatron_dllm.evaluation.request import Request, read_request
+from megatron_dllm.evaluation.request import Request, open_target, read_request
 from tests.tiny_models import LING, MODELS, seal
+
+YARN = RotaryScalingConfig(factor=2.0, original_max_position_embeddings=64)
 
 
 def read(load: Path, *words: str, world_size: int = 1) -> Request:
@@ -110,3 +113,20 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, make_checkpoint: Ca
     (folder / "contract.json").write_text("{")
     with pytest.raises(ValueError, match=r"contract\.json"):
         read(folder)
+
+
+def test_other_angles_are_measured_where_that_is_said_and_written_elsewhere(diffusion: Path) -> None:
+    words = ["model.rotary_scaling={kind: yarn, factor: 2, original_max_position_embeddings: 64}"]
+    longer = ["schedule.context_length=128", "model.max_position_embeddings=128"]
+    with pytest.raises(ValueError, match=r"model.rotary_scaling \(RotaryScaling.*\) differs from the checkpoint"):
+        read(diffusion, *words)
+    with pytest.raises(ValueError, match=r"context_length \(128\) must not exceed .* \(64\); .*model.rotary_scaling"):
+        read(diffusion, longer[0])
+    words += [*longer, "checkpoint.change_rotary=true"]
+    request = read(diffusion, *words)
+    assert request.config.model == replace(LING, max_position_embeddings=128, rotary_scaling=YARN)
+    assert request.weights.model == LING
+    with pytest.raises(ValueError, match=r"output \(null\) must name a file with checkpoint.change_rotary"):
+        open_target(request, "validation.json", str)
+    other = diffusion.parent / "other.json"
+    assert open_target(read(diffusion, *words, f"output={other}"), "validation.json", str) == other
