@@ -15,7 +15,14 @@ EXPERIMENTS = sorted(path.stem for path in (RECIPES / "experiment").glob("*.yaml
 # Their model is that of the checkpoint they start from.
 FROM_CHECKPOINT = ("cap", "convert", "dpo", "sft")
 PREFERENCES = ["checkpoint.load=sft", "preference.reference=frozen"]
-RANKS = {"llada2_mini": 8, "llada2_flash": 512, "qwen3_30b_a3b": 16}
+RANKS = {
+    "llada2_mini": 8,
+    "llada2_mini_32k": 64,
+    "llada2_mini_64k": 64,
+    "llada2_mini_128k": 64,
+    "llada2_flash": 512,
+    "qwen3_30b_a3b": 16,
+}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -250,3 +250,23 @@ def test_what_the_shipped_recipes_bring_is_found_from_any_folder(
     [generate] = [job for job in compose_chain(["experiment=tiny_demo"]).jobs if job.name == "generate"]
     [prompts] = [word.partition("=")[2] for word in generate.arguments if word.startswith("prompts_file=")]
     assert Path(prompts).is_absolute() and Path(prompts).is_file()
+
+
+def test_contexts_grow_from_run_to_run() -> None:
+    """Each run starts from the one before, stretched from Ling's own 32k; needles and export read the last."""
+    words = [
+        "inputs.start=/data/merged",
+        "inputs.train=[0.5, /data/short, 0.5, /data/long]",
+        "inputs.validation=/data/v",
+    ]
+    chain = compose_chain(["experiment=llada2_mini_long", "root=/r", *words])
+    runs = [job.config for job in chain.jobs if job.config is not None]
+    assert [config.schedule.context_length for config in runs] == [32768, 65536, 131072]
+    assert [config.model.rotary_scaling and config.model.rotary_scaling.factor for config in runs] == [None, 2.0, 4.0]
+    for config in runs:
+        config.validate(64)
+        assert config.train_corpora == ("/data/short", "/data/long")
+        assert config.schedule.stages["long"].global_batch_size * config.schedule.context_length == 2**21
+    folder = "/r/llada2_mini_long"
+    assert [config.checkpoint.load for config in runs] == ["/data/merged", f"{folder}/to_32k", f"{folder}/to_64k"]
+    assert all(f"{folder}/to_128k" in " ".join(job.arguments) for job in chain.jobs if job.config is None)
