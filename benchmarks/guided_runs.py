@@ -35,7 +35,7 @@ from megatron_dllm.planning.rows import assumed_row
 
 CONTEXT_LENGTH, TARGET, LONGEST = 256, 32, 2000
 EOS, PAD, MASK, FIRST_BYTE = 0, 1, 2, 3
-HELD_OUT, HELD_OUT_TOKENS = 8, 12_000  # one document of so many is held out
+HELD_OUT, HELD_OUT_TOKENS = 8, 20_000  # one document of so many is held out
 SHARES = {"warmup_1": 0.2, "warmup_4": 0.2, "warmup_32": 0.35, "last": 0.25}
 BLOCKS = {"warmup_1": 1, "warmup_4": 4, "warmup_32": TARGET, "last": TARGET}
 LEARNING_RATE = 2e-3
@@ -112,8 +112,8 @@ def arms(weights: list[float]) -> dict[str, Arm]:
     found = {"block": Arm()}
     for weight in weights:
         found |= {
-            f"returned {weight:g}": Arm(1, weight, returns=True),
             f"returned {weight:g}, half": Arm(1, weight, returns=True, budget=0.5),
+            f"returned {weight:g}": Arm(1, weight, returns=True),
             f"guided {weight:g}": Arm(1, weight),
         }
     return found | {"causal": Arm(1)}
