@@ -60,7 +60,8 @@ def sample_answers(options: argparse.Namespace) -> list[list[Answer]]:
     with asking(options, config) as asked:
         for number in track(range(options.num_samples), "answering", console=Console(stderr=True), transient=True):
             # A question has seed + its index: rounds must not share any.
-            rounds.append(asked.answers(replace(config, seed=config.seed + number * len(asked.questions))))
+            seed = config.seed + number * len(asked.questions)
+            rounds.append(asked.decoded(replace(config, seed=seed)).answers)
     return [list(answers) for answers in zip(*rounds, strict=True)]
 
 

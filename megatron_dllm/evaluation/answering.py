@@ -55,16 +55,21 @@ class Decoded:
         tasks: score of each task.
         generations: of all answers.
         seconds: of decoding them.
+        answers: to questions of this program, in their order.
     """
 
     tasks: dict[str, TaskScore]
     generations: list[Generation]
     seconds: float
+    answers: Sequence[Answer] = ()
 
     def joined(self, other: Decoded) -> Decoded:
         """Together with the questions of other tasks."""
         return Decoded(
-            {**self.tasks, **other.tasks}, [*self.generations, *other.generations], self.seconds + other.seconds
+            {**self.tasks, **other.tasks},
+            [*self.generations, *other.generations],
+            self.seconds + other.seconds,
+            [*self.answers, *other.answers],
         )
 
     def point(self, block_size: int, config: DecodingConfig, expected_tokens_per_forward: float | None) -> Point:
@@ -88,20 +93,7 @@ def decode_questions(
     tokenizer: Tokenizer,
     config: DecodingConfig,
 ) -> Decoded:
-    """`answer_all` and its score."""
-    begun = time.perf_counter()
-    answers = answer_all(decoder, questions, prompts, tokenizer, config)
-    return Decoded(score(answers), [answer.generation for answer in answers], time.perf_counter() - begun)
-
-
-def answer_all(
-    decoder: Decoder,
-    questions: Sequence[Question],
-    prompts: Sequence[Sequence[int]],
-    tokenizer: Tokenizer,
-    config: DecodingConfig,
-) -> list[Answer]:
-    """Answers in the order of the questions, on every rank (a collective).
+    """Answers and their scores, on every rank (a collective).
 
     Args:
         decoder: of the model.
@@ -110,12 +102,14 @@ def answer_all(
         tokenizer: turns tokens into text.
         config: rule and length.
     """
+    begun = time.perf_counter()
     generations = decoder.decode(requests_of(prompts, config), config)
     texts = [tokenizer.decode(found.generated_ids, skip_special_tokens=True) for found in generations]
-    return [Answer(*parts) for parts in zip(questions, texts, generations, strict=True)]
+    answers = [Answer(*parts) for parts in zip(questions, texts, generations, strict=True)]
+    return Decoded(_scores(answers), generations, time.perf_counter() - begun, answers)
 
 
-def score(answers: Sequence[Answer]) -> dict[str, TaskScore]:
+def _scores(answers: Sequence[Answer]) -> dict[str, TaskScore]:
     """The score of each task, by name."""
     groups: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:

@@ -47,13 +47,13 @@ def measure(options: argparse.Namespace) -> AnswerScores:
         replace(config, threshold=threshold).validate()
     thresholds, shown = [], []
     with asking(options, config) as asked:
-        from megatron_dllm.evaluation.answering import score
-
         for threshold in track(options.thresholds, "answering", console=Console(stderr=True), transient=True):
-            answers = asked.answers(replace(config, threshold=threshold))
-            thresholds.append(ThresholdScores(threshold, score(answers)))
+            decoded = asked.decoded(replace(config, threshold=threshold))
+            thresholds.append(ThresholdScores(threshold, decoded.tasks))
             if threshold == _nearest(options.thresholds, SHOWN_THRESHOLD):
-                shown = _first_of_each_task([answer.shown(asked.tokenizer) for answer in answers], options.num_shown)
+                shown = _first_of_each_task(
+                    [answer.shown(asked.tokenizer) for answer in decoded.answers], options.num_shown
+                )
     return AnswerScores(
         str(options.checkpoint),
         str(options.chats),

@@ -22,7 +22,7 @@ from megatron_dllm.inference.source import read_source
 from megatron_dllm.run.stream import check_new
 
 if TYPE_CHECKING:
-    from megatron_dllm.evaluation.answering import Answer
+    from megatron_dllm.evaluation.answering import Decoded
     from megatron_dllm.inference.decoder import Decoder
 
 
@@ -42,11 +42,11 @@ class Asked:
     tokenizer: Tokenizer
     decoder: Decoder
 
-    def answers(self, config: DecodingConfig) -> list[Answer]:
-        """Answers in the order of the questions, by this rule and length."""
-        from megatron_dllm.evaluation.answering import answer_all
+    def decoded(self, config: DecodingConfig) -> Decoded:
+        """All questions by this rule and length, as a study decodes them."""
+        from megatron_dllm.evaluation.answering import decode_questions
 
-        return answer_all(self.decoder, self.questions, self.prompts, self.tokenizer, config)
+        return decode_questions(self.decoder, self.questions, self.prompts, self.tokenizer, config)
 
 
 def question_parser(name: str, description: str | None, output: str) -> argparse.ArgumentParser:
