@@ -27,6 +27,11 @@ def check_levels(prefix: str, stage: StageConfig) -> None:
     _check_bell(prefix, stage)
     _check_rise(prefix, stage)
     _check_order(prefix, stage)
+    check(
+        0.0 < stage.cart_p < 1.0,
+        f"{prefix}.cart_p ({stage.cart_p:g}) must lie in (0, 1): it is the share of a direct neighbour in the weight; "
+        "0.3 is common.",
+    )
     for name, value, default in (
         ("t_density", stage.t_density, "uniform"),
         ("t_max_start", stage.t_max_start, None),
@@ -46,13 +51,12 @@ def check_levels(prefix: str, stage: StageConfig) -> None:
 
 def warn_levels(prefix: str, stage: StageConfig) -> list[str]:
     """Settings without effect, a sentence each."""
-    if stage.t_density == "bell":
-        return []
-    defaults = type(stage)
+    uses = (("t_density", "bell", ("t_bell_center", "t_bell_width")), ("loss_weight", "cart", ("cart_p",)))
     return [
-        f"{prefix}.{name} ({getattr(stage, name):g}) has no effect with t_density uniform; use bell."
-        for name in ("t_bell_center", "t_bell_width")
-        if getattr(stage, name) != getattr(defaults, name)
+        f"{prefix}.{name} ({getattr(stage, name):g}) has no effect with {key} {getattr(stage, key)}; use {needed}."
+        for key, needed, names in uses
+        for name in names
+        if getattr(stage, key) != needed and getattr(stage, name) != getattr(type(stage), name)
     ]
 
 

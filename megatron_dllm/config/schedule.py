@@ -25,7 +25,7 @@ from megatron_dllm.config.rules import (
 )
 from megatron_dllm.config.sft import SftConfig
 
-LOSS_WEIGHTS = ("elbo", "uniform", "realised")
+LOSS_WEIGHTS = ("elbo", "uniform", "realised", "cart")
 LR_SHAPES = ("constant", "linear", "cosine")
 OBJECTIVES = ("ar", "block_diffusion")
 VIEW_RELATIONS = ("independent", "stratified", "complementary")
@@ -80,8 +80,11 @@ class StageConfig:
     # n is masked with probability t^g and weighs g/t, g = exp(-order_bias (i/(n-1) - 1/2)). 0: all alike. Up to 1.38 in
     # size t_min may be 0; beyond that the loss then has no finite variance.
     order_bias: float = 0.0
-    # Weight of a masked token's NLL: elbo (1/t: a bound), uniform (1), realised (block size / masked tokens).
+    # Weight of a masked token's NLL: elbo (1/t: a bound), uniform (1), realised (block size / masked tokens), cart (how
+    # much of its context is visible: no bound).
     loss_weight: str = "elbo"
+    # Of cart, the share of a direct neighbour in the weight, in (0, 1); the next ones follow geometrically.
+    cart_p: float = 0.3
     # Every block of a view has a masked token; the weight is corrected so the ELBO stays unbiased.
     at_least_one: bool = True
     # Noisy views of every document, which share one clean copy; each costs as many tokens as the document has.

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from megatron_dllm.data.packing import ORDINAL, RowPlan
 from megatron_dllm.data.row_tokens import RowContent, RowTokens
 from megatron_dllm.data.shuffle import mix_key
+from megatron_dllm.diffusion.cart import cart_weights
 from megatron_dllm.diffusion.noise import sample_noise
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 
@@ -66,6 +67,9 @@ def draw_row_noise(plan: RowPlan, content: RowContent, row: RowTokens, noise: No
         drawn.is_masked[1:, span] = segment_noise.is_masked
         drawn.loss_weights[1:, span] = segment_noise.loss_weights
         drawn.t[1:, span] = segment_noise.t
+    if noise.loss_weight == "cart":
+        is_visible = ~(drawn.is_masked[1:] | tokens.is_hidden)
+        drawn.loss_weights[1:] *= cart_weights(is_visible, tokens.noisy_block_ids, tokens.position_ids, noise.cart_p)
     if noise.scales_tokens:
         of_noisy, of_leading = _token_weights(row, noise)
         drawn.loss_weights[1:] *= of_noisy

@@ -22,7 +22,7 @@ def view_weights(
         levels: [k, c] float64 noise levels.
         blocks: of the segment.
     """
-    if spec.loss_weight == "uniform":
+    if spec.loss_weight in ("uniform", "cart"):
         return np.ones(1)
     if spec.loss_weight == "realised":
         weights = _realised_weights(spec, views, blocks)

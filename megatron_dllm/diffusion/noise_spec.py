@@ -13,7 +13,7 @@ from megatron_dllm.config.sft import LOSS_PER
 from megatron_dllm.diffusion.exact_views import EXACT_RELATIONS
 
 # Fields that came later: records name them only where they are used, so that those of earlier versions stay comparable.
-_NEWER = ("t_density", "t_bell_center", "t_bell_width", "t_max_start", "t_max_ramp_share", "order_bias")
+_NEWER = ("cart_p", "t_density", "t_bell_center", "t_bell_width", "t_max_start", "t_max_ramp_share", "order_bias")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class NoiseSpec:
         at_least_one: every block with a maskable token has a masked one in every view (no effect on complementary
             pairs, which mask every token once anyway).
         loss_weight: "elbo": 1/t, corrected for at_least_one. "uniform": 1, no bound on the likelihood.
-            "realised": see `diffusion.loss_weights`.
+            "realised": see `diffusion.loss_weights`. "cart": 1 here; rows, which know the clean tokens, set it.
         t_min: smallest noise level.
         t_max: largest noise level; the ELBO is the mean over [t_min, t_max).
         num_views: noisy views of every segment, K.
@@ -38,6 +38,7 @@ class NoiseSpec:
         loss_per: "token", or "answer": the weights of an answer's tokens are divided by their number.
         share_levels: segments 2i and 2i + 1, by sample id and by ordinal, draw their levels alike (t_unit "block" and
             "document"); masks stay their own.
+        cart_p: of the weights "cart", see `diffusion.cart`.
         t_density: how levels lie in their range, see `diffusion.level_density`.
         t_bell_center: of a bell.
         t_bell_width: of a bell.
@@ -58,6 +59,7 @@ class NoiseSpec:
     fill_weight: float = 1.0
     loss_per: str = "token"
     share_levels: bool = False
+    cart_p: float = 0.3
     t_density: str = "uniform"
     t_bell_center: float = 0.5
     t_bell_width: float = 0.15
@@ -136,6 +138,7 @@ class NoiseSpec:
             share_levels=stage.preference is not None and stage.preference.share_levels,
             fill_weight=1.0 if stage.sft is None else stage.sft.fill_weight,
             loss_per="token" if stage.sft is None else stage.sft.loss_per,
+            cart_p=stage.cart_p,
             t_density=stage.t_density,
             t_bell_center=stage.t_bell_center,
             t_bell_width=stage.t_bell_width,

@@ -27,6 +27,8 @@ LEVELS = dict(sft=SftConfig(), preference=PreferenceConfig(is_count=False))
         (dict(t_max_start=0.9, t_max=0.8, t_max_ramp_share=0.5), ("one.t_max_start (0.9)", "(0.001, 0.8]")),
         (dict(t_max_start=0.4, t_max_ramp_share=0.5, **PAIR), ("one.t_max_start (0.4)", "symmetric", "null")),
         (dict(t_max_start=0.4, t_max_ramp_share=0.5, **LEVELS), ("one.t_max_start (0.4)", "preference")),
+        (dict(loss_weight="cart", cart_p=1.0), ("one.cart_p (1)", "(0, 1)", "0.3 is common")),
+        (dict(order_bias=1.0, loss_weight="cart"), ("one.order_bias (1)", "is cart")),
         (dict(order_bias=11.0), ("one.order_bias (11)", "[-10, 10]")),
         (dict(order_bias=1.0, **PAIR), ("one.order_bias (1)", "tilted the other way", "independent or stratified")),
         (dict(order_bias=1.0, loss_weight="uniform"), ("one.order_bias (1)", "loss_weight elbo", "is uniform")),
@@ -53,4 +55,6 @@ def test_all_of_it_together_is_a_stage_and_stands_in_the_table() -> None:
 def test_a_bell_without_effect_is_said() -> None:
     (warning,) = warn_levels("one", stage_config(t_bell_width=0.3))
     assert "one.t_bell_width (0.3) has no effect" in warning and "use bell" in warning
+    (warning,) = warn_levels("one", stage_config(cart_p=0.2))
+    assert "one.cart_p (0.2) has no effect with loss_weight elbo; use cart" in warning
     assert not warn_levels("one", stage_config(t_bell_width=0.3, t_density="bell")) + warn_levels("one", stage_config())
