@@ -107,8 +107,9 @@ def train(layout: Layout, stage: str, folder: Path, groups: Any) -> Trained:
     from megatron_dllm.checkpoint.loading import load_weights
     from megatron_dllm.model.objective import objective_of
     from megatron_dllm.model.pipeline import EmbeddingNoise
-    from megatron_dllm.training.engine import build_engine, set_learning_rate
+    from megatron_dllm.training.engine import build_engine
     from megatron_dllm.training.observers.fingerprint import step_fingerprint
+    from megatron_dllm.training.parameter_rates import set_learning_rate
     from megatron_dllm.training.step import train_step
     from megatron_dllm.training.weighing import weigh_batches
 

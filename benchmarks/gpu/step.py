@@ -97,7 +97,8 @@ def start(config: TrainConfig, device: torch.device) -> Callable[[int], Subject]
     from megatron_dllm.model.objective import objective_of
     from megatron_dllm.model.pipeline import EmbeddingNoise
     from megatron_dllm.parallel import groups
-    from megatron_dllm.training.engine import build_engine, set_learning_rate
+    from megatron_dllm.training.engine import build_engine
+    from megatron_dllm.training.parameter_rates import set_learning_rate
     from megatron_dllm.training.step import train_step
 
     engine = build_engine(config, groups.initialize(config.parallel, config.run))

@@ -97,7 +97,8 @@ def typed_word(schema: type, word: str, is_sweep: bool = False) -> str:
     """One word of the command line with its value as its key's type wants it; other words stay as they are.
 
     Hydra cannot add a group to those of a dict, such as a stage to the schedule; it can merge a dict that has one more.
-    So +schedule.stages.extra={block_size: 8} becomes ++schedule.stages={extra: {block_size: 8}}.
+    So +schedule.stages.extra={block_size: 8} becomes ++schedule.stages={extra: {block_size: 8}}. A dict of plain values
+    with entries of any name is merged likewise with what the recipes give.
 
     Args:
         schema: dataclass of the configuration.
@@ -113,11 +114,17 @@ def typed_word(schema: type, word: str, is_sweep: bool = False) -> str:
     if kind is bool and not (is_sweep and "," in value):
         check(value.lower() in _TRUTH_VALUES, f"{name} ({value}) is yes or no; give true or false.")
     value = _typed_value(kind, value, is_sweep) if equals else value
+    if kind is not None and _is_plain_dict(kind) and value.startswith("{"):
+        return f"++{name}={value}"
     entry = entry_of_dict(schema, name) if equals and key.startswith("+") else None
     if entry is None or not (entry[2] or value.startswith("{")):
         return f"{key}{equals}{value}"
     group, added, rest = entry
     return f"++{group}={{{': {'.join([added, *rest])}: {value}{'}' * (len(rest) + 1)}"
+
+
+def _is_plain_dict(kind: Any) -> bool:
+    return get_origin(kind) is dict and not is_dataclass(get_args(kind)[1])
 
 
 def _typed_value(kind: Any, value: str, is_sweep: bool) -> str:

@@ -70,6 +70,9 @@ class OptimizerConfig:
     # Precision in which Adam's two moments are kept: fp32, or bf16 by TransformerEngine's Adam, 4 bytes less a
     # parameter of the rank's shard. Checkpoints hold fp32 in any case.
     moments: str = "fp32"
+    # Factors on the learning rate by parameter, as {glob: factor}: the last glob that matches a parameter's name in
+    # checkpoints counts, 1 where none does. 0 leaves weights as they are, and keeps their moments.
+    lr_multipliers: dict[str, float] = field(default_factory=dict)
     # What to do with a step whose loss or gradient norm is not finite: stop the run, or skip the step.
     on_non_finite: str = "stop"
     # A gradient norm above this many times its running median is a spike and treated the same way; 0: off.
@@ -86,6 +89,11 @@ class OptimizerConfig:
         for name in ("clip_grad", "weight_decay", "spike_factor"):
             value = getattr(self, name)
             check(value >= 0, f"optimizer.{name} ({value}) must not be negative; 0 turns it off.")
+        for glob, factor in self.lr_multipliers.items():
+            check(
+                factor >= 0.0,
+                f"optimizer.lr_multipliers ({glob}: {factor:g}) must not be negative; 0 leaves weights as they are.",
+            )
         check(
             not self.overlap_param_gather or self.overlap_grad_reduce,
             "optimizer.overlap_param_gather (true) needs overlap_grad_reduce; set both to true.",

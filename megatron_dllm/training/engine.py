@@ -23,6 +23,7 @@ from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.parallel.device import DeviceFacts, local_device
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.training.offload import offload_adam
+from megatron_dllm.training.parameter_rates import rate_overrides
 from megatron_dllm.training.self_check import check_paths
 
 log = logging.getLogger(__name__)
@@ -118,9 +119,9 @@ def build_engine(
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=i > 0)
         for i, chunk in enumerate(chunks)
     ]
-    optimizer = get_megatron_optimizer(
-        _megatron_config(config.optimizer, config.parallel.precision), wrapped, use_gloo_process_groups=False
-    )
+    megatron_config = _megatron_config(config.optimizer, config.parallel.precision)
+    overrides = rate_overrides(config, wrapped, megatron_config)
+    optimizer = get_megatron_optimizer(megatron_config, wrapped, overrides, use_gloo_process_groups=False)
     if config.optimizer.offload == "cpu":
         offload_adam(optimizer, config.optimizer)
     elif (paths or paths_here(config, is_training=True)).fusions.name == "compiled":
@@ -196,9 +197,3 @@ def gathered_parameters(engine: Engine, is_gathered_late: bool) -> Iterator[None
     yield
     for chunk in engine.chunks:
         chunk.enable_forward_pre_hook()
-
-
-def set_learning_rate(optimizer: MegatronOptimizer, learning_rate: float) -> None:
-    """Set the learning rate of every parameter group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate

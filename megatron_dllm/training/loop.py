@@ -24,7 +24,7 @@ from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.parallel.agreement import failing_together
 from megatron_dllm.run.exit_codes import EXIT_LAYOUT, EXIT_NON_FINITE, EXIT_PREEMPTED
 from megatron_dllm.run.names import REPLAY
-from megatron_dllm.training.engine import set_learning_rate
+from megatron_dllm.training.parameter_rates import set_learning_rate
 from megatron_dllm.training.reports import StepReport
 from megatron_dllm.training.run import Run
 from megatron_dllm.training.run_state import RunState

@@ -30,6 +30,7 @@ from megatron_dllm.run.names import CHECKPOINTS
 from megatron_dllm.training.blends import blend_changes, check_blends, check_not_exhausted
 from megatron_dllm.training.epochs import chat_warnings, epoch_tokens
 from megatron_dllm.training.past import changes_since, check_place, check_trained, read_past
+from megatron_dllm.training.rate_rules import check_rates
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.scores_needed import check_scored_corpus, check_scores, needed_headers, reference_warnings
 from megatron_dllm.training.sources import Sources
@@ -155,6 +156,8 @@ def decide_start(
         headers = needed_headers(config, sources, reference.fingerprint, schedule, tokens)
         check_scores(Path(config.preference.scores_file), headers)
         check_scored_corpus(resume.state.stream if resume is not None else {}, sources)
+    weights = None if resume is not None else _find_weights(config)
+    check_rates(config, resume is not None or (weights is not None and weights.stored.is_diffusion))
     fills = _measure_fills(config, schedule, sources)
     wandb = decide_wandb(config.logging)
     next_stage = _next_stage(schedule, resume)
@@ -164,7 +167,7 @@ def decide_start(
         schedule=schedule,
         layout=config.parallel if next_stage is None else config.layout_of(next_stage.config),
         resume=resume,
-        weights=None if resume is not None else _find_weights(config),
+        weights=weights,
         reference=reference,
         passed_over=damaged,
         table=tuple(stage_table(schedule, _estimates(config, schedule, fills))),

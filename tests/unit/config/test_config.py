@@ -266,6 +266,10 @@ def test_schedules_that_cannot_run_are_refused(schedule: ScheduleConfig, parts: 
         (dict(optimizer=OptimizerConfig(on_non_finite="pray")), ("on_non_finite (pray)", "stop, skip")),
         (dict(optimizer=OptimizerConfig(clip_grad=-1.0)), ("optimizer.clip_grad (-1.0)", "0 turns it off")),
         (dict(optimizer=OptimizerConfig(weight_decay=-0.1)), ("optimizer.weight_decay (-0.1)", "0 turns it off")),
+        (
+            dict(optimizer=OptimizerConfig(lr_multipliers={"*.router.*": -1.0})),
+            ("optimizer.lr_multipliers (*.router.*: -1)", "0 leaves weights"),
+        ),
         (dict(optimizer=OptimizerConfig(spike_factor=-2.0)), ("optimizer.spike_factor (-2.0)", "0 turns it off")),
         (
             dict(optimizer=OptimizerConfig(overlap_param_gather=True)),

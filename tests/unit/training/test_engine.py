@@ -49,7 +49,8 @@ def test_moments_in_bf16_are_asked_of_megatron(tmp_path: Path) -> None:
 
 def test_the_fused_adam_is_the_same_adam(tmp_path: Path) -> None:
     from megatron_dllm.parallel.groups import Groups
-    from megatron_dllm.training.engine import build_engine, fuse_adam, set_learning_rate
+    from megatron_dllm.training.engine import build_engine, fuse_adam
+    from megatron_dllm.training.parameter_rates import set_learning_rate
 
     write_corpus(tmp_path / "corpus")
     config = run_config(tmp_path, "engine")
