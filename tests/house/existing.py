@@ -13,6 +13,7 @@ from launch.chain import LAUNCH_KEYS
 from launch.jobs import LaunchConfig
 from megatron_dllm.compose import schema_keys
 from megatron_dllm.config import GenerateConfig, TrainConfig
+from megatron_dllm.config.band import BandConfig
 from megatron_dllm.config.evaluate import SHORT_NAMES, EvaluateConfig
 from megatron_dllm.config.harness import HarnessConfig
 from megatron_dllm.config.needle import NeedleConfig
@@ -29,7 +30,13 @@ FOREIGN_KEYS = ("trust_remote_code", "torch.load", "defaults")
 # What the files are called that docs have their reader write: recipes/cluster/mine.yaml.
 READERS = "mine"
 HYDRA_FLAGS = ("--multirun", "--help", "--config-dir", "--config-name")
-TRAINING = ("megatron_dllm.train", "megatron_dllm.evaluate", "megatron_dllm.harness", "megatron_dllm.plan")
+TRAINING = (
+    "megatron_dllm.train",
+    "megatron_dllm.evaluate",
+    "megatron_dllm.band",
+    "megatron_dllm.harness",
+    "megatron_dllm.plan",
+)
 LAUNCHING = ("launch/submit.py", "launch/local.py")
 
 
@@ -166,6 +173,7 @@ class Existing:
         return {
             **dict.fromkeys(TRAINING, training),
             "megatron_dllm.evaluate": {*training, *schema_keys(EvaluateConfig), *SHORT_NAMES},
+            "megatron_dllm.band": {*training, *schema_keys(BandConfig), *SHORT_NAMES},
             "megatron_dllm.plan": {*training, *schema_keys(PlanConfig)},
             "megatron_dllm.harness": {*training, *schema_keys(HarnessConfig), *SHORT_NAMES},
             "megatron_dllm.needle": {*training, *schema_keys(NeedleConfig), *SHORT_NAMES},
