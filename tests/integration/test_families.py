@@ -13,17 +13,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.tiny_run import checkpoints_of, read_metrics, train_ranks, write_corpus
+from benchmarks.synthetic import write_synthetic
+from benchmarks.tiny_run import MODEL, checkpoints_of, read_steps, run_config, train_ranks, write_corpus
 from checkpoints_tools import extend_vocab, hf_to_mcore, mcore_to_hf
 from checkpoints_tools.compare import compare
 from megatron_dllm.checkpoint.stored_model import read_stored_model
 from megatron_dllm.compose import compose_train_config
-from megatron_dllm.config import DecodingConfig, ModelConfig, ParallelConfig
+from megatron_dllm.config import CheckpointConfig, DecodingConfig, ModelConfig, ParallelConfig
 from megatron_dllm.diffusion.decode import DecodingContract, decode
 from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 from tests.golden.earlier_run import CHECKPOINT, FOLDER, STEPS, earlier_config, steps_of
 from tests.integration.ours import load_ours, logits_of
+from tests.tiny_models import as_qwen3
 
 LENGTH = 23
 SIZES = {
@@ -40,12 +42,22 @@ SIZES = {
     "initializer_range": 0.15,
 }
 WIDE = {"head_dim": 16}  # 4 heads of 16 features in a model of 48
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 # Name of the case: class in transformers without its last part, and what it has beyond SIZES.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_theta": 5e5}),
     "llama tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama 3.1": ("Llama", {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
     "qwen2": ("Qwen2", {"rope_theta": 1e6}),
+    "qwen2 yarn": ("Qwen2", {"rope_theta": 1e6, "rope_scaling": YARN}),
     "qwen2 tied": ("Qwen2", {"tie_word_embeddings": True, "sliding_window": 4, "use_sliding_window": False}),
     "mistral": ("Mistral", {"sliding_window": None, **WIDE}),
     "mistral, window as long as any text": ("Mistral", {"sliding_window": 128}),
@@ -215,13 +227,31 @@ def test_a_qwen2_with_biases_trains_on_two_tensor_ranks(tmp_path: Path) -> None:
     extend_vocab.convert(tmp_path / "odd", tmp_path / "even", 128)
     run = compose_train_config([*words, f"checkpoint.load={tmp_path / 'even'}"])
     assert train_ranks(2, run, 2) == [EXIT_PREEMPTED] * 2
-    assert [record["step"] for record in read_metrics(run) if "loss" in record] == [1, 2]
+    assert [record["step"] for record in read_steps(run)] == [1, 2]
 
     mcore_to_hf.convert(tmp_path / "runs" / "convert", tmp_path / "out")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     biases = [value for name, value in exported.named_parameters() if name.endswith("proj.bias")]
     assert len(biases) == 2 * 3 and all(bool(bias.any()) for bias in biases), "they begin as zeros"
     assert exported.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8).shape[1] > 3
+
+
+def test_norms_over_all_heads_train_alike_on_two_tensor_ranks(tmp_path: Path) -> None:
+    """Loss and gradient norm of the first steps, which hold the gradients of these norms and their update."""
+    write_corpus(tmp_path / "corpus")
+    model = as_qwen3(replace(MODEL, ffn_hidden_size=MODEL.moe_ffn_hidden_size), "qwen3_moe")
+    model = replace(model, family="olmoe", qk_layernorm_spans_heads=True)
+    write_synthetic(tmp_path / "hf", model, dtype=torch.float32)
+    hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    start = CheckpointConfig(load=str(tmp_path / "mcore"))
+    two = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    steps = []
+    for name, layout in (("one", ParallelConfig()), ("two", two)):
+        config = run_config(tmp_path, name, layout, model=model, checkpoint=start)
+        assert set(train_ranks(layout.tensor_model_parallel_size, config, 3)) == {EXIT_PREEMPTED}
+        steps.append([(record["loss"], record["grad_norm"]) for record in read_steps(config)])
+    assert len(steps[0]) == 3
+    torch.testing.assert_close(torch.tensor(steps[1]), torch.tensor(steps[0]), rtol=1e-4, atol=0.0)
 
 
 def test_a_run_goes_on_with_a_larger_vocabulary_and_its_optimizer(tmp_path: Path) -> None:
