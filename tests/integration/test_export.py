@@ -31,11 +31,21 @@ LENGTH = 23
 LLADA2 = tiny_model(moe_shared_expert_intermediate_size=24, family="llada2_moe")
 SDAR_MOE = replace(as_qwen3(LLADA2, "sdar_moe"), rotary_base=1e6)
 SDAR = replace(as_qwen3(LLADA2, "sdar"), rotary_base=1e6, tie_word_embeddings=True)
+# Whatever a class of our own can have at once.
+OWN = replace(
+    SDAR_MOE,
+    family="megatron_dllm",
+    num_dense_layers=1,
+    rotary_percent=0.5,
+    add_qkv_bias=True,
+    qk_layernorm_spans_heads=True,
+)
 MODELS = {
     "llada2_moe": LLADA2,
     "sdar_moe": SDAR_MOE,
     "sdar_moe before top-k": replace(SDAR_MOE, moe_router_pre_softmax=True),
     "sdar": SDAR,
+    "megatron_dllm": OWN,
 }
 
 
@@ -149,6 +159,7 @@ SCALINGS = {
     "llada2_moe": RotaryScalingConfig("yarn", 4.0, 16),
     "sdar_moe": RotaryScalingConfig("yarn", 2.0, 64, beta_fast=4.0, attention_factor=1.3),
     "sdar": RotaryScalingConfig("llama3", 8.0, 16),
+    "megatron_dllm": RotaryScalingConfig("yarn", 4.0, 16),
 }
 
 
