@@ -64,11 +64,11 @@ def rotary_frequencies(
         return frequencies
     if scaling.kind == LLAMA3:
         return _llama3(frequencies, scaling)
-    kept = 1 - _yarn_ramp(num_features, base, scaling).to(frequencies.device)
+    kept = 1 - _yarn_ramp(num_features, base, scaling, device)
     return 1.0 / (scaling.factor * wavelengths) * (1 - kept) + frequencies * kept
 
 
-def _yarn_ramp(num_features: int, base: float, scaling: RotaryScalingConfig) -> Tensor:
+def _yarn_ramp(num_features: int, base: float, scaling: RotaryScalingConfig, device: torch.device | None) -> Tensor:
     """[r/2] share of the factor that each pair takes: 0 for the fast ones, 1 for the slow ones."""
 
     def pair_with(rotations: float) -> float:
@@ -78,7 +78,7 @@ def _yarn_ramp(num_features: int, base: float, scaling: RotaryScalingConfig) -> 
     low = max(math.floor(pair_with(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_with(scaling.beta_slow)), num_features - 1)
     width = high - low if high != low else 0.001
-    return ((torch.arange(num_features // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return ((torch.arange(num_features // 2, dtype=torch.float32, device=device) - low) / width).clamp(0, 1)
 
 
 def _llama3(frequencies: Tensor, scaling: RotaryScalingConfig) -> Tensor:
