@@ -11,6 +11,8 @@ with their defaults (checkpoint= and block_sizes= are short for the full names):
     evaluation.block_sizes=[...]      the checkpoint's own; the first one ranks checkpoints
     evaluation.num_tokens=2e6         document tokens, whole documents, or the whole corpus
     evaluation.micro_batch_size=1     rows of a forward pass
+    evaluation.clean_block_size=null  as a server computes; 1: clean tokens see no later ones (docs/methods.md)
+    evaluation.with_ar=false          also the exact NLL of the next token by the same weights
     schedule.context_length=N         the training's; of another's HF folder max_position_embeddings, 4096 at most
     parallel.precision=fp32           the run's; of an HF folder bf16 on a GPU, fp32 without one
     output=FILE                       instead of validation.json beside the weights

@@ -140,8 +140,9 @@ def run(composed: Any) -> tuple[Path, dict[str, Any]]:
         block_size = int(request.names[0]) if request.weights.is_diffusion else None
         encoder, writer = encoder_of(request), None
         if block_size is not None and writing_tasks(tasks):
-            is_chat, shift = config.apply_chat_template, request.weights.shift
-            contract = contract_of(block_size, config.schedule.context_length, encoder, is_chat, shift)
+            weights, is_chat = request.weights, config.apply_chat_template
+            trained = weights.shift, weights.clean_block_size
+            contract = contract_of(block_size, config.schedule.context_length, encoder, is_chat, *trained)
             may_cut = config.likelihood.truncate
             writer = Writer.of(model, encoder, config.decoding, contract, config.batch_size, may_cut)
         harness = HarnessModel(model, encoder, config.likelihood, block_size, writer, greedy_tasks(tasks))

@@ -86,6 +86,7 @@ def request_geometry(
         row_length=(num_views + 1) * context_length,
         num_views=0 if is_ar else num_views,
         shift=True if shift else None,
+        clean_block_size=None if is_ar else config.evaluation.clean_block_size,
     )
     costs = segment_costs(roomy, source.document_lengths, source.spans)
     longest, limit = int(costs.max()), settings.row_length or 2 * context_length

@@ -162,10 +162,16 @@ def _name(instance: Instance) -> str:
 
 
 def contract_of(
-    block_size: int, context_length: int, encoder: Encoder, is_chat: bool, shift: bool = False
+    block_size: int,
+    context_length: int,
+    encoder: Encoder,
+    is_chat: bool,
+    shift: bool = False,
+    clean_block_size: int | None = None,
 ) -> DecodingContract:
     """How a checkpoint is decoded: in chats the end of a turn ends a text, too."""
-    contract = DecodingContract(block_size, context_length, encoder.mask_token_id, (encoder.eot_token_id,), shift)
+    ends = (encoder.eot_token_id,)
+    contract = DecodingContract(block_size, context_length, encoder.mask_token_id, ends, shift, clean_block_size)
     if not is_chat:
         return contract
     assert encoder.template is not None, "a run that asks for chats has a template"

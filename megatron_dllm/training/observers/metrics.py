@@ -103,10 +103,16 @@ def _speed(report: StepReport) -> dict[str, float]:
     return {
         "tokens_per_second": report.num_document_tokens / report.seconds,
         "forward_tokens_per_second": report.num_forward_tokens / report.seconds,
-        "targets_per_second": float(report.result.sums.num_targets) / report.seconds,
+        "targets_per_second": _num_targets(report.result) / report.seconds,
         "step_seconds": report.seconds,
         "peak_memory_gib": peak_memory_gib(),
     }
+
+
+def _num_targets(result: StepResult) -> float:
+    """Tokens with a loss, those of an AR loss beside the diffusion loss included."""
+    of_ar = result.sums.ratios.get("ar_loss")
+    return float(result.sums.num_targets) + (0.0 if of_ar is None else float(of_ar[1]))
 
 
 def step_record(result: StepResult) -> dict[str, float]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_dllm.config import DecodingConfig
+from megatron_dllm.diffusion.decode import DecodingContract
 from megatron_dllm.diffusion.generation import Generation, Request
 from tests.conftest import NOT_RUN
 
@@ -16,7 +18,7 @@ pytest.importorskip("lm_eval", reason=f"{NOT_RUN}no lm-evaluation-harness here; 
 from lm_eval.api.instance import Instance
 
 from megatron_dllm.evaluation.continuations import Continuation
-from megatron_dllm.evaluation.harness.writing import Writer
+from megatron_dllm.evaluation.harness.writing import Writer, contract_of
 
 
 @dataclass
@@ -68,6 +70,13 @@ def writer(config: DecodingConfig | None = None, may_cut: bool = False) -> tuple
 
 def texts(made: Writer, asked: list[Instance]) -> list[str]:
     return [one.text for one in made.write(asked)]
+
+
+def test_the_contract_of_a_decoder_is_what_the_model_was_trained_with() -> None:
+    encoder = SimpleNamespace(mask_token_id=7, eot_token_id=0, template=None)
+    expected = DecodingContract(32, 64, 7, (0,), shift=True, clean_block_size=1)
+    assert contract_of(32, 64, encoder, False, True, 1) == expected  # type: ignore[arg-type]
+    assert contract_of(32, 64, encoder, False) == DecodingContract(32, 64, 7, (0,))  # type: ignore[arg-type]
 
 
 def test_texts_end_where_tasks_say() -> None:

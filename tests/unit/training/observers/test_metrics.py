@@ -56,6 +56,19 @@ def test_the_record_of_a_step_by_hand() -> None:
     }
 
 
+def test_targets_a_second_are_those_of_both_losses(tmp_path: Path) -> None:
+    """8 of the diffusion loss and 12 of the AR loss beside it, in 2 seconds."""
+    writer = MetricsWriter(tmp_path, run_config(tmp_path, "run"), "disabled")
+    report = report_of(is_logged=True)
+    guided = report.result.sums.with_ratios(ar_loss=(torch.tensor(30.0), torch.tensor(12)))
+    for sums in (report.result.sums, guided):
+        writer.after_step(replace(report, result=replace(report.result, sums=sums)), {})
+    writer.close()
+    plain, both = read_metrics(tmp_path)
+    assert (plain["targets_per_second"], both["targets_per_second"], both["ar_loss"]) == (4.0, 10.0, 2.5)
+    assert both["masked_nll"] == plain["masked_nll"]
+
+
 def test_means_per_noise_level_have_their_own_number() -> None:
     """Unlike other sums of an objective; a level in which there is nothing to divide by is left out."""
     table = torch.zeros(NUM_BUCKETS, 2, dtype=torch.float64)
