@@ -28,6 +28,7 @@ from megatron_dllm.data.packing import RowPlan, row_forward_tokens
 from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.objective import objective_of
+from megatron_dllm.training.frozen import FrozenModel
 from megatron_dllm.training.weighing import FrozenReference, Reference, weigh_batches
 
 NOTE = (
@@ -93,7 +94,7 @@ def measure(source: Pairs, num_views: int, repeats: int) -> dict[str, Any]:
     batches, device = batches_of(source, stage), torch.device("cpu")
     with single_rank(0) as groups:
         model, frozen = (build_model(MODEL, ParallelConfig(), groups) for _ in range(2))
-        copy = FrozenReference([frozen], device, groups)
+        copy = FrozenReference(FrozenModel([frozen], device, groups))
         sft, dpo = (objective_of(which, NoiseConfig()) for which in (replace(stage, preference=None), stage))
         stored = torch.zeros(2 * len(batches), num_views, dtype=torch.float64)
 

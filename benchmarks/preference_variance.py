@@ -29,6 +29,7 @@ from megatron_dllm.data.packing import RowPlan
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.objective import objective_of
 from megatron_dllm.parallel.groups import Groups
+from megatron_dllm.training.frozen import FrozenModel
 from megatron_dllm.training.weighing import FrozenReference, weigh_batches
 
 NOTE = (
@@ -148,7 +149,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         (policy, model), (frozen, _) = load(options.policy, groups), load(options.reference, groups)
         corpus = Corpus(str(options.pairs), model)
         num_pairs = min(options.num_pairs, len(corpus.document_lengths) // 2)
-        reference = FrozenReference([frozen], torch.device("cpu"), groups)
+        reference = FrozenReference(FrozenModel([frozen], torch.device("cpu"), groups))
         for views in options.views:
             for shares in (True, False):
                 case = Case(views, shares)

@@ -61,6 +61,11 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
     record = read_json(folder / "step.json")
     config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), record["config"]))
     config.parallel = ParallelConfig(precision=config.parallel.precision)
+    if record["stage"] in config.taught_stages:
+        raise ValueError(
+            f"stage {record['stage']} is distilled from teacher.checkpoint ({config.teacher.checkpoint}), and a replay "
+            "has one model; set its distill.weight to 0 in step.json to see what the NLL alone did."
+        )
     checkpoint = checkpoint or find_checkpoint(folder, record["step"], config)
     check_identity(checkpoint, config.model)
     from megatron_dllm.host import prepare_host, quiet_libraries

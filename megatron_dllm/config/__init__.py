@@ -14,6 +14,7 @@ from megatron_dllm.config.alignment import AlignmentConfig
 from megatron_dllm.config.annealing import AttentionAnnealConfig
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.data import DataConfig, NoiseConfig
+from megatron_dllm.config.distill import DistillConfig, TeacherConfig
 from megatron_dllm.config.generate import DecodingConfig, GenerateConfig
 from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.parallel import ParallelConfig
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DecodingConfig",
+    "DistillConfig",
     "EvaluationConfig",
     "GenerateConfig",
     "LoggingConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "SftConfig",
     "StageConfig",
     "StudyConfig",
+    "TeacherConfig",
     "TrainConfig",
     "TrainingConfig",
 ]

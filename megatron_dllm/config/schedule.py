@@ -12,6 +12,7 @@ from megatron_dllm.config.annealing import AttentionAnnealConfig
 from megatron_dllm.config.blend import blend_parts
 from megatron_dllm.config.cap import CapConfig
 from megatron_dllm.config.clean_copies import check_clean_copies
+from megatron_dllm.config.distill import CLEAN, DistillConfig
 from megatron_dllm.config.levels import check_levels
 from megatron_dllm.config.parallel import ParallelConfig
 from megatron_dllm.config.preference import PreferenceConfig
@@ -105,6 +106,8 @@ class StageConfig:
     # Share of the document tokens that are trained in AR rows, by the same ar_weight: clean tokens alone, each document
     # once, so half as many model tokens; they have an order of their own of the same corpora.
     ar_row_share: float = 0.0
+    # Distillation from the predictions of an autoregressive teacher, beside the NLL (docs/methods.md).
+    distill: DistillConfig = field(default_factory=DistillConfig)
     # Opening of the mask from causal to bidirectional, where documents are one block (docs/methods.md); null: the whole
     # mask from the first step on.
     attention_anneal: AttentionAnnealConfig | None = None
@@ -127,6 +130,11 @@ class StageConfig:
     def num_noisy_copies(self) -> int:
         """Noisy copies of every document: 0 in AR, otherwise one for each view."""
         return 0 if self.objective == "ar" else self.num_views
+
+    @property
+    def reads_all_outputs(self) -> bool:
+        """Whether the last layer's output of tokens without a loss is read too."""
+        return bool(self.alignment.weight or (self.distill.weight and self.distill.source == CLEAN))
 
     @property
     def is_complementary(self) -> bool:
@@ -207,6 +215,7 @@ class StageConfig:
             loss_per="token" if self.sft is None else self.sft.loss_per,
             is_preference=self.preference is not None,
         )
+        self.distill.validate(prefix, self)
 
     def _check_preference(self, prefix: str, preference: PreferenceConfig) -> None:
         """The fields that decide what the score of an answer is."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from megatron_dllm.config.annealing import RANDOM
 from megatron_dllm.config.blend import BlendPart, blend_parts
 from megatron_dllm.config.data import DataConfig, NoiseConfig
+from megatron_dllm.config.distill import TEACHER, TeacherConfig
 from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.nearest_layout import as_overrides, nearest_layout
 from megatron_dllm.config.parallel import FP8_BLOCK, ParallelConfig
@@ -29,6 +30,7 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     preference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -62,6 +64,12 @@ class TrainConfig:
             self._check_block_grid(name, stage)
             self._validate_stage_layout(name, stage, world_size)
         self._check_preferences()
+        for name in self.taught_stages:
+            check(
+                self.teacher.checkpoint is not None,
+                f"teacher.checkpoint (null) must be given with schedule.stages.{name}.distill.source {TEACHER}; name "
+                "an autoregressive checkpoint, or take source clean.",
+            )
 
     def _check_preferences(self) -> None:
         """What stages of preferences need of the run."""
@@ -99,6 +107,18 @@ class TrainConfig:
                 f"training.{setting} ({value}) must be 0 with {key}: it would change the scores that the loss follows "
                 "from.",
             )
+
+    @property
+    def taught_stages(self) -> tuple[str, ...]:
+        """Names of the stages that are distilled from the model of `teacher.checkpoint`."""
+        stages = self.schedule.stages.items()
+        return tuple(name for name, stage in stages if stage.distill.weight and stage.distill.source == TEACHER)
+
+    @property
+    def has_second_model(self) -> bool:
+        """Whether a frozen model lies in memory beside the one that is trained."""
+        compares = any(stage.preference is not None for stage in self.schedule.stages.values())
+        return bool(self.taught_stages) or (compares and self.preference.reference == FROZEN)
 
     def _check_block_grid(self, name: str, stage: StageConfig) -> None:
         check(

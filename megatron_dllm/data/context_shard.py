@@ -36,7 +36,7 @@ def deal_context(batch: Batch, cp_size: int) -> Tensor:
     return torch.from_numpy(np.stack([deal_row(roles, targets, cp_size) for roles, targets in rows]))
 
 
-def take_context_shard(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
+def take_context_shard(batch: Batch, cp_rank: int, cp_size: int, dealt_as: Batch | None = None) -> Batch:
     """This context-parallel rank's tokens of the micro-batch.
 
     Tensors per token become [b, s / cp_size]; targets are those of these tokens, with positions that count in
@@ -47,7 +47,8 @@ def take_context_shard(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
         batch: whole rows, on the CPU; the same on every rank of the group.
         cp_rank: this rank's place in the group.
         cp_size: size of the group; 1 returns the batch itself.
+        dealt_as: whole rows that decide which token goes where; None: these.
     """
     if cp_size == 1:
         return batch
-    return batch.take_tokens(deal_context(batch, cp_size)[:, cp_rank])
+    return batch.take_tokens(deal_context(batch if dealt_as is None else dealt_as, cp_size)[:, cp_rank])

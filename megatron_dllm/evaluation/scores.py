@@ -40,7 +40,7 @@ def score_documents(
     Returns:
         The scores by epoch and sample id, the same on every rank.
     """
-    with _evaluating(chunks):
+    with evaluating(chunks):
         parts = run_batches(chunks, micro_batches, device, groups, _target_scores, forward_only=True)
     num_segments = [len(batch.sample_ids) for batch in micro_batches]
     table = _sums(parts, num_segments, num_views).to(device)
@@ -58,7 +58,7 @@ def score_documents(
 
 
 @contextmanager
-def _evaluating(chunks: Sequence[nn.Module]) -> Iterator[None]:
+def evaluating(chunks: Sequence[nn.Module]) -> Iterator[None]:
     """Have the model in evaluation mode while the block runs."""
     was_training = [chunk.training for chunk in chunks]
     for chunk in chunks:

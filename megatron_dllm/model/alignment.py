@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.clean_slots import find_slots, is_clean, is_noisy, slot_keys
 from megatron_dllm.diffusion.losses.alignment import NUM_COLUMNS, AlignmentRule, align
+from megatron_dllm.model.token_share import TokenShare
 
 
 @dataclass(frozen=True)
@@ -39,45 +38,6 @@ class Alignment:
     def empty(cls, rule: AlignmentRule, num_layers: int, device: torch.device) -> Alignment:
         """Of a micro-batch that has not run yet."""
         return cls(rule, torch.zeros(num_layers, NUM_COLUMNS, dtype=torch.float64, device=device))
-
-
-@dataclass(frozen=True)
-class TokenShare:
-    """Which ranks share the tokens of a row between two layers.
-
-    Attributes:
-        tensor: tensor ranks, with sequence parallelism; None: each of them has all tokens.
-        context: context ranks; None: rows are whole.
-        is_counting: of ranks that have the same tokens this one counts them.
-    """
-
-    tensor: ProcessGroup | None
-    context: ProcessGroup | None
-    is_counting: bool
-
-    def gather(self, local: Tensor) -> Tensor:
-        """[S, ...] the values [s, ...] of all ranks, without gradient (a collective).
-
-        Args:
-            local: [s, ...] of this rank's tokens.
-        """
-        return self.gather_context(_gather(local.detach(), self.tensor))
-
-    def gather_context(self, values: Tensor) -> Tensor:
-        """[S, ...] the same, of values [s/cp, ...] that the tensor ranks have all of."""
-        return _gather(values, self.context)
-
-    def local(self, values: Tensor) -> Tensor:
-        """[s, ...] this tensor rank's part of values [s/cp, ...]."""
-        return values if self.tensor is None else values.chunk(self.tensor.size())[self.tensor.rank()]
-
-
-def _gather(local: Tensor, group: ProcessGroup | None) -> Tensor:
-    if group is None or group.size() == 1:
-        return local
-    gathered = local.new_empty(local.shape[0] * group.size(), *local.shape[1:])
-    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
+from megatron_dllm.diffusion.losses.distillation import DistillRule
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-from megatron_dllm.model.alignment import Alignment, LayerAlignment, TokenShare, find_pairs
+from megatron_dllm.model.alignment import Alignment, LayerAlignment, find_pairs
+from megatron_dllm.model.asked import NOTHING, Asked
 from megatron_dllm.model.attention.annealing import Opening, PlacedOpening
 from megatron_dllm.model.attention.backends import BACKENDS, Backend
 from megatron_dllm.model.attention.inputs import AttentionPlanner
 from megatron_dllm.model.attention.kv_cache import CachedPass
 from megatron_dllm.model.dispatch import use_gathers
+from megatron_dllm.model.distillation import Teacher, distilled_cross_entropy
 from megatron_dllm.model.embedding import mask_noise_std, mean_row_norm, token_normals
 from megatron_dllm.model.forgetting import forget_after_use
 from megatron_dllm.model.head import target_cross_entropy
@@ -34,6 +37,7 @@ from megatron_dllm.model.layer_specs import block_spec
 from megatron_dllm.model.megatron_config import transformer_config
 from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.model.rotary import rotary_angles
+from megatron_dllm.model.token_share import TokenShare, find_before_targets
 from megatron_dllm.model.weights import weight_of
 from megatron_dllm.parallel.device import DeviceFacts, local_device
 from megatron_dllm.parallel.groups import Groups
@@ -127,9 +131,9 @@ class DiffusionGPTModel(GPTModel):
         mask_noise_sigma: float = 0.0,
         noise_seed: int = 0,
         entropy_temperature: float | None = None,
-        alignment: Alignment | None = None,
+        asked: Asked = NOTHING,
         opening: Opening | None = None,
-    ) -> Tensor | TargetOutputs:
+    ) -> Tensor | TargetOutputs | Teacher:
         """Negative log-likelihood of the batch's targets.
 
         Args:
@@ -140,28 +144,33 @@ class DiffusionGPTModel(GPTModel):
                 draws.
             entropy_temperature: also compute the entropy of each prediction at this temperature, and its largest
                 probability; None: neither.
-            alignment: of the states behind each layer, which then computes all tokens; None: no alignment.
+            asked: what is wanted beside the NLL.
             opening: how far the mask is open, in rows of one-block documents; None: all of it.
 
         Returns:
-            On the last pipeline stage the outputs of the T targets, else the hidden states [s/(cp x tp), b, h] for
-            the next stage (s/cp without sequence parallelism).
+            On the last pipeline stage the outputs of the T targets, or what teaches those of `asked.students`; else
+            the hidden states [s/(cp x tp), b, h] for the next stage (s/cp without sequence parallelism).
         """
         hidden = self._embed(batch, mask_noise_sigma, noise_seed) if self.pre_process else None
-        after_layer = None if alignment is None else self._aligning(batch, alignment)
-        hidden = self._decode(
+        after_layer = None if asked.alignment is None else self._aligning(batch, asked.alignment)
+        hidden, is_kept = self._run_layers(
             hidden,
             batch.position_ids,
             batch.roles,
-            batch.target_positions,
+            None if asked.needs_all_outputs else batch.target_positions,
             after_layer=after_layer,
             opening=None if opening is None else PlacedOpening.of(opening, noise_seed, batch),
         )
         if not self.post_process:
             return hidden
-        return target_cross_entropy(
-            hidden, self._head_weight(), batch.target_ids, self.tp_group, entropy_temperature=entropy_temperature
-        )
+        weight, ids = self._head_weight(), batch.target_ids
+        if asked.students is not None:
+            return self._teach(hidden, batch, asked.students, asked.distill)
+        chosen = self._select(hidden, batch.target_positions, is_kept)
+        if asked.distill is None:
+            return target_cross_entropy(chosen, weight, ids, self.tp_group, entropy_temperature=entropy_temperature)
+        teacher = asked.teacher or self._teach(hidden, batch, batch, asked.distill)
+        return distilled_cross_entropy(chosen, weight, ids, teacher, self.tp_group, asked.distill.top_k)
 
     def states(
         self,
@@ -215,10 +224,8 @@ class DiffusionGPTModel(GPTModel):
         roles: Tensor,
         positions: Tensor,
         cached: CachedPass | None = None,
-        after_layer: Callable[[int, Tensor], Tensor] | None = None,
-        opening: PlacedOpening | None = None,
     ) -> Tensor:
-        """Run this stage's layers.
+        """[P, h] hidden states of the flat `positions` in [b * s] on the last pipeline stage, else those of all tokens.
 
         Args:
             hidden: [s/(cp x tp), b, h] embeddings; None where a previous stage has set the input tensor.
@@ -226,19 +233,41 @@ class DiffusionGPTModel(GPTModel):
             roles: [b, s, 3] token roles.
             positions: [P] indexes into the flattened [b * s] tokens whose output is read.
             cached: a pass of the KV cache.
-            after_layer: see `AttentionInputs`; the last layer then computes all tokens.
+        """
+        hidden, is_kept = self._run_layers(hidden, position_ids, roles, positions, cached)
+        return self._select(hidden, positions, is_kept) if self.post_process else hidden
+
+    def _run_layers(
+        self,
+        hidden: Tensor | None,
+        position_ids: Tensor,
+        roles: Tensor,
+        positions: Tensor | None,
+        cached: CachedPass | None = None,
+        after_layer: Callable[[int, Tensor], Tensor] | None = None,
+        opening: PlacedOpening | None = None,
+    ) -> tuple[Tensor, bool]:
+        """Run this stage's layers.
+
+        Args:
+            hidden: [s/(cp x tp), b, h] embeddings; None where a previous stage has set the input tensor.
+            position_ids: [b, s] positions in the documents.
+            roles: [b, s, 3] token roles.
+            positions: [P] indexes into the flattened [b * s] tokens whose output is read; None: all of them.
+            cached: a pass of the KV cache.
+            after_layer: see `AttentionInputs`.
             opening: of the mask; None: it is open.
 
         Returns:
-            On the last pipeline stage [P, h] hidden states of the flat `positions` in [b * s], else those of all
-            tokens for the next stage.
+            [s/(cp x tp), b, h] hidden states of all tokens and false; [P/tp, 1, h] of `positions`, filled up, and true
+            where the last layer has left out the others.
         """
         model = self.model_config
         angles = rotary_angles(
             position_ids, model.kv_channels, model.rotary_percent, model.rotary_base, model.rotary_scaling
         )
         rows = None
-        if self.skips_outputs and after_layer is None:
+        if self.skips_outputs and positions is not None:
             num_rows, length = position_ids.shape
             multiple = self.tp_group.size() if self.config.sequence_parallel else 1
             rows = rows_to_keep(positions, length, num_rows, multiple)
@@ -248,17 +277,35 @@ class DiffusionGPTModel(GPTModel):
         )
         inputs = replace(inputs, after_layer=after_layer)
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, attention_bias=inputs)
-        return self._select(hidden, positions, is_kept=rows is not None) if self.post_process else hidden
+        return hidden, rows is not None
 
     def _aligning(self, batch: Batch, alignment: Alignment) -> LayerAlignment:
         """What is done behind each layer of a micro-batch (a collective of the context ranks)."""
+        share = self._token_share()
+        return LayerAlignment(alignment, find_pairs(batch, share, alignment.rule.shift), share)
+
+    def _teach(self, hidden: Tensor, batch: Batch, students: Batch, rule: DistillRule | None) -> Teacher:
+        """What teaches the targets of some rows: states of the clean tokens before them (a collective).
+
+        Args:
+            hidden: [s/(cp x tp), b, h] final states of all tokens.
+            batch: the rows that they are of.
+            students: the rows with the targets, in the same slots.
+            rule: of the distillation.
+        """
+        assert rule is not None, "a teacher is asked by a rule"
+        share = self._token_share()
+        index, is_known = find_before_targets(share, batch, students, rule.shift)
+        states = share.gather(hidden).flatten(0, 1).index_select(0, index)
+        return Teacher(states, is_known, self._head_weight().detach())
+
+    def _token_share(self) -> TokenShare:
         is_shared = self.config.sequence_parallel
-        share = TokenShare(
+        return TokenShare(
             tensor=self.tp_group if is_shared else None,
             context=self.attention.context,
             is_counting=is_shared or self.tp_group.rank() == 0,
         )
-        return LayerAlignment(alignment, find_pairs(batch, share, alignment.rule.shift), share)
 
     def _select(self, hidden: Tensor, positions: Tensor, is_kept: bool) -> Tensor:
         """[P, h] hidden states of flat positions in [b * s], whose gradient is summed over the tensor ranks.

@@ -22,10 +22,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_dllm.config import AlignmentConfig, NoiseConfig, PreferenceConfig, StageConfig
+from megatron_dllm.config import AlignmentConfig, DistillConfig, NoiseConfig, PreferenceConfig, StageConfig
+from megatron_dllm.config.distill import CLEAN
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.alignment import AlignmentRule
 from megatron_dllm.diffusion.losses.cap import LEVEL_MEANS, confidence_levels, right_entropy
+from megatron_dllm.diffusion.losses.distillation import DistillRule
 from megatron_dllm.diffusion.losses.document_scores import DocumentScores, Weighing
 from megatron_dllm.diffusion.losses.nll import weighted_nll
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
@@ -94,6 +96,7 @@ class Objective:
         largest_start_margin: above which `Weighing.largest_margin` says that a run does not start from its reference.
         alignment: of states behind the layers, beside the loss; None: none.
         annealing: of the attention mask, in one of the stage's steps; None: the mask is open.
+        distill: the head compares targets with a teacher; None: it does not.
     """
 
     noise: NoiseSpec | None
@@ -108,6 +111,7 @@ class Objective:
     weigh: Callable[[DocumentScores, Tensor], Weighing] | None = None
     largest_start_margin: float = math.inf
     alignment: AlignmentRule | None = None
+    distill: DistillRule | None = None
     annealing: Annealing | None = None
 
     @property
@@ -155,6 +159,19 @@ def cap_loss(coefficient: float, batch: Batch, outputs: TargetOutputs) -> MicroL
     return MicroLoss(total, batch.num_maskable, sums.with_extra(confidence_loss=confidence).with_level_means(levels))
 
 
+def distilled_loss(weight: float, token_loss: LossFunction, batch: Batch, outputs: TargetOutputs) -> MicroLoss:
+    """A loss of tokens, and `weight` times the KL of every target from its teacher, with the loss weights of the NLL.
+
+    Both are divided by the same number, so the second adds `distill_loss` to the logged loss. `distill_kl` is a mean
+    over the targets that have a teacher, without weights.
+    """
+    assert outputs.kl is not None and outputs.has_teacher is not None, "the head was not asked for the divergence"
+    found, added = token_loss(batch, outputs), weight * weighted_nll(outputs.kl, batch.loss_weights)
+    sums = found.sums.with_loss(found.sums.loss + added.detach().double(), found.sums.count)
+    sums = sums.with_extra(distill_loss=added).with_ratios(distill_kl=(outputs.kl.sum(), outputs.has_teacher.sum()))
+    return MicroLoss(found.total + added, found.count, sums)
+
+
 def chat_loss(token_loss: LossFunction, count: Count, batch: Batch, outputs: TargetOutputs) -> MicroLoss:
     """A loss of tokens, with what is logged of chats, as a mean over what `count` counts.
 
@@ -171,8 +188,8 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     """The objective that a stage of the configuration names.
 
     Args:
-        stage: its objective, shift, loss weight, range of t, views, AR loss, confidence, alignment, annealing, chats
-            and preferences.
+        stage: its objective, shift, loss weight, range of t, views, AR loss, confidence, alignment, teacher, annealing,
+            chats and preferences.
         noise: settings that hold for the whole run.
     """
     if stage.objective == AR:
@@ -194,6 +211,8 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
         objective = replace(objective, alignment=_alignment(stage.alignment, objective.shift))
     if stage.attention_anneal is not None:
         objective = replace(objective, annealing=Annealing(stage.attention_anneal.kind, stage.attention_anneal.steps))
+    if stage.distill.weight != 0.0:
+        objective = _distilled(objective, stage.distill)
     if stage.sft is None:
         return objective
     count = answers if stage.sft.loss_per == "answer" else maskable_tokens
@@ -205,6 +224,16 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
 
 def _alignment(config: AlignmentConfig, shift: bool) -> AlignmentRule:
     return AlignmentRule(config.weight, config.visible, config.masked, config.masked_layers, shift)
+
+
+def _distilled(objective: Objective, config: DistillConfig) -> Objective:
+    return replace(
+        objective,
+        distill=DistillRule(config.weight, config.source == CLEAN, config.top_k, objective.shift),
+        loss=partial(distilled_loss, config.weight, objective.loss),
+        extra_sums=(*objective.extra_sums, "distill_loss"),
+        ratios=(*objective.ratios, "distill_kl"),
+    )
 
 
 def _preferring(objective: Objective, preference: PreferenceConfig) -> Objective:

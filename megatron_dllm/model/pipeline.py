@@ -19,11 +19,12 @@ from torch.distributed import ProcessGroup
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.data.context_shard import take_context_shard
-from megatron_dllm.diffusion.losses.alignment import AlignmentRule
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.step_sums import StepSums
 from megatron_dllm.model.alignment import Alignment
+from megatron_dllm.model.asked import NOTHING, Asked
 from megatron_dllm.model.attention.annealing import Opening
+from megatron_dllm.model.distillation import Teacher
 from megatron_dllm.model.objective import LossFunction, Objective
 from megatron_dllm.parallel.groups import Groups
 
@@ -55,10 +56,10 @@ def _forward_step(
     observe: Callable[[Batch], None] | None,
     entropy_temperature: float | None,
     opening: Opening | None,
-    batches: Iterator[tuple[Batch, Alignment | None]],
+    batches: Iterator[tuple[Batch, Asked]],
     model: nn.Module,
 ) -> tuple[Any, Callable[..., Any]]:
-    batch, alignment = next(batches)
+    batch, asked = next(batches)
     if observe is not None:
         observe(batch)
     output = model(
@@ -66,15 +67,39 @@ def _forward_step(
         mask_noise_sigma=noise.sigma,
         noise_seed=noise.seed,
         entropy_temperature=entropy_temperature,
-        alignment=alignment,
+        asked=asked,
         opening=opening,
     )
     return output, partial(finish, batch)
 
 
-def local_batches(micro_batches: Sequence[Batch], context: ProcessGroup, device: torch.device) -> list[Batch]:
-    """This context rank's part of every micro-batch, on its device."""
-    shards = [take_context_shard(batch, context.rank(), context.size()) for batch in micro_batches]
+def _with_local_students(asked: Sequence[Asked], context: ProcessGroup, device: torch.device) -> list[Asked]:
+    students = [item.students for item in asked if item.students is not None]
+    if not students:
+        return list(asked)
+    local = local_batches(students, context, device)
+    return [replace(item, students=batch) for item, batch in zip(asked, local, strict=True)]
+
+
+def local_batches(
+    micro_batches: Sequence[Batch],
+    context: ProcessGroup,
+    device: torch.device,
+    dealt_as: Sequence[Batch | None] | None = None,
+) -> list[Batch]:
+    """This context rank's part of every micro-batch, on its device.
+
+    Args:
+        micro_batches: of whole rows.
+        context: ranks that share them.
+        device: of this rank.
+        dealt_as: other rows whose tokens lie in the same slots, by which to deal; None: these rows themselves.
+    """
+    others = dealt_as or [None] * len(micro_batches)
+    shards = [
+        take_context_shard(batch, context.rank(), context.size(), other)
+        for batch, other in zip(micro_batches, others, strict=True)
+    ]
     if context.size() > 1 and device.type == "cuda":
         # The loader's batches are page-locked, a shard is not: its copy would wait for the device.
         shards = [shard.pin_memory() for shard in shards]
@@ -92,7 +117,7 @@ def run_batches(
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
     entropy_temperature: float | None = None,
-    alignments: Sequence[Alignment] | None = None,
+    asked: Sequence[Asked] | None = None,
     opening: Opening | None = None,
 ) -> list[Any]:
     """Run micro-batches through the schedule (a collective).
@@ -108,15 +133,16 @@ def run_batches(
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
         entropy_temperature: what the head is asked for, see `model.head`.
-        alignments: one of each micro-batch; None: no alignment.
+        asked: of each micro-batch beside the NLL, with `students` of whole rows; None: nothing.
         opening: how far the attention mask is open; None: all of it.
 
     Returns:
         What `finish` said last of each micro-batch, in order; nothing except on the last pipeline stage.
     """
     rows, row_length = micro_batches[0].input_ids.shape
-    local = local_batches(micro_batches, groups.context, device)
-    asked = [None] * len(local) if alignments is None else alignments
+    asked = asked or [NOTHING] * len(micro_batches)
+    local = local_batches(micro_batches, groups.context, device, [item.students for item in asked])
+    asked = _with_local_students(asked, groups.context, device)
     iterators = [zip(local, asked, strict=True) for _ in chunks]
     forward_backward = get_forward_backward_func()
     found: list[Any] = forward_backward(
@@ -142,6 +168,7 @@ def run_schedule(
     *,
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
+    teachers: Sequence[Teacher | None] | None = None,
 ) -> StepSums:
     """The sums of one global batch, and its gradients in the buffers of the chunks (a collective).
 
@@ -153,6 +180,7 @@ def run_schedule(
         objective: whose loss is taken.
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
+        teachers: a second model's, one of each micro-batch where the last pipeline stage is here.
 
     Returns:
         The sums over the global batch on the host, the same on every rank.
@@ -160,7 +188,7 @@ def run_schedule(
     finish = partial(_local_loss, objective.loss, groups.context.rank() == 0)
     transformer: Any = chunks[0].config
     num_layers = int(transformer.num_layers)
-    alignments = _empty_alignments(objective.alignment, len(micro_batches), num_layers, device)
+    asked = _asked_by(objective, len(micro_batches), num_layers, device, teachers)
     parts: list[StepSums] = run_batches(
         chunks,
         micro_batches,
@@ -172,7 +200,7 @@ def run_schedule(
         observe=observe,
         entropy_temperature=objective.entropy_temperature,
         opening=objective.opening,
-        alignments=alignments,
+        asked=asked,
     )
     like = StepSums.zeros(device, objective.extra_sums, objective.level_means, objective.ratios)
     flat = torch.zeros_like(like.flatten())
@@ -182,14 +210,20 @@ def run_schedule(
         dist.all_reduce(flat, group=groups.world)
         return like.rebuild(flat.cpu())
     # Of the layers of every pipeline stage.
-    aligned = torch.stack([alignment.sums for alignment in alignments or []]).sum((0, 1))
+    aligned = torch.stack([item.alignment.sums for item in asked if item.alignment is not None]).sum((0, 1))
     flat = torch.cat([flat, aligned])
     dist.all_reduce(flat, group=groups.world)
     own, totals = flat.cpu().split([len(flat) - len(aligned), len(aligned)])
     return objective.alignment.logged(like.rebuild(own), totals, num_layers)
 
 
-def _empty_alignments(
-    rule: AlignmentRule | None, number: int, num_layers: int, device: torch.device
-) -> list[Alignment] | None:
-    return None if rule is None else [Alignment.empty(rule, num_layers, device) for _ in range(number)]
+def _asked_by(
+    objective: Objective, number: int, num_layers: int, device: torch.device, teachers: Sequence[Teacher | None] | None
+) -> list[Asked]:
+    """What a step's micro-batches are asked for beside the NLL."""
+    rule, distill = objective.alignment, objective.distill
+    assert distill is None or distill.is_own == (teachers is None), "a second model teaches where the rule says so"
+    return [
+        Asked(None if rule is None else Alignment.empty(rule, num_layers, device), distill, teacher)
+        for teacher in teachers or [None] * number
+    ]

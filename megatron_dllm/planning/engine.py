@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.data.context_shard import take_context_shard
-from megatron_dllm.model.attention.backends import BACKENDS
+from megatron_dllm.model.attention.backends import BACKENDS, Backend
 from megatron_dllm.model.objective import objective_of
 from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.parallel.device import DeviceFacts
@@ -30,8 +30,10 @@ from megatron_dllm.planning.engine_memory import LiveMemory
 from megatron_dllm.planning.engine_rows import micro_batches
 from megatron_dllm.planning.engine_values import DeviceNames, KnownValues
 from megatron_dllm.training.engine import Engine, build_chunks, build_engine
+from megatron_dllm.training.frozen import FrozenModel
 from megatron_dllm.training.loop import embedding_noise
 from megatron_dllm.training.step import train_step
+from megatron_dllm.training.teaching import teach
 
 CPU = torch.device("cpu")
 
@@ -159,19 +161,32 @@ def _run(
         backends: dict[str, Any] = {**BACKENDS, "flex": ShapedFlex(ledger)}
         engine = build_engine(config, groups, paths, backends)
         state = _model_state(engine, memory)
+        second = _second_model(config, groups, paths, backends)
         ledger.clear()
         memory.start_peak()
-        train_step(engine, batches, CPU, objective_of(stage, config.noise), embedding_noise(config, 0))
-    kept = state.weights + state.gradients + state.optimizer
+        objective = objective_of(stage, config.noise)
+        teachers = teach(second, batches, objective.distill)
+        train_step(engine, batches, CPU, objective, embedding_noise(config, 0), teachers=teachers)
+    weights = state.weights * (1 if second is None else 2)
+    kept = weights + state.gradients + state.optimizer
     found = RankMemory(
         rank=groups.world.rank(),
-        weights=state.weights,
+        weights=weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
         activations=memory.peak - memory.peak_head - kept,
         head=memory.peak_head,
     )
     return RankAnswer(found, state.num_parameters, round(ledger.flops * scale), ledger.traffic(scale))
+
+
+def _second_model(
+    config: TrainConfig, groups: Groups, paths: Paths, backends: Mapping[str, Backend]
+) -> FrozenModel | None:
+    """The frozen model that the run has beside the trained one, if any."""
+    if not config.has_second_model:
+        return None
+    return FrozenModel(build_chunks(config, groups, True, paths, backends), CPU, groups)
 
 
 def _model_state(engine: Engine, memory: LiveMemory) -> ModelState:

@@ -25,12 +25,14 @@ class Setting:
         training: how it is trained.
         optimizer: what travels while the model computes, and what lies on the host.
         machine: what executes it.
+        num_models: that lie in memory; 2 with a frozen one beside the one that is trained.
     """
 
     model: ModelConfig
     training: TrainingConfig
     optimizer: OptimizerConfig
     machine: Machine
+    num_models: int = 1
 
     @property
     def capacity(self) -> int:
@@ -135,7 +137,9 @@ def _memory(
 ) -> tuple[RankMemory, ...]:
     model, layout, reserve = setting.model, candidate.layout, setting.reserve
     return tuple(
-        rank_memory(model, layout, rank, batch, candidate.num_gpus, reserve, held, setting.optimizer)
+        rank_memory(
+            model, layout, rank, batch, candidate.num_gpus, reserve, held, setting.optimizer, setting.num_models
+        )
         for rank, held in weights.items()
     )
 

@@ -40,6 +40,7 @@ def rank_memory(
     reserve: int,
     weights: Weights | None = None,
     optimizer: OptimizerConfig | None = None,
+    num_models: int = 1,
 ) -> RankMemory:
     """Bytes of a pipeline rank at the moment of a step at which it holds the most.
 
@@ -52,6 +53,7 @@ def rank_memory(
         reserve: bytes beside the tensors.
         weights: of the rank, where they are known already.
         optimizer: how its state is kept, and where; None: the defaults.
+        num_models: that lie in memory; of the others than the trained one there are weights alone.
     """
     held = weights or rank_weights(model, layout, rank)
     state = model_state(held, layout, num_gpus, optimizer)
@@ -67,7 +69,7 @@ def rank_memory(
     return RankMemory(
         # Ranks of megatron-core's order: the pipeline comes last.
         rank=rank.index * (num_gpus // layout.pipeline_model_parallel_size),
-        weights=state[0],
+        weights=state[0] * num_models,
         gradients=state[1],
         optimizer=state[2],
         activations=round(kept + (0.0 if is_head else working)),

@@ -48,7 +48,7 @@ def micro_batch_of(
     Args:
         model: sizes.
         layout: parallel sizes.
-        stage: for its batch, and whether it aligns the states of all tokens.
+        stage: for its batch, and whether it reads the last layer's output of all tokens.
         row: what a row of the stage holds.
         num_gpus: of the run.
         imbalance: tokens of the busiest expert rank beside the mean.
@@ -59,7 +59,7 @@ def micro_batch_of(
     cp = layout.context_parallel_size
     computed, targets, pairs = (size * count / cp for count in (row.length, row.targets, row.pairs))
     full = Tokens(computed, computed, pairs)
-    skips = skips_outputs(layout, training) and stage.alignment.weight == 0.0
+    skips = skips_outputs(layout, training) and not stage.reads_all_outputs
     last = Tokens(computed, min(targets, computed), pairs) if skips else full
     dense = layer_cost(model, layout, full, False, imbalance)
     moe = layer_cost(model, layout, full, True, imbalance) if model.is_moe else dense

@@ -55,7 +55,8 @@ def read_observations(
 
 def _of_run(folder: Path, cluster: ClusterConfig, assumptions: AssumptionsConfig) -> list[Observation]:
     config = _config(folder)
-    setting = Setting(config.model, config.training, config.optimizer, machine_of(cluster, assumptions))
+    machine, num_models = machine_of(cluster, assumptions), 1 + config.has_second_model
+    setting = Setting(config.model, config.training, config.optimizer, machine, num_models)
     records = [record for record in read_json_lines(folder / METRICS) if "step_seconds" in record]
     starts = [start for start in read_json_lines(folder / STARTS) if "world_size" in start]
     found = []

@@ -71,7 +71,7 @@ def setting_of(config: PlanConfig) -> Setting:
     """Model, machine and assumptions of a plan."""
     cluster, assumptions = config.cluster, config.assumptions
     machine = Machine(cluster.hardware, Links.of(cluster, assumptions), assumptions)
-    return Setting(config.model, config.training, config.optimizer, machine)
+    return Setting(config.model, config.training, config.optimizer, machine, 1 + config.has_second_model)
 
 
 def plan_run(config: TrainConfig, setting: Setting, work: Sequence[StageWork], num_gpus: int) -> RunPlan:

@@ -166,7 +166,7 @@ def _peak(
     # Of ranks that hold the same layers, the first has the most micro-batches in flight.
     model, reserve, optimizer = setting.model, setting.reserve, setting.optimizer
     return max(
-        rank_memory(model, layout, rank, batch, num_gpus, reserve, weights[rank], optimizer).total
+        rank_memory(model, layout, rank, batch, num_gpus, reserve, weights[rank], optimizer, setting.num_models).total
         for rank in distinct_ranks(tuple(weights))
     )
 

@@ -32,6 +32,7 @@ from megatron_dllm.training.saving import reason_to_save
 from megatron_dllm.training.stage_rows import stage_loader
 from megatron_dllm.training.start import changes_layout
 from megatron_dllm.training.step import StepResult, train_step
+from megatron_dllm.training.teaching import teach
 from megatron_dllm.training.weighing import check_start_margin, weigh_batches
 
 log = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ class Trainer:
         )
         if weighing is not None and self.state.step == 0:
             check_start_margin(objective, weighing)
+        teachers = teach(run.teacher, batches, objective.distill)
         with contextlib.ExitStack() as stack:
             watches = [stack.enter_context(observer.around_step(is_logged)) for observer in run.observers]
             told = [watch for watch in watches if watch is not None]
@@ -179,7 +181,7 @@ class Trainer:
                     watch(batch)
 
             limit = run.spikes.limit(self.state.grad_norms)
-            result = train_step(run.engine, batches, run.device, objective, noise, observe, limit)
+            result = train_step(run.engine, batches, run.device, objective, noise, observe, limit, teachers)
         return result if weighing is None else replace(result, sums=weighing.logged(result.sums))
 
     def _must_end(self, report: StepReport) -> bool:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_dllm.checkpoint.loading import load_weights
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.document_scores import DocumentScores
 from megatron_dllm.evaluation.scores_file import StoredScores, open_scores
-from megatron_dllm.training.engine import Engine, build_chunks
+from megatron_dllm.training.engine import Engine
+from megatron_dllm.training.frozen import load_frozen
 from megatron_dllm.training.start import ReferenceWeights
 from megatron_dllm.training.weighing import FrozenReference, Reference
 
@@ -52,9 +52,4 @@ def open_reference(
         return None
     if config.preference.scores_file is not None:
         return StoredReference(open_scores(Path(config.preference.scores_file)))
-    # As for training: the copy takes the same paths as the model, and so comes to the same numbers.
-    chunks = build_chunks(config, engine.groups, is_training=True)
-    load_weights(weights.folder, chunks, config.checkpoint.verify)
-    for chunk in chunks:
-        chunk.requires_grad_(False)
-    return FrozenReference(chunks, device, engine.groups)
+    return FrozenReference(load_frozen(config, engine.groups, weights.folder, device))

@@ -18,6 +18,7 @@ from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.model.alignment import Alignment
+from megatron_dllm.model.asked import Asked
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise
 from megatron_dllm.parallel.agreement import failing_together
@@ -148,7 +149,7 @@ def replay_step(
                         mask_noise_sigma=noise.sigma,
                         noise_seed=noise.seed,
                         entropy_temperature=objective.entropy_temperature,
-                        alignment=_alignment_of(objective, model, device),
+                        asked=_asked_by(objective, model, device),
                         opening=objective.opening,
                     )
                     loss = objective.loss(local, outputs).total / denominator
@@ -163,12 +164,11 @@ def replay_step(
     return StepReplay(rows, sum(row.loss for row in rows), norm)
 
 
-def _alignment_of(objective: Objective, model: nn.Module, device: torch.device) -> Alignment | None:
-    """What a row's layers are asked for, as in the step."""
-    if objective.alignment is None:
-        return None
+def _asked_by(objective: Objective, model: nn.Module, device: torch.device) -> Asked:
+    """What a row is asked for, as in the step."""
     config: Any = model.config
-    return Alignment.empty(objective.alignment, config.num_layers, device)
+    rule = objective.alignment
+    return Asked(None if rule is None else Alignment.empty(rule, config.num_layers, device), objective.distill)
 
 
 def _row_replay(batch: Batch, place: tuple[int, int, int], loss: float, grad_norm: float, bad: str) -> RowReplay:

@@ -12,6 +12,7 @@ from megatron_dllm.config import TrainConfig
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.diffusion.block_schedule import BlockSchedule
 from megatron_dllm.training.engine import Engine
+from megatron_dllm.training.frozen import FrozenModel
 from megatron_dllm.training.observers.observer import Observer
 from megatron_dllm.training.parts import Parts
 from megatron_dllm.training.saving import Saver
@@ -38,6 +39,7 @@ class Run:
         device: where this rank computes.
         resumed_from: the checkpoint it continues from, if any.
         reference: what losses that compare documents compare their scores with, if any.
+        teacher: the second model that some stage is distilled from, if any.
     """
 
     given_config: TrainConfig
@@ -53,3 +55,4 @@ class Run:
     device: torch.device
     resumed_from: Path | None
     reference: Reference | None
+    teacher: FrozenModel | None

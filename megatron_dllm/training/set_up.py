@@ -23,6 +23,7 @@ from megatron_dllm.run.history import record_start, replace_records
 from megatron_dllm.run.lease import Lease, LeaseLost
 from megatron_dllm.run.names import TOKENIZER, VALIDATION
 from megatron_dllm.training.blends import corpora_of_stages, stage_shares
+from megatron_dllm.training.frozen import load_frozen
 from megatron_dllm.training.loading import load_start
 from megatron_dllm.training.loop import Trainer
 from megatron_dllm.training.observers.curves import forget_run
@@ -106,6 +107,7 @@ def set_up(
         device=device,
         resumed_from=start.resume.folder if start.resume is not None else None,
         reference=open_reference(config, engine, reference, device),
+        teacher=None if start.teacher is None else load_frozen(config, groups, start.teacher, device),
     )
     return Trainer(run, state)
 

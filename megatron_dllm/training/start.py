@@ -34,6 +34,7 @@ from megatron_dllm.training.rate_rules import check_rates
 from megatron_dllm.training.run_state import RunState
 from megatron_dllm.training.scores_needed import check_scored_corpus, check_scores, needed_headers, reference_warnings
 from megatron_dllm.training.sources import Sources
+from megatron_dllm.training.teacher_needed import find_teacher, teacher_warnings
 from megatron_dllm.training.wandb_mode import WandBMode, decide_wandb
 
 # By corpus and geometry: what the rows of one hold under the other.
@@ -75,6 +76,7 @@ class Start:
         resume: where it continues; None for a new run.
         weights: what a new run starts from; None: random weights.
         reference: what stages of preferences compare the model with; None where there are none.
+        teacher: the checkpoint that stages are distilled from; None where there are none.
         passed_over: newer checkpoints that are damaged, and why.
         table: what each stage will do, with steps estimated by packing the first documents.
         num_corpus_tokens: of the training documents.
@@ -88,6 +90,7 @@ class Start:
     resume: Resume | None
     weights: Weights | None
     reference: ReferenceWeights | None
+    teacher: Path | None
     passed_over: Mapping[Path, str]
     table: tuple[StageRow, ...]
     num_corpus_tokens: int
@@ -169,6 +172,7 @@ def decide_start(
         resume=resume,
         weights=weights,
         reference=reference,
+        teacher=find_teacher(config),
         passed_over=damaged,
         table=tuple(stage_table(schedule, _estimates(config, schedule, fills))),
         num_corpus_tokens=sum(source.num_tokens for source in sources.corpora.values()),
@@ -176,6 +180,7 @@ def decide_start(
         warnings=(
             *schedule.warnings(),
             *reference_warnings(config),
+            *teacher_warnings(config),
             *chat_warnings(config, sources),
             *blends,
             *_dropped(fills),

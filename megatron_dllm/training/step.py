@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.step_sums import StepSums
+from megatron_dllm.model.distillation import Teacher
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise, run_schedule
 from megatron_dllm.training.engine import Engine
@@ -45,6 +46,7 @@ def train_step(
     noise: EmbeddingNoise,
     observe: Callable[[Batch], None] | None = None,
     spike_limit: float = math.inf,
+    teachers: Sequence[Teacher | None] | None = None,
 ) -> StepResult:
     """Forward, backward and update. The update is withheld if loss or gradient norm is not finite or too large.
 
@@ -56,6 +58,7 @@ def train_step(
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
         spike_limit: largest gradient norm that is applied.
+        teachers: a second model's of each micro-batch (`training.teaching`); None: none teaches.
 
     Returns:
         The result; `is_applied` false with a `reason` where the weights were left as they were.
@@ -66,7 +69,9 @@ def train_step(
     engine.optimizer.zero_grad()
     biases = _moving_expert_biases(engine)
     biases_before = [bias.clone() for bias in biases]
-    sums = run_schedule(engine.chunks, micro_batches, device, engine.groups, objective, noise=noise, observe=observe)
+    sums = run_schedule(
+        engine.chunks, micro_batches, device, engine.groups, objective, noise=noise, observe=observe, teachers=teachers
+    )
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())
     result = StepResult(sums, grad_norm, True, "", micro_batches)

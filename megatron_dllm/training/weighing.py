@@ -19,6 +19,7 @@ from megatron_dllm.evaluation.scores import score_documents
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.training.balancing import balance_batches
+from megatron_dllm.training.frozen import FrozenModel
 
 # Given this rank's micro-batches, whose documents have these scores: [d, k] or [d, 1] fp64 scores of the reference.
 Reference = Callable[[Sequence[Batch], DocumentScores], Tensor]
@@ -48,19 +49,15 @@ class FrozenReference:
     """A copy of the weights that the run started from, on the same layout: it scores the same rows.
 
     Attributes:
-        chunks: the local part of the copy.
-        device: where it lies.
-        groups: of this rank.
+        model: the copy.
     """
 
-    chunks: list[nn.Module]
-    device: torch.device
-    groups: Groups
+    model: FrozenModel
 
     def __call__(self, micro_batches: Sequence[Batch], scores: DocumentScores) -> Tensor:
         """[d, k] fp64 scores by view (a collective)."""
-        num_views = scores.by_view.shape[1]
-        return score_documents(self.chunks, micro_batches, self.device, self.groups, num_views).by_view
+        num_views, model = scores.by_view.shape[1], self.model
+        return score_documents(model.chunks, micro_batches, model.device, model.groups, num_views).by_view
 
 
 def weigh_batches(

@@ -22,6 +22,7 @@ from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.evaluation.scores import score_documents
 from megatron_dllm.model.objective import Objective, objective_of
 from megatron_dllm.parallel.groups import Groups
+from megatron_dllm.training.frozen import FrozenModel
 from megatron_dllm.training.weighing import FrozenReference, StartRefused, check_start_margin, weigh_batches
 from tests.reference_model import random_weights, tiny_model, to_megatron
 
@@ -102,7 +103,7 @@ def batches_of(stage: StageConfig) -> list[Batch]:
 
 
 def reference_of(model: Any) -> FrozenReference:
-    return FrozenReference([model], CPU, Groups.current())
+    return FrozenReference(FrozenModel([model], CPU, Groups.current()))
 
 
 def document_sums(model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,14 @@ class TargetOutputs:
             None unless it asked.
         max_probability: [T] fp32 probability of the most likely token at temperature 1, without a gradient; None
             unless the caller asked for the entropy.
+        kl: [T] fp32 divergence of the prediction from a teacher's, nats, 0 where it has none; None unless the model is
+            distilled.
+        has_teacher: [T] bool, whether a teacher predicts the target; None likewise.
     """
 
     nll: Tensor
     is_correct: Tensor
     entropy: Tensor | None = None
     max_probability: Tensor | None = None
+    kl: Tensor | None = None
+    has_teacher: Tensor | None = None

@@ -12,6 +12,7 @@ from megatron_dllm.config import (
     CapConfig,
     CheckpointConfig,
     DataConfig,
+    DistillConfig,
     EvaluationConfig,
     LoggingConfig,
     NoiseConfig,
@@ -147,6 +148,19 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
         (dict(cap=CapConfig(temperature=0.0)), ("one.cap.temperature (0.0)", "positive", "1 is")),
         (dict(cap=CapConfig(normalise="correct")), ("one.cap.normalise (correct)", "masked", "divide the coefficient")),
         (dict(objective="ar", cap=CapConfig(2.0)), ("one.cap.coefficient (2)", "block_diffusion", "set it to 0")),
+        (dict(distill=DistillConfig(weight=-1.0)), ("one.distill.weight (-1.0)", "not be negative", "0 turns")),
+        (dict(distill=DistillConfig(source="self")), ("one.distill.source (self)", "clean, teacher")),
+        (dict(distill=DistillConfig(top_k=0)), ("one.distill.top_k (0)", "positive", "null")),
+        (dict(objective="ar", distill=DistillConfig(1.0)), ("one.distill.weight (1)", "is ar", "set it to 0")),
+        (
+            dict(block_size=32, distill=DistillConfig(1.0)),
+            ("one.distill.weight (1)", "one.clean_block_size 1", "(32)", "source teacher"),
+        ),
+        (
+            dict(distill=DistillConfig(1.0, "teacher"), cap=CapConfig(2.0)),
+            ("one.distill.weight (1)", "one.cap.coefficient 0 (2)", "one after the other"),
+        ),
+        (dict(distill=DistillConfig(1.0, "teacher")), ("teacher.checkpoint (null)", "one.distill.source", "name an")),
         (dict(alignment=AlignmentConfig(weight=-1.0)), ("one.alignment.weight (-1.0)", "not be negative", "0 turns")),
         (dict(alignment=AlignmentConfig(masked_layers=0.0)), ("one.alignment.masked_layers (0.0)", "masked to false")),
         (

@@ -11,7 +11,9 @@ from torch import Tensor
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.alignment import AlignmentRule
-from megatron_dllm.model.alignment import Alignment, LayerAlignment, TokenShare, find_pairs
+from megatron_dllm.model.alignment import Alignment, LayerAlignment, find_pairs
+from megatron_dllm.model.asked import Asked
+from megatron_dllm.model.token_share import TokenShare
 from tests.reference_model import random_weights, tiny_model, to_megatron
 from tests.tiny_batch import tiny_batch
 
@@ -20,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 WHOLE = TokenShare(tensor=None, context=None, is_counting=True)
 
 
-def _batch(model: ModelConfig, mask_ratio: float = 0.5) -> Batch:
-    return tiny_batch(model, [[17, 9], [24]], row_length=80, block_size=4, num_views=2, mask_ratio=mask_ratio)
+def _batch(model: ModelConfig, mask_ratio: float = 0.5, block_size: int = 4) -> Batch:
+    return tiny_batch(model, [[17, 9], [24]], row_length=80, block_size=block_size, num_views=2, mask_ratio=mask_ratio)
 
 
 def _build(model: ModelConfig, recompute: str = "none") -> Any:
@@ -77,20 +79,31 @@ def _aligned(built: Any, batch: Batch, rule: AlignmentRule) -> tuple[Tensor, dic
     """[num_layers, 4] what the alignment came to, and the gradients of it and the NLL."""
     asked = Alignment.empty(rule, built.model_config.num_layers, torch.device("cpu"))
     built.zero_grad()
-    built(batch, alignment=asked).nll.sum().backward()
+    built(batch, asked=Asked(asked)).nll.sum().backward()
     return asked.sums, {name: value.grad.clone() for name, value in built.named_parameters() if value.grad is not None}
 
 
-def test_without_noise_a_noisy_token_is_its_clean_copy() -> None:
+@pytest.mark.parametrize("block_size", [4, 1])
+def test_without_noise_a_noisy_token_is_its_clean_copy(block_size: int) -> None:
     """No token is masked: each noisy block sees what its clean copy sees, in every layer."""
     model = tiny_model()
-    batch = _batch(model, mask_ratio=0.0)
+    batch = _batch(model, 0.0, block_size)
     sums, _ = _aligned(_build(model), batch, AlignmentRule(weight=1.0))
     assert sums[:, 1].tolist() == [2.0 * (17 + 9 + 24)] * 3
     assert bool((sums[:, 0].abs() / sums[:, 1] < 1e-6).all())
     assert float(sums[:, 2:].abs().sum()) == 0.0
     noisy, _ = _aligned(_build(model), _batch(model), AlignmentRule(weight=1.0))
     assert bool((noisy[:, 0] / noisy[:, 1] > 1e-3).all())
+
+
+def test_clean_blocks_of_one_token_teach_what_a_larger_noisy_block_does_not_compute() -> None:
+    """Without noise too: a noisy token sees the rest of its block, and its clean copy does not."""
+    model = tiny_model()
+    batch = _batch(model, mask_ratio=0.0)
+    is_clean = batch.roles[..., 2] == 0
+    batch.roles[..., 1] = torch.where(is_clean, batch.position_ids.int(), batch.roles[..., 1])
+    sums, _ = _aligned(_build(model), batch, AlignmentRule(weight=1.0))
+    assert bool((sums[:, 0] / sums[:, 1] > 1e-3).all())
 
 
 def test_only_noisy_tokens_get_a_gradient() -> None:

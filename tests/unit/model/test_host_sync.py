@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dllm.config import ParallelConfig
 from megatron_dllm.diffusion.losses.alignment import AlignmentRule
+from megatron_dllm.diffusion.losses.distillation import DistillRule
 from megatron_dllm.model.attention import flex
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
@@ -58,9 +59,10 @@ class WatchWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _waits(layout: ParallelConfig, backend: str, is_aligned: bool = False) -> set[tuple[str, str]]:
+def _waits(layout: ParallelConfig, backend: str, asks: bool = False) -> set[tuple[str, str]]:
     """What a step waits for: operations, and who called them."""
     from megatron_dllm.model.alignment import Alignment
+    from megatron_dllm.model.asked import Asked
     from megatron_dllm.model.gpt import build_model
     from megatron_dllm.model.objective import token_loss
     from megatron_dllm.parallel.groups import Groups
@@ -69,9 +71,12 @@ def _waits(layout: ParallelConfig, backend: str, is_aligned: bool = False) -> se
     built = build_model(model, layout, Groups.current()).train()
     built.attention = replace(built.attention, backend=small_backends(tile_size=16)[backend])
     batch = tiny_batch(model, [[17, 9], [24]], row_length=56, block_size=4)
-    asked = Alignment.empty(AlignmentRule(weight=1.0), model.num_layers, torch.device("cpu")) if is_aligned else None
+    asked = Asked()
+    if asks:
+        alignment = Alignment.empty(AlignmentRule(weight=1.0), model.num_layers, torch.device("cpu"))
+        asked = Asked(alignment, DistillRule(1.0, is_own=True))
     with WatchWaits() as watch:
-        token_loss(batch, built(batch, mask_noise_sigma=0.3, noise_seed=5, alignment=asked)).total.backward()
+        token_loss(batch, built(batch, mask_noise_sigma=0.3, noise_seed=5, asked=asked)).total.backward()
     return watch.found
 
 
@@ -96,8 +101,8 @@ def test_the_kernels_mask_is_built_without_waiting() -> None:
     assert not watch.found
 
 
-@pytest.mark.parametrize("is_aligned", [False, True])
+@pytest.mark.parametrize("asks", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_nothing_waits_where_one_rank_has_all_experts(recompute: str, is_aligned: bool) -> None:
+def test_nothing_waits_where_one_rank_has_all_experts(recompute: str, asks: bool) -> None:
     layout = ParallelConfig(recompute=recompute, moe_token_dispatcher="alltoall")
-    assert _waits(layout, "dense", is_aligned) == set()
+    assert _waits(layout, "dense", asks) == set()

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_dllm.config import AlignmentConfig, CapConfig, NoiseConfig, SftConfig, StageConfig
+from megatron_dllm.config import AlignmentConfig, CapConfig, DistillConfig, NoiseConfig, SftConfig, StageConfig
 from megatron_dllm.data.batch import collate
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.diffusion.losses.alignment import AlignmentRule
+from megatron_dllm.diffusion.losses.distillation import DistillRule
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.head import target_cross_entropy
@@ -44,6 +45,25 @@ def test_alignment_with_weight_0_is_the_plain_objective() -> None:
     aligned = objective_of(replace(STAGE, alignment=AlignmentConfig(0.5, masked_layers=0.25)), noise)
     assert aligned.alignment == AlignmentRule(0.5, masked_layers=0.25, shift=False)
     assert replace(aligned, alignment=None) == objective_of(STAGE, noise)
+
+
+def test_distillation_with_weight_0_is_the_plain_objective_and_adds_its_divergence_otherwise() -> None:
+    noise = NoiseConfig()
+    assert objective_of(replace(STAGE, distill=DistillConfig(0.0, top_k=3)), noise) == objective_of(STAGE, noise)
+    stage = replace(STAGE, distill=DistillConfig(0.5, "teacher", top_k=3))
+    objective = objective_of(stage, noise)
+    assert objective.distill == DistillRule(0.5, is_own=False, top_k=3, shift=False)
+    batch = tiny_batch(tiny_model(), [[17, 9], [24]], row_length=56, block_size=4)
+    generator = torch.Generator().manual_seed(0)
+    nll, kl = torch.rand(2, len(batch.target_ids), generator=generator)
+    outputs = TargetOutputs(nll, nll < 0.5, kl=kl, has_teacher=kl > 0.5)
+    found, plain = objective.loss(batch, outputs), token_loss(batch, outputs)
+    added = 0.5 * float((kl * batch.loss_weights).sum())
+    assert float(found.total) == pytest.approx(float(plain.total) + added, rel=1e-6)
+    assert float(found.sums.loss) == pytest.approx(float(found.total), rel=1e-6)
+    assert float(found.sums.extra["distill_loss"]) == pytest.approx(added, rel=1e-6)
+    assert found.sums.ratios["distill_kl"].tolist() == pytest.approx([float(kl.sum()), float((kl > 0.5).sum())])
+    assert (tuple(found.sums.extra), tuple(found.sums.ratios)) == (objective.extra_sums, objective.ratios)
 
 
 def test_validation_measures_by_counts_and_ar_exactly() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_dllm.config import ParallelConfig
+from megatron_dllm.config import DistillConfig, ParallelConfig
 from megatron_dllm.parallel.device import DeviceFacts
 from megatron_dllm.planning.answer import ENGINE, RankAnswer, Traffic
 from megatron_dllm.planning.engine import distinct_ranks, measure, num_parameters
@@ -73,6 +73,20 @@ def test_work_and_traffic_grow_with_the_batch_and_memory_does_not() -> None:
     assert many.memory == some.memory
     assert many.flops == pytest.approx(4 * some.flops)
     assert _of(many, "all_gather", "tp").num_bytes == pytest.approx(4 * _of(some, "all_gather", "tp").num_bytes)
+
+
+@pytest.mark.parametrize("layout", ["one", "context"])
+def test_a_teacher_lies_in_memory_and_runs_in_every_step(layout: str) -> None:
+    run, size = config(), 1 if layout == "one" else 2
+    plain = measure(run, replace(LAYOUTS[layout], precision="bf16"), size, 0, "block").worst
+    run.teacher.checkpoint = "base"
+    run.schedule.stages["block"] = replace(run.schedule.stages["block"], distill=DistillConfig(1.0, "teacher"))
+    taught = measure(run, replace(LAYOUTS[layout], precision="bf16"), size, 0, "block").worst
+    assert taught.memory.weights == 2 * plain.memory.weights
+    assert taught.memory.gradients == plain.memory.gradients and taught.memory.optimizer == plain.memory.optimizer
+    assert plain.memory.activations < taught.memory.activations + taught.memory.head
+    # A forward pass is a third of a step; beside it the head has a second row of logits.
+    assert 1.25 * plain.flops < taught.flops < 1.7 * plain.flops
 
 
 def test_the_engine_updates_as_the_device_that_it_speaks_of() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_dllm.compose import compose_train_config
-from megatron_dllm.config import OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megatron_dllm.config import DistillConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megatron_dllm.config.assumptions import AssumptionsConfig
 from megatron_dllm.planning.answer import RankMemory
 from megatron_dllm.planning.engine import measure
@@ -30,9 +30,8 @@ def _config(model: str, **layout: object) -> TrainConfig:
 def _memory(config: TrainConfig, row: RowContent, num_gpus: int, rank: int = 0) -> RankMemory:
     stage = stage_config(global_batch_size=num_gpus)
     batch = micro_batch_of(config.model, config.parallel, stage, row, num_gpus, 1.0, config.training)
-    return rank_memory(
-        config.model, config.parallel, pipeline_ranks(config.model, config.parallel)[rank], batch, num_gpus, 0
-    )
+    held = pipeline_ranks(config.model, config.parallel)[rank]
+    return rank_memory(config.model, config.parallel, held, batch, num_gpus, 0, num_models=1 + config.has_second_model)
 
 
 def test_the_published_peak_of_qwen3_30b() -> None:
@@ -128,6 +127,14 @@ def test_micro_batches_in_flight(pieces: int | None, expected: list[float]) -> N
     layout = replace(BF16, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=pieces)
     assert [pipeline_in_flight(layout, rank, 64) for rank in range(4)] == expected
     assert max(pipeline_in_flight(layout, rank, 2) for rank in range(4)) == 2
+
+
+def test_a_second_model_has_weights_alone() -> None:
+    row, config = RowContent(8192, 4096.0, 2048.0, 4096.0**2, ""), _config("ling_mini")
+    one = _memory(config, row, 8)
+    taught = stage_config(distill=DistillConfig(1.0, "teacher"))
+    config.schedule = replace(config.schedule, stages={"taught": taught})
+    assert _memory(config, row, 8) == replace(one, weights=2 * one.weights)
 
 
 def test_each_way_to_recompute_keeps_less() -> None:
