@@ -196,15 +196,15 @@ def _num_tokens(name: str, stage: StageConfig, epoch_tokens: Mapping[str, int]) 
 def max_batch_tokens(stage: StageConfig, tokens_per_row: int, has_prompts: bool) -> int:
     """The most document tokens that one global batch of a stage can hold.
 
-    That is when every row is full and no document stores a clean copy, as documents of one block do not. Prompts have
-    no noisy copies: a row of them holds as many document tokens as it is long.
+    That is when every row is full and no document stores a clean copy, as documents of one block do not. Prompts and AR
+    rows have no noisy copies: a row of them holds as many document tokens as it is long.
 
     Args:
         stage: of the schedule.
         tokens_per_row: the row's length.
         has_prompts: some tokens carry no loss, as those that come before an answer.
     """
-    if has_prompts:
+    if has_prompts or stage.ar_row_share:
         return stage.global_batch_size * tokens_per_row
     return stage.global_batch_size * (tokens_per_row // max(stage.num_noisy_copies, 1))
 
@@ -307,9 +307,10 @@ def _cells(row: StageRow) -> list[str]:
     return [
         stage.name,
         config.objective
+        + (f" + ar {config.ar_weight:g}" if config.ar_weight else "")
         + (" + sft" if config.sft is not None else "")
         + (f" + cap {config.cap.coefficient:g}" if config.cap.coefficient else ""),
-        f"{config.block_size}",
+        f"{config.block_size}" + (f", clean {config.clean_grid}" if config.clean_grid != config.block_size else ""),
         *numbers,
         rate,
         f"{config.global_batch_size}",

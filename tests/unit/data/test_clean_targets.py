@@ -124,15 +124,21 @@ def test_the_share_is_unbiased() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
-    "geometry", [GUIDED, replace(GUIDED, prune_clean=False), replace(GUIDED, block_origin="row", block_size=8)]
+    "geometry",
+    [
+        GUIDED,
+        replace(GUIDED, prune_clean=False),
+        replace(GUIDED, block_origin="row", block_size=8),
+        replace(GUIDED, shift=True),
+        replace(GUIDED, shift=True, block_size=1),
+    ],
 )
 def test_only_what_may_carry_a_loss_is_predicted(geometry: RowGeometry, seed: int) -> None:
     spans = random_spans(LENGTHS, seed)
     kinds = spans.kinds(np.array(LENGTHS))
     row = make_row(LENGTHS, geometry, spec(), kinds=kinds.tolist())
     assert row.num_forward_tokens == (row.roles[:, 0] >= 0).sum() == row_forward_tokens(geometry, LENGTHS, spans)
-    is_clean = row.roles[row.target_positions, 2] == 0
-    places, starts = row.target_positions[is_clean], np.cumsum(LENGTHS) - LENGTHS
+    places, starts = row.target_positions[row.is_ar_target], np.cumsum(LENGTHS) - LENGTHS
     predicted = starts[row.roles[places, 0]] + row.position_ids[places] + 1
     expected = [place for place in np.flatnonzero(kinds == 1) if place not in starts]
     assert sorted(predicted.tolist()) == expected and row.num_ar_maskable == len(expected)

@@ -298,6 +298,19 @@ def test_epochs_and_a_share_of_warmup_become_tokens():
     assert "1,000  " in lines[1] and "2,000 = 2.5 epochs" in lines[2] and "epochs" not in lines[1]
 
 
+def test_clean_blocks_and_the_ar_loss_stand_in_the_table():
+    guided = stage(1000, block_size=4, clean_block_size=1, ar_weight=0.5)
+    plain, line = format_table(stage_table(schedule_of(plain=stage(1000), guided=guided))).splitlines()[1:]
+    assert "block_diffusion + ar 0.5" in line and "4, clean 1" in line
+    assert "ar" not in plain and "clean" not in plain
+
+
+def test_ar_rows_hold_as_many_tokens_as_they_are_long():
+    pair = {"num_views": 2, "view_relation": "complementary", "t_min": 0.2, "t_max": 0.8, "ar_weight": 0.5}
+    assert max_batch_tokens(stage(1000, **pair, ar_row_share=0.25), 16, has_prompts=False) == 64
+    assert max_batch_tokens(stage(1000, **pair), 16, has_prompts=False) == 32
+
+
 def test_a_batch_of_chats_may_be_all_prompts():
     """Of text with two views a batch holds at most 4 x 8 tokens; prompts have no noisy copies."""
     pair = {"num_views": 2, "view_relation": "complementary", "t_min": 0.2, "t_max": 0.8}
