@@ -32,7 +32,7 @@ from megatron_dllm.evaluation.questions import Question, read_questions
 
 FloatArray = NDArray[np.float64]
 NUM_SEEDS = 8
-VIEWS = {T_UNIFORM: (1, 8, 32, 128), COUNTS: (1, 8, 32), STRATIFIED: (1, 2, 4, 8, 16, 32)}
+VIEWS = {T_UNIFORM: (1, 8, 32, 128), COUNTS: (1, 8, 32), STRATIFIED: (1, 2, 4, 8, 12, 16, 32)}
 
 
 def draw_choices(questions: Sequence[Question], num_questions: int, num_choices: int, seed: int = 0) -> list[list[str]]:

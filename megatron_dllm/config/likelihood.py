@@ -24,9 +24,9 @@ class LikelihoodConfig:
     """Estimators of the ELBO of given tokens under block diffusion; an autoregressive model is scored exactly."""
 
     # auto: every mask where no block has more than exact_up_to tokens to score, else stratified. exact: every mask.
-    # stratified: num_views views whose mask counts are spread evenly. counts: whose counts are independent. t_uniform:
-    # t uniform on [0, 1] and independent masks, weight 1/t. left_to_right: the exact log-likelihood of writing token by
-    # token, which is no ELBO.
+    # stratified: num_views views whose mask counts are spread evenly, and whose masks differ as far as their counts
+    # allow. counts: whose counts are independent. t_uniform: t uniform on [0, 1] and independent masks, weight 1/t.
+    # left_to_right: the exact log-likelihood of writing token by token, which is no ELBO.
     estimator: str = "auto"
     # Noisy views of a continuation, which share the clean copy of what stands before; no effect on exact estimators.
     num_views: int = 8

@@ -10,7 +10,8 @@ The noise is a pure function of its arguments (see `diffusion.draws`). The K vie
     stratified      the range of t has K parts, and each view gets one, in random order; masks are independent
     complementary   views 1 and 2, 3 and 4, ... mask opposite tokens; the pairs are independent
 
-Two more score given tokens without a random number: enumerated and left_to_right (`diffusion.exact_views`).
+Three more score given tokens: spread, where stratified views take turns in what they mask (`diffusion.spread_masks`),
+and without a random number enumerated and left_to_right (`diffusion.exact_views`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from megatron_dllm.diffusion.draws import Draws
 from megatron_dllm.diffusion.exact_views import EXACT_RELATIONS, exact_views
 from megatron_dllm.diffusion.loss_weights import view_weights
 from megatron_dllm.diffusion.noise_levels import view_levels
-from megatron_dllm.diffusion.noise_masks import draw_mask
-from megatron_dllm.diffusion.noise_spec import NoiseSpec
+from megatron_dllm.diffusion.noise_masks import draw_mask, draw_spread_masks
+from megatron_dllm.diffusion.noise_spec import SPREAD, NoiseSpec
 from megatron_dllm.diffusion.segment_blocks import SegmentBlocks, SegmentKey
 
 FloatArray = NDArray[np.float64]
@@ -98,7 +99,10 @@ def _all_views(spec: NoiseSpec, draws: Draws, key: SegmentKey, blocks: SegmentBl
     num_drawn = spec.num_views // 2 if spec.is_complementary else spec.num_views
     of_view = [replace(draws, view=view) for view in range(num_drawn)]
     levels = view_levels(spec, of_view, key, blocks)
-    masks = [draw_mask(spec, view, key, t, blocks) for view, t in zip(of_view, levels, strict=True)]
+    if spec.view_relation == SPREAD:
+        masks = draw_spread_masks(of_view, key, levels, blocks)
+    else:
+        masks = [draw_mask(spec, view, key, t, blocks) for view, t in zip(of_view, levels, strict=True)]
     if spec.is_complementary:
         masks = [mask for drawn in masks for mask in (drawn, ~drawn)]
         levels = [t for drawn in levels for t in (drawn, 1.0 - drawn)]

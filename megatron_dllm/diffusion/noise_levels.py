@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from megatron_dllm.diffusion.draws import Draws, Purpose
 from megatron_dllm.diffusion.level_density import drawn_levels
-from megatron_dllm.diffusion.noise_spec import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import SPREAD, NoiseSpec
 from megatron_dllm.diffusion.segment_blocks import SegmentBlocks, SegmentKey
 
 FloatArray = NDArray[np.float64]
@@ -28,7 +28,7 @@ def view_levels(spec: NoiseSpec, views: Sequence[Draws], key: SegmentKey, blocks
         key: of the segment.
         blocks: of the segment.
     """
-    if spec.view_relation == "stratified" and spec.num_views > 1:
+    if spec.view_relation in ("stratified", SPREAD) and spec.num_views > 1:
         return _stratified_levels(spec, views[0], key, blocks)
     return [_levels(spec, _unit_levels(spec, view, key, len(blocks.size)), blocks) for view in views]
 

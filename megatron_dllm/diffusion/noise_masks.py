@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,7 @@ from megatron_dllm.diffusion.block_order import first_masked_of, tilted_levels
 from megatron_dllm.diffusion.draws import Draws, Purpose
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.diffusion.segment_blocks import SegmentBlocks, SegmentKey
+from megatron_dllm.diffusion.spread_masks import spread_masks
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -42,6 +45,22 @@ def draw_mask(spec: NoiseSpec, draws: Draws, key: SegmentKey, levels: FloatArray
         first = first_masked(levels, u, blocks.size)[blocks.of_token]
     masked = (blocks.rank == first) | ((blocks.rank > first) & masked)
     return masked
+
+
+def draw_spread_masks(
+    views: Sequence[Draws], key: SegmentKey, levels: Sequence[FloatArray], blocks: SegmentBlocks
+) -> list[BoolArray]:
+    """[m] masked tokens of each view, which take turns with those of the same count.
+
+    Args:
+        views: random numbers of each view.
+        key: of the segment.
+        levels: [c] float64 of each view, the share of a block's tokens to mask.
+        blocks: of the segment.
+    """
+    counts = np.rint(np.stack(levels) * blocks.size).astype(np.int64)
+    uniforms = np.stack([draws.uniform(Purpose.TOKEN, key.sample_id, len(blocks.of_token)) for draws in views])
+    return list(spread_masks(counts, uniforms, blocks))
 
 
 def count_mask(count: IntArray, uniforms: FloatArray, blocks: SegmentBlocks) -> BoolArray:

@@ -16,6 +16,10 @@ from megatron_dllm.diffusion.exact_views import EXACT_RELATIONS
 _NEWER = ("cart_p", "t_density", "t_bell_center", "t_bell_width", "t_max_start", "t_max_ramp_share", "order_bias")
 
 
+# A view relation of measurements alone: stratified counts, and masks that take turns (`diffusion.spread_masks`).
+SPREAD = "spread"
+
+
 @dataclass(frozen=True)
 class NoiseSpec:
     """How the noise of one stage is drawn.
@@ -74,9 +78,10 @@ class NoiseSpec:
         assert 0.0 <= self.t_min <= self.t_max <= 1.0, (
             f"t_min, t_max ({self.t_min}, {self.t_max}) must satisfy 0 <= t_min <= t_max <= 1"
         )
-        assert self.view_relation in (*VIEW_RELATIONS, *EXACT_RELATIONS), (
+        assert self.view_relation in (*VIEW_RELATIONS, *EXACT_RELATIONS, SPREAD), (
             f"view_relation ({self.view_relation}) is not known"
         )
+        assert self.view_relation != SPREAD or self.is_count, "masks that take turns have counts"
         assert self.num_views >= 1, f"num_views ({self.num_views}) must be positive"
         assert not (self.is_complementary and self.num_views % 2), (
             f"num_views ({self.num_views}) must be even for complementary views"

@@ -21,7 +21,7 @@ from megatron_dllm.config.likelihood import (
     LikelihoodConfig,
 )
 from megatron_dllm.diffusion import exact_views
-from megatron_dllm.diffusion.noise_spec import NoiseSpec
+from megatron_dllm.diffusion.noise_spec import SPREAD, NoiseSpec
 from megatron_dllm.evaluation.continuations import Continuation
 
 
@@ -92,7 +92,7 @@ def noise_of(name: str, num_views: int) -> NoiseSpec:
     relation = {
         EXACT: exact_views.ENUMERATED,
         LEFT_TO_RIGHT: exact_views.LEFT_TO_RIGHT,
-        STRATIFIED: "stratified",
+        STRATIFIED: SPREAD,
         COUNTS: "independent",
         T_UNIFORM: "independent",
     }[name]
