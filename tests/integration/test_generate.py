@@ -140,11 +140,13 @@ class UncachedForward:
 
     @torch.no_grad()
     def run(self, step: DecodingPass) -> Iterator[tuple[range, Tensor]]:
+        before = tuple(self.committed)
         if bool((step.roles[..., VIEW] == CLEAN_VIEW).all()):
             self.committed.append(step)
-            return
+            if not len(step.wanted):
+                return
         ids, positions, roles = (
-            torch.cat([getattr(part, name) for part in (*self.committed, step)], 1)
+            torch.cat([getattr(part, name) for part in (*before, step)], 1)
             for name in ("input_ids", "position_ids", "roles")
         )
         states = self.model.states(ids, positions, roles, step.wanted + ids.shape[1] - step.shape[1])
@@ -154,15 +156,20 @@ class UncachedForward:
         raise AssertionError("there is one text")
 
 
-@pytest.mark.parametrize(("block_size", "threshold"), [(1, 0.5), (4, 0.5), (8, 0.5), (64, 1.0)])
-def test_cached_decoding_equals_uncached(one_rank: Any, run: Path, block_size: int, threshold: float) -> None:
+@pytest.mark.parametrize(
+    ("block_size", "threshold", "shift"),
+    [(1, 0.5, False), (4, 0.5, False), (8, 0.5, False), (64, 1.0, False), (1, 0.5, True), (4, 0.5, True)],
+)
+def test_cached_decoding_equals_uncached(
+    one_rank: Any, run: Path, block_size: int, threshold: float, shift: bool
+) -> None:
     from megatron_dllm.inference.cached_forward import CachedForward
     from megatron_dllm.inference.load import load_model
     from megatron_dllm.inference.source import read_source
 
     source = read_source(replace(SETTINGS, checkpoint=str(run), prompt="x"))
     cached, dense = (load_model(source, one_rank, "fp32", backend) for backend in ("auto", "dense"))
-    contract = DecodingContract(block_size, 64, MODEL.mask_token_id, (-1,))
+    contract = DecodingContract(block_size, 64, MODEL.mask_token_id, (-1,), shift=shift)
     config = DecodingConfig(threshold=threshold, max_new_tokens=24)
     texts = set()
     for prompt in ([5, 6, 7], [9] * 8, list(range(3, 26))):

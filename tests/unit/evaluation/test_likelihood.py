@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_dllm.config import ParallelConfig, ScheduleConfig, TrainConfig
+from megatron_dllm.config import ParallelConfig, ScheduleConfig, StageConfig, TrainConfig
 from megatron_dllm.config.likelihood import LikelihoodConfig
 from megatron_dllm.evaluation.continuations import Continuation
 from megatron_dllm.evaluation.likelihood import Decision, Likelihood, decide, score_continuations
@@ -44,15 +44,15 @@ def score(one_rank: Any, weights: Weights) -> Score:
     model = LocalModel([chunk.eval()], config, one_rank, torch.device("cpu"))
 
     def score(
-        asked: Sequence[Any], block_size: int | None, rows_at_a_time: int = 1, **settings: Any
+        asked: Sequence[Any], block_size: int | None, rows_at_a_time: int = 1, shift: bool = False, **settings: Any
     ) -> list[Likelihood]:
         made = [item if isinstance(item, Continuation) else Continuation(*item) for item in asked]
         found = LikelihoodConfig(**settings)
         found.validate()
         evaluation = replace(config.evaluation, micro_batch_size=rows_at_a_time)
-        return score_continuations(
-            replace(model, config=replace(config, evaluation=evaluation)), made, found, block_size
-        )
+        schedule = replace(config.schedule, stages={"only": StageConfig(shift=shift)})
+        measured = replace(config, evaluation=evaluation, schedule=schedule)
+        return score_continuations(replace(model, config=measured), made, found, block_size)
 
     return score
 
@@ -114,6 +114,26 @@ def test_an_autoregressive_model_scores_by_its_log_softmax(score: Score, weights
     ids = [*CONTEXT, *TOKENS]
     log_p = _log_p(weights, ids, list(range(len(ids))))
     expected = sum(float(log_p[place - 1, ids[place]]) for place in range(len(CONTEXT), len(ids)))
+    assert found.is_exact and found.value == pytest.approx(expected, rel=1e-5)
+
+
+def test_blocks_of_one_token_with_a_shift_score_as_an_autoregressive_model(score: Score) -> None:
+    (expected,) = score([(CONTEXT, TOKENS)], None)
+    for estimator in ("auto", "stratified", "left_to_right"):
+        (found,) = score([(CONTEXT, TOKENS)], 1, shift=True, estimator=estimator, num_views=3)
+        # Nothing is left to chance: every view says the same.
+        assert list(found.by_view) == pytest.approx([expected.value] * len(found.by_view), rel=1e-5), estimator
+
+
+def test_a_shift_predicts_a_block_from_the_slots_before_its_tokens(score: Score, weights: Weights) -> None:
+    """The first token by the clean block before it, then the others from left to right, each from its neighbour."""
+    ids, size, expected = [*CONTEXT[:4], *TOKENS], 4, 0.0
+    for place in range(4, len(ids)):
+        begin = place // size * size
+        shown = ids[:place] + [MODEL.mask_token_id] * (begin + size - place) * (place > begin)
+        log_p = _log_p(weights, shown, [i // size for i in range(len(shown))])
+        expected += float(log_p[place - 1, ids[place]])
+    (found,) = score([(CONTEXT[:4], TOKENS)], size, shift=True, estimator="left_to_right", fill="mask")
     assert found.is_exact and found.value == pytest.approx(expected, rel=1e-5)
 
 
