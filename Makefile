@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-record docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study dpo-study study-methods clean
+.PHONY: demo demo-record docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study dpo-study study-methods methods-study clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -99,3 +99,8 @@ study: demo
 # two cores. It may be stopped and given again; writes benchmarks/results/ar_guided.md. Not run in full yet.
 study-methods: install
 	$(BIN)/python -m benchmarks.ar_guided
+
+# The field's methods from one AR model, at equal document tokens and at equal operations, three seeds; hours on two cores.
+# It may be stopped and given again; writes benchmarks/results/methods_study.md. Not run in full yet.
+methods-study: install
+	$(BIN)/python -m benchmarks.methods_study

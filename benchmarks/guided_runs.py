@@ -121,7 +121,8 @@ def arms(weights: list[float]) -> dict[str, Arm]:
 
 def operations(model: ModelConfig, stage: StageConfig) -> float:
     """Floating-point operations of a document token, forward and backward, of documents as long as the context."""
-    schedule = ScheduleConfig(context_length=CONTEXT_LENGTH)
+    copies = max(stage.num_noisy_copies, 1)
+    schedule = ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=(copies + 1) * CONTEXT_LENGTH)
     row = assumed_row(RowGeometry.of_stage(stage, schedule, DataConfig()), stage, CONTEXT_LENGTH)
     tokens = Tokens(row.length, row.length, row.pairs)
     costs = [layer_cost(model, ParallelConfig(), tokens, layer >= model.num_dense_layers, 1.0) for layer in range(4)]

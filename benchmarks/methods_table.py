@@ -1,0 +1,92 @@
+"""The two tables and the picture of the study of methods, from the results of its runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import write_results
+
+Result = Mapping[str, Any]
+NOTE = (
+    "ELBO at block 32 of held-out text, in nats per byte, mean and standard deviation over seeds; lower is better. "
+    "gain: how far a method lies below the reference with the same seed. clear: the gain is more than twice its "
+    "standard error; what is not clear is no difference that this study can tell. One tiny model and one corpus: the "
+    "order may be another one at scale."
+)
+
+
+def write_methods(paths: Iterable[Path], output: Path, about: Mapping[str, Any], reference: str) -> None:
+    """Write `output`.md, .json and .png.
+
+    Args:
+        paths: of the results of runs.
+        output: without suffix.
+        about: machine and settings.
+        reference: the method that others are compared with.
+    """
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(paths)]
+    kinds = sorted({result["equal"] for result in results}, reverse=True)
+    tables = {f"equal {kind}": rows_of([r for r in results if r["equal"] == kind], reference) for kind in kinds}
+    named = {"runs": len(results), "minutes of all runs": round(sum(r["seconds"] for r in results) / 60)}
+    write_results(output, "Methods of conversion side by side", {**about, **named}, tables, NOTE)
+    output.with_suffix(".png").write_bytes(picture(results, reference))
+
+
+def rows_of(results: Sequence[Result], reference: str) -> list[dict[str, Any]]:
+    """A row a method, the best first."""
+    base = {result["seed"]: result["elbo"] for result in results if result["method"] == reference}
+    own = {name: [r for r in results if r["method"] == name] for name in {result["method"] for result in results}}
+    rows = []
+    for name in sorted(own, key=lambda name: statistics.mean(r["elbo"] for r in own[name])):
+        gains = [base[r["seed"]] - r["elbo"] for r in own[name] if r["seed"] in base]
+        rows.append(
+            {
+                "method": name,
+                "seeds": len(own[name]),
+                "document tokens": own[name][0]["document_tokens"],
+                "operations": f"{own[name][0]['operations']:.3g}",
+                "ELBO": spread([r["elbo"] for r in own[name]]),
+                "gain": "" if name == reference else spread(gains),
+                "clear": "" if name == reference else is_clear(gains),
+                "seconds": round(statistics.mean(r["seconds"] for r in own[name])),
+            }
+        )
+    return rows
+
+
+def is_clear(gains: Sequence[float]) -> str:
+    """Whether the mean of the gains is more than twice its standard error from 0; ? for less than two seeds."""
+    if len(gains) < 2:
+        return "?"
+    return "yes" if abs(statistics.mean(gains)) > 2 * statistics.stdev(gains) / len(gains) ** 0.5 else "no"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
+def picture(results: Sequence[Result], reference: str) -> bytes:
+    """A panel for each kind of equality: every run's ELBO as a point, a line of them for each method."""
+    from matplotlib.figure import Figure
+
+    kinds = sorted({result["equal"] for result in results}, reverse=True)
+    names = list(dict.fromkeys(result["method"] for result in results))
+    figure = Figure(figsize=(5.5 * len(kinds), 1.2 + 0.3 * len(names)), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        own = [result for result in results if result["equal"] == kind]
+        order = [row["method"] for row in rows_of(own, reference)][::-1]
+        axis.plot([r["elbo"] for r in own], [order.index(r["method"]) for r in own], "o", alpha=0.7)
+        axis.set(yticks=range(len(order)), yticklabels=order, xlabel="ELBO at block 32 (nats)", title=f"equal {kind}")
+        axis.grid(axis="x", alpha=0.3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
