@@ -156,7 +156,7 @@ def run(composed: Any) -> tuple[Path, dict[str, Any]]:
         )
     if found is None:
         return target, {}
-    return target, results_of(found, harness.scored, settings_of(request, config))
+    return target, results_of(found, harness.scored, harness.written, settings_of(request, config))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(results: dict[str, Any]) -> None:
     """Print the metrics of every task, and how many decisions are too close to call."""
     table = Table("task", "metric", "value", "error", "unsure")
-    for metric in metrics_of(results["results"]):
+    for metric in metrics_of(results["results"], results["texts"]):
         unsure = results["decisions"].get(metric.task)
         shown = "-" if metric.error is None else f"{metric.error:.4f}"
         share = f"{unsure['num_unsure']} of {unsure['num_questions']}" if unsure and metric.name == "acc" else "-"

@@ -58,8 +58,13 @@ class TaskResults:
         return next((metric for metric in self.metrics if (metric.task, metric.name) == (task, name)), None)
 
 
-def metrics_of(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Metric]:
-    """The numbers in what the harness calls results: task, then "metric,filter" and "metric_stderr,filter"."""
+def metrics_of(results: Mapping[str, Mapping[str, Any]], texts: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
+    """All numbers of a file.
+
+    Args:
+        results: as the harness has them: by task "metric,filter" and "metric_stderr,filter".
+        texts: of tasks that have texts written, their tokens and passes.
+    """
     for task, values in results.items():
         for key, value in values.items():
             metric, _, answers = key.partition(",")
@@ -68,6 +73,8 @@ def metrics_of(results: Mapping[str, Mapping[str, Any]]) -> Iterator[Metric]:
             error = values.get(f"{metric}_stderr,{answers}")
             name = metric if answers == "none" else f"{metric}, {answers}"
             yield Metric(task, name, float(value), float(error) if isinstance(error, int | float) else None)
+        if task in texts:
+            yield Metric(task, "tokens per forward", float(texts[task]["tokens_per_forward"]), None)
 
 
 def read_task_results(path: Path) -> TaskResults:
@@ -86,7 +93,9 @@ def read_task_results(path: Path) -> TaskResults:
         for task, version in content.get("versions", {}).items():
             settings[f"version of {task}"] = version
         unsure = {task: (one["num_unsure"], one["num_questions"]) for task, one in content["decisions"].items()}
-        return TaskResults(str(settings.pop("weights")), settings, list(metrics_of(content["results"])), unsure)
+        # Files of earlier versions do not count what was written.
+        metrics = list(metrics_of(content["results"], content.get("texts", {})))
+        return TaskResults(str(settings.pop("weights")), settings, metrics, unsure)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {_REMEDY}.") from None
 

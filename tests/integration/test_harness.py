@@ -18,6 +18,7 @@ import yaml
 from benchmarks.ranks import run_ranks
 from benchmarks.synthetic import write_synthetic
 from megatron_dllm.config import GenerateConfig
+from megatron_dllm.evaluation.task_results import read_task_results
 from megatron_dllm.generate import generate
 from megatron_dllm.harness import compose_words, read_request
 from megatron_dllm.hf.tokenizer_folder import chat_template_fingerprint
@@ -128,7 +129,12 @@ def harness(run: Path, tasks: Path, output: Path, names: str, *words: str, num_r
 @pytest.fixture(scope="module")
 def found(run: Path, tasks: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("results") / "new" / "harness.json"
-    return harness(run, tasks, output, ALL, "decoding.threshold=0.6")
+    content = harness(run, tasks, output, ALL, "decoding.threshold=0.6")
+    read = read_task_results(output)
+    assert read.scored_as == "ELBO, block 8" and read.settings["decoding.threshold"] == 0.6
+    choice = read.metric("toy_choice", "acc")
+    assert choice is not None and choice.value == content["results"]["toy_choice"]["acc,none"]
+    return content
 
 
 def _scores(content: dict[str, Any], task: str) -> list[list[float]]:
@@ -182,6 +188,14 @@ def test_texts_are_those_of_generate(found: dict[str, Any], run: Path) -> None:
     expected = [generate(replace(config, prompt=choice["question"]))[0] for choice in CHOICES]
     assert _written(found) == [result.text for result in expected]
     assert any(result.generation.stop_reason == "stop" for result in expected)
+    num_tokens, num_forwards = (
+        sum(values)
+        for values in zip(
+            *((len(one.generation.generated_ids), one.generation.num_denoising_forwards) for one in expected),
+            strict=True,
+        )
+    )
+    assert found["texts"]["toy_writing"]["tokens_per_forward"] == pytest.approx(num_tokens / num_forwards)
 
 
 def test_a_continuation_is_greedy_where_decoding_token_by_token_gives_it(found: dict[str, Any], tasks: Path) -> None:

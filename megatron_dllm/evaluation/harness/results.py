@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_dllm.config.harness import HarnessConfig
 from megatron_dllm.data.tokenizer import tokenizer_fingerprint
+from megatron_dllm.diffusion.generation import Generation
 from megatron_dllm.evaluation.harness.model import Scored
 from megatron_dllm.evaluation.likelihood import decide
 from megatron_dllm.evaluation.request import Request
@@ -73,16 +74,42 @@ def settings_of(request: Request, config: HarnessConfig) -> dict[str, Any]:
     }
 
 
-def results_of(found: dict[str, Any], scored: Iterable[Scored], settings: dict[str, Any]) -> dict[str, Any]:
+def texts_of(written: Iterable[tuple[str, Generation]]) -> dict[str, dict[str, float]]:
+    """Of each task with texts: how many, their tokens and passes, and the tokens of a pass."""
+    by_task: dict[str, list[Generation]] = defaultdict(list)
+    for task, generation in written:
+        by_task[task].append(generation)
+    return {task: _counts(texts) for task, texts in by_task.items()}
+
+
+def _counts(texts: Sequence[Generation]) -> dict[str, float]:
+    num_tokens = sum(len(text.generated_ids) for text in texts)
+    num_denoising = sum(text.num_denoising_forwards for text in texts)
+    num_commits = sum(text.num_commit_forwards for text in texts)
+    return {
+        "num_texts": len(texts),
+        "num_tokens": num_tokens,
+        "num_denoising_forwards": num_denoising,
+        "num_commit_forwards": num_commits,
+        "tokens_per_forward": num_tokens / num_denoising,
+        "tokens_per_forward_with_commits": num_tokens / (num_denoising + num_commits),
+    }
+
+
+def results_of(
+    found: dict[str, Any], scored: Iterable[Scored], written: Iterable[tuple[str, Generation]], settings: dict[str, Any]
+) -> dict[str, Any]:
     """The file of results.
 
     Args:
         found: what `lm_eval.simple_evaluate` returned.
         scored: every choice.
+        written: every text, with its task.
         settings: from `settings_of`.
     """
     kept = {name: found[name] for name in _KEPT if name in found}
     content = {"format": FORMAT, "settings": settings, **kept, "decisions": decisions(scored)}
+    content["texts"] = texts_of(written)
     if "samples" in found:
         content["samples"] = found["samples"]
     return content

@@ -32,6 +32,7 @@ def harness_content(acc: float = 0.5, settings: dict[str, Any] | None = None) ->
         "results": {"quiz": quiz, "sums": sums},
         "versions": {"quiz": 1, "sums": 3},
         "n-samples": {"quiz": {"original": 60, "effective": 40}},
+        "texts": {"sums": {"num_tokens": 50, "num_denoising_forwards": 20, "tokens_per_forward": 2.5}},
         "decisions": {"quiz": {"num_questions": 40, "num_unsure": 3, "unsure": []}},
     }
 

@@ -17,6 +17,7 @@ def test_numbers_errors_and_settings_are_read(tmp_path: Path) -> None:
         Metric("quiz", "acc", 0.5, 0.1),
         Metric("quiz", "acc_norm", 0.25, 0.1),
         Metric("sums", "exact_match, strict-match", 0.75, None),
+        Metric("sums", "tokens per forward", 2.5, None),
     ]
     assert found.metric("sums", "exact_match, strict-match") == found.metrics[2] and found.metric("sums", "acc") is None
     assert (found.weights, found.scored_as, found.unsure) == ("runs/sft", "ELBO, block 32", {"quiz": (3, 40)})
@@ -31,7 +32,7 @@ def test_an_autoregressive_model_is_scored_exactly(tmp_path: Path) -> None:
 
 def test_names_and_nulls_are_no_numbers() -> None:
     results = {"quiz": {"alias": "quiz", "acc,none": 1, "acc_stderr,none": "N/A", "sample_len": 3}}
-    assert list(metrics_of(results)) == [Metric("quiz", "acc", 1.0, None)]
+    assert list(metrics_of(results, {})) == [Metric("quiz", "acc", 1.0, None)]
 
 
 @pytest.mark.parametrize(
