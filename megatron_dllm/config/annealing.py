@@ -24,6 +24,10 @@ class AttentionAnnealConfig:
     # r of all tokens behind it, drawn anew in each step, as published; needs training.attention_backend dense.
     kind: str = WINDOW
 
+    def open_share(self, step: int) -> float:
+        """How much of the mask is open, r, in the step after so many of the stage."""
+        return min(1.0, (step + 1) / self.steps)
+
     def validate(self, prefix: str, objective: str, block_size: int, context_length: int, is_preference: bool) -> None:
         """Raise ValueError for an impossible value, or a stage whose mask cannot open.
 

@@ -210,7 +210,7 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
     if stage.alignment.weight != 0.0:
         objective = replace(objective, alignment=_alignment(stage.alignment, objective.shift))
     if stage.attention_anneal is not None:
-        objective = replace(objective, annealing=Annealing(stage.attention_anneal.kind, stage.attention_anneal.steps))
+        objective = replace(objective, annealing=Annealing(stage.attention_anneal))
     if stage.distill.weight != 0.0:
         objective = _distilled(objective, stage.distill)
     if stage.sft is None:

@@ -29,7 +29,9 @@ _STAGE = replace(STAGES["warmup"], lr_warmup_tokens=0, shift=True)
 SHIFTED = {
     "one": replace(_STAGE, block_size=1, num_tokens=600),
     "four": replace(_STAGE, num_views=2, num_tokens=600),
-    "open": replace(_STAGE, block_size=CONTEXT_LENGTH, attention_anneal=AttentionAnnealConfig(steps=5)),
+    "open": replace(
+        _STAGE, block_size=CONTEXT_LENGTH, num_tokens=1800, attention_anneal=AttentionAnnealConfig(steps=4)
+    ),
 }
 
 
@@ -48,6 +50,8 @@ def test_a_shifted_run_from_its_start_to_its_export(tmp_path: Path) -> None:
     unbroken, broken = (_config(tmp_path, name) for name in ("unbroken", "broken"))
     assert train_ranks(1, unbroken) == [0]
     expected = read_metrics(unbroken)
+    opened = [record["attention_open"] for record in expected if "attention_open" in record]
+    assert opened == [min(1.0, (step + 1) / 4) for step in range(len(opened))] and opened[-1] == 1.0
     # The mask is half open where the second run is stopped.
     first_open = next(record["step"] for record in expected if record["stage"] == "open" and "loss" in record)
     assert train_ranks(1, broken, first_open + 2) == [EXIT_PREEMPTED]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dllm.config.annealing import RANDOM
+from megatron_dllm.config.annealing import RANDOM, AttentionAnnealConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, PADDING_DOC, VIEW, visible
 from megatron_dllm.model.attention import dense
@@ -53,13 +53,11 @@ class Annealing:
     """How the mask of a stage opens.
 
     Attributes:
-        kind: what opens.
-        steps: of the stage, over which it does.
+        config: what opens, and over how many steps.
         step: steps of the stage before this one.
     """
 
-    kind: str
-    steps: int
+    config: AttentionAnnealConfig
     step: int = 0
 
     def at(self, step: int) -> Annealing:
@@ -68,9 +66,9 @@ class Annealing:
 
     @property
     def opening(self) -> Opening | None:
-        """How far it is open: 1 / steps in the first step, and all of it (None) from the last of them on."""
-        share = (self.step + 1) / self.steps
-        return Opening(self.kind, share) if share < 1.0 else None
+        """How far it is open; None: all of it."""
+        share = self.config.open_share(self.step)
+        return Opening(self.config.kind, share) if share < 1.0 else None
 
 
 @dataclass(frozen=True)

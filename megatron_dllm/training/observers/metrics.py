@@ -94,9 +94,16 @@ def _position(report: StepReport) -> dict[str, Any]:
         "block_size": block_size,
         "consumed_tokens": report.consumed_tokens,
         "learning_rate": report.learning_rate,
+        **_opening(report),
         **step_record(report.result),
         f"loss_block/{block_size}": report.result.loss,
     }
+
+
+def _opening(report: StepReport) -> dict[str, float]:
+    """How much of the attention mask was open, where that changes in the stage."""
+    annealing = report.stage.config.attention_anneal
+    return {} if annealing is None else {"attention_open": annealing.open_share(report.stage_step)}
 
 
 def _speed(report: StepReport) -> dict[str, float]:

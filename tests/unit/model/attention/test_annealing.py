@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.random_roles import draw_inputs
 from megatron_dllm.config import ParallelConfig
-from megatron_dllm.config.annealing import KINDS, RANDOM
+from megatron_dllm.config.annealing import KINDS, RANDOM, AttentionAnnealConfig
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import dense
 from megatron_dllm.model.attention.annealing import Annealing, Opening, PlacedOpening, random_mask, window_roles
@@ -89,10 +89,10 @@ def test_every_backend_keeps_the_window(name: str, share: float) -> None:
 
 
 def test_the_share_follows_from_the_step_alone() -> None:
-    annealing = Annealing("window", steps=4)
+    annealing = Annealing(AttentionAnnealConfig(steps=4))
     openings = [annealing.at(step).opening for step in range(6)]
     assert openings == [*(Opening("window", share) for share in (0.25, 0.5, 0.75)), None, None, None]
-    assert Annealing("window", steps=1).opening is None
+    assert Annealing(AttentionAnnealConfig(steps=1)).opening is None
 
 
 def _numbered(tokens: Tensor) -> Tensor:
