@@ -17,6 +17,7 @@ MUST_BE = {
     "attention_bias": False,
     "mlp_bias": False,
     "use_mrope": False,
+    "rope_interleaved": False,
     "use_sliding_window": False,
     "norm_head": False,
     "norm_softmax": False,

@@ -192,6 +192,7 @@ def test_reads_mixtral_whose_experts_have_the_size_of_the_mlp() -> None:
         (LLAMA2_7B, {"partial_rotary_factor": 0.5}, r"partial_rotary_factor \(0.5\) .* whole head"),
         (LLAMA2_7B, {"hidden_act": "gelu"}, r"hidden_act \('gelu'\) must be silu"),
         (LLAMA2_7B, {"clip_qkv": 8.0}, r"clip_qkv \(8.0\) is no key that a model of this family has"),
+        (LLAMA2_7B, {"rope_interleaved": True}, r"rope_interleaved \(True\) must be False"),
         (LLAMA2_7B, {"auto_map": {"AutoModel": "x.Y"}}, r"auto_map .* names code of the folder's own"),
         (LLAMA2_7B, {"architectures": ["MistralForCausalLM"]}, "do not belong together"),
         (QWEN25_7B, {"use_sliding_window": True}, r"use_sliding_window \(True\) must be False"),
@@ -215,6 +216,17 @@ def test_reads_mixtral_whose_experts_have_the_size_of_the_mlp() -> None:
 def test_refuses_by_name_what_it_cannot_express(config: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_hf_config(config | change)
+
+
+def test_keys_that_change_nothing_may_stand_there() -> None:
+    """As SmolLM and others have them; null is as good as no key."""
+    more = {
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "transformers.js_config": {"dtype": "q4"},
+        "clip_qkv": None,
+    }
+    assert from_hf_config(LLAMA2_7B | more).model == from_hf_config(LLAMA2_7B).model
 
 
 def test_a_window_that_no_text_notices_is_none() -> None:
