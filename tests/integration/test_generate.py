@@ -348,6 +348,27 @@ def test_an_interrupted_start_is_resumed(run: Path, tmp_path: Path) -> None:
         generate(replace(config, output=None))
 
 
+def test_a_scaling_while_decoding_reaches_further_and_a_factor_of_1_changes_nothing(
+    one_rank: None, run: Path, tmp_path: Path
+) -> None:
+    from checkpoints_tools.mcore_to_hf import convert
+
+    convert(run, tmp_path / "hf")
+    short, long = (replace(SETTINGS, checkpoint=str(run), prompt="the cat " * times) for times in (2, 20))
+    (plain,) = generate(short)
+    (same,) = generate(replace(short, rotary_scaling=RotaryScalingConfig("yarn", 1.0, 64)))
+    (other,) = generate(replace(short, rotary_scaling=RotaryScalingConfig("yarn", 4.0, 8)))
+    assert same.text == plain.text != other.text
+    with pytest.raises(ValueError, match=r"prompt \(160 tokens\) must be shorter than context_length \(128\)"):
+        generate(long)
+    scaling = RotaryScalingConfig("yarn", 2.0, 128)
+    texts = [
+        generate(replace(long, checkpoint=str(folder), rotary_scaling=scaling)) for folder in (run, tmp_path / "hf")
+    ]
+    assert without_time(texts[0]) == without_time(texts[1])
+    assert len(texts[0][0].generation.generated_ids) > 0
+
+
 def test_autoregressive_checkpoint_is_refused(one_rank: None, tmp_path: Path) -> None:
     run = save_run(tmp_path / "ar", replace(MODEL, family="bailing_moe"), shift=True)
     with pytest.raises(ValueError, match=r"contract\.shift \(true\)"):
