@@ -25,7 +25,7 @@ from megatron_dllm.hf.safetensors_io import SafetensorsFolder
 from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 from tests.golden.earlier_run import CHECKPOINT, FOLDER, STEPS, earlier_config, steps_of
 from tests.integration.ours import load_ours, logits_of
-from tests.tiny_models import as_qwen3
+from tests.tiny_models import MODELS, as_qwen3
 
 LENGTH = 23
 SIZES = {
@@ -236,18 +236,25 @@ def test_a_qwen2_with_biases_trains_on_two_tensor_ranks(tmp_path: Path) -> None:
     assert exported.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8).shape[1] > 3
 
 
-def test_norms_over_all_heads_train_alike_on_two_tensor_ranks(tmp_path: Path) -> None:
-    """Loss and gradient norm of the first steps, which hold the gradients of these norms and their update."""
+_SMALL = as_qwen3(replace(MODEL, ffn_hidden_size=MODEL.moe_ffn_hidden_size), "qwen3_moe")
+SHARED: dict[str, tuple[ModelConfig, bool]] = {
+    "norms over all heads": (replace(_SMALL, family="olmoe", qk_layernorm_spans_heads=True), True),
+    "biases": (replace(MODELS["qwen2"], vocab_size=MODEL.vocab_size, max_position_embeddings=512), False),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_tensor_ranks_train_what_one_trains(name: str, tmp_path: Path) -> None:
+    """Loss and gradient norm of the first steps, which hold the gradients of what the ranks share, and its update."""
     write_corpus(tmp_path / "corpus")
-    model = as_qwen3(replace(MODEL, ffn_hidden_size=MODEL.moe_ffn_hidden_size), "qwen3_moe")
-    model = replace(model, family="olmoe", qk_layernorm_spans_heads=True)
+    model, is_sequence_parallel = SHARED[name]
     write_synthetic(tmp_path / "hf", model, dtype=torch.float32)
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     start = CheckpointConfig(load=str(tmp_path / "mcore"))
-    two = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    two = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=is_sequence_parallel)
     steps = []
-    for name, layout in (("one", ParallelConfig()), ("two", two)):
-        config = run_config(tmp_path, name, layout, model=model, checkpoint=start)
+    for run, layout in (("one", ParallelConfig()), ("two", two)):
+        config = run_config(tmp_path, run, layout, model=model, checkpoint=start)
         assert set(train_ranks(layout.tensor_model_parallel_size, config, 3)) == {EXIT_PREEMPTED}
         steps.append([(record["loss"], record["grad_norm"]) for record in read_steps(config)])
     assert len(steps[0]) == 3
