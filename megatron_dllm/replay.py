@@ -63,8 +63,8 @@ def replay(folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], Path,
     config.parallel = ParallelConfig(precision=config.parallel.precision)
     if record["stage"] in config.taught_stages:
         raise ValueError(
-            f"stage {record['stage']} is distilled from teacher.checkpoint ({config.teacher.checkpoint}), and a replay "
-            "has one model; set its distill.weight to 0 in step.json to see what the NLL alone did."
+            f"stage {record['stage']} learns from teacher.checkpoint ({config.teacher.checkpoint}), and a replay has "
+            "one model; set its alignment.weight and distill.weight to 0 in step.json to see what the NLL alone did."
         )
     checkpoint = checkpoint or find_checkpoint(folder, record["step"], config)
     check_identity(checkpoint, config.model)

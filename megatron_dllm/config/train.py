@@ -67,8 +67,8 @@ class TrainConfig:
         for name in self.taught_stages:
             check(
                 self.teacher.checkpoint is not None,
-                f"teacher.checkpoint (null) must be given with schedule.stages.{name}.distill.source {TEACHER}; name "
-                "an autoregressive checkpoint, or take source clean.",
+                f"teacher.checkpoint (null) must be given for schedule.stages.{name}, whose alignment or distill has "
+                f"source {TEACHER}; name an autoregressive checkpoint, or take source clean.",
             )
 
     def _check_preferences(self) -> None:
@@ -110,9 +110,12 @@ class TrainConfig:
 
     @property
     def taught_stages(self) -> tuple[str, ...]:
-        """Names of the stages that are distilled from the model of `teacher.checkpoint`."""
-        stages = self.schedule.stages.items()
-        return tuple(name for name, stage in stages if stage.distill.weight and stage.distill.source == TEACHER)
+        """Names of the stages that learn from the model of `teacher.checkpoint`."""
+        return tuple(
+            name
+            for name, stage in self.schedule.stages.items()
+            if any(method.weight and method.source == TEACHER for method in (stage.alignment, stage.distill))
+        )
 
     @property
     def has_second_model(self) -> bool:

@@ -7,7 +7,7 @@ own noisy tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,15 +29,19 @@ class Alignment:
         rule: what is aligned.
         sums: [num_layers, NUM_COLUMNS] fp64, of all layers of the model; each layer here sets its own line, again where
             it is recomputed. A line that another rank sets stays 0.
+        taught: by a second model, or what that model is asked to fill; None: the model's own clean tokens teach.
     """
 
     rule: AlignmentRule
     sums: Tensor
+    taught: TaughtStates | None = None
 
     @classmethod
-    def empty(cls, rule: AlignmentRule, num_layers: int, device: torch.device) -> Alignment:
+    def empty(
+        cls, rule: AlignmentRule, num_layers: int, device: torch.device, taught: TaughtStates | None = None
+    ) -> Alignment:
         """Of a micro-batch that has not run yet."""
-        return cls(rule, torch.zeros(num_layers, NUM_COLUMNS, dtype=torch.float64, device=device))
+        return cls(rule, torch.zeros(num_layers, NUM_COLUMNS, dtype=torch.float64, device=device), taught)
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,27 @@ class Pairs:
     masked: Tensor
 
 
-def find_pairs(batch: Batch, share: TokenShare, shift: bool) -> Pairs:
+@dataclass
+class TaughtStates:
+    """What a second model's pass over a micro-batch leaves for that of the model that learns.
+
+    Attributes:
+        pairs: of the micro-batch; None before that pass.
+        by_layer: from a layer's number to [n, h] states behind it of the partners of this rank's n tokens.
+    """
+
+    pairs: Pairs | None = None
+    by_layer: dict[int, Tensor] = field(default_factory=dict)
+
+
+def find_pairs(offered: Batch, batch: Batch, share: TokenShare, shift: bool) -> Pairs:
     """Pair noisy tokens with clean ones (a collective of the context ranks).
 
     Args:
-        batch: this context rank's part of a micro-batch.
-        share: of its tokens.
+        offered: this context rank's part of rows with clean tokens; the micro-batch itself, or the same slots as a
+            second model reads them.
+        batch: this context rank's part of the micro-batch.
+        share: of the tokens of both.
         shift: a position predicts the token after it.
     """
     num_rows, length = batch.input_ids.shape
@@ -70,8 +89,9 @@ def find_pairs(batch: Batch, share: TokenShare, shift: bool) -> Pairs:
     is_target[batch.target_positions] = True
     is_masked = noisy & is_target.view(num_rows, length)
     # 1 what every slot offers, in the order of gathered states [S, b]
-    offered = torch.stack([keys, is_clean(batch.roles).long(), batch.input_ids], dim=-1).transpose(0, 1)
-    all_keys, all_clean, all_ids = share.gather_context(offered.contiguous()).flatten(0, 1).unbind(-1)
+    clean_keys = slot_keys(offered.roles, offered.position_ids, row_length)
+    slots = torch.stack([clean_keys, is_clean(offered.roles).long(), offered.input_ids], dim=-1).transpose(0, 1)
+    all_keys, all_clean, all_ids = share.gather_context(slots.contiguous()).flatten(0, 1).unbind(-1)
     # 2 what this rank's tokens want: their own clean copy, or the token before the one that they predict
     wanted = keys if shift else keys - is_masked.long()
     mine = torch.stack([wanted, noisy & ~batch.is_masked, is_masked, batch.input_ids], dim=-1).transpose(0, 1)
@@ -96,13 +116,18 @@ class LayerAlignment:
     pairs: Pairs
     share: TokenShare
 
+    @property
+    def taught(self) -> TaughtStates | None:
+        """What a second model says, if it teaches."""
+        return self.asked.taught
+
     def __call__(self, layer_number: int, hidden: Tensor) -> Tensor:
         """[s, b, h] the states [s, b, h] behind a layer, whose gradient gets that of the alignment added."""
         rule, pairs, num_layers = self.asked.rule, self.pairs, len(self.asked.sums)
         visible, masked = rule.scales(layer_number, num_layers)
         if visible == masked == 0.0:
             return hidden
-        teacher = self.share.gather(hidden).flatten(0, 1).index_select(0, pairs.clean)
+        teacher = _partners(self.share, pairs, hidden) if self.taught is None else self.taught.by_layer[layer_number]
         aligned, distance = align(hidden, teacher, visible * pairs.visible + masked * pairs.masked)
         if self.share.is_counting:
             self._count(layer_number, distance, visible > 0.0, masked > 0.0)
@@ -114,6 +139,33 @@ class LayerAlignment:
         parts = ((self.pairs.visible, has_visible), (self.pairs.masked, has_masked))
         columns = [value for part, has in parts for value in ((part * distance).sum() * has, part.sum() * has)]
         self.asked.sums[layer_number - 1] = torch.stack(columns).double()
+
+
+@dataclass(frozen=True)
+class StateRecorder:
+    """Keeps the states of a second model behind each layer that is aligned.
+
+    Attributes:
+        asked: what is aligned; its `taught` is filled.
+        pairs: of the micro-batch.
+        share: of its tokens.
+    """
+
+    asked: Alignment
+    pairs: Pairs
+    share: TokenShare
+
+    def __call__(self, layer_number: int, hidden: Tensor) -> Tensor:
+        """[s, b, h] the states [s, b, h] behind a layer, as they are."""
+        assert self.asked.taught is not None, "the states of a teacher need a place"
+        if any(self.asked.rule.scales(layer_number, len(self.asked.sums))):
+            self.asked.taught.by_layer[layer_number] = _partners(self.share, self.pairs, hidden)
+        return hidden
+
+
+def _partners(share: TokenShare, pairs: Pairs, hidden: Tensor) -> Tensor:
+    """[n, h] the states of the partners of this rank's n tokens, of states [s, b, h] (a collective)."""
+    return share.gather(hidden).flatten(0, 1).index_select(0, pairs.clean)
 
 
 class AlignedLayer(TransformerLayer):

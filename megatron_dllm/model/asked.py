@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.distillation import DistillRule
-from megatron_dllm.model.alignment import Alignment
+from megatron_dllm.model.alignment import Alignment, TaughtStates
 from megatron_dllm.model.distillation import Teacher
 
 
@@ -18,8 +18,8 @@ class Asked:
         alignment: of the states behind each layer.
         distill: the targets are compared with a teacher.
         teacher: what a second model says of them; None: the model's own clean tokens teach.
-        students: the model teaches the targets of these rows, whose slots are those of the micro-batch: what is wanted
-            are the states before them.
+        students: the model teaches these rows, whose slots are those of the micro-batch: what is wanted are the final
+            states before their targets (`distill`), and those behind the layers (`alignment`).
     """
 
     alignment: Alignment | None = None
@@ -32,6 +32,19 @@ class Asked:
         """Whether outputs of tokens without a loss are read too."""
         is_own_teacher = self.distill is not None and self.teacher is None
         return self.alignment is not None or is_own_teacher or self.students is not None
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a second model says of a micro-batch, on this rank.
+
+    Attributes:
+        teacher: of its targets; None before the last pipeline stage, and where it is not asked.
+        states: of its tokens behind the layers here; None where they are not asked.
+    """
+
+    teacher: Teacher | None = None
+    states: TaughtStates | None = None
 
 
 NOTHING = Asked()

@@ -21,7 +21,7 @@ from megatron_dllm.config import ModelConfig, ParallelConfig, TrainingConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.distillation import DistillRule
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-from megatron_dllm.model.alignment import Alignment, LayerAlignment, find_pairs
+from megatron_dllm.model.alignment import Alignment, LayerAlignment, StateRecorder, find_pairs
 from megatron_dllm.model.asked import NOTHING, Asked
 from megatron_dllm.model.attention.annealing import Opening, PlacedOpening
 from megatron_dllm.model.attention.backends import BACKENDS, Backend
@@ -152,7 +152,7 @@ class DiffusionGPTModel(GPTModel):
             the hidden states [s/(cp x tp), b, h] for the next stage (s/cp without sequence parallelism).
         """
         hidden = self._embed(batch, mask_noise_sigma, noise_seed) if self.pre_process else None
-        after_layer = None if asked.alignment is None else self._aligning(batch, asked.alignment)
+        after_layer = None if asked.alignment is None else self._aligning(batch, asked.alignment, asked.students)
         hidden, is_kept = self._run_layers(
             hidden,
             batch.position_ids,
@@ -165,7 +165,7 @@ class DiffusionGPTModel(GPTModel):
             return hidden
         weight, ids = self._head_weight(), batch.target_ids
         if asked.students is not None:
-            return self._teach(hidden, batch, asked.students, asked.distill)
+            return hidden if asked.distill is None else self._teach(hidden, batch, asked.students, asked.distill)
         chosen = self._select(hidden, batch.target_positions, is_kept)
         if asked.distill is None:
             return target_cross_entropy(chosen, weight, ids, self.tp_group, entropy_temperature=entropy_temperature)
@@ -279,10 +279,16 @@ class DiffusionGPTModel(GPTModel):
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles, attention_bias=inputs)
         return hidden, rows is not None
 
-    def _aligning(self, batch: Batch, alignment: Alignment) -> LayerAlignment:
+    def _aligning(self, batch: Batch, alignment: Alignment, students: Batch | None) -> LayerAlignment | StateRecorder:
         """What is done behind each layer of a micro-batch (a collective of the context ranks)."""
-        share = self._token_share()
-        return LayerAlignment(alignment, find_pairs(batch, share, alignment.rule.shift), share)
+        share, taught, shift = self._token_share(), alignment.taught, alignment.rule.shift
+        if students is not None:
+            assert taught is not None, "the states of a teacher need a place"
+            taught.pairs = find_pairs(batch, students, share, shift)
+            return StateRecorder(alignment, taught.pairs, share)
+        pairs = find_pairs(batch, batch, share, shift) if taught is None else taught.pairs
+        assert pairs is not None, "the second model teaches before"
+        return LayerAlignment(alignment, pairs, share)
 
     def _teach(self, hidden: Tensor, batch: Batch, students: Batch, rule: DistillRule | None) -> Teacher:
         """What teaches the targets of some rows: states of the clean tokens before them (a collective).

@@ -115,6 +115,11 @@ class Objective:
     annealing: Annealing | None = None
 
     @property
+    def has_second_teacher(self) -> bool:
+        """Whether a second model teaches."""
+        return any(rule is not None and not rule.is_own for rule in (self.alignment, self.distill))
+
+    @property
     def opening(self) -> Opening | None:
         """How far the attention mask is open; None: all of it."""
         return None if self.annealing is None else self.annealing.opening
@@ -223,7 +228,8 @@ def objective_of(stage: StageConfig, noise: NoiseConfig) -> Objective:
 
 
 def _alignment(config: AlignmentConfig, shift: bool) -> AlignmentRule:
-    return AlignmentRule(config.weight, config.visible, config.masked, config.masked_layers, shift)
+    is_own = config.source == CLEAN
+    return AlignmentRule(config.weight, config.visible, config.masked, config.masked_layers, shift, is_own)
 
 
 def _distilled(objective: Objective, config: DistillConfig) -> Objective:

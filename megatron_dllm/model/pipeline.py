@@ -22,9 +22,8 @@ from megatron_dllm.data.context_shard import take_context_shard
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.step_sums import StepSums
 from megatron_dllm.model.alignment import Alignment
-from megatron_dllm.model.asked import NOTHING, Asked
+from megatron_dllm.model.asked import NOTHING, Asked, Taught
 from megatron_dllm.model.attention.annealing import Opening
-from megatron_dllm.model.distillation import Teacher
 from megatron_dllm.model.objective import LossFunction, Objective
 from megatron_dllm.parallel.groups import Groups
 
@@ -168,7 +167,7 @@ def run_schedule(
     *,
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
-    teachers: Sequence[Teacher | None] | None = None,
+    taught: Sequence[Taught] | None = None,
 ) -> StepSums:
     """The sums of one global batch, and its gradients in the buffers of the chunks (a collective).
 
@@ -180,7 +179,7 @@ def run_schedule(
         objective: whose loss is taken.
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
-        teachers: a second model's, one of each micro-batch where the last pipeline stage is here.
+        taught: what a second model says of each micro-batch; None: none teaches.
 
     Returns:
         The sums over the global batch on the host, the same on every rank.
@@ -188,7 +187,7 @@ def run_schedule(
     finish = partial(_local_loss, objective.loss, groups.context.rank() == 0)
     transformer: Any = chunks[0].config
     num_layers = int(transformer.num_layers)
-    asked = _asked_by(objective, len(micro_batches), num_layers, device, teachers)
+    asked = _asked_by(objective, len(micro_batches), num_layers, device, taught)
     parts: list[StepSums] = run_batches(
         chunks,
         micro_batches,
@@ -218,12 +217,12 @@ def run_schedule(
 
 
 def _asked_by(
-    objective: Objective, number: int, num_layers: int, device: torch.device, teachers: Sequence[Teacher | None] | None
+    objective: Objective, number: int, num_layers: int, device: torch.device, taught: Sequence[Taught] | None
 ) -> list[Asked]:
     """What a step's micro-batches are asked for beside the NLL."""
     rule, distill = objective.alignment, objective.distill
-    assert distill is None or distill.is_own == (teachers is None), "a second model teaches where the rule says so"
+    assert objective.has_second_teacher == (taught is not None), "a second model teaches where the rules say so"
     return [
-        Asked(None if rule is None else Alignment.empty(rule, num_layers, device), distill, teacher)
-        for teacher in teachers or [None] * number
+        Asked(None if rule is None else Alignment.empty(rule, num_layers, device, said.states), distill, said.teacher)
+        for said in taught or [Taught()] * number
     ]

@@ -165,8 +165,8 @@ def _run(
         ledger.clear()
         memory.start_peak()
         objective = objective_of(stage, config.noise)
-        teachers = teach(second, batches, objective.distill)
-        train_step(engine, batches, CPU, objective, embedding_noise(config, 0), teachers=teachers)
+        taught = teach(second, batches, objective)
+        train_step(engine, batches, CPU, objective, embedding_noise(config, 0), taught=taught)
     weights = state.weights * (1 if second is None else 2)
     kept = weights + state.gradients + state.optimizer
     found = RankMemory(

@@ -171,7 +171,7 @@ class Trainer:
         )
         if weighing is not None and self.state.step == 0:
             check_start_margin(objective, weighing)
-        teachers = teach(run.teacher, batches, objective.distill)
+        taught = teach(run.teacher, batches, objective)
         with contextlib.ExitStack() as stack:
             watches = [stack.enter_context(observer.around_step(is_logged)) for observer in run.observers]
             told = [watch for watch in watches if watch is not None]
@@ -181,7 +181,7 @@ class Trainer:
                     watch(batch)
 
             limit = run.spikes.limit(self.state.grad_norms)
-            result = train_step(run.engine, batches, run.device, objective, noise, observe, limit, teachers)
+            result = train_step(run.engine, batches, run.device, objective, noise, observe, limit, taught)
         return result if weighing is None else replace(result, sums=weighing.logged(result.sums))
 
     def _must_end(self, report: StepReport) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.step_sums import StepSums
-from megatron_dllm.model.distillation import Teacher
+from megatron_dllm.model.asked import Taught
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise, run_schedule
 from megatron_dllm.training.engine import Engine
@@ -46,7 +46,7 @@ def train_step(
     noise: EmbeddingNoise,
     observe: Callable[[Batch], None] | None = None,
     spike_limit: float = math.inf,
-    teachers: Sequence[Teacher | None] | None = None,
+    taught: Sequence[Taught] | None = None,
 ) -> StepResult:
     """Forward, backward and update. The update is withheld if loss or gradient norm is not finite or too large.
 
@@ -58,7 +58,7 @@ def train_step(
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
         spike_limit: largest gradient norm that is applied.
-        teachers: a second model's of each micro-batch (`training.teaching`); None: none teaches.
+        taught: what a second model says of each micro-batch (`training.teaching`); None: none teaches.
 
     Returns:
         The result; `is_applied` false with a `reason` where the weights were left as they were.
@@ -70,7 +70,7 @@ def train_step(
     biases = _moving_expert_biases(engine)
     biases_before = [bias.clone() for bias in biases]
     sums = run_schedule(
-        engine.chunks, micro_batches, device, engine.groups, objective, noise=noise, observe=observe, teachers=teachers
+        engine.chunks, micro_batches, device, engine.groups, objective, noise=noise, observe=observe, taught=taught
     )
     engine.optimizer.prepare_grads()
     grad_norm = float(engine.optimizer.get_grad_norm())

@@ -1,4 +1,4 @@
-"""The second model that stages are distilled from: which one, and whether it can teach."""
+"""The second model that stages learn from: which one, and whether it can teach."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
 
 
 def find_teacher(config: TrainConfig) -> Path | None:
-    """The teacher's checkpoint; None where no stage is distilled from one.
+    """The teacher's checkpoint; None where no stage learns from one.
 
     Raises:
         ValueError: it is gone, damaged, of another model, or predicts tokens by what stands behind them.
@@ -53,6 +53,6 @@ def teacher_warnings(config: TrainConfig) -> list[str]:
     if config.teacher.checkpoint is None or config.taught_stages:
         return []
     return [
-        f"teacher.checkpoint ({config.teacher.checkpoint}) has no effect, as no stage is distilled from it; leave "
-        "it out, or give a stage distill.source teacher."
+        f"teacher.checkpoint ({config.teacher.checkpoint}) has no effect, as no stage learns from it; leave it out, "
+        "or give a stage's alignment or distill source teacher."
     ]

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tiny_run import STAGES, read_steps, run_config, train_ranks, write_corpus
-from megatron_dllm.config import AlignmentConfig, CheckpointConfig, ParallelConfig, TrainConfig, TrainingConfig
+from megatron_dllm.config import (
+    AlignmentConfig,
+    CheckpointConfig,
+    ParallelConfig,
+    TeacherConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 
 STAGE = replace(STAGES["warmup"], num_tokens=400, lr_warmup_tokens=0)
 LAYOUTS = {
@@ -22,16 +29,24 @@ LAYOUTS = {
 }
 
 
-def config_of(folder: Path, name: str, weight: float, layout: ParallelConfig | None = None) -> TrainConfig:
-    load = str(folder / "runs" / "start") if name != "start" else None
+TAUGHT_LAYOUTS = ("CP2", "TP2", "PP2 recomputed", "interleaved")
+
+
+def config_of(
+    folder: Path, name: str, weight: float, layout: ParallelConfig | None = None, source: str = "clean"
+) -> TrainConfig:
+    load = str(folder / "runs" / "start") if name not in ("start", "ar") else None
     config = run_config(
         folder,
         name.replace(" ", "_"),
         layout,
         training=TrainingConfig(),
+        teacher=TeacherConfig(str(folder / "runs" / "ar") if source == "teacher" else None),
         checkpoint=CheckpointConfig(keep_last=1, timeout_minutes=10.0, load=load),
     )
-    stage = replace(STAGE, alignment=AlignmentConfig(weight=weight))
+    stage = replace(STAGE, alignment=AlignmentConfig(weight, source))
+    if name == "ar":
+        stage = replace(STAGE, objective="ar", block_size=1)
     return replace(config, schedule=replace(config.schedule, stages={"warmup": stage}))
 
 
@@ -58,13 +73,33 @@ def test_noisy_tokens_come_closer_to_clean_ones(one_rank_run: TrainConfig) -> No
     assert steps[-1]["alignment_masked"] < steps[0]["alignment_masked"]
 
 
+def _train_layout(name: str, expected: TrainConfig, source: str = "clean") -> None:
+    """Train a layout, and compare its first steps with those of one rank."""
+    num_ranks, layout = LAYOUTS[name]
+    config = config_of(Path(expected.run.root).parent, f"{name} {source}", 2.0, layout, source)
+    assert train_ranks(num_ranks, config) == [0] * num_ranks
+    found, steps = read_steps(config), read_steps(expected)
+    assert len(found) == len(steps) >= 2
+    for key in ("loss", "grad_norm", "alignment_loss", "alignment_visible", "alignment_masked"):
+        assert found[0][key] == pytest.approx(steps[0][key], rel=1e-5), key
+        assert found[1][key] == pytest.approx(steps[1][key], rel=1e-4), key
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_trains_what_one_rank_trains(name: str, one_rank_run: TrainConfig) -> None:
-    num_ranks, layout = LAYOUTS[name]
-    config = config_of(Path(one_rank_run.run.root).parent, name, 2.0, layout)
-    assert train_ranks(num_ranks, config) == [0] * num_ranks
-    found, expected = read_steps(config), read_steps(one_rank_run)
-    assert len(found) == len(expected) >= 2
-    for key in ("loss", "grad_norm", "alignment_loss", "alignment_visible", "alignment_masked"):
-        assert found[0][key] == pytest.approx(expected[0][key], rel=1e-5), key
-        assert found[1][key] == pytest.approx(expected[1][key], rel=1e-4), key
+    _train_layout(name, one_rank_run)
+
+
+@pytest.fixture(scope="module")
+def taught_run(one_rank_run: TrainConfig) -> TrainConfig:
+    """One rank, taught by an AR model of other weights."""
+    folder = Path(one_rank_run.run.root).parent
+    assert train_ranks(1, config_of(folder, "ar", 0.0)) == [0]
+    config = config_of(folder, "taught", 2.0, source="teacher")
+    assert train_ranks(1, config) == [0]
+    return config
+
+
+@pytest.mark.parametrize("name", TAUGHT_LAYOUTS)
+def test_a_layout_that_a_second_model_teaches_trains_what_one_rank_trains(name: str, taught_run: TrainConfig) -> None:
+    _train_layout(name, taught_run, "teacher")

@@ -33,6 +33,7 @@ class AlignmentRule:
         masked: targets in noisy views are paired with the clean token before the one that they predict.
         masked_layers: share of the layers, from the last one down, in which they are.
         shift: a position predicts the token after it.
+        is_own: the model's own clean tokens teach; otherwise a second model's.
     """
 
     weight: float
@@ -40,6 +41,7 @@ class AlignmentRule:
     masked: bool = True
     masked_layers: float = 0.5
     shift: bool = False
+    is_own: bool = True
 
     def num_masked_layers(self, num_layers: int) -> int:
         """Layers in which masked targets are aligned."""

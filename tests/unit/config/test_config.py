@@ -148,6 +148,8 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
         (dict(cap=CapConfig(temperature=0.0)), ("one.cap.temperature (0.0)", "positive", "1 is")),
         (dict(cap=CapConfig(normalise="correct")), ("one.cap.normalise (correct)", "masked", "divide the coefficient")),
         (dict(objective="ar", cap=CapConfig(2.0)), ("one.cap.coefficient (2)", "block_diffusion", "set it to 0")),
+        (dict(alignment=AlignmentConfig(source="self")), ("one.alignment.source (self)", "clean, teacher")),
+        (dict(alignment=AlignmentConfig(1.0, "teacher")), ("teacher.checkpoint (null)", "name an autoregressive")),
         (dict(distill=DistillConfig(weight=-1.0)), ("one.distill.weight (-1.0)", "not be negative", "0 turns")),
         (dict(distill=DistillConfig(source="self")), ("one.distill.source (self)", "clean, teacher")),
         (dict(distill=DistillConfig(top_k=0)), ("one.distill.top_k (0)", "positive", "null")),
@@ -160,14 +162,20 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
             dict(distill=DistillConfig(1.0, "teacher"), cap=CapConfig(2.0)),
             ("one.distill.weight (1)", "one.cap.coefficient 0 (2)", "one after the other"),
         ),
-        (dict(distill=DistillConfig(1.0, "teacher")), ("teacher.checkpoint (null)", "one.distill.source", "name an")),
+        (
+            dict(distill=DistillConfig(1.0, "teacher")),
+            ("teacher.checkpoint (null)", "schedule.stages.one, whose alignment or distill", "source clean"),
+        ),
         (dict(alignment=AlignmentConfig(weight=-1.0)), ("one.alignment.weight (-1.0)", "not be negative", "0 turns")),
         (dict(alignment=AlignmentConfig(masked_layers=0.0)), ("one.alignment.masked_layers (0.0)", "masked to false")),
         (
             dict(objective="ar", alignment=AlignmentConfig(1.0)),
             ("one.alignment.weight (1)", "block_diffusion", "set it to 0"),
         ),
-        (dict(block_size=256, alignment=AlignmentConfig(1.0)), ("one.alignment.weight (1)", "clean copies", "smaller")),
+        (
+            dict(block_size=256, alignment=AlignmentConfig(1.0)),
+            ("one.alignment.weight (1)", "clean copies", "source teacher"),
+        ),
         (
             dict(alignment=AlignmentConfig(1.0, visible=False, masked=False)),
             ("one.alignment.weight (1)", "no tokens to align", "set one of them to true"),

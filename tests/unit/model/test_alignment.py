@@ -58,7 +58,7 @@ def _expected_pairs(batch: Batch, shift: bool) -> tuple[set[tuple[int, int]], se
 @pytest.mark.parametrize("shift", [False, True])
 def test_pairs_are_those_of_a_search_over_all_tokens(shift: bool) -> None:
     batch = _batch(tiny_model())
-    pairs = find_pairs(batch, WHOLE, shift)
+    pairs = find_pairs(batch, batch, WHOLE, shift)
     found = [
         {(token, int(pairs.clean[token])) for token in part.nonzero().flatten().tolist()}
         for part in (pairs.visible, pairs.masked)
@@ -70,9 +70,9 @@ def test_pairs_are_those_of_a_search_over_all_tokens(shift: bool) -> None:
 
 def test_a_token_that_noise_has_replaced_is_no_pair() -> None:
     batch = _batch(tiny_model(), mask_ratio=0.0)
-    before = int(find_pairs(batch, WHOLE, False).visible.sum())
+    before = int(find_pairs(batch, batch, WHOLE, False).visible.sum())
     batch.input_ids[0, 0] += 1  # of a noisy view
-    assert int(find_pairs(batch, WHOLE, False).visible.sum()) == before - 1 == 2 * (17 + 9 + 24) - 1
+    assert int(find_pairs(batch, batch, WHOLE, False).visible.sum()) == before - 1 == 2 * (17 + 9 + 24) - 1
 
 
 def _aligned(built: Any, batch: Batch, rule: AlignmentRule) -> tuple[Tensor, dict[str, Tensor]]:
@@ -110,7 +110,7 @@ def test_only_noisy_tokens_get_a_gradient() -> None:
     batch = _batch(tiny_model())
     hidden = torch.randn(80, 2, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     asked = Alignment.empty(AlignmentRule(weight=1.0), 2, torch.device("cpu"))
-    pairs = find_pairs(batch, WHOLE, shift=False)
+    pairs = find_pairs(batch, batch, WHOLE, shift=False)
     (LayerAlignment(asked, pairs, WHOLE)(2, hidden) * 0.0).sum().backward()
     has_gradient = hidden.grad.abs().sum(-1).flatten() > 0.0
     assert torch.equal(has_gradient, pairs.visible + pairs.masked > 0.0)
@@ -140,3 +140,54 @@ def test_equals_the_formula_on_the_outputs_of_all_layers(recompute: str) -> None
         if value.grad is not None:
             scale = float(value.grad.abs().max())
             torch.testing.assert_close(got[name], value.grad, rtol=1e-4, atol=2e-5 * scale + 1e-12)
+
+
+def test_a_second_model_teaches_by_what_it_computes_of_the_true_tokens() -> None:
+    """Rows without clean copies; the teacher has other weights, and reads every document as AR models do."""
+    from megatron_dllm.model.objective import Objective, token_loss
+    from megatron_dllm.parallel.groups import Groups
+    from megatron_dllm.training.frozen import FrozenModel
+    from megatron_dllm.training.teaching import teach
+
+    model, rule = tiny_model(), AlignmentRule(weight=1.0, masked_layers=1.0, is_own=False)
+    shape = dict(rows=[[17, 9], [24]], row_length=60, block_size=64, num_views=2, has_clean=False)
+    batch, true = tiny_batch(model, **shape), tiny_batch(model, **shape, mask_ratio=0.0)
+    other = _build(model)
+    other.load_state_dict(to_megatron(model, random_weights(model, seed=5)), strict=False)
+    objective = Objective(None, False, token_loss, alignment=rule)
+    (taught,) = teach(FrozenModel([other], torch.device("cpu"), Groups.current()), [batch], objective)
+    asked = Alignment.empty(rule, 3, torch.device("cpu"), taught.states)
+    built = _build(model)
+    student = _outputs(built, lambda: built(batch, asked=Asked(asked)))
+    expected = torch.zeros(3, 4, dtype=torch.float64)
+    for row, document in ((0, 0), (0, 1), (1, 0)):
+        is_first = (true.roles[row, :, 0] == document) & (true.roles[row, :, 2] == 1)
+        tokens, places = true.input_ids[row, is_first], true.position_ids[row, is_first]
+        roles = torch.stack([torch.zeros_like(places), places, torch.zeros_like(places)], -1).int()
+        positions = torch.arange(len(places))
+        teacher = _outputs(
+            other, lambda t=tokens, p=places, r=roles, n=positions: other.states(t[None], p[None], r[None], n)
+        )
+        for slot in (batch.roles[row, :, 0] == document).nonzero().flatten().tolist():
+            place, is_masked = int(batch.position_ids[row, slot]), bool(batch.is_masked[row, slot])
+            if is_masked and place == 0:
+                continue
+            for layer in range(3):
+                clean = teacher[layer][place - is_masked, 0]
+                loss = 1.0 - torch.cosine_similarity(student[layer][slot, row], clean, dim=0)
+                expected[layer, 2 * is_masked : 2 * is_masked + 2] += torch.tensor([float(loss), 1.0])
+    torch.testing.assert_close(asked.sums, expected, rtol=1e-4, atol=1e-4)
+
+
+def _outputs(built: Any, run: Any) -> list[Tensor]:
+    """[s, b, h] what each layer gives while the model runs with all outputs of the last one."""
+    outputs: list[Tensor] = []
+    built.skips_outputs = False
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output[0].detach()))
+        for layer in built.decoder.layers
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return outputs

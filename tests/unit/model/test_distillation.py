@@ -12,9 +12,10 @@ from torch import Tensor
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.distillation import DistillRule
-from megatron_dllm.model.asked import Asked
+from megatron_dllm.model.asked import Asked, Taught
 from megatron_dllm.model.distillation import Teacher, distilled_cross_entropy
 from megatron_dllm.model.head import target_cross_entropy
+from megatron_dllm.model.objective import Objective, token_loss
 from tests.reference_model import random_weights, tiny_model, to_megatron
 from tests.tiny_batch import tiny_batch
 
@@ -114,6 +115,10 @@ def _build(model: ModelConfig) -> Any:
     return built.train()
 
 
+def _objective(rule: DistillRule) -> Objective:
+    return Objective(None, rule.shift, token_loss, distill=rule)
+
+
 def _ar_log_p(built: Any, tokens: Tensor) -> Tensor:
     """[n, v] log probabilities of the token after each of n tokens, read as one AR document."""
     places = torch.arange(len(tokens))
@@ -154,8 +159,8 @@ def test_targets_are_compared_with_the_ar_predictions_of_the_true_tokens(is_own:
     if is_own:
         built.skips_outputs = True
     frozen = FrozenModel([_build(model)], torch.device("cpu"), Groups.current())
-    (teacher,) = teach(frozen, [batch], rule) or [None]
-    outputs = built(batch, asked=Asked(distill=rule, teacher=teacher))
+    (said,) = teach(frozen, [batch], _objective(rule)) or [Taught()]
+    outputs = built(batch, asked=Asked(distill=rule, teacher=said.teacher))
     plain = built(batch)
     torch.testing.assert_close(outputs.nll, plain.nll, rtol=1e-5, atol=1e-5)
     chosen = built.states(batch.input_ids, batch.position_ids, batch.roles, batch.target_positions)
@@ -186,10 +191,11 @@ def test_a_student_that_is_its_teacher_and_reads_what_it_reads_has_no_divergence
     batch = tiny_batch(model, [[17, 9], [24]], row_length=28, block_size=1, num_views=0)
     rule = DistillRule(1.0, is_own=False, shift=True)
     frozen = FrozenModel([_build(model)], torch.device("cpu"), Groups.current())
-    (teacher,) = teach(frozen, [batch], rule)
-    outputs = _build(model)(batch, asked=Asked(distill=rule, teacher=teacher))
+    (said,) = teach(frozen, [batch], _objective(rule))
+    outputs = _build(model)(batch, asked=Asked(distill=rule, teacher=said.teacher))
     assert bool(outputs.has_teacher.all()) and len(outputs.kl) == 16 + 8 + 23
     assert float(outputs.kl.abs().max()) < 1e-6
     (outputs.kl.sum()).backward()
-    without = teach(frozen, [batch], replace(rule, shift=False))[0]
+    (unshifted,) = teach(frozen, [batch], _objective(replace(rule, shift=False)))
+    without = unshifted.teacher
     assert not bool(without.is_known.any()), "without a shift, targets on clean tokens are those of an AR loss"
