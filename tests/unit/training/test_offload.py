@@ -15,7 +15,7 @@ from benchmarks.tiny_run import run_config, write_corpus
 from megatron_dllm.config import OptimizerConfig, ParallelConfig
 
 pytestmark = pytest.mark.usefixtures("one_rank")
-PLAIN = OptimizerConfig()
+PLAIN = OptimizerConfig(lr_multipliers={"*.mlp.*": 0.1, "decoder.layers.2.self_attention.*": 3.0})
 OFFLOADED = replace(PLAIN, offload="cpu")
 BF16, FP32 = ParallelConfig(precision="bf16"), ParallelConfig()
 
@@ -36,7 +36,7 @@ def _engine(folder: Path, optimizer: OptimizerConfig, layout: ParallelConfig) ->
 
 def _step(engine: Any, number: int) -> float:
     """One update by gradients that follow from its number, clipped as training does; returns their norm."""
-    from megatron_dllm.training.engine import set_learning_rate
+    from megatron_dllm.training.parameter_rates import set_learning_rate
     from megatron_dllm.training.step import clip_gradients
 
     generator = torch.Generator().manual_seed(100 + number)
