@@ -38,14 +38,15 @@ def read_source(config: GenerateConfig) -> CheckpointSource:
     """Find out what `config.checkpoint` is.
 
     Raises:
-        ValueError: it is no checkpoint, one that predicts the next token, or one without a tokenizer.
+        ValueError: it is no checkpoint, an autoregressive one of Hugging Face or that is to fill blocks, or one without
+            a tokenizer.
     """
     path = Path(config.checkpoint)
     if not path.is_dir():
         raise ValueError(f"checkpoint ({path}) is not a folder; give an HF folder, a run folder or a step_* folder.")
     weights = read_weights_folder(path)
-    if not weights.is_diffusion:
-        raise ValueError(_autoregressive(weights))
+    if not weights.is_diffusion and (weights.is_hf or config.block_size not in (None, 1)):
+        raise ValueError(_autoregressive(weights, config.block_size))
     model = weights.model.stretched(config.rotary_scaling)
     longest = model.max_position_embeddings
     if config.context_length is not None and config.context_length > longest:
@@ -66,16 +67,17 @@ def read_source(config: GenerateConfig) -> CheckpointSource:
     return CheckpointSource(weights.folder, weights.is_hf, model, contract, tokenizer)
 
 
-def _autoregressive(weights: WeightsFolder) -> str:
-    """Why such weights are not decoded, and what to do."""
+def _autoregressive(weights: WeightsFolder, block_size: int | None) -> str:
+    """Why such weights are not decoded in blocks of this size, and what to do."""
     if weights.is_hf:
         return (
             f"{weights.folder}: model_type ({weights.model.family}) predicts the next token, autoregressively; "
             f"convert it first, or name a folder of {' or '.join(DIFFUSION_ARCHITECTURES)}."
         )
     return (
-        f"{weights.folder}: contract.shift (true) means that it predicts the next token, autoregressively; "
-        "convert it with megatron_dllm.train before decoding blocks."
+        f"{weights.folder}: contract.shift (true) with blocks of 1 token predicts the next token, autoregressively, "
+        f"and block_size ({block_size}) asks for more; leave block_size out to decode from left to right, or convert "
+        "it with megatron_dllm.train before decoding blocks."
     )
 
 

@@ -106,7 +106,9 @@ def save_run(run: Path, model: ModelConfig, shift: bool = False, seed: int = 3) 
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
     meta = CheckpointMeta(
         asdict(model),
-        Semantics(shift=shift, block_origin="document", mask_token_id=2, block_size=8, context_length=64),
+        Semantics(
+            shift=shift, block_origin="document", mask_token_id=2, block_size=1 if shift else 8, context_length=64
+        ),
         Position(step=5, stage="decay", is_stage_end=True),
         Provenance(tokenizer="../../tokenizer"),
     )
@@ -369,9 +371,34 @@ def test_a_scaling_while_decoding_reaches_further_and_a_factor_of_1_changes_noth
     assert len(texts[0][0].generation.generated_ids) > 0
 
 
+def test_an_autoregressive_checkpoint_is_decoded_from_left_to_right(one_rank: Any, tmp_path: Path) -> None:
+    from megatron_dllm.data.tokenizer import load_tokenizer
+    from megatron_dllm.hf.tokenizer_folder import TokenizerFiles
+    from megatron_dllm.inference.load import load_model
+    from megatron_dllm.inference.source import read_source
+
+    run = save_run(tmp_path / "ar", replace(MODEL, family="bailing_moe"), shift=True)
+    config = replace(SETTINGS, checkpoint=str(run), prompt="the cat", block_size=None, max_new_tokens=12)
+    source = read_source(config)
+    model = load_model(source, one_rank, "fp32", "dense")
+    text = load_tokenizer(TokenizerFiles(source.tokenizer)).encode("the cat", add_special_tokens=False).ids
+    first = len(text)
+    while len(text) < first + 12 and MODEL.eos_token_id not in text[first:]:
+        places = torch.arange(len(text))
+        roles = torch.stack([places * 0, places, places * 0], dim=-1).int()[None]
+        with torch.no_grad():
+            states = model.states(torch.tensor([text]), places[None], roles, torch.tensor([len(text) - 1]))
+            logits = model.head_logits(states)[0]
+        logits[MODEL.mask_token_id] = float("-inf")
+        text.append(int(logits.argmax()))
+    (result,) = generate(config)
+    assert result.generation.generated_ids == text[first:]
+    assert result.generation.tokens_per_forward == 1.0
+
+
 def test_autoregressive_checkpoint_is_refused(one_rank: None, tmp_path: Path) -> None:
     run = save_run(tmp_path / "ar", replace(MODEL, family="bailing_moe"), shift=True)
-    with pytest.raises(ValueError, match=r"contract\.shift \(true\)"):
+    with pytest.raises(ValueError, match=r"contract\.shift \(true\) .* block_size \(8\) asks for more"):
         generate(replace(SETTINGS, checkpoint=str(run), prompt="a"))
     from checkpoints_tools.mcore_to_hf import convert
 
