@@ -65,7 +65,7 @@ def target_cross_entropy(
 
 
 @fused
-def _nll_gradient(logits: Tensor, log_partition: Tensor, ids: Tensor, grad_nll: Tensor) -> Tensor:
+def nll_gradient(logits: Tensor, log_partition: Tensor, ids: Tensor, grad_nll: Tensor) -> Tensor:
     """[T, c] in the precision of `logits`: grad_nll (p - onehot) for some columns of the logits.
 
     Args:
@@ -114,7 +114,7 @@ def _logits_gradient(
         [T, c] in the model's precision.
     """
     if logits.is_cuda and of_entropy is None:
-        return _nll_gradient(logits, log_partition, ids, grad_nll)
+        return nll_gradient(logits, log_partition, ids, grad_nll)
     dtype = logits.dtype
     log_p = logits.float().sub_(log_partition.unsqueeze(-1))
     if of_entropy is None:

@@ -56,7 +56,7 @@ class VocabularySums:
 
 
 @fused
-def _chunk_sums(logits: Tensor, local_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def chunk_sums(logits: Tensor, local_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[t] fp32 largest logit, [t] int64 its id, [t] fp32 the target's logit and [t] fp32 S, of logits [t, v/tp].
 
     Args:
@@ -99,7 +99,7 @@ class ShardSums:
             local_ids: [t] int64 rows of the local weight that belong to their targets.
         """
         if logits.is_cuda and self.temperature is None:
-            best, self.best_id[part], self.target[part], sums = _chunk_sums(logits, local_ids)
+            best, self.best_id[part], self.target[part], sums = chunk_sums(logits, local_ids)
             self.log_sum[part] = sums.log_().add_(best)
             self.best[part] = best
             return

@@ -17,12 +17,14 @@ from megatron_dllm.config import TrainConfig
 from megatron_dllm.model.attention.flex import check_gradients
 from megatron_dllm.model.dispatch import CopyOrder, combine, permute
 from megatron_dllm.model.experts import grouped_experts
+from megatron_dllm.model.head import nll_gradient
 from megatron_dllm.model.paths import Paths
+from megatron_dllm.model.vocabulary_sums import chunk_sums
 from megatron_dllm.training.host_adam import Update, host_update, torch_update
 
 # Sums and products in another order, relative to their norm: what fp32 may differ by.
 FP32_TOLERANCE = 1e-5
-Function = Callable[..., Sequence[Tensor]]
+Function = Callable[..., Any]
 
 
 def check_paths(paths: Paths, config: TrainConfig, device: torch.device) -> list[str]:
@@ -47,6 +49,9 @@ def check_paths(paths: Paths, config: TrainConfig, device: torch.device) -> list
     if paths.experts.name in ("grouped", "sections") and paths.dispatcher.name == "alltoall":
         check_dispatcher(device, dtype)
         checked.append("dispatcher")
+    if paths.fusions.name == "compiled":
+        check_head(device, dtype)
+        checked.append("head")
     if paths.optimizer.name == "offloaded":
         check_adam(host_update(config.optimizer.offload_adam), torch.device("cpu"))
         checked.append("optimizer")
@@ -107,6 +112,34 @@ def check_dispatcher(device: torch.device, dtype: torch.dtype, fast: Function | 
         return (tokens * probs.sum(dim=1, keepdim=True).to(tokens.dtype),)
 
     compare("dispatcher (gathers)", fast or gathers, plain, _random([(5, 32), (5, 2)], device, dtype))
+
+
+def check_head(
+    device: torch.device, dtype: torch.dtype, sums: Function = chunk_sums, gradient: Function = nll_gradient
+) -> None:
+    """What the head has fused, a chunk's sums and the gradient of its logits, against softmax in double precision.
+
+    Args:
+        device: of this process.
+        dtype: of the logits.
+        sums: `chunk_sums`, or another in a test.
+        gradient: `nll_gradient`, or another in a test.
+
+    Raises:
+        RuntimeError: they differ by more than rounding explains.
+    """
+    logits = _random([(16, 64)], device, dtype)[0].detach()
+    ids = torch.arange(16, device=device) * 4
+    exact, factors = logits.double(), torch.linspace(0.5, 2.0, 16, device=device)
+    best, _, target, total = sums(logits, ids)
+    log_partition = torch.logsumexp(exact, dim=-1)
+    nll = best + total.log() - target
+    chosen = exact.gather(1, ids.unsqueeze(1)).squeeze(1)
+    _refuse_difference("head (fused)", "NLL", nll, log_partition - chosen, torch.float32)
+    expected = torch.softmax(exact, dim=-1)
+    expected[torch.arange(16, device=device), ids] -= 1.0
+    got = gradient(logits, log_partition.float(), ids, factors)
+    _refuse_difference("head (fused)", "gradient", got, expected * factors.double().unsqueeze(1), dtype)
 
 
 def check_adam(update: Update, device: torch.device) -> None:

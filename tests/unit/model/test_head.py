@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_dllm.model.head import _logits_gradient, _nll_gradient, target_cross_entropy
-from megatron_dllm.model.vocabulary_sums import _chunk_sums
+from megatron_dllm.model.head import _logits_gradient, nll_gradient, target_cross_entropy
+from megatron_dllm.model.vocabulary_sums import chunk_sums
 
 HIDDEN, VOCAB = 12, 50
 
@@ -90,14 +90,14 @@ def test_what_is_one_kernel_on_cuda_says_the_same() -> None:
     """Written as a whole, as CUDA compiles them: the sums of a chunk, and the gradient of some columns of it."""
     hidden, weight, targets = _inputs(20)
     logits = (hidden @ weight.t()).detach()
-    best, best_id, target, total = _chunk_sums(logits, targets)
+    best, best_id, target, total = chunk_sums(logits, targets)
     expected = torch.logsumexp(logits, dim=-1)
     torch.testing.assert_close(total.log() + best, expected)
     assert torch.equal(best_id, logits.argmax(-1)) and torch.equal(target, logits[range(20), targets])
     grad_nll = torch.rand(20)
     for columns in (slice(0, 7), slice(7, VOCAB)):
         arguments = (expected, targets - columns.start, grad_nll)
-        got = _nll_gradient(logits[:, columns].contiguous(), *arguments)
+        got = nll_gradient(logits[:, columns].contiguous(), *arguments)
         torch.testing.assert_close(got, _logits_gradient(logits[:, columns].clone(), *arguments, None))
 
 

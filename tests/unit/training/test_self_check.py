@@ -64,6 +64,25 @@ def test_a_dispatcher_with_a_wrong_gradient_is_refused(dtype: torch.dtype) -> No
         check_dispatcher(CPU, dtype, wrong)
 
 
+@pytest.mark.parametrize("dtype", KINDS)
+def test_a_head_that_is_off_is_refused(dtype: torch.dtype) -> None:
+    from megatron_dllm.model.head import nll_gradient
+    from megatron_dllm.model.vocabulary_sums import chunk_sums
+    from megatron_dllm.training.self_check import check_head
+
+    def short(logits: Tensor, ids: Tensor) -> Sequence[Tensor]:
+        return (*chunk_sums(logits, ids)[:3], chunk_sums(logits[:, 1:], ids)[3])
+
+    def doubled(*inputs: Tensor) -> Tensor:
+        return 2 * nll_gradient(*inputs)
+
+    check_head(CPU, dtype)
+    with pytest.raises(RuntimeError, match=r"head \(fused\): the NLL is off"):
+        check_head(CPU, dtype, sums=short)
+    with pytest.raises(RuntimeError, match=r"head \(fused\): the gradient is off"):
+        check_head(CPU, dtype, gradient=doubled)
+
+
 def test_an_adam_without_bias_correction_is_refused() -> None:
     from megatron_dllm.training.host_adam import State, torch_update
     from megatron_dllm.training.self_check import check_adam
