@@ -31,7 +31,7 @@ def read_scaling(reader: ConfigValues) -> RotaryScalingConfig | None:
     if stated is None:
         return None
     kind = stated.get("rope_type")
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(
             f"{reader.source}: rope_scaling ({brief(kind or stated)}) must be null, {' or '.join(_KEYS)}: our rotary "
             "embedding is not stretched otherwise; use the checkpoint of the native context length."

@@ -256,7 +256,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "contract of fewer layers": (_contract("model", num_layers=2), "have no place in a|num_layers is"),
     "contract of another width": (_contract("model", hidden_size=32), "[40, 24]|hidden_size is"),
     "contract of another vocabulary": (_contract("model", vocab_size=48), "[40, 24]|vocab_size is"),
-    "contract of another family": (_contract("model", family="llama"), "family"),
+    "contract of another family": (_contract("model", family="falcon"), "family"),
     "contract of no block": (_contract("contract", block_size=0), "block_size"),
     "contract of no context": (_contract("contract", context_length=-1), "context_length"),
     # the manifest

@@ -187,6 +187,11 @@ def test_dtype_of_the_export(checkpoint: Path, hf: Path, tmp_path: Path) -> None
         ("qwen3", None, "Qwen3ForCausalLM", None),
         ("qwen3 tied", "sdar", "SDARForCausalLM", "sdar"),
         ("sdar", None, "SDARForCausalLM", "sdar"),
+        ("qwen2", None, "Qwen2ForCausalLM", None),
+        ("mixtral", None, "MixtralForCausalLM", None),
+        ("llama", "megatron_dllm", "MegatronDllmForCausalLM", "megatron_dllm"),
+        ("olmoe", "megatron_dllm", "MegatronDllmForCausalLM", "megatron_dllm"),
+        ("megatron_dllm", None, "MegatronDllmForCausalLM", "megatron_dllm"),
     ],
 )
 def test_architectures(
@@ -196,7 +201,7 @@ def test_architectures(
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", architecture)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [expected_class]
-    shared = {f"block_diffusion_{part}.py" for part in ("generation", "layers", "model")}
+    shared = {f"block_diffusion_{part}.py" for part in ("generation", "layers", "model")} | {"rotary_scaling.py"}
     expected_code = {f"configuration_{code}.py", f"modeling_{code}.py", *shared} if code else set()
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == expected_code
     assert expected_class in (tmp_path / "out" / "README.md").read_text()
