@@ -90,17 +90,25 @@ def test_without_weight_it_is_the_threshold() -> None:
         assert found == decode(CachedForward(ToyModel(seed, 3.0)), PROMPT, replace(config, rule="threshold"), CONTRACT)
 
 
-def test_a_block_begins_without_credit_and_sure_tokens_come_earlier() -> None:
+def test_repeated_tokens_come_earlier() -> None:
     config = replace(RULE, max_new_tokens=16, threshold=0.7)
     plain, credited = (
         decode(CachedForward(ToyModel(3, 3.0)), PROMPT[:4], replace(config, rule=rule), CONTRACT)
         for rule in ("threshold", "credit")
     )
     assert credited.num_denoising_forwards < plain.num_denoising_forwards
-    # What follows a block depends on its tokens alone, so the rest of the text is that of a text that begins there.
-    rest = decode(CachedForward(ToyModel(3, 3.0)), [*PROMPT[:4], *credited.generated_ids[:8]], config, CONTRACT)
-    assert rest.generated_ids[:8] == credited.generated_ids[8:]
-    assert rest.steps_per_block[:2] == credited.steps_per_block[2:]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_block_begins_without_credit(seed: int) -> None:
+    """What follows a block depends on its tokens alone: the rest of a text is that of one which begins there."""
+    config = replace(RULE, max_new_tokens=24, threshold=0.95, credit_weight=2.0, credit_decay=0.95)
+    contract = replace(CONTRACT, block_size=8)
+    prompt = [*PROMPT, 6]
+    whole = decode(CachedForward(ToyModel(seed, 3.0)), prompt, config, contract)
+    rest = decode(CachedForward(ToyModel(seed, 3.0)), [*prompt, *whole.generated_ids[:8]], config, contract)
+    assert rest.generated_ids[:16] == whole.generated_ids[8:]
+    assert rest.steps_per_block[:2] == whole.steps_per_block[1:]
 
 
 def test_a_trace_is_as_long_as_it_has_to_be() -> None:
