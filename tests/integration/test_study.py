@@ -68,7 +68,7 @@ def test_points_are_what_generate_gives(run: Path, tmp_path: Path, capsys: pytes
         (output.parent / name).unlink()
 
 
-def _task(folder: Path, name: str, questions: list[dict[str, str]], **changes: object) -> Path:
+def write_task(folder: Path, name: str, questions: list[dict[str, str]], **changes: object) -> Path:
     """A task of lm-evaluation-harness with questions of its own."""
     (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, questions)))
     content = {
@@ -99,7 +99,7 @@ def test_tasks_of_the_harness_are_decoded_in_every_way(run: Path, tmp_path: Path
     alone = generate(GenerateConfig(threshold=0.6, **settings))
     known = [result.text if number < 3 else "no such answer" for number, result in enumerate(alone)]
     questions = [{"question": text, "answer": answer} for text, answer in zip(QUESTIONS, known, strict=True)]
-    yaml_file, output = _task(tmp_path, "toy_writing", questions), tmp_path / "study.json"
+    yaml_file, output = write_task(tmp_path, "toy_writing", questions), tmp_path / "study.json"
     words = [f"checkpoint={run}", f"tasks=[{yaml_file}]", "thresholds=[0.6,1.0]", f"output={output}", "batch_size=3"]
     assert main(words) == 0
     (study,) = read_studies(output)
@@ -121,8 +121,10 @@ def test_tasks_of_the_harness_are_decoded_in_every_way(run: Path, tmp_path: Path
 
 def test_tasks_that_no_study_can_count_are_refused(run: Path, tmp_path: Path, cache: None) -> None:
     questions = [{"question": "the cat", "answer": "sat"}]
-    choices = _task(tmp_path, "choices", questions, output_type="loglikelihood", metric_list=[{"metric": "perplexity"}])
-    overlap = _task(tmp_path, "overlap", questions, metric_list=[{"metric": "chrf"}])
+    choices = write_task(
+        tmp_path, "choices", questions, output_type="loglikelihood", metric_list=[{"metric": "perplexity"}]
+    )
+    overlap = write_task(tmp_path, "overlap", questions, metric_list=[{"metric": "chrf"}])
     words = [f"checkpoint={run}", "thresholds=[0.6]", "max_new_tokens=8"]
     with pytest.raises(ValueError, match=r"tasks \(choices\) scores given texts, which no way of decoding changes"):
         main([*words, f"tasks=[{choices}]"])
