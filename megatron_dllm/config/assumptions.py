@@ -24,6 +24,9 @@ class AssumptionsConfig:
     host_ms_per_layer: float = 8.6
     # Share of the rated bandwidth of links that collectives reach.
     link_efficiency: float = 0.7
+    # How many times as fast as in bf16 the products of the layers are with parallel.precision fp8 (Megatron-Bridge's
+    # guide: 1.2 to 1.5).
+    fp8_speedup: float = 1.45
     # Share of a GPU's rated products that attention reaches.
     attention_efficiency: float = 0.4
     # Share of the rated bandwidth of a GPU's memory that small operations and the optimizer reach.
@@ -54,6 +57,7 @@ class AssumptionsConfig:
         for name in ("host_ms_per_layer", "offload_ns", "reserve_gb"):
             value = getattr(self, name)
             check(value >= 0.0, f"assumptions.{name} ({value}) must not be negative; 0 leaves it out.")
+        check_positive("assumptions.fp8_speedup", self.fp8_speedup)
         check(
             self.expert_imbalance >= 1.0,
             f"assumptions.expert_imbalance ({self.expert_imbalance}) must be at least 1, which is a perfect balance.",

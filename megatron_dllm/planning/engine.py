@@ -165,7 +165,9 @@ def _run(
         ledger.clear()
         memory.start_peak()
         objective = objective_of(stage, config.noise)
+        before = memory.live
         taught = teach(second, batches, objective)
+        states = memory.live - before
         train_step(engine, batches, CPU, objective, embedding_noise(config, 0), taught=taught)
     weights = state.weights * (1 if second is None else 2)
     kept = weights + state.gradients + state.optimizer
@@ -174,7 +176,8 @@ def _run(
         weights=weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        activations=memory.peak - memory.peak_head - kept,
+        # A teacher's states lie there for all micro-batches of the step, also those that are not run here.
+        activations=memory.peak - memory.peak_head - kept + round(states * (scale - 1.0)),
         head=memory.peak_head,
     )
     return RankAnswer(found, state.num_parameters, round(ledger.flops * scale), ledger.traffic(scale))

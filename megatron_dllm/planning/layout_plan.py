@@ -129,6 +129,7 @@ def _batch(setting: Setting, work: StageWork, candidate: Candidate) -> MicroBatc
         setting.machine.assumptions.expert_imbalance,
         setting.training,
         candidate.rows,
+        setting.num_models,
     )
 
 

@@ -11,6 +11,10 @@ from megatron_dllm.planning.parameters import PipelineRank, Weights, rank_weight
 # Elements of the head's logits that exist at a time (`model.head`): in bf16, in fp32, and their gradients.
 CHUNK_ELEMENTS = 64 * 1024 * 1024
 _CHUNK_BYTES = 10
+# The same of a teacher: its logits and probabilities, and their products with the differences of both.
+_TEACHER_CHUNK_BYTES = 20
+# Bytes of each feature of a token while a layer is aligned: fp32 unit vectors of both and what follows from them.
+_ALIGNED_BYTES = 20
 # Bytes of the gradient of the head's weight.
 _HEAD_GRADIENT_BYTES = 2
 
@@ -60,8 +64,11 @@ def rank_memory(
     layers = rank_layers(rank, batch)
     in_flight = pipeline_in_flight(layout, rank.index, batch.number)
     kept = in_flight * sum(number * _kept(layout.recompute, cost) for number, cost in layers)
+    kept += _teaching_states(model, layout, rank, batch, in_flight)
     working = _working_set(layout.recompute, layers)
-    head = _head_bytes(model, layout, batch.targets) if rank.is_last else 0.0
+    if batch.method.aligned_share:
+        working += _alignment_bytes(layout, batch)
+    head = _head_bytes(model, layout, batch) if rank.is_last else 0.0
     # The backward pass of the head comes first, those of the layers later, when the last layer's bytes are free again.
     if rank.is_last:
         working -= min(_kept(layout.recompute, batch.last), kept)
@@ -69,7 +76,7 @@ def rank_memory(
     return RankMemory(
         # Ranks of megatron-core's order: the pipeline comes last.
         rank=rank.index * (num_gpus // layout.pipeline_model_parallel_size),
-        weights=state[0] * num_models,
+        weights=(state[0] + _fp8_copies(model, layout, rank, held)) * num_models,
         gradients=state[1],
         optimizer=state[2],
         activations=round(kept + (0.0 if is_head else working)),
@@ -103,8 +110,40 @@ def _working_set(recompute: str, layers: list[tuple[int, LayerCost]]) -> float:
     return max((again * cost.kept + cost.working for number, cost in layers if number), default=0.0)
 
 
-def _head_bytes(model: ModelConfig, layout: ParallelConfig, targets: float) -> float:
-    """The LM head's backward pass: a chunk of logits, gradients of its weight and of the targets' hidden states."""
-    rows = model.vocab_size / layout.tensor_model_parallel_size
-    chunk = min(CHUNK_ELEMENTS, targets * rows) * _CHUNK_BYTES
+def _head_bytes(model: ModelConfig, layout: ParallelConfig, batch: MicroBatch) -> float:
+    """The LM head's backward pass: a chunk of logits, gradients of its weight and of the targets' hidden states.
+
+    A teacher has a chunk of its own beside it.
+    """
+    rows, targets = model.vocab_size / layout.tensor_model_parallel_size, batch.targets
+    chunk = min(CHUNK_ELEMENTS, targets * rows) * (_CHUNK_BYTES + _TEACHER_CHUNK_BYTES * batch.method.has_teacher)
     return chunk + _HEAD_GRADIENT_BYTES * model.hidden_size * rows + 8 * model.hidden_size * targets
+
+
+def _teaching_states(
+    model: ModelConfig, layout: ParallelConfig, rank: PipelineRank, batch: MicroBatch, in_flight: float
+) -> float:
+    """States that others are compared with: behind the layers, and of the targets.
+
+    Those of a second model lie there for the whole step. The model's own are kept as the layers' activations are; where
+    only the upper layers are aligned, each rank is taken to hold as many of them as it can.
+    """
+    method = batch.method
+    aligned = min(rank.num_layers, max(1, round(method.aligned_share * model.num_layers)) * (method.aligned_share > 0))
+    times = batch.number if method.is_aligned_before else in_flight * (layout.recompute != "full")
+    of_targets = 2 * model.hidden_size * batch.targets * (method.has_teacher and rank.is_last)
+    return aligned * batch.moe.input * times + of_targets * (batch.number if method.is_taught_before else 1)
+
+
+def _alignment_bytes(layout: ParallelConfig, batch: MicroBatch) -> float:
+    """What the alignment behind a layer holds for a moment: unit vectors in fp32, or the states of all ranks."""
+    width = 2.0 if layout.precision != "fp32" else 4.0
+    return _ALIGNED_BYTES / width * batch.moe.input
+
+
+def _fp8_copies(model: ModelConfig, layout: ParallelConfig, rank: PipelineRank, weights: Weights) -> int:
+    """Bytes of the layers' weights in FP8, as they are and transposed, which stand beside those in bf16."""
+    if layout.precision != "fp8":
+        return 0
+    embedding = model.vocab_size * model.hidden_size // layout.tensor_model_parallel_size
+    return 2 * max(weights.total - embedding * (rank.is_first + rank.is_last), 0)

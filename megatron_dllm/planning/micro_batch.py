@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_dllm.config import ModelConfig, ParallelConfig, StageConfig, TrainingConfig
 from megatron_dllm.planning.layers import LayerCost, Tokens, layer_cost
+from megatron_dllm.planning.methods import MethodCost, method_cost
 from megatron_dllm.planning.parameters import PipelineRank
 from megatron_dllm.planning.rows import RowContent
 
@@ -22,6 +23,7 @@ class MicroBatch:
         moe: of a layer with experts; in a dense model the same.
         last: of the model's last layer, whose output is read for targets alone.
         is_last_moe: the last layer has experts.
+        method: what the stage does beside a forward and a backward pass.
     """
 
     number: int
@@ -31,6 +33,12 @@ class MicroBatch:
     moe: LayerCost
     last: LayerCost
     is_last_moe: bool
+    method: MethodCost
+
+    @property
+    def whole(self) -> LayerCost:
+        """Of the model's last layer, where its output of all tokens is read."""
+        return self.moe if self.is_last_moe else self.dense
 
 
 def micro_batch_of(
@@ -42,6 +50,7 @@ def micro_batch_of(
     imbalance: float,
     training: TrainingConfig,
     rows: int | None = None,
+    num_models: int = 1,
 ) -> MicroBatch:
     """A micro-batch of a stage.
 
@@ -54,6 +63,7 @@ def micro_batch_of(
         imbalance: tokens of the busiest expert rank beside the mean.
         training: whether the last layer leaves out tokens.
         rows: of a micro-batch; None: the stage's.
+        num_models: that lie in memory.
     """
     size = rows or stage.micro_batch_size
     cp = layout.context_parallel_size
@@ -65,16 +75,16 @@ def micro_batch_of(
     moe = layer_cost(model, layout, full, True, imbalance) if model.is_moe else dense
     number = stage.global_batch_size // (layout.data_parallel_size(num_gpus) * size)
     is_last_moe = model.is_moe
-    return MicroBatch(
-        number, size, targets, dense, moe, layer_cost(model, layout, last, is_last_moe, imbalance), is_last_moe
-    )
+    of_last = layer_cost(model, layout, last, is_last_moe, imbalance)
+    return MicroBatch(number, size, targets, dense, moe, of_last, is_last_moe, method_cost(stage, num_models))
 
 
 def skips_outputs(layout: ParallelConfig, training: TrainingConfig) -> bool:
     """Whether the last layer computes only what is read (`model.last_layer`), on a GPU's all-to-all path."""
     is_balanced = bool(training.moe_router_bias_update_rate or training.moe_aux_loss_coeff or training.moe_z_loss_coeff)
     exchanges_heads = layout.context_parallel_size > 1 and layout.context_parallel_method == "ulysses"
-    return training.skip_unused_outputs and not is_balanced and not exchanges_heads
+    is_possible = not is_balanced and not exchanges_heads and layout.precision != "fp8"
+    return training.skip_unused_outputs and is_possible
 
 
 def rank_layers(rank: PipelineRank, batch: MicroBatch) -> list[tuple[int, LayerCost]]:

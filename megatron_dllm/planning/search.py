@@ -13,6 +13,7 @@ from itertools import product
 from megatron_dllm.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_dllm.planning.layout_plan import Candidate, Setting
 from megatron_dllm.planning.memory import rank_memory
+from megatron_dllm.planning.methods import method_cost
 from megatron_dllm.planning.micro_batch import MicroBatch, micro_batch_of
 from megatron_dllm.planning.parameters import PipelineRank, Weights, pipeline_ranks, rank_weights
 from megatron_dllm.planning.timing import distinct_ranks, step_time
@@ -81,7 +82,7 @@ def search(
     best: Trial | None = None
     least: Trial | None = None
     num_tried = num_fitting = 0
-    loads = loads_of(work)
+    loads = loads_of(work, setting.num_models)
     for candidate in (found for count in gpu_counts for found in candidates(config, setting, work, count, is_near)):
         trial = try_candidate(setting, loads, candidate)
         num_tried += 1
@@ -108,12 +109,19 @@ class Load:
     steps: float
 
 
-def loads_of(work: Sequence[StageWork]) -> tuple[Load, ...]:
-    """The stages of a run, those with equal rows and batches together: the block stages of a schedule, say."""
+def loads_of(work: Sequence[StageWork], num_models: int = 1) -> tuple[Load, ...]:
+    """The stages of a run, those with equal rows, batches and methods together: the block stages of a schedule, say.
+
+    Args:
+        work: the stages.
+        num_models: that lie in memory.
+    """
     steps: dict[tuple[object, ...], float] = {}
     first: dict[tuple[object, ...], StageWork] = {}
     for stage in work:
-        key = (stage.row, stage.config.global_batch_size, stage.config.micro_batch_size)
+        config = stage.config
+        method = (config.reads_all_outputs, method_cost(config, num_models))
+        key = (stage.row, config.global_batch_size, config.micro_batch_size, *method)
         number = 1.0 if stage.num_tokens is None else stage.num_tokens / stage.tokens_per_step
         steps[key] = steps.get(key, 0.0) + number
         first.setdefault(key, stage)
@@ -157,6 +165,7 @@ def _batch(setting: Setting, work: StageWork, candidate: Candidate) -> MicroBatc
         imbalance,
         setting.training,
         candidate.rows,
+        setting.num_models,
     )
 
 

@@ -6,7 +6,7 @@ GPU's memory, and its exchanges at the speed of the links; but at least as long 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from megatron_dllm.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dllm.config.assumptions import AssumptionsConfig
@@ -72,6 +72,10 @@ class Machine:
         """Operations of matrix products a second."""
         return self.hardware.bf16_tflops * 1e12 * self.assumptions.product_efficiency
 
+    def product_rate_of(self, precision: str) -> float:
+        """Operations of the layers' matrix products a second."""
+        return self.product_rate * (self.assumptions.fp8_speedup if precision == "fp8" else 1.0)
+
     @property
     def attention_rate(self) -> float:
         """Operations of attention a second."""
@@ -132,27 +136,37 @@ def _micro_batch(
     """Seconds of one micro-batch on a pipeline rank, forward and backward, by part."""
     again = float(layout.recompute == "full")
     attended_again = float(layout.recompute != "none")
+    method = batch.method
     layers = rank_layers(rank, batch)
+    # Of passes without gradients, in which the last layer may compute all tokens.
+    before = rank_layers(rank, replace(batch, last=batch.whole) if method.is_whole else batch)
     tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
 
-    def total(name: str) -> float:
-        return sum(number * getattr(cost, name) for number, cost in layers)
+    def total(name: str, passes: float, share: float = 1.0) -> float:
+        """Of the step's own passes, and of those without gradients, each with a share of it."""
+        own, other = (sum(number * getattr(cost, name) for number, cost in kinds) for kinds in (layers, before))
+        return own * passes + other * share * method.forward_passes
 
-    products = total("products") * (_PRODUCT_PASSES + again)
+    products = total("products", _PRODUCT_PASSES + again) / machine.product_rate_of(layout.precision)
     if rank.is_last:
-        products += _HEAD_OPERATIONS * model.hidden_size * model.vocab_size / tp * batch.targets
-    moved = total("kept") * _MEMORY_PASSES * (1.0 + again / 3.0) + weights.total * _WEIGHT_BYTES
+        operations = (_HEAD_OPERATIONS + method.head_operations) * model.hidden_size * model.vocab_size / tp
+        products += operations * batch.targets / machine.product_rate
+    moved = total("kept", 1.0 + again / 3.0, 1.0 / 3.0) * _MEMORY_PASSES + weights.total * _WEIGHT_BYTES
+    exchanged, gathered = total("exchanged", _EXCHANGE_PASSES + again), total("gathered", _GATHER_PASSES + again)
+    contexts = total("contexts", _EXCHANGE_PASSES + again) * cp / max(cp - 1, 1)
+    attention = total("attention", _ATTENTION_PASSES + attended_again, method.attention_share)
     links = machine.links
     etp, ep = expert_tensor_size(layout), layout.expert_model_parallel_size
     parts = {
-        "products": products / machine.product_rate,
-        "attention": total("attention") * (_ATTENTION_PASSES + attended_again) / machine.attention_rate,
+        "products": products,
+        "attention": attention / machine.attention_rate,
         "memory": moved / machine.memory_rate,
-        "experts": links.exchange_seconds(total("exchanged") * (_EXCHANGE_PASSES + again), ep, etp),
-        "tensor": links.ring_seconds(total("gathered") * (_GATHER_PASSES + again), max(tp, etp), 1),
-        "context": links.ring_seconds(total("contexts") * cp / max(cp - 1, 1) * (_EXCHANGE_PASSES + again), cp, tp),
+        "experts": links.exchange_seconds(exchanged, ep, etp),
+        "tensor": links.ring_seconds(gathered, max(tp, etp), 1),
+        "context": links.ring_seconds(contexts, cp, tp),
     }
-    host = rank.num_layers * machine.assumptions.host_ms_per_layer / 1e3 * (1.0 + again / 3.0)
+    host = rank.num_layers * machine.assumptions.host_ms_per_layer / 1e3
+    host *= 1.0 + (again + method.forward_passes) / 3.0
     return {**parts, "host": max(host - sum(parts.values()), 0.0)}
 
 
@@ -161,7 +175,8 @@ def _sends(layout: ParallelConfig, batch: MicroBatch, machine: Machine, num_gpus
     size = layout.pipeline_model_parallel_size
     if size == 1:
         return 0.0
-    return machine.links.send_seconds(2.0 * virtual_size(layout) * batch.moe.input, num_gpus // size)
+    sent = (2.0 + batch.method.forward_passes) * virtual_size(layout) * batch.moe.input
+    return machine.links.send_seconds(sent, num_gpus // size)
 
 
 def _gradients(

@@ -116,6 +116,7 @@ BAD = [
     (["max_gpus=64"], r"max_gpus \(64\) has an effect only with search=true"),
     (["max_gpus=4", "search=true"], r"max_gpus \(4\) must lie between a node's 8"),
     (["assumptions.product_efficiency=2"], r"assumptions.product_efficiency \(2.0\) must lie in \(0, 1\]"),
+    (["assumptions.fp8_speedup=0"], r"assumptions.fp8_speedup \(0.0\) must be positive"),
     (["assumptions.expert_imbalance=0.5"], r"expert_imbalance \(0.5\) must be at least 1"),
     (["assumptions.interval_low=1.1"], "both sides of 1"),
     (["assumptions.host_ms_per_layer=-1"], "must not be negative"),

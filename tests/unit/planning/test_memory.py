@@ -13,7 +13,7 @@ from megatron_dllm.planning.answer import RankMemory
 from megatron_dllm.planning.engine import measure
 from megatron_dllm.planning.layers import Tokens, layer_cost
 from megatron_dllm.planning.memory import model_state, pipeline_in_flight, rank_memory
-from megatron_dllm.planning.micro_batch import micro_batch_of
+from megatron_dllm.planning.micro_batch import micro_batch_of, skips_outputs
 from megatron_dllm.planning.parameters import pipeline_ranks, rank_weights
 from megatron_dllm.planning.rows import RowContent
 from megatron_dllm.planning.work import assumed_work
@@ -141,3 +141,13 @@ def test_each_way_to_recompute_keeps_less() -> None:
     row = RowContent(8192, 4096.0, 2048.0, 4096.0**2, "")
     kept = [_memory(_config("ling_mini", recompute=way), row, 8).total for way in ("none", "selective", "full")]
     assert kept[0] > kept[1] > kept[2]
+
+
+def test_fp8_keeps_copies_of_the_layers_weights_and_computes_every_token() -> None:
+    """One byte for a weight of the layers as it is, and one transposed; the last layer cannot leave tokens out."""
+    row, layout = RowContent(8192, 4096.0, 2048.0, 4096.0**2, ""), dict(expert_model_parallel_size=8)
+    plain, fp8 = _config("ling_mini", **layout), _config("ling_mini", precision="fp8", **layout)
+    held = rank_weights(plain.model, plain.parallel, pipeline_ranks(plain.model, plain.parallel)[0])
+    in_layers = held.total - 2 * plain.model.vocab_size * plain.model.hidden_size
+    assert _memory(fp8, row, 8).weights == _memory(plain, row, 8).weights + 2 * in_layers
+    assert skips_outputs(plain.parallel, plain.training) and not skips_outputs(fp8.parallel, fp8.training)

@@ -8,9 +8,9 @@ from itertools import product
 
 import pytest
 
-from megatron_dllm.config import ParallelConfig, ScheduleConfig, TrainConfig
+from megatron_dllm.config import DistillConfig, ParallelConfig, ScheduleConfig, TrainConfig
 from megatron_dllm.planning.layout_plan import Candidate, Setting, plan_stage
-from megatron_dllm.planning.search import MICRO_BATCHES, RECOMPUTE, candidates, search
+from megatron_dllm.planning.search import MICRO_BATCHES, RECOMPUTE, candidates, loads_of, search
 from megatron_dllm.planning.work import StageWork, assumed_work
 from tests.unit.config.configs import model_config, stage_config, train_config
 from tests.unit.planning.setting import setting_for
@@ -89,6 +89,13 @@ def test_the_search_equals_trying_everything(everything: list[Candidate], memory
     found = search(setting, config, work, [8], "time")
     assert found.best is not None and found.best.hours == pytest.approx(expected)
     assert _tried(setting, work, found.best.candidate) == (found.best.peak, pytest.approx(expected))
+
+
+def test_stages_of_other_methods_are_no_equal_load() -> None:
+    config = _config()
+    (work, _) = assumed_work(config, setting_for(config).machine.assumptions)
+    taught = replace(work, config=replace(work.config, distill=DistillConfig(1.0, "teacher")))
+    assert [load.work for load in loads_of([work, taught, work], 2)] == [work, taught]
 
 
 def test_objectives_make_small_what_they_name() -> None:

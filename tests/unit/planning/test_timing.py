@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dllm.config import OptimizerConfig, ParallelConfig
+from megatron_dllm.config import OptimizerConfig, ParallelConfig, PreferenceConfig
 from megatron_dllm.planning.layout_plan import Candidate, Setting, plan_stage
 from megatron_dllm.planning.links import Links
 from megatron_dllm.planning.rows import RowContent
@@ -44,6 +44,26 @@ def test_full_recomputation_runs_the_forward_pass_again() -> None:
     head = 16 * 4096 * 8 * 192 * 64 / (989e12 * 0.7)
     assert again.products - head == pytest.approx((plain.products - head) * 4 / 3)
     assert again.attention == pytest.approx(plain.attention * 4.5 / 3.5)
+
+
+def test_a_pass_without_gradients_is_a_third_of_a_step() -> None:
+    """Preferences are scored before a step, by the model and by a frozen reference: two more forward passes."""
+    setting = setting_for(train_config(model=DENSE), **SHARES)
+    work = StageWork("one", stage_config(), RowContent(4096, 4096.0, 4096.0, 1e6, ""), 10**6)
+    scored = replace(work, config=replace(work.config, preference=PreferenceConfig()))
+    plain = plan_stage(setting, work, Candidate(BF16, 1)).time
+    time = plan_stage(replace(setting, num_models=2), scored, Candidate(BF16, 1)).time
+    # The head: 8 operations a weight and target, and 2 in each of the passes.
+    head = 4096 * 192 * 64 / (989e12 * 0.7) * work.config.global_batch_size
+    assert time.products - 12 * head == pytest.approx((plain.products - 8 * head) * 5 / 3)
+    assert time.attention == pytest.approx(plain.attention * 5.5 / 3.5)
+
+
+def test_fp8_speeds_up_the_layers_and_not_the_head() -> None:
+    head = 16 * 4096 * 8 * 192 * 64 / (989e12 * 0.7)
+    plain, fp8 = _time(BF16, 1), _time(replace(BF16, precision="fp8"), 1)
+    assert fp8.products - head == pytest.approx((plain.products - head) / 1.45)
+    assert fp8.attention == plain.attention
 
 
 def test_a_pipeline_waits_for_its_first_and_last_micro_batches() -> None:
