@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-record docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study dpo-study study-methods methods-study clean
+.PHONY: demo demo-record docs check unit test test-slow test-all test-slurm test-transformers4 install parity kill study sft-study dpo-study study-methods tiny-methods-study clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -102,5 +102,5 @@ study-methods: install
 
 # The field's methods from one AR model, at equal document tokens and at equal operations, three seeds; hours on two cores.
 # It may be stopped and given again; writes benchmarks/results/methods_study.md. Not run in full yet.
-methods-study: install
+tiny-methods-study: install
 	$(BIN)/python -m benchmarks.methods_study
