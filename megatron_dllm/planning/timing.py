@@ -153,6 +153,7 @@ def _micro_batch(
         products += operations * batch.targets / machine.product_rate
     moved = total("kept", 1.0 + again / 3.0, 1.0 / 3.0) * _MEMORY_PASSES + weights.total * _WEIGHT_BYTES
     exchanged, gathered = total("exchanged", _EXCHANGE_PASSES + again), total("gathered", _GATHER_PASSES + again)
+    gathered += (2.0 + method.forward_passes) * _gathered_at_ends(model, layout, rank, batch)
     contexts = total("contexts", _EXCHANGE_PASSES + again) * cp / max(cp - 1, 1)
     attention = total("attention", _ATTENTION_PASSES + attended_again, method.attention_share)
     links = machine.links
@@ -168,6 +169,20 @@ def _micro_batch(
     host = rank.num_layers * machine.assumptions.host_ms_per_layer / 1e3
     host *= 1.0 + (again + method.forward_passes) / 3.0
     return {**parts, "host": max(host - sum(parts.values()), 0.0)}
+
+
+def _gathered_at_ends(model: ModelConfig, layout: ParallelConfig, rank: PipelineRank, batch: MicroBatch) -> float:
+    """Bytes that tensor ranks share in a pass beside those of the layers.
+
+    They scatter the embedding, gather all tokens where the last layer takes its targets from them, and gather those for
+    the head.
+    """
+    if layout.tensor_model_parallel_size == 1:
+        return 0.0
+    all_tokens = layout.tensor_model_parallel_size * batch.moe.input
+    of_targets = 2.0 * model.hidden_size * batch.targets
+    is_selected = rank.is_last and batch.last != batch.whole
+    return all_tokens * (rank.is_first + is_selected) + of_targets * rank.is_last
 
 
 def _sends(layout: ParallelConfig, batch: MicroBatch, machine: Machine, num_gpus: int) -> float:

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dllm.compose import compose_train_config
-from megatron_dllm.config import DistillConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, TrainConfig
+from megatron_dllm.config import DistillConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_dllm.config.assumptions import AssumptionsConfig
 from megatron_dllm.planning.answer import RankMemory
 from megatron_dllm.planning.engine import measure
@@ -18,13 +17,9 @@ from megatron_dllm.planning.parameters import pipeline_ranks, rank_weights
 from megatron_dllm.planning.rows import RowContent
 from megatron_dllm.planning.work import assumed_work
 from tests.unit.config.configs import stage_config
+from tests.unit.planning.slices import SLICES, real_config, slice_of
 
 BF16 = ParallelConfig(precision="bf16")
-
-
-def _config(model: str, **layout: object) -> TrainConfig:
-    config = compose_train_config([f"model={model}", "data.train=x", "run.name=x"])
-    return replace(config, parallel=replace(BF16, **layout))
 
 
 def _memory(config: TrainConfig, row: RowContent, num_gpus: int, rank: int = 0) -> RankMemory:
@@ -36,7 +31,7 @@ def _memory(config: TrainConfig, row: RowContent, num_gpus: int, rank: int = 0) 
 
 def test_the_published_peak_of_qwen3_30b() -> None:
     """Megatron-Bridge: 61.35 GB allocated on 16 H100, EP16, 4096 tokens of AR, gradients in bf16."""
-    config = _config("qwen3_30b_a3b", expert_model_parallel_size=16)
+    config = real_config("qwen3_30b_a3b", expert_model_parallel_size=16)
     memory = _memory(config, RowContent(4096, 4096.0, 4096.0, 4096 * 4097 / 2, ""), 16)
     in_bf16 = memory.total - memory.gradients // 2
     assert in_bf16 / 1e9 == pytest.approx(61.35, rel=0.05)
@@ -47,13 +42,13 @@ def test_the_published_peak_of_qwen3_30b() -> None:
 )
 def test_bytes_that_a_layer_keeps_for_a_token(model: str, tensor_size: int, expected: float) -> None:
     """kB that were counted by hand, of tensors that the engine was seen to keep."""
-    config = _config(model, tensor_model_parallel_size=tensor_size, expert_tensor_parallel_size=1)
+    config = real_config(model, tensor_model_parallel_size=tensor_size, expert_tensor_parallel_size=1)
     cost = layer_cost(config.model, config.parallel, Tokens(1000.0, 1000.0, 0.0), True, 1.0)
     assert cost.kept / 1000 / 1e3 == pytest.approx(expected, abs=0.05)
 
 
 def test_what_is_offloaded_leaves_the_gpu() -> None:
-    config = _config("ling_mini", expert_model_parallel_size=8)
+    config = real_config("ling_mini", expert_model_parallel_size=8)
     held = rank_weights(config.model, config.parallel, pipeline_ranks(config.model, config.parallel)[0])
     half, none = (
         model_state(held, config.parallel, 16, OptimizerConfig(offload="cpu", offload_fraction=share))
@@ -69,7 +64,7 @@ def test_what_is_offloaded_leaves_the_gpu() -> None:
 def test_the_optimizer_is_shared_by_replicas_of_each_kind_of_weight() -> None:
     """100B on 64 GPUs, TP4 PP4 EP16: experts have one replica, dense weights four, and 12 bytes a weight each."""
     sizes = dict(tensor_model_parallel_size=4, sequence_parallel=True, pipeline_model_parallel_size=4)
-    config = _config("ling_flash", **sizes, expert_model_parallel_size=16, expert_tensor_parallel_size=1)
+    config = real_config("ling_flash", **sizes, expert_model_parallel_size=16, expert_tensor_parallel_size=1)
     memory = _memory(config, RowContent(8192, 4096.0, 2048.0, 0.0, ""), 64, rank=1)
     experts = 8 * 256 // 16 * 3 * 4096 * 1024
     dense = 109_119_488
@@ -77,38 +72,12 @@ def test_the_optimizer_is_shared_by_replicas_of_each_kind_of_weight() -> None:
     assert memory.optimizer == 12 * experts + 12 * dense // 4
 
 
-_TWO_STAGES = dict(pipeline_model_parallel_size=2, expert_model_parallel_size=8)
-SLICES = {
-    "mini": ("ling_mini", 3, 8, 0, dict(expert_model_parallel_size=8)),
-    "mini recomputed": ("ling_mini", 3, 8, 0, dict(expert_model_parallel_size=8, recompute="full")),
-    "flash, first rank": ("ling_flash", 4, 32, 0, dict(context_parallel_size=2, **_TWO_STAGES)),
-    "flash, last rank": ("ling_flash", 4, 32, 16, dict(context_parallel_size=2, **_TWO_STAGES)),
-    "flash over tensor ranks": (
-        "ling_flash",
-        3,
-        16,
-        0,
-        dict(
-            tensor_model_parallel_size=4,
-            sequence_parallel=True,
-            expert_model_parallel_size=16,
-            expert_tensor_parallel_size=1,
-        ),
-    ),
-    "qwen3": ("qwen3_30b_a3b", 4, 16, 0, _TWO_STAGES),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLICES)
 def test_a_slice_of_a_real_model_is_what_the_engine_holds(name: str) -> None:
     """State to 0.1 %, activations and head to 10 %, of some layers of the real models with rows of 8192 tokens."""
-    model, num_layers, num_gpus, rank, layout = SLICES[name]
-    config = _config(model, **layout)
-    config = replace(config, model=replace(config.model, num_layers=num_layers))
-    stages = config.parallel.pipeline_model_parallel_size
-    stage = stage_config(global_batch_size=config.parallel.data_parallel_size(num_gpus) * stages)
-    config = replace(config, schedule=ScheduleConfig(context_length=4096, stages={"one": stage}))
+    config, num_gpus = slice_of(name)
+    rank, stages, stage = SLICES[name][3], config.parallel.pipeline_model_parallel_size, config.schedule.stages["one"]
     expected = measure(config, config.parallel, num_gpus, rank, "one").worst.memory
     (work,) = assumed_work(config, AssumptionsConfig())
     batch = micro_batch_of(config.model, config.parallel, stage, work.row, num_gpus, 1.0, config.training)
@@ -130,7 +99,7 @@ def test_micro_batches_in_flight(pieces: int | None, expected: list[float]) -> N
 
 
 def test_a_second_model_has_weights_alone() -> None:
-    row, config = RowContent(8192, 4096.0, 2048.0, 4096.0**2, ""), _config("ling_mini")
+    row, config = RowContent(8192, 4096.0, 2048.0, 4096.0**2, ""), real_config("ling_mini")
     one = _memory(config, row, 8)
     taught = stage_config(distill=DistillConfig(1.0, "teacher"))
     config.schedule = replace(config.schedule, stages={"taught": taught})
@@ -139,14 +108,14 @@ def test_a_second_model_has_weights_alone() -> None:
 
 def test_each_way_to_recompute_keeps_less() -> None:
     row = RowContent(8192, 4096.0, 2048.0, 4096.0**2, "")
-    kept = [_memory(_config("ling_mini", recompute=way), row, 8).total for way in ("none", "selective", "full")]
+    kept = [_memory(real_config("ling_mini", recompute=way), row, 8).total for way in ("none", "selective", "full")]
     assert kept[0] > kept[1] > kept[2]
 
 
 def test_fp8_keeps_copies_of_the_layers_weights_and_computes_every_token() -> None:
     """One byte for a weight of the layers as it is, and one transposed; the last layer cannot leave tokens out."""
     row, layout = RowContent(8192, 4096.0, 2048.0, 4096.0**2, ""), dict(expert_model_parallel_size=8)
-    plain, fp8 = _config("ling_mini", **layout), _config("ling_mini", precision="fp8", **layout)
+    plain, fp8 = real_config("ling_mini", **layout), real_config("ling_mini", precision="fp8", **layout)
     held = rank_weights(plain.model, plain.parallel, pipeline_ranks(plain.model, plain.parallel)[0])
     in_layers = held.total - 2 * plain.model.vocab_size * plain.model.hidden_size
     assert _memory(fp8, row, 8).weights == _memory(plain, row, 8).weights + 2 * in_layers

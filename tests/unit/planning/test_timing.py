@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 
 from megatron_dllm.config import OptimizerConfig, ParallelConfig, PreferenceConfig
+from megatron_dllm.planning.engine import measure
 from megatron_dllm.planning.layout_plan import Candidate, Setting, plan_stage
 from megatron_dllm.planning.links import Links
 from megatron_dllm.planning.rows import RowContent
 from megatron_dllm.planning.timing import StepTime
-from megatron_dllm.planning.work import StageWork
+from megatron_dllm.planning.work import StageWork, assumed_work
 from tests.unit.config.configs import model_config, stage_config, train_config
 from tests.unit.planning.setting import setting_for
+from tests.unit.planning.slices import slice_of
 
 BF16 = ParallelConfig(precision="bf16")
 DENSE = model_config(num_moe_experts=0, moe_shared_expert_intermediate_size=0, num_layers=4, num_dense_layers=0)
@@ -94,6 +96,29 @@ def test_overlapped_gradients_hide_behind_the_last_micro_batch() -> None:
     weights = 4 * (64 * 384 + 3 * 64 * 96 + 2 * 64 + 32) + 2 * 192 * 64 + 64
     assert apart.gradients == pytest.approx(weights * 6 / 2 / (450e9 * 0.65))
     assert together.gradients == 0.0 and together.products == apart.products
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mini", "mini recomputed", "flash over tensor ranks"])
+def test_work_and_traffic_of_a_slice_are_those_of_the_engine(name: str) -> None:
+    """Some layers of the real models, one row of 8192 tokens; links as fast between nodes as inside."""
+    config, num_gpus = slice_of(name)
+    layout, rates = config.parallel, dict(product_efficiency=1.0, attention_efficiency=1.0, host_ms_per_layer=0.0)
+    setting = setting_for(config, **rates, expert_imbalance=1.0)
+    machine = replace(setting.machine, links=Links(1.0, 1.0, 8))
+    (work,) = assumed_work(config, setting.machine.assumptions)
+    time = plan_stage(replace(setting, machine=machine), work, Candidate(layout, num_gpus)).time
+    answer = measure(config, layout, num_gpus, 0, "one").worst
+    assert (time.products + time.attention) * machine.product_rate == pytest.approx(answer.flops, rel=0.1)
+
+    def expected(group: str, size: int, *kinds: str) -> float:
+        """Bytes that leave a rank: all but its own share."""
+        sent = sum(entry.num_bytes for entry in answer.traffic if entry.group == group and entry.kind in kinds)
+        return sent * (size - 1) / size
+
+    ep, tp = layout.expert_model_parallel_size, layout.tensor_model_parallel_size
+    assert time.experts == pytest.approx(expected("ep", ep, "all_to_all"), rel=0.1)
+    assert time.tensor == pytest.approx(expected("tp", tp, "all_gather", "reduce_scatter"), rel=0.1)
 
 
 @pytest.mark.parametrize(
