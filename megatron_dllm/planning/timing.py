@@ -144,8 +144,10 @@ def _micro_batch(
 
     def total(name: str, passes: float, share: float = 1.0) -> float:
         """Of the step's own passes, and of those without gradients, each with a share of it."""
-        own, other = (sum(number * getattr(cost, name) for number, cost in kinds) for kinds in (layers, before))
-        return own * passes + other * share * method.forward_passes
+        own = passes * sum(number * getattr(cost, name) for number, cost in layers)
+        if not method.forward_passes:
+            return own
+        return own + method.forward_passes * share * sum(number * getattr(cost, name) for number, cost in before)
 
     products = total("products", _PRODUCT_PASSES + again) / machine.product_rate_of(layout.precision)
     if rank.is_last:
