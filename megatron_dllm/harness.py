@@ -29,12 +29,11 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -46,7 +45,7 @@ from megatron_dllm.config.harness import HarnessConfig
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
 from megatron_dllm.evaluation.harness.installed import check_installed
-from megatron_dllm.evaluation.request import Request, open_config, open_target, open_weights, settle
+from megatron_dllm.evaluation.request import Request, open_config, open_target, settle_questions
 from megatron_dllm.evaluation.task_results import metrics_of
 from megatron_dllm.run.files import parents_made, write_text
 from megatron_dllm.run.names import HARNESS
@@ -76,16 +75,7 @@ def read_request(composed: Any) -> Request:
         ValueError: what is missing or cannot work.
     """
     check(not OmegaConf.is_missing(composed, "tasks"), "tasks (not given) is required: name a task or a YAML file.")
-    config = deepcopy(composed)
-    config.evaluation.num_tokens = 0
-    # An experiment that is named for its layout has sizes of its own.
-    config.evaluation.block_sizes = MISSING if config.block_size is None else [config.block_size]
-    request = settle(config, open_weights(config), world_size())
-    check(
-        request.config.data.tokenizer is not None,
-        f"data.tokenizer (null) must name a folder: there is none beside {request.weights.folder}.",
-    )
-    return request
+    return settle_questions(composed, world_size())
 
 
 def run(composed: Any) -> tuple[Path, dict[str, Any]]:

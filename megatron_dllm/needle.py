@@ -27,13 +27,11 @@ if __name__ == "__main__":
 import logging
 import sys
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -46,7 +44,7 @@ from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
 from megatron_dllm.evaluation.by_position import Stretch, by_position, stretches_of
 from megatron_dllm.evaluation.needle import Cell, cells_of, hide
-from megatron_dllm.evaluation.request import Request, open_config, open_target, open_weights, settle
+from megatron_dllm.evaluation.request import Request, open_config, open_target, settle_questions
 from megatron_dllm.run.files import parents_made, write_json
 from megatron_dllm.run.names import NEEDLE
 from megatron_dllm.run.place import is_rank_zero, world_size
@@ -77,15 +75,7 @@ def read_request(composed: Any) -> Request:
         f"data.validation ({composed.data.validation}) must name the texts in which needles are hidden; give the "
         "prefix of a tokenized corpus.",
     )
-    config = deepcopy(composed)
-    config.evaluation.num_tokens = 0
-    config.evaluation.block_sizes = MISSING if config.block_size is None else [config.block_size]
-    request = settle(config, open_weights(config), world_size())
-    check(
-        request.config.data.tokenizer is not None,
-        f"data.tokenizer (null) must name a folder: there is none beside {request.weights.folder}.",
-    )
-    return request
+    return settle_questions(composed, world_size())
 
 
 def measure(composed: Any) -> tuple[Request, Path, list[Cell], list[Stretch]]:

@@ -20,6 +20,7 @@ from megatron_dllm.checkpoint.identity import IDENTITY, ROTARY, kept_fields
 from megatron_dllm.checkpoint.weights_folder import WeightsFolder, read_weights_folder
 from megatron_dllm.config import DataConfig, EvaluationConfig, ModelConfig, ParallelConfig, StageConfig
 from megatron_dllm.config.evaluate import LONGEST_CONTEXT, EvaluateConfig
+from megatron_dllm.config.rules import check
 from megatron_dllm.config.run import HELD_OUT_TOKENS
 from megatron_dllm.evaluation.elbo import diffusion_names
 from megatron_dllm.hf.special_tokens import settle_special_tokens
@@ -112,6 +113,28 @@ def settle(composed: Any, weights: WeightsFolder, world_size: int) -> Request:
     config.validate(world_size)
     names = diffusion_names(config.evaluation) if weights.is_diffusion else [AR]
     return Request(config, weights, tuple(names))
+
+
+def settle_questions(composed: Any, world_size: int) -> Request:
+    """The same for a command that asks in words, at one block size, and measures no corpus.
+
+    Args:
+        composed: DictConfig with a `block_size`, null for the checkpoint's own; it is not changed.
+        world_size: number of ranks.
+
+    Raises:
+        ValueError: what `settle` refuses, or no tokenizer.
+    """
+    config = deepcopy(composed)
+    config.evaluation.num_tokens = 0
+    # An experiment that is named for its layout has sizes of its own.
+    config.evaluation.block_sizes = MISSING if config.block_size is None else [config.block_size]
+    request = settle(config, open_weights(config), world_size)
+    check(
+        request.config.data.tokenizer is not None,
+        f"data.tokenizer (null) must name a folder: there is none beside {request.weights.folder}.",
+    )
+    return request
 
 
 def open_target(request: Request, name: str, describe: Callable[[Path], str]) -> Path:

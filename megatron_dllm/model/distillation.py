@@ -73,8 +73,8 @@ class _TeacherSums:
     Attributes:
         best: [T] fp32 the teacher's largest logit m.
         sums: [2, T] fp32 sum of exp(z_p - m), and of exp(z_p - m) (z_p - z_q).
-        likely: [3, T, k] fp32 of the teacher's k likeliest local tokens their logits, the student's logits and their
-            local ids; None where the whole vocabulary counts.
+        likely: [3, T, k] fp64 (so that ids stay exact) of the teacher's k likeliest local tokens their logits, the
+            student's logits and their local ids; None where the whole vocabulary counts.
     """
 
     def __init__(self, num_targets: int, vocab: int, top_k: int | None, device: torch.device) -> None:

@@ -71,6 +71,17 @@ def test_a_decision_can_be_handed_on() -> None:
     from megatron_dllm.training.wandb_mode import WandBMode
 
     start = Start(
-        BlockSchedule(()), ParallelConfig(), None, None, None, {}, (), 7, (), ("careful",), WandBMode("disabled")
+        schedule=BlockSchedule(()),
+        layout=ParallelConfig(),
+        resume=None,
+        weights=None,
+        reference=None,
+        teacher=None,
+        passed_over={},
+        table=(),
+        num_corpus_tokens=7,
+        changes=(),
+        warnings=("careful",),
+        wandb=WandBMode("disabled"),
     )
     assert pickle.loads(pickle.dumps(start)) == start
