@@ -56,7 +56,7 @@ def test_the_commands_of_the_readme_run(demo: Path, tmp_path: Path) -> None:
         assert done.returncode in ((0, 1) if program.endswith("compare") else (0,)), f"{program} {words}\n{done.stderr}"
         ran.append(program.rsplit(".", 1)[-1])
     assert ran == [
-        *("tokenize", "hf_to_mcore", "evaluate", "merge_topk", "mcore_to_hf", "generate"),
+        *("tokenize", "hf_to_mcore", "evaluate", "merge_topk", "mcore_to_hf", "generate", "needle"),
         *("tokenize", "tokenize", "generate", "answers", "inspect", "compare"),
     ]
     assert all((tmp_path / "data" / f"{name}.spans").is_file() for name in ("chats", "pairs"))

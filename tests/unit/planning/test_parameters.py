@@ -9,13 +9,13 @@ import pytest
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from benchmarks.layout_parameters import any_layout, compare
 from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.model.megatron_config import transformer_config
 from megatron_dllm.model.paths import choose_paths
 from megatron_dllm.parallel.device import DeviceFacts
 from megatron_dllm.planning.engine import num_parameters
 from megatron_dllm.planning.parameters import pipeline_ranks, rank_weights, replicas
-from megatron_dllm.planning.search import layouts
 from tests.unit.config.configs import model_config, train_config
 
 
@@ -62,14 +62,7 @@ def _random_layout(draw: random.Random) -> tuple[ModelConfig, ParallelConfig, in
     experts = draw.choice([{}, {}, dict(num_moe_experts=0), dict(moe_shared_expert_intermediate_size=0)])
     model = model_config(num_layers=draw.choice([4, 6]), num_dense_layers=draw.choice([0, 1, 3]), **sizes, **experts)
     num_ranks = draw.choice([4, 8, 16, 32])
-    found = []
-    for layout in layouts(model, ParallelConfig(precision="bf16"), num_ranks, 8):
-        try:
-            layout.validate(num_ranks, model)
-        except ValueError:
-            continue
-        found.append(layout)
-    return model, draw.choice(found), num_ranks
+    return model, any_layout(draw, model, num_ranks), num_ranks
 
 
 @pytest.mark.ranks  # builds a part of a model
@@ -84,6 +77,14 @@ def test_elements_are_those_that_the_engine_builds(seed: int) -> None:
         train_config(model=model), layout, num_ranks, rank.index * num_ranks // len(ranks) + beside
     )
     assert rank_weights(model, layout, rank).total == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ling_mini", "ling_flash", "qwen3_30b_a3b"])
+def test_elements_of_the_real_models_are_those_that_the_engine_builds(name: str) -> None:
+    """The benchmark compares more layouts."""
+    rows = compare(name, number=6, seed=1)
+    assert [row["closed_form"] for row in rows] == [row["engine"] for row in rows], rows
 
 
 def test_a_tied_head_is_counted_once_on_a_rank_that_has_both() -> None:
