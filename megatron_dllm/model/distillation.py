@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_dllm.diffusion.losses.distillation import top_k_divergence
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-from megatron_dllm.model.head import CHUNK_ELEMENTS, MIN_CHUNK_ROWS
+from megatron_dllm.model.head import chunk_sizes
 from megatron_dllm.model.vocabulary_sums import ShardSums
 
 
@@ -57,12 +57,10 @@ def distilled_cross_entropy(
         top_k: tokens of the teacher that are told apart; None: all.
         chunk_elements: bound on the elements of the logits that exist at a time; None: by device.
     """
-    least = MIN_CHUNK_ROWS if chunk_elements is None else 1
-    elements = chunk_elements or CHUNK_ELEMENTS["cuda" if weight.is_cuda else "cpu"]
-    rows, columns = (max(least, elements // max(1, size)) for size in (len(weight), len(target_ids)))
+    chunk = chunk_sizes(weight, len(target_ids), chunk_elements)
     states = teacher.states.detach().to(hidden.dtype)
     nll, is_correct, kl = _Distilled.apply(
-        hidden, weight, target_ids, states, teacher.weight.detach(), teacher.is_known, tp_group, (rows, columns), top_k
+        hidden, weight, target_ids, states, teacher.weight.detach(), teacher.is_known, tp_group, chunk, top_k
     )
     return TargetOutputs(nll, is_correct, kl=kl, has_teacher=teacher.is_known)
 

@@ -56,12 +56,22 @@ def target_cross_entropy(
     Returns:
         The outputs of the T targets.
     """
+    chunk = chunk_sizes(weight, len(target_ids), chunk_elements)
+    return TargetOutputs(*_TargetCrossEntropy.apply(hidden, weight, target_ids, tp_group, chunk, entropy_temperature))
+
+
+def chunk_sizes(weight: Tensor, num_targets: int, chunk_elements: int | None) -> tuple[int, int]:
+    """Targets of a chunk in the forward pass, and tokens of the vocabulary of one in the backward pass.
+
+    Args:
+        weight: [v/tp, h] this rank's rows of the output embedding.
+        num_targets: T.
+        chunk_elements: bound on the elements of the logits that exist at a time; None: by device, but never so few
+            that a product would wait for memory.
+    """
     least = MIN_CHUNK_ROWS if chunk_elements is None else 1
     elements = chunk_elements or CHUNK_ELEMENTS["cuda" if weight.is_cuda else "cpu"]
-    rows, columns = (max(least, elements // max(1, size)) for size in (len(weight), len(target_ids)))
-    return TargetOutputs(
-        *_TargetCrossEntropy.apply(hidden, weight, target_ids, tp_group, (rows, columns), entropy_temperature)
-    )
+    return max(least, elements // max(1, len(weight))), max(least, elements // max(1, num_targets))
 
 
 @fused
