@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_dllm.config import ModelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
@@ -109,17 +110,18 @@ def plan_stage(setting: Setting, work: StageWork, candidate: Candidate) -> Stage
     """A stage on a layout that `TrainConfig.validate` accepts."""
     ranks = pipeline_ranks(setting.model, candidate.layout)
     weights = {rank: rank_weights(setting.model, candidate.layout, rank) for rank in ranks}
-    batch = _batch(setting, work, candidate)
+    batch = batch_of(setting, work, candidate)
     return StagePlan(
         work=work,
         candidate=candidate,
-        memory=_memory(setting, candidate, batch, weights),
+        memory=memory_of(setting, candidate, batch, weights),
         num_parameters=tuple(held.total for held in weights.values()),
-        time=_time(setting, candidate, batch, weights),
+        time=time_of(setting, candidate, batch, weights),
     )
 
 
-def _batch(setting: Setting, work: StageWork, candidate: Candidate) -> MicroBatch:
+def batch_of(setting: Setting, work: StageWork, candidate: Candidate) -> MicroBatch:
+    """A micro-batch of a stage on a layout."""
     return micro_batch_of(
         setting.model,
         candidate.layout,
@@ -133,9 +135,10 @@ def _batch(setting: Setting, work: StageWork, candidate: Candidate) -> MicroBatc
     )
 
 
-def _memory(
-    setting: Setting, candidate: Candidate, batch: MicroBatch, weights: dict[PipelineRank, Weights]
+def memory_of(
+    setting: Setting, candidate: Candidate, batch: MicroBatch, weights: Mapping[PipelineRank, Weights]
 ) -> tuple[RankMemory, ...]:
+    """Memory of the pipeline ranks whose weights are given."""
     model, layout, reserve = setting.model, candidate.layout, setting.reserve
     return tuple(
         rank_memory(
@@ -145,7 +148,10 @@ def _memory(
     )
 
 
-def _time(setting: Setting, candidate: Candidate, batch: MicroBatch, weights: dict[PipelineRank, Weights]) -> StepTime:
+def time_of(
+    setting: Setting, candidate: Candidate, batch: MicroBatch, weights: dict[PipelineRank, Weights]
+) -> StepTime:
+    """Seconds of a step, with the weights of all pipeline ranks."""
     ranks = distinct_ranks(tuple(weights))
     return step_time(
         setting.model, candidate.layout, ranks, batch, setting.machine, candidate.num_gpus, setting.optimizer, weights

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from megatron_dllm.config import ModelConfig, ParallelConfig, TrainConfig
-from megatron_dllm.planning.layout_plan import Candidate, Setting
-from megatron_dllm.planning.memory import rank_memory
+from megatron_dllm.planning.layout_plan import Candidate, Setting, batch_of, memory_of, time_of
 from megatron_dllm.planning.methods import method_cost
-from megatron_dllm.planning.micro_batch import MicroBatch, micro_batch_of
+from megatron_dllm.planning.micro_batch import MicroBatch
 from megatron_dllm.planning.parameters import PipelineRank, Weights, pipeline_ranks, rank_weights
-from megatron_dllm.planning.timing import distinct_ranks, step_time
+from megatron_dllm.planning.timing import distinct_ranks
 from megatron_dllm.planning.work import StageWork, with_micro_batch
 
 RECOMPUTE = ("none", "selective", "full")
@@ -141,43 +140,23 @@ def try_candidate(
     """
     ranks = pipeline_ranks(setting.model, candidate.layout)
     weights = {rank: rank_weights(setting.model, candidate.layout, rank) for rank in ranks}
-    batches = [_batch(setting, load.work, candidate) for load in loads]
-    tried: list[tuple[int, ParallelConfig]] = []
+    batches = [batch_of(setting, load.work, candidate) for load in loads]
+    tried: list[Trial] = []
     for way in recompute:
-        layout = replace(candidate.layout, recompute=way)
-        peak = max(_peak(setting, layout, weights, batch, candidate.num_gpus) for batch in batches)
+        chosen = replace(candidate, layout=replace(candidate.layout, recompute=way))
+        peak = _peak(setting, chosen, weights, batches)
         if peak <= setting.limit:
-            fitting = replace(candidate, layout=layout)
-            return Trial(fitting, peak, _hours(setting, loads, fitting, weights, batches))
-        tried.append((peak, layout))
-    peak, layout = min(tried, key=lambda found: found[0])
-    return Trial(replace(candidate, layout=layout), peak, None)
-
-
-def _batch(setting: Setting, work: StageWork, candidate: Candidate) -> MicroBatch:
-    imbalance = setting.machine.assumptions.expert_imbalance
-    return micro_batch_of(
-        setting.model,
-        candidate.layout,
-        work.config,
-        work.row,
-        candidate.num_gpus,
-        imbalance,
-        setting.training,
-        candidate.rows,
-        setting.num_models,
-    )
+            return Trial(chosen, peak, _hours(setting, loads, chosen, weights, batches))
+        tried.append(Trial(chosen, peak, None))
+    return min(tried, key=lambda trial: trial.peak)
 
 
 def _peak(
-    setting: Setting, layout: ParallelConfig, weights: dict[PipelineRank, Weights], batch: MicroBatch, num_gpus: int
+    setting: Setting, candidate: Candidate, weights: dict[PipelineRank, Weights], batches: Sequence[MicroBatch]
 ) -> int:
     # Of ranks that hold the same layers, the first has the most micro-batches in flight.
-    model, reserve, optimizer = setting.model, setting.reserve, setting.optimizer
-    return max(
-        rank_memory(model, layout, rank, batch, num_gpus, reserve, weights[rank], optimizer, setting.num_models).total
-        for rank in distinct_ranks(tuple(weights))
-    )
+    held = {rank: weights[rank] for rank in distinct_ranks(tuple(weights))}
+    return max(memory.total for batch in batches for memory in memory_of(setting, candidate, batch, held))
 
 
 def _hours(
@@ -187,20 +166,10 @@ def _hours(
     weights: dict[PipelineRank, Weights],
     batches: Sequence[MicroBatch],
 ) -> float:
-    ranks = distinct_ranks(tuple(weights))
-    seconds = 0.0
-    for load, batch in zip(loads, batches, strict=True):
-        step = step_time(
-            setting.model,
-            candidate.layout,
-            ranks,
-            batch,
-            setting.machine,
-            candidate.num_gpus,
-            setting.optimizer,
-            weights,
-        )
-        seconds += load.steps * step.total
+    seconds = sum(
+        load.steps * time_of(setting, candidate, batch, weights).total
+        for load, batch in zip(loads, batches, strict=True)
+    )
     return seconds / 3600.0
 
 
