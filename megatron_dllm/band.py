@@ -37,10 +37,9 @@ from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check, check_positive
 from megatron_dllm.evaluation.band import WHOLE, Band, candidates, measure_bands
 from megatron_dllm.evaluation.request import Request, open_config, read_request
-from megatron_dllm.model.objective import AR
-from megatron_dllm.run.files import write_json
+from megatron_dllm.run.files import parents_made, write_json
 from megatron_dllm.run.place import is_rank_zero, world_size
-from megatron_dllm.run.stream import check_new
+from megatron_dllm.run.stream import check_new, check_writable
 
 # Bands of a table; the whole range is always one of them.
 _LINES = 6
@@ -66,12 +65,16 @@ def read_band_request(composed: Any, num_ranks: int) -> Request:
     check_positive("draws", composed.draws)
     request = read_request(composed, num_ranks)
     check(
-        AR not in request.names,
+        request.weights.is_diffusion,
         f"checkpoint.load ({request.weights.folder}) is autoregressive and knows no noise levels; name a checkpoint of "
         "a block-diffusion stage.",
     )
+    check(
+        not request.config.evaluation.with_ar,
+        "evaluation.with_ar (true) asks for an exact NLL, which has no noise levels; set it to false.",
+    )
     if request.config.output:
-        check_new(Path(request.config.output))
+        (check_writable if request.config.overwrite else check_new)(Path(request.config.output))
     return request
 
 
@@ -147,8 +150,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(table_of(name, bands))
     console.print(Text("Nothing was changed: a band goes into t_min and t_max of a stage."))
     if request.config.output:
-        write_json(Path(request.config.output), {name: [asdict(b) for b in bands] for name, bands in tables.items()})
-        console.print(Text(f"written to {request.config.output}"))
+        output = Path(request.config.output)
+        with parents_made(output):
+            write_json(output, {name: [asdict(band) for band in bands] for name, bands in tables.items()})
+        console.print(Text(f"written to {output}"))
     return 0
 
 

@@ -39,10 +39,10 @@ def test_a_table_for_every_block_size_on_any_layout(demo: Path, tmp_path: Path) 
         assert len(bands) == 36 and spreads == sorted(spreads) and spreads[0] < whole[name]["relative_variance"]
     assert whole["4"]["num_blocks"] > 6 * whole["32"]["num_blocks"]
     assert 0.8 < whole["4"]["mean"] * 8 / whole["32"]["mean"] < 1.3  # nats of 4 tokens, and of 32
-    split = ["parallel.context_parallel_size=2", f"output={tmp_path / 'two.json'}"]
+    split = ["parallel.context_parallel_size=2", f"output={tmp_path / 'new' / 'two.json'}"]
     first, second = compare(demo, "merged", *split, num_ranks=2)
     assert (first[0], second) == (0, (0, "")), first[1]
-    for name, bands in json.loads((tmp_path / "two.json").read_text()).items():
+    for name, bands in json.loads((tmp_path / "new" / "two.json").read_text()).items():
         for band, expected in zip(bands, tables[name], strict=True):
             assert band == pytest.approx(expected, rel=1e-4)
 
@@ -50,5 +50,7 @@ def test_a_table_for_every_block_size_on_any_layout(demo: Path, tmp_path: Path) 
 def test_what_has_no_levels_is_refused(demo: Path) -> None:
     ((code, printed),) = compare(demo, "start")
     assert code == 2 and "is autoregressive and knows no noise levels" in printed and "Traceback" not in printed
+    ((code, printed),) = compare(demo, "merged", "evaluation.with_ar=true")
+    assert code == 2 and "evaluation.with_ar (true)" in printed and "autoregressive" not in printed
     ((code, printed),) = compare(demo, "merged", "draws=0")
     assert code == 2 and "draws (0) must be positive" in printed
