@@ -114,10 +114,9 @@ def test_the_way_back_gives_the_same_bytes_and_class(converted: Converted) -> No
     assert compare(converted.folder / "hf", converted.folder / "back").is_equal
     again = type(converted.original).from_pretrained(converted.folder / "back")
     assert torch.equal(again(_ids()).logits, converted.original(_ids()).logits)
-    kept = ("head_dim", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
+    kept = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
     for name in kept:
-        if hasattr(converted.original.config, name):
-            assert getattr(again.config, name) == getattr(converted.original.config, name) or name == "head_dim"
+        assert getattr(again.config, name) == getattr(converted.original.config, name), name
 
 
 @torch.no_grad()

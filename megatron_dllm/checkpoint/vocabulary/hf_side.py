@@ -49,7 +49,7 @@ class HFSide(Side):
         """See `Side.write`."""
         config = read_json_object(self.folder / "config.json", "download it again")
         write_json(target / "config.json", config | {"vocab_size": vocabulary.size}, indent=2)
-        for path in sorted({path for pattern in _COPIED for path in self.folder.glob(pattern)}):
+        for path in sorted({path for pattern in _COPIED for path in self.folder.glob(pattern) if not path.is_dir()}):
             refuse_dead_link(path)
             shutil.copyfile(path, target / path.name)
         write_added_tokens(self.tokenizer, target, dict(vocabulary.ids))

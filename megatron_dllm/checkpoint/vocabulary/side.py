@@ -147,15 +147,15 @@ def extend(side: Side, output: Path, vocabulary: NewVocabulary) -> None:
         vocabulary: larger than the model's.
 
     Raises:
-        ValueError: a tensor cannot be read, or given rows do not fit; nothing is left behind.
+        ValueError: the output exists, a tensor cannot be read, or given rows do not fit; nothing is left behind.
     """
-    rows = {
-        tensor.role: _rows_of(side, name, vocabulary)
-        for name, tensor in side.tensors.items()
-        if tensor.role is not None and not tensor.is_optimizer
-    }
     # The optimizer's copy of a row is a few bytes more than what is read.
     with output_folder(output, side.num_bytes * vocabulary.size // side.model.vocab_size) as temporary:
+        rows = {
+            tensor.role: _rows_of(side, name, vocabulary)
+            for name, tensor in side.tensors.items()
+            if tensor.role is not None and not tensor.is_optimizer
+        }
         side.write(temporary, vocabulary, rows)
 
 

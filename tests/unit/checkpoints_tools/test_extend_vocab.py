@@ -79,6 +79,24 @@ def test_both_formats_give_the_same_model(name: str, tmp_path: Path) -> None:
     assert stored.model.vocab_size == 48 and stored.meta.semantics == read_meta(tmp_path / "mcore").semantics
 
 
+def test_an_output_that_exists_is_refused_before_anything_is_read(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(ValueError, match=r"output \(.*out\) exists; nothing is overwritten"):
+        extend_vocab.convert(hf, tmp_path / "out", 64, rows=tmp_path / "no_such_file")
+    assert (tmp_path / "out" / "mine").read_text() == "kept" and left_in(tmp_path) == {"hf", "out"}
+
+
+def test_what_belongs_to_a_model_is_copied(hf: Path, tmp_path: Path) -> None:
+    """Also where a folder is called as a licence may be."""
+    for name in ("README.md", "LICENSE", "modeling_own.py", "notes.txt"):
+        (hf / name).write_text(name)
+    (hf / "LICENSES").mkdir()
+    extend_vocab.convert(hf, tmp_path / "out", 64)
+    assert left_in(tmp_path / "out") == left_in(hf) - {"LICENSES", "notes.txt"}
+    assert (tmp_path / "out" / "LICENSE").read_text() == "LICENSE"
+
+
 def test_noise_is_a_share_of_the_deviation_and_comes_from_the_seed(hf: Path, tmp_path: Path) -> None:
     for name, noise, seed in (("a", 0.5, 0), ("b", 0.5, 0), ("c", 0.5, 1)):
         extend_vocab.convert(hf, tmp_path / name, 4040, noise=noise, seed=seed)
