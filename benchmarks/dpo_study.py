@@ -6,15 +6,14 @@ The last job of `make dpo-study`; run it again with `python -m benchmarks.dpo_st
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.seeds import png, spread
 from megatron_dllm.evaluation.answer_scores import TaskScore, read_answer_scores
 from megatron_dllm.evaluation.scores_file import open_scores
 from megatron_dllm.run.files import write_json, write_text
@@ -107,20 +106,12 @@ def to_markdown(study: dict[str, list[Measured]]) -> str:
         columns.append([] if arm == START else [seed.margin_accuracy for seed in seeds])
         columns += [[seed.elbo_chosen for seed in seeds], [seed.elbo_rejected for seed in seeds]]
         label = "before preferences" if arm == START else ARMS[arm]
-        lines.append(f"| {label} | " + " | ".join(_spread(column) for column in columns) + " |")
+        lines.append(f"| {label} | " + " | ".join(spread(column, 3) for column in columns) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def picture(study: dict[str, list[Measured]]) -> bytes:
     """PNG: accuracy and margin accuracy of every arm, a dot a seed."""
-    import io
-
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3), layout="constrained")
@@ -135,9 +126,7 @@ def picture(study: dict[str, list[Measured]]) -> bytes:
     right.axvline(0.5, color="#777777", lw=1, ls=":")
     left.legend(fontsize=8)
     left.invert_yaxis()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_results
+from benchmarks.seeds import png, spread
 
 Result = Mapping[str, Any]
+DIGITS = 4
 NOTE = (
     "Nats per byte of held-out text; mean and standard deviation over seeds, lower is better. ELBO: at block 32 under "
     "the mask that a server computes (clean blocks of 32). own mask: under that of the last stage. AR NLL: of the next "
@@ -49,24 +51,17 @@ def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "seeds": len(own),
                 "document tokens": own[0]["document_tokens"],
                 "operations": f"{own[0]['operations']:.3g}",
-                "ELBO": _spread([result["elbo"] for result in own]),
-                "own mask": _spread([result["own_elbo"] for result in own]),
-                "AR NLL": _spread([result["ar_nll"] for result in own]),
-                "gain": _spread(gains) if gains and name != "block" else "",
+                "ELBO": spread([result["elbo"] for result in own], DIGITS),
+                "own mask": spread([result["own_elbo"] for result in own], DIGITS),
+                "AR NLL": spread([result["ar_nll"] for result in own], DIGITS),
+                "gain": spread(gains, DIGITS) if gains and name != "block" else "",
             }
         )
     return rows
 
 
-def _spread(values: Sequence[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
-
-
 def picture(results: Sequence[Result]) -> bytes:
     """ELBO under the served mask against operations, one panel a size, one line an arm."""
-    import io
-
     from matplotlib.figure import Figure
 
     sizes = sorted({result["size"] for result in results})
@@ -81,6 +76,4 @@ def picture(results: Sequence[Result]) -> bytes:
             axis.plot(*zip(*points, strict=True), marker="o", label=name)
         axis.set(title=size, xlabel="floating-point operations", ylabel="ELBO at block 32, served mask (nats)")
         axis.legend(fontsize="x-small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)

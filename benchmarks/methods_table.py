@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import write_results
+from benchmarks.seeds import png, spread
 
 Result = Mapping[str, Any]
+DIGITS = 4
 NOTE = (
     "ELBO at block 32 of held-out text, in nats per byte, mean and standard deviation over seeds; lower is better. "
     "gain: how far a method lies below the reference with the same seed. clear: the gain is more than twice its "
@@ -50,8 +51,8 @@ def rows_of(results: Sequence[Result], reference: str) -> list[dict[str, Any]]:
                 "seeds": len(own[name]),
                 "document tokens": own[name][0]["document_tokens"],
                 "operations": f"{own[name][0]['operations']:.3g}",
-                "ELBO": spread([r["elbo"] for r in own[name]]),
-                "gain": "" if name == reference else spread(gains),
+                "ELBO": spread([r["elbo"] for r in own[name]], DIGITS),
+                "gain": "" if name == reference else spread(gains, DIGITS),
                 "clear": "" if name == reference else is_clear(gains),
                 "seconds": round(statistics.mean(r["seconds"] for r in own[name])),
             }
@@ -64,14 +65,6 @@ def is_clear(gains: Sequence[float]) -> str:
     if len(gains) < 2:
         return "?"
     return "yes" if abs(statistics.mean(gains)) > 2 * statistics.stdev(gains) / len(gains) ** 0.5 else "no"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 def picture(results: Sequence[Result], reference: str) -> bytes:
@@ -87,6 +80,4 @@ def picture(results: Sequence[Result], reference: str) -> bytes:
         axis.plot([r["elbo"] for r in own], [order.index(r["method"]) for r in own], "o", alpha=0.7)
         axis.set(yticks=range(len(order)), yticklabels=order, xlabel="ELBO at block 32 (nats)", title=f"equal {kind}")
         axis.grid(axis="x", alpha=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)

@@ -6,11 +6,11 @@ The last job of `make sft-study`; run it again with `python -m benchmarks.sft_st
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.seeds import spread
 from megatron_dllm.evaluation.answer_scores import AnswerScores, TaskScore, read_answer_scores
 from megatron_dllm.run.files import write_json, write_text
 
@@ -68,8 +68,7 @@ def _tokens_per_forward(score: TaskScore) -> float:
 
 
 def _spread(scores: Sequence[TaskScore], value: Callable[[TaskScore], float]) -> str:
-    values = [value(score) for score in scores]
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+    return spread([value(score) for score in scores], 2)
 
 
 def main(arguments: list[str] | None = None) -> int:
