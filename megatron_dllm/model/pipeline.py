@@ -187,7 +187,8 @@ def run_schedule(
     finish = partial(_local_loss, objective.loss, groups.context.rank() == 0)
     transformer: Any = chunks[0].config
     num_layers = int(transformer.num_layers)
-    asked = _asked_by(objective, len(micro_batches), num_layers, device, taught)
+    assert objective.has_second_teacher == (taught is not None), "a second model teaches where the rules say so"
+    asked = [asked_by(objective, num_layers, device, said) for said in taught or [Taught()] * len(micro_batches)]
     parts: list[StepSums] = run_batches(
         chunks,
         micro_batches,
@@ -216,13 +217,15 @@ def run_schedule(
     return objective.alignment.logged(like.rebuild(own), totals, num_layers)
 
 
-def _asked_by(
-    objective: Objective, number: int, num_layers: int, device: torch.device, taught: Sequence[Taught] | None
-) -> list[Asked]:
-    """What a step's micro-batches are asked for beside the NLL."""
-    rule, distill = objective.alignment, objective.distill
-    assert objective.has_second_teacher == (taught is not None), "a second model teaches where the rules say so"
-    return [
-        Asked(None if rule is None else Alignment.empty(rule, num_layers, device, said.states), distill, said.teacher)
-        for said in taught or [Taught()] * number
-    ]
+def asked_by(objective: Objective, num_layers: int, device: torch.device, said: Taught | None = None) -> Asked:
+    """What a step asks of a micro-batch beside the NLL.
+
+    Args:
+        objective: of the step.
+        num_layers: of the whole model.
+        device: of this rank.
+        said: what a second model says of the micro-batch; None: nothing.
+    """
+    rule, said = objective.alignment, said or Taught()
+    alignment = None if rule is None else Alignment.empty(rule, num_layers, device, said.states)
+    return Asked(alignment, objective.distill, said.teacher)

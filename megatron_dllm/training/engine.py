@@ -50,6 +50,16 @@ def paths_here(config: TrainConfig, is_training: bool) -> Paths:
     return choose_paths(config.model, config.parallel, DeviceFacts.here(), backend, is_training, config.optimizer)
 
 
+def _announced_paths(config: TrainConfig, groups: Groups, is_training: bool) -> Paths:
+    """What runs on this process's device, which the first rank logs."""
+    paths = paths_here(config, is_training)
+    if groups.world.rank() == 0:
+        # What is slower than it needs to be shows on every terminal.
+        is_slow = torch.cuda.is_available() and not paths.uses_transformer_engine
+        log.log(logging.WARNING if is_slow else logging.INFO, "%s", paths)
+    return paths
+
+
 def build_chunks(
     config: TrainConfig,
     groups: Groups,
@@ -66,12 +76,7 @@ def build_chunks(
         paths: the implementations; None: those chosen for this process's device, which are logged.
         backends: of attention, by name.
     """
-    if paths is None:
-        paths = paths_here(config, is_training)
-        if groups.world.rank() == 0:
-            # What is slower than it needs to be shows on every terminal.
-            is_slow = torch.cuda.is_available() and not paths.uses_transformer_engine
-            log.log(logging.WARNING if is_slow else logging.INFO, "%s", paths)
+    paths = paths or _announced_paths(config, groups, is_training)
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     chunks: list[nn.Module] = []
     for stage in range(virtual or 1):
@@ -107,7 +112,8 @@ def build_engine(
         RuntimeError: a fast path gives other numbers than the plain one on this device.
     """
     if paths is None:
-        check_paths(paths_here(config, is_training=True), config, local_device())
+        paths = _announced_paths(config, groups, is_training=True)
+        check_paths(paths, config, local_device())
     chunks = build_chunks(config, groups, is_training=True, paths=paths, backends=backends)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -124,7 +130,7 @@ def build_engine(
     optimizer = get_megatron_optimizer(megatron_config, wrapped, overrides, use_gloo_process_groups=False)
     if config.optimizer.offload == "cpu":
         offload_adam(optimizer, config.optimizer)
-    elif (paths or paths_here(config, is_training=True)).fusions.name == "compiled":
+    elif paths.fusions.name == "compiled":
         fuse_adam(optimizer)
     transformer_config = wrapped[0].config
     transformer_config.finalize_model_grads_func = finalize_model_grads

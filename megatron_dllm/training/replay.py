@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from megatron_dllm.checkpoint.manifest import read_json
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-from megatron_dllm.model.alignment import Alignment
-from megatron_dllm.model.asked import Asked
 from megatron_dllm.model.objective import Objective
-from megatron_dllm.model.pipeline import EmbeddingNoise
+from megatron_dllm.model.pipeline import EmbeddingNoise, asked_by
 from megatron_dllm.parallel.agreement import failing_together
 from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.run.files import remove, write_json
@@ -136,6 +134,8 @@ def replay_step(
         device: where the model is.
     """
     denominator = max(sum(int(objective.count(batch)) for rank in ranks for batch in rank), 1)
+    config: Any = model.config
+    num_layers = int(config.num_layers)
     total: dict[str, Tensor] = {}
     rows = []
     for data_rank, batches in enumerate(ranks):
@@ -149,7 +149,7 @@ def replay_step(
                         mask_noise_sigma=noise.sigma,
                         noise_seed=noise.seed,
                         entropy_temperature=objective.entropy_temperature,
-                        asked=_asked_by(objective, model, device),
+                        asked=asked_by(objective, num_layers, device),
                         opening=objective.opening,
                     )
                     loss = objective.loss(local, outputs).total / denominator
@@ -162,13 +162,6 @@ def replay_step(
     norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in total.values()))
     rows.sort(key=lambda row: row.badness, reverse=True)
     return StepReplay(rows, sum(row.loss for row in rows), norm)
-
-
-def _asked_by(objective: Objective, model: nn.Module, device: torch.device) -> Asked:
-    """What a row is asked for, as in the step."""
-    config: Any = model.config
-    rule = objective.alignment
-    return Asked(None if rule is None else Alignment.empty(rule, config.num_layers, device), objective.distill)
 
 
 def _row_replay(batch: Batch, place: tuple[int, int, int], loss: float, grad_norm: float, bad: str) -> RowReplay:
