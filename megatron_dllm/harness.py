@@ -40,7 +40,7 @@ from rich.text import Text
 
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import RunConfig
-from megatron_dllm.config.evaluate import spelled_out
+from megatron_dllm.config.evaluate import check_one_size, spelled_out
 from megatron_dllm.config.harness import HarnessConfig
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
@@ -59,8 +59,7 @@ def compose_words(words: Sequence[str]) -> Any:
         ValueError: an unknown key, or a value of a wrong type.
     """
     folder, rest = split_folder(spelled_out(words))
-    sizes = [value for key, _, value in (word.partition("=") for word in rest) if key == "evaluation.block_sizes"]
-    check(not sizes, f"block_sizes ({', '.join(sizes)}) are for evaluate; a run of tasks has one: block_size=N.")
+    check_one_size(rest)
     ConfigStore.instance().store(name="harness_schema", node=open_config(HarnessConfig))
     return compose_dict(rest, "harness", folder, HarnessConfig)
 

@@ -38,16 +38,17 @@ from rich.text import Text
 
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import RunConfig
-from megatron_dllm.config.evaluate import spelled_out
+from megatron_dllm.config.evaluate import check_one_size, spelled_out
 from megatron_dllm.config.needle import NeedleConfig
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
 from megatron_dllm.evaluation.by_position import Stretch, by_position, stretches_of
 from megatron_dllm.evaluation.needle import Cell, cells_of, hide
 from megatron_dllm.evaluation.request import Request, open_config, open_target, settle_questions
-from megatron_dllm.run.files import parents_made, write_json
+from megatron_dllm.run.files import parents_made, write_bytes, write_json
 from megatron_dllm.run.names import NEEDLE
 from megatron_dllm.run.place import is_rank_zero, world_size
+from megatron_dllm.run.stream import check_new, check_writable
 
 
 def compose_words(words: Sequence[str]) -> Any:
@@ -57,6 +58,7 @@ def compose_words(words: Sequence[str]) -> Any:
         ValueError: an unknown key, or a value of a wrong type.
     """
     folder, rest = split_folder(spelled_out(words))
+    check_one_size(rest)
     ConfigStore.instance().store(name="needle_schema", node=open_config(NeedleConfig))
     return compose_dict(rest, "needle", folder, NeedleConfig)
 
@@ -100,20 +102,25 @@ def measure(composed: Any) -> tuple[Request, Path, list[Cell], list[Stretch]]:
         ids = config.model
         encoder = Encoder.load(Path(config.data.tokenizer), ids.mask_token_id, ids.eos_token_id)
         corpus = Corpus(config.data.validation, ids, config.data.tokenizer)
+        if is_rank_zero():
+            corpus.verify()
         return hide(config, corpus, encoder.encode), stretches_of(config, corpus) if config.num_documents else []
+
+    everything: list[tuple[Any, Any]] = []
 
     def decide() -> tuple[Request, Path]:
         request = read_request(composed)
         target = open_target(request, NEEDLE, lambda _: "an earlier result")
         check(target.suffix != ".png", f"output ({target}) is where the picture goes; name the .json file beside it.")
-        asked(request)
+        (check_writable if request.config.overwrite else check_new)(_picture_of(target))
+        everything.append(asked(request))
         return request, target
 
     timeout = composed.run.distributed_timeout_minutes
     meeting = meet(RunConfig(name="needle", distributed_timeout_minutes=timeout))
     request, target = meeting.decide(decide)
     config: Any = request.config
-    questions, stretches = asked(request)
+    questions, stretches = everything[0] if everything else asked(request)
     block_size = int(request.names[0]) if request.weights.is_diffusion else None
     with measured_model(request, meeting) as model:
         choices = [choice for question in questions for choice in question.choices]
@@ -162,8 +169,12 @@ def write(request: Request, target: Path, cells: Sequence[Cell], stretches: Sequ
     }
     with parents_made(target):
         write_json(target, content, indent=1)
-        target.with_suffix(".png").write_bytes(picture(cells, stretches, config.num_choices))
-    Console(highlight=False, soft_wrap=True).print(Text(f"written to {target} and {target.with_suffix('.png').name}"))
+        write_bytes(_picture_of(target), picture(cells, stretches, config.num_choices))
+    Console(highlight=False, soft_wrap=True).print(Text(f"written to {target} and {_picture_of(target).name}"))
+
+
+def _picture_of(target: Path) -> Path:
+    return target.with_suffix(".png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

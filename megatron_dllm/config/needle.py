@@ -10,6 +10,8 @@ from megatron_dllm.config.rules import check, check_positive
 
 # The shortest haystack: a needle, its question and some text.
 SHORTEST = 64
+# What each text must hold.
+_MADE_UP = {"needle": ("{name}", "{value}"), "question": ("{name}",), "answer": ("{value}",)}
 
 
 @dataclass
@@ -42,9 +44,9 @@ class NeedleConfig(EvaluateConfig):
 
     @property
     def asked_lengths(self) -> list[int]:
-        """`lengths` with its default filled in."""
+        """`lengths` with its default filled in, each once."""
         whole = self.schedule.context_length
-        return self.lengths or [max(whole // part, min(SHORTEST, whole)) for part in (8, 4, 2, 1)]
+        return sorted({*(self.lengths or [max(whole // part, min(SHORTEST, whole)) for part in (8, 4, 2, 1)])})
 
     @property
     def stretch_length(self) -> int:
@@ -74,7 +76,19 @@ class NeedleConfig(EvaluateConfig):
         check(self.num_choices >= 2, f"num_choices ({self.num_choices}) must be at least 2: one of them is right.")
         if self.stretch is not None:
             check_positive("stretch", self.stretch)
-        for key, part in (("needle", "{value}"), ("answer", "{value}"), ("needle", "{name}"), ("question", "{name}")):
-            text = getattr(self, key)
-            check(part in text, f"{key} ({text!r}) must hold {part}, which stands for what is made up.")
+        check(len({*self.depths}) == len(self.depths), f"depths ({self.depths}) holds one twice; give each once.")
+        for key, parts in _MADE_UP.items():
+            _check_text(key, getattr(self, key), parts)
         self.likelihood.validate()
+
+
+def _check_text(key: str, text: str, parts: tuple[str, ...]) -> None:
+    """Refuse a text without the parts that are made up, or with other braces."""
+    rest = text.replace("{{", "").replace("}}", "")
+    for part in parts:
+        check(part in rest, f"{key} ({text!r}) must hold {part}, which stands for what is made up.")
+        rest = rest.replace(part, "")
+    check(
+        "{" not in rest and "}" not in rest,
+        f"{key} ({text!r}) must have {' and '.join(parts)} alone in braces; write other braces twice.",
+    )

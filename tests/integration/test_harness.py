@@ -283,7 +283,7 @@ def test_chats_and_examples_change_what_is_asked(found: dict[str, Any], run: Pat
         (["checkpoint=/nope"], "checkpoint.load (/nope) is not a folder"),
         (["likelihood.fill=pad"], "likelihood.fill (pad) is not known; use one of mask, none, eos."),
         (["block_size=7"], "evaluation.block_sizes (7) must divide context_length (64)"),
-        (["block_sizes=[1,4]"], "block_sizes ([1,4]) are for evaluate; a run of tasks has one: block_size=N."),
+        (["block_sizes=[1,4]"], "block_sizes ([1,4]) are for evaluate; this command has one: block_size=N."),
         (["limit=0"], "limit (0.0) must be positive"),
         (["tasks=[]"], "tasks ([]) must name at least one task"),
         (["taks=[toy_choice]"], "taks is not a key of the configuration; did you mean tasks?"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -45,3 +47,23 @@ def test_a_context_beyond_the_training_s_takes_a_scaling(demo: Path, tmp_path: P
     assert stretched["rotary_scaling"]["factor"] == 2.0 and stretched["needles"] == []
     costs = [[item["nats_per_token"] for item in found["by_position"]] for found in (plain, stretched)]
     assert len(costs[0]) == 2 and costs[0] != costs[1]
+
+
+def _refusals(*commands: list[str]) -> list[tuple[int, str]]:
+    """Exit code and what was printed of each command, in a rank of the test session."""
+    found = []
+    for words in commands:
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
+            found.append((_needle(words), printed.getvalue()))
+    return found
+
+
+def test_what_would_be_lost_is_refused(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.png").write_bytes(b"another's")
+    given = [f"checkpoint={demo / 'hf'}", f"data.validation={demo / 'corpus' / 'validation'}"]
+    commands = [*given, f"output={tmp_path / 'one.json'}"], [*given, "block_sizes=[4,8]"]
+    ((exists, sizes),) = run_ranks(_refusals, 1, *commands, timeout_s=300.0)
+    assert exists[0] == 2 and f"output ({tmp_path / 'one.png'}) exists" in exists[1]
+    assert sizes[0] == 2 and "block_sizes ([4,8]) are for evaluate" in sizes[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["one.png"]

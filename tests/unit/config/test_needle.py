@@ -20,7 +20,7 @@ def _config(**changes: object) -> NeedleConfig:
 def test_lengths_and_stretches_follow_the_context() -> None:
     config = _config()
     config.validate(1)
-    assert config.asked_lengths == [64, 64, 128, 256] and config.stretch_length == 32
+    assert config.asked_lengths == [64, 128, 256] and config.stretch_length == 32
     config = _config(lengths=[100], stretch=64)
     config.validate(1)
     assert config.asked_lengths == [100] and config.stretch_length == 64
@@ -39,6 +39,11 @@ def test_lengths_and_stretches_follow_the_context() -> None:
         (dict(stretch=0), ("stretch (0)", "positive")),
         (dict(needle="The number of {name}."), ("needle ('The number of {name}.')", "{value}")),
         (dict(question="Which number?"), ("question ('Which number?')", "{name}")),
+        (dict(depths=[0.5, 0.5]), ("depths ([0.5, 0.5])", "each once")),
+        (dict(answer=" {{value}}"), ("answer (' {{value}}')", "must hold {value}")),
+        (dict(question="{name} or {value}?"), ("question ('{name} or {value}?')", "{name} alone", "twice")),
+        (dict(needle="{name}: {value"), ("needle ('{name}: {value')", "must hold {value}")),
+        (dict(needle="{ {name}: {value}"), ("needle ('{ {name}: {value}')", "other braces twice")),
         (dict(likelihood=replace(LikelihoodConfig(), num_views=0)), ("likelihood.num_views (0)", "positive")),
     ],
 )
