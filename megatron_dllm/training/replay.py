@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -67,7 +67,7 @@ def load_step(folder: Path) -> list[list[Batch]]:
     """The micro-batches that `dump_step` wrote, by data-parallel rank.
 
     Raises:
-        ValueError: the folder holds none, or not every rank's.
+        ValueError: the folder holds none, or not every rank's, or an earlier version wrote them.
     """
     files = sorted(folder.glob("data_*.safetensors"))
     if not files:
@@ -81,11 +81,22 @@ def load_step(folder: Path) -> list[list[Batch]]:
     ranks = []
     for file in files:
         tensors: dict[str, Tensor] = load_file(str(file))
+        _check_fields(file, tensors)
         count = 1 + max(int(name.split(".")[0]) for name in tensors)
         ranks.append(
             [Batch(**{item.name: tensors[f"{index}.{item.name}"] for item in fields(Batch)}) for index in range(count)]
         )
     return ranks
+
+
+def _check_fields(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a file of tensors [...] without what batches hold by now; other versions knew less of a token."""
+    missing = sorted({item.name for item in fields(Batch)} - {name.split(".", 1)[1] for name in tensors})
+    if missing:
+        raise ValueError(
+            f"{file} holds no {', '.join(missing)}, which batches have by now: an earlier version wrote it; replay "
+            "the step with that version (the run's starts.jsonl names the commit)."
+        )
 
 
 @dataclass(frozen=True)
