@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILE, TokenizerFiles
+from megatron_dllm.hf.tokenizer_folder import TOKENIZER_FILE, TokenizerFiles, with_special_tokens
 from megatron_dllm.run.files import write_json
 
 
@@ -46,29 +44,7 @@ def write_added_tokens(files: TokenizerFiles, target: Path, ids: dict[str, int])
     """
     if not ids:
         return
-    entries = {number: _entry(text) for text, number in ids.items()}
-    tokenizer = json.loads(json.dumps(files.tokenizer))
-    tokenizer["added_tokens"] = [
-        *(tokenizer.get("added_tokens") or []),
-        *({"id": number, **entry} for number, entry in entries.items()),
-    ]
-    vocabulary = tokenizer["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        # In the vocabulary itself an id holds even where ids below it are unused.
-        vocabulary.update(ids)
+    tokenizer, config = with_special_tokens(files, ids)
     write_json(target / TOKENIZER_FILE, tokenizer, indent=2, ensure_ascii=False)
-    if "added_tokens_decoder" in files.config:
-        decoder = dict(files.config["added_tokens_decoder"]) | {str(number): entry for number, entry in entries.items()}
-        config = files.config | {"added_tokens_decoder": decoder}
+    if config != files.config:
         write_json(target / "tokenizer_config.json", config, indent=2, ensure_ascii=False)
-
-
-def _entry(text: str) -> dict[str, Any]:
-    return {
-        "content": text,
-        "lstrip": False,
-        "normalized": False,
-        "rstrip": False,
-        "single_word": False,
-        "special": True,
-    }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,37 @@ def name_tokenizer_class(folder: Path) -> None:
         _write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) -> None:
-    """Write the mask token into the copied files, at exactly `mask_id`."""
-    old = files.texts.get(mask_id)
-    entry = {
+def with_special_tokens(files: TokenizerFiles, ids: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The contents of tokenizer.json and of tokenizer_config.json with special tokens, which are never split.
+
+    Args:
+        files: the tokenizer; it stays as it is.
+        ids: of the tokens by text, which hold exactly; another token with one of them gives way.
+    """
+    entries = {token_id: _special_token(text) for text, token_id in ids.items()}
+    added = files.tokenizer.get("added_tokens") or []
+    stated = [(item["id"], item["content"]) for item in added]
+    new = {token_id: entry for token_id, entry in entries.items() if (token_id, entry["content"]) not in stated}
+    tokenizer = json.loads(json.dumps(files.tokenizer))
+    if tokenizer and new:
+        kept = [item for item in added if item["id"] not in new]
+        described = [{"id": token_id, **entry} for token_id, entry in new.items()]
+        tokenizer["added_tokens"] = sorted([*kept, *described], key=lambda item: item["id"])
+        vocabulary = tokenizer["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            # In the vocabulary itself an id holds even where ids below it are unused.
+            for token_id, entry in new.items():
+                vocabulary.pop(files.texts.get(token_id), None)
+                vocabulary[entry["content"]] = token_id
+    config = dict(files.config)
+    if "added_tokens_decoder" in config:
+        decoder = {str(token_id): entry for token_id, entry in entries.items()}
+        config["added_tokens_decoder"] = dict(config["added_tokens_decoder"]) | decoder
+    return tokenizer, config
+
+
+def _special_token(text: str) -> dict[str, Any]:
+    return {
         "content": text,
         "lstrip": False,
         "normalized": False,
@@ -212,23 +240,14 @@ def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) 
         "single_word": False,
         "special": True,
     }
-    if files.tokenizer and {"id": mask_id, "content": text} not in [
-        {"id": item["id"], "content": item["content"]} for item in files.tokenizer.get("added_tokens") or []
-    ]:
-        tokenizer = json.loads(json.dumps(files.tokenizer))
-        added = [item for item in tokenizer.get("added_tokens") or [] if item["id"] != mask_id]
-        tokenizer["added_tokens"] = sorted([*added, {"id": mask_id, **entry}], key=lambda item: item["id"])
-        vocabulary = tokenizer["model"]["vocab"]
-        if isinstance(vocabulary, dict):
-            # In the vocabulary itself the id holds even where ids below it are unused.
-            vocabulary.pop(old, None)
-            vocabulary[text] = mask_id
+
+
+def _declare_mask(files: TokenizerFiles, target: Path, text: str, mask_id: int) -> None:
+    """Write the mask token into the copied files, at exactly `mask_id`."""
+    tokenizer, config = with_special_tokens(files, {text: mask_id})
+    if tokenizer != files.tokenizer:
         _write_json(target / TOKENIZER_FILE, tokenizer)
-    config = dict(files.config)
-    if "added_tokens_decoder" in config:
-        config["added_tokens_decoder"] = dict(config["added_tokens_decoder"]) | {str(mask_id): entry}
-    config["mask_token"] = text
-    _write_json(target / "tokenizer_config.json", config)
+    _write_json(target / "tokenizer_config.json", config | {"mask_token": text})
     if files.special:
         _write_json(target / "special_tokens_map.json", files.special | {"mask_token": text})
 
