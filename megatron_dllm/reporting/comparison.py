@@ -83,7 +83,8 @@ def read_models(places: Iterable[str]) -> list[Model]:
     """
     models: list[Model] = []
     for place in places:
-        named, equals, rest = place.partition("=")
+        # A folder may have an equal sign in its name, as those of sweeps do.
+        named, equals, rest = ("", "", place) if Path(place).exists() else place.partition("=")
         path = Path(rest if equals else place)
         found = {_name(path): path} if path.is_file() else find_results(path)
         if equals and len(found) > 1:

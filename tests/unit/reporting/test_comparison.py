@@ -45,6 +45,12 @@ def test_results_are_found_in_weights_runs_and_chains(chain: Path) -> None:
     assert list(find_results(chain / "base_hf")) == ["base_hf"]
 
 
+def test_a_place_with_an_equal_sign_is_no_name(tmp_path: Path) -> None:
+    write_harness(tmp_path / "lr=1e-4" / "harness.json", acc=0.4)
+    assert [model.name for model in read_models([str(tmp_path / "lr=1e-4")])] == ["lr=1e-4"]
+    assert [model.name for model in read_models([f"low={tmp_path / 'lr=1e-4'}"])] == ["low"]
+
+
 def test_the_table_has_a_column_for_each_model(chain: Path) -> None:
     models = read_models([f"base={chain / 'base_hf'}", str(chain / "decay"), f"CAP={chain / 'harness_cap.json'}"])
     assert [model.name for model in models] == ["base", "decay step_0000008", "CAP"]
