@@ -22,6 +22,7 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
+from megatron_dllm.config.band import BandConfig
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.config.generate import GenerateConfig
 from megatron_dllm.config.harness import HarnessConfig
@@ -127,6 +128,7 @@ SECTIONS = {
     "Training: train, evaluate, and the training jobs of a chain": TrainConfig,
     "Tasks of lm-evaluation-harness: harness, which has the keys of training too": HarnessConfig,
     "Long contexts: needle, which has the keys of training too": NeedleConfig,
+    "Bands of noise levels: band, which has the keys of training too": BandConfig,
     "Decoding: generate": GenerateConfig,
     "Decoding in many ways: study": StudyConfig,
     "Planning: plan, beside the keys of training": PlanKeys,
