@@ -22,6 +22,7 @@ from pathlib import Path
 from megatron_dllm.checkpoint.brought import fill
 from megatron_dllm.compose import compose_dict, compose_train_config, to_train_config
 from megatron_dllm.config.recipe_source import split_folder
+from megatron_dllm.config.rules import check
 
 
 def problem_of(folder: Path, has_inputs: bool) -> str | None:
@@ -62,7 +63,7 @@ def show_paths(words: Sequence[str], device: str) -> None:
     print(paths_report(config, DeviceFacts.as_cuda(has_transformer_engine=False) if device == "cuda" else None))
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Check every folder and print the problems."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="*", type=Path, help="folders with a config.yaml whose inputs are there")
@@ -75,7 +76,16 @@ def main() -> int:
     )
     parser.add_argument("--paths", nargs="*", metavar="KEY=VALUE", help="settings of a run whose paths are shown")
     parser.add_argument("--on", choices=("here", "cuda"), default="here", help="the device that --paths speaks of")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    folders = [*arguments.folders, *arguments.without_inputs]
+    check(
+        arguments.paths is None or not folders,
+        f"--paths looks at settings, and {', '.join(map(str, folders))} are folders of runs; ask for one at a time.",
+    )
+    check(
+        arguments.paths is not None or arguments.on == "here",
+        f"--on ({arguments.on}) has no effect without --paths; give --paths with the settings of a run.",
+    )
     from megatron_dllm.host import prepare_host, quiet_libraries
 
     quiet_libraries()

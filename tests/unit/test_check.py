@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_dllm.check import show_paths
+from megatron_dllm.check import main, show_paths
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -39,3 +39,15 @@ def test_the_table_of_a_gpu_says_what_would_be_faster(capsys: pytest.CaptureFixt
 def test_what_cannot_run_is_refused(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         show_paths(words, "here")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["runs/one", "--paths", "experiment=tiny_convert"], "runs/one are folders of runs; ask for one at a time"),
+        (["runs/one", "--on", "cuda"], r"--on \(cuda\) has no effect without --paths"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(words)
