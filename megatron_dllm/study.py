@@ -21,7 +21,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from rich.text import Text
 
 from megatron_dllm.compose import compose_dict
 from megatron_dllm.config import ParallelConfig, RotaryScalingConfig, RunConfig
+from megatron_dllm.config.asking import AskingConfig
 from megatron_dllm.config.command_line import taken_as_typed
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.reference import keys_of
@@ -106,6 +107,8 @@ def _plan(config: StudyConfig, tasks: list[WrittenTasks]) -> _Plan:
     if config.output is not None:
         for path in (Path(config.output), _picture_of(Path(config.output))):
             check_new(path)
+    for warning in warnings(config):
+        log.warning(warning)
     found = _questions(config)
     tasks += _tasks(config)
     asked = [_ask(config, checkpoint, found) for checkpoint in config.checkpoint]
@@ -125,6 +128,18 @@ def _questions(config: StudyConfig) -> list[Question]:
         Question(name, question_of({"messages": [{"role": "user", "content": text}]}), TASKS[name].answer(text))
         for name in (TASKS if not config.tasks else [name for name in config.tasks if name in TASKS])
         for text in islice(questions(TASKS[name], _TASK_SEED, held_out=True), config.num_questions)
+    ]
+
+
+def warnings(config: StudyConfig) -> list[str]:
+    """Settings without effect, a sentence each."""
+    if any(name not in TASKS for name in config.tasks):
+        return []
+    return [
+        f"{item.name} ({getattr(config, item.name)}) has no effect without a task of lm-evaluation-harness; name one "
+        "in tasks, or leave it out."
+        for item in fields(AskingConfig)
+        if getattr(config, item.name) != item.default
     ]
 
 
