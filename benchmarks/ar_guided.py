@@ -8,16 +8,17 @@ the tokens, and a short last stage with the report's blocks keeps that. All arms
 the mask of the last stage, where that is another one, and the exact NLL of the next token by the same weights.
 
 A run that is there is not repeated, and one that was interrupted goes on: the command may be stopped and given again.
+Runs with other numbers of tokens have a folder of their own, so that a short trial leaves nothing in the table.
 The table and the picture hold what has been measured so far.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,39 @@ from benchmarks.guided_runs import (
 from benchmarks.guided_table import write_study
 from benchmarks.ranks import run_ranks
 from benchmarks.record import RESULTS, machine
-from benchmarks.tiny_run import train_here
+from benchmarks.tiny_run import read_metrics, train_here
 from megatron_dllm.checkpoint.validation import read_validation_file
 from megatron_dllm.config import TrainConfig
+from megatron_dllm.run.command import run_command
 from megatron_dllm.run.files import write_json
-from megatron_dllm.run.names import METRICS
 
 RESULT = "result.json"
+NUM_SEEDS = {"tiny": 5, "triple": 3}
 _LIMIT_S = 24 * 3600.0
+
+
+def run_name(name: str, *others: object) -> str:
+    """Of the run of an arm or method, which has words in its name, with what else tells it apart."""
+    return "_".join([name.replace(", ", "_").replace(" ", "_"), *map(str, others)])
+
+
+def num_seeds_of(sizes: Sequence[str], given: Sequence[int] | None) -> dict[str, int]:
+    """Number of seeds of each size.
+
+    Args:
+        sizes: of the model.
+        given: a number for each of them; None: NUM_SEEDS.
+
+    Raises:
+        ValueError: there are more or fewer numbers than sizes, or one below 1.
+    """
+    numbers = [NUM_SEEDS[size] for size in sizes] if given is None else given
+    if len(numbers) != len(sizes) or min(numbers) < 1:
+        raise ValueError(
+            f"seeds ({' '.join(map(str, numbers))}) must be one number of at least 1 for each of the sizes "
+            f"({' '.join(sizes)}); give {len(sizes)}."
+        )
+    return dict(zip(sizes, numbers, strict=True))
 
 
 def run(config: TrainConfig) -> float:
@@ -56,14 +82,14 @@ def run(config: TrainConfig) -> float:
 
 def measure(folder: Path, size: str, name: str, arm: Arm, seed: int, num_tokens: int) -> None:
     """Convert by one arm with one seed, and write down what came of it."""
-    model, target = SIZES[size], folder / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
+    model, target = SIZES[size], folder / run_name(name, seed)
     if (target / RESULT).is_file():
         return
     tokens = arm_tokens(model, arm, num_tokens)
     stages = arm.stages(tokens)
-    seconds = run(run_config(folder, target.name, model, seed, stages))
-    records = [json.loads(line) for line in (target / METRICS).read_text(encoding="utf-8").splitlines()]
-    ends = [record for record in records if record.get("validation")]
+    config = run_config(folder, target.name, model, seed, stages)
+    seconds = run(config)
+    ends = [record for record in read_metrics(config) if record.get("validation")]
     cost = sum(stage.num_tokens * operations(model, stage) for stage in stages.values() if stage.num_tokens)
     is_served = stages["last"].clean_grid == TARGET
     write_json(
@@ -103,23 +129,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=Path("runs/ar_guided"), help="folder of the runs")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 3], help="number of seeds of each size")
+    parser.add_argument("--seeds", type=int, nargs="+", help="number of seeds of each size; 5 of tiny, 3 of triple")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 0.2, 1.0, 3.3], help="of the AR loss")
     parser.add_argument("--tokens", type=int, default=800_000, help="document tokens of the arm with the report's mask")
     parser.add_argument("--base_tokens", type=int, default=3_000_000, help="document tokens of the AR model")
     parser.add_argument("--output", type=Path, default=RESULTS / "ar_guided", help="results, without suffix")
     options = parser.parse_args(arguments)
+    seeds_of_size = num_seeds_of(options.sizes, options.seeds)
     write_corpora(options.study)
     about: dict[str, Any] = machine() | {"tokens": options.tokens, "base_tokens": options.base_tokens}
-    for size, num_seeds in zip(options.sizes, options.seeds, strict=False):
-        folder = options.study / size
+    # Runs of other lengths lie elsewhere: they are neither gone on with nor put into this table.
+    lengths = f"{options.base_tokens}_{options.tokens}"
+    for size, num_seeds in seeds_of_size.items():
+        folder = options.study / f"{size}_{lengths}"
         run(run_config(folder, "base", SIZES[size], 0, base_stages(options.base_tokens)))
         for seed in range(1, num_seeds + 1):
             for name, arm in arms(options.weights).items():
                 measure(folder, size, name, arm, seed, options.tokens)
-                write_study(options.study.glob(f"*/*/{RESULT}"), options.output, about)
+                write_study(options.study.glob(f"*_{lengths}/*/{RESULT}"), options.output, about)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -125,7 +125,8 @@ def operations(model: ModelConfig, stage: StageConfig) -> float:
     schedule = ScheduleConfig(context_length=CONTEXT_LENGTH, row_length=(copies + 1) * CONTEXT_LENGTH)
     row = assumed_row(RowGeometry.of_stage(stage, schedule, DataConfig()), stage, CONTEXT_LENGTH)
     tokens = Tokens(row.length, row.length, row.pairs)
-    costs = [layer_cost(model, ParallelConfig(), tokens, layer >= model.num_dense_layers, 1.0) for layer in range(4)]
+    has_experts = [layer >= model.num_dense_layers for layer in range(model.num_layers)]
+    costs = [layer_cost(model, ParallelConfig(), tokens, is_moe, 1.0) for is_moe in has_experts]
     layers = sum(_PRODUCT_PASSES * cost.products + _ATTENTION_PASSES * cost.attention for cost in costs)
     head = _HEAD_OPERATIONS * model.hidden_size * model.vocab_size * row.targets
     return (layers + head) / row.document_tokens

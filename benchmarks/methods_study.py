@@ -6,18 +6,18 @@ Every method converts the same AR model (`benchmarks.guided_runs` has model, cor
 tokens and once with the document tokens that make its floating-point operations those of `wsd` (what an alignment adds
 is not counted). The ELBO at block 32 is measured the same way for all, whatever a method trains for. A run that is
 there is not repeated, and one that was interrupted goes on; the tables and the picture hold what has been measured.
+Runs with other numbers of tokens have a folder of their own, so that a short trial leaves nothing in the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ar_guided import RESULT, run
+from benchmarks.ar_guided import RESULT, run, run_name
 from benchmarks.guided_runs import (
     CONTEXT_LENGTH,
     LEARNING_RATE,
@@ -35,6 +35,7 @@ from megatron_dllm.config import NoiseConfig, StageConfig, TrainConfig
 from megatron_dllm.config.alignment import AlignmentConfig
 from megatron_dllm.config.annealing import AttentionAnnealConfig
 from megatron_dllm.config.fitting import fitted
+from megatron_dllm.run.command import run_command
 from megatron_dllm.run.files import write_json
 
 MODEL = SIZES["tiny"]
@@ -135,7 +136,7 @@ def measure(folder: Path, name: str, kind: str, seed: int, num_tokens: float) ->
     """Convert by one method with one seed, and write down what came of it."""
     method = METHODS[name]
     tokens = equal_tokens(method, kind, num_tokens)
-    config = method_config(folder, f"{name.replace(', ', '_').replace(' ', '_')}_{kind}_{seed}", method, seed, tokens)
+    config = method_config(folder, run_name(name, kind, seed), method, seed, tokens)
     target = Path(config.run.root) / config.run.name
     if (target / RESULT).is_file():
         return
@@ -165,7 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--base_tokens", type=int, default=2_000_000, help="document tokens of the AR model")
     parser.add_argument("--output", type=Path, default=RESULTS / "methods_study", help="results, without suffix")
     options = parser.parse_args(arguments)
-    folder = options.study / "runs"
+    # Runs of other lengths lie elsewhere: they are neither gone on with nor put into this table.
+    folder = options.study / f"{options.base_tokens}_{options.tokens}"
     write_corpora(options.study)
     run(run_config(folder, "base", MODEL, 0, base_stages(options.base_tokens)))
     about: dict[str, Any] = machine() | {"tokens": options.tokens, "base_tokens": options.base_tokens}
@@ -178,4 +180,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.ar_guided import num_seeds_of
 from benchmarks.guided_runs import SIZES, TARGET, arm_tokens, arms, base_stages, operations, run_config
 from benchmarks.guided_table import rows_of, write_study
 from megatron_dllm.config import ParallelConfig
@@ -35,6 +36,15 @@ def test_the_second_size_is_three_times_the_first() -> None:
     rank = PipelineRank(0, 1, 3, True, True)
     tiny, triple = (rank_weights(SIZES[size], ParallelConfig(), rank).total for size in ("tiny", "triple"))
     assert triple / tiny == pytest.approx(3.0, rel=0.05)
+
+
+def test_each_size_has_its_number_of_seeds() -> None:
+    assert num_seeds_of(["triple"], None) == {"triple": 3}
+    assert num_seeds_of(["triple", "tiny"], [1, 2]) == {"triple": 1, "tiny": 2}
+    with pytest.raises(ValueError, match=r"seeds \(4\) must be one number .* sizes \(tiny triple\); give 2"):
+        num_seeds_of(["tiny", "triple"], [4])
+    with pytest.raises(ValueError, match=r"seeds \(0\)"):
+        num_seeds_of(["tiny"], [0])
 
 
 def _result(arm: str, seed: int, elbo: float) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def test_the_study_runs_and_goes_on(tmp_path: Path) -> None:
     assert main(words) == 0
     written = (tmp_path / "table.md").read_text()
     assert "equal tokens" in written and "equal operations" in written and "dream" in written
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("runs/*/result.json")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("*/*/result.json")}
+    assert {path.parent.parent.name for path in before} == {"6000_6000"}  # runs of other lengths lie elsewhere
     assert len(before) == 4 and main(words) == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
