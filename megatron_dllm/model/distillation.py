@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_dllm.diffusion.losses.distillation import top_k_divergence
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
-from megatron_dllm.model.head import chunk_sizes
+from megatron_dllm.model.head import chunk_sizes, chunked_gradients
 from megatron_dllm.model.vocabulary_sums import ShardSums
 
 
@@ -169,19 +169,13 @@ class _Distilled(torch.autograd.Function):
     def backward(ctx: Any, grad_nll: Tensor, _: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, ids, is_known, log_partition, *taught = ctx.saved_tensors
         grad_kl = torch.where(is_known, grad_kl, 0.0)
-        is_divided = ctx.columns < len(weight)
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32 if is_divided else hidden.dtype)
-        grad_weight = torch.empty_like(weight)
-        for start in range(0, len(weight), ctx.columns):
-            part = slice(start, start + ctx.columns)
-            logits = torch.matmul(hidden, weight[part].t())
+
+        def of_logits(part: slice, logits: Tensor) -> Tensor:
             q = torch.exp(logits.float() - log_partition.unsqueeze(-1))
             grad = _teacher_gradient(q, grad_kl, part, taught) + q * grad_nll.unsqueeze(-1)
-            _add_at(grad, ids.unsqueeze(-1) - start, -grad_nll.unsqueeze(-1))
-            grad = grad.to(hidden.dtype)
-            torch.matmul(grad.t(), hidden, out=grad_weight[part])
-            grad_hidden += torch.matmul(grad, weight[part])
-        return grad_hidden.to(hidden.dtype), grad_weight, *[None] * 7
+            return _add_at(grad, ids.unsqueeze(-1) - part.start, -grad_nll.unsqueeze(-1)).to(hidden.dtype)
+
+        return *chunked_gradients(hidden, weight, ctx.columns, of_logits), *[None] * 7
 
 
 def _teacher_gradient(q: Tensor, grad_kl: Tensor, part: slice, taught: list[Tensor]) -> Tensor:

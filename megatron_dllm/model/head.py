@@ -11,6 +11,7 @@ what the ranks have to agree on is a few vectors of length T, exchanged once per
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,6 +139,30 @@ def _logits_gradient(
     return (grad if added is None else grad.add_(added)).to(dtype)
 
 
+def chunked_gradients(
+    hidden: Tensor, weight: Tensor, columns: int, of_logits: Callable[[slice, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients [T, h] of hidden states and [v/tp, h] of the weight, whose logits are formed some columns at a time.
+
+    Args:
+        hidden: [T, h] final hidden states of the targets.
+        weight: [v/tp, h] this rank's rows of the output embedding.
+        columns: of a chunk.
+        of_logits: from the columns of a chunk and its logits [T, c], which may be overwritten, to their gradient [T, c]
+            in the precision of `hidden`.
+    """
+    # Several chunks are summed in fp32: a bf16 sum would round away what the later chunks add.
+    is_divided = columns < len(weight)
+    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32 if is_divided else hidden.dtype)
+    grad_weight = torch.empty_like(weight)
+    for start in range(0, len(weight), columns):
+        part = slice(start, start + columns)
+        grad = of_logits(part, torch.matmul(hidden, weight[part].t()))
+        torch.matmul(grad.t(), hidden, out=grad_weight[part])
+        grad_hidden += torch.matmul(grad, weight[part])
+    return grad_hidden.to(hidden.dtype), grad_weight
+
+
 class _TargetCrossEntropy(torch.autograd.Function):
     """Chunked vocabulary-parallel cross entropy; saves hidden states, the log of the partition sum, the entropy."""
 
@@ -179,14 +204,9 @@ class _TargetCrossEntropy(torch.autograd.Function):
         if entropy is not None and grad_entropy is not None:
             of_entropy = EntropyOf(ctx.entropy_temperature, entropy, offset), grad_entropy
         ids = torch.where(is_local, local_ids, -1)
-        # Several chunks are summed in fp32: a bf16 sum would round away what the later chunks add.
-        is_divided = ctx.columns < len(weight)
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32 if is_divided else hidden.dtype)
-        grad_weight = torch.empty_like(weight)
-        for start in range(0, len(weight), ctx.columns):
-            part = weight[start : start + ctx.columns]
-            logits = torch.matmul(hidden, part.t())
-            grad = _logits_gradient(logits, log_partition, ids - start, grad_nll, of_entropy)
-            torch.matmul(grad.t(), hidden, out=grad_weight[start : start + ctx.columns])
-            grad_hidden += torch.matmul(grad, part)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+
+        def of_logits(part: slice, logits: Tensor) -> Tensor:
+            return _logits_gradient(logits, log_partition, ids - part.start, grad_nll, of_entropy)
+
+        grad_hidden, grad_weight = chunked_gradients(hidden, weight, ctx.columns, of_logits)
+        return grad_hidden, grad_weight, None, None, None, None
