@@ -30,4 +30,4 @@ class AskingConfig:
         """Raise ValueError for impossible numbers; tasks are looked up when they are loaded."""
         for name in ("num_fewshot", "fewshot_seed"):
             value = getattr(self, name)
-            check(value is None or value >= 0, f"{name} ({value}) must not be negative.")
+            check(value is None or value >= 0, f"{name} ({value}) must not be negative; give 0 or more.")

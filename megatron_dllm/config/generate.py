@@ -65,7 +65,7 @@ class DecodingConfig:
         )
         for name in ("credit_weight", "credit_exponent"):
             value = getattr(self, name)
-            check(0.0 <= value < float("inf"), f"{name} ({value}) must be finite and not negative.")
+            check(0.0 <= value < float("inf"), f"{name} ({value}) must be finite and not negative; give 0 or more.")
         for name in ("factor", "entropy_bound"):
             value = getattr(self, name)
             check(0.0 <= value < float("inf"), f"{name} ({value}) must be finite and not negative; 0 is the strictest.")

@@ -37,7 +37,7 @@ class HarnessConfig(EvaluateConfig, AskingConfig):
         super().validate(world_size)
         check(len(self.tasks) > 0, "tasks ([]) must name at least one task of lm-evaluation-harness or a YAML file.")
         self.validate_asking()
-        check(self.bootstrap_iters >= 0, f"bootstrap_iters ({self.bootstrap_iters}) must not be negative.")
+        check(self.bootstrap_iters >= 0, f"bootstrap_iters ({self.bootstrap_iters}) must not be negative; give 0.")
         if self.limit is not None:
             check_positive("limit", self.limit)
         check_positive("batch_size", self.batch_size)

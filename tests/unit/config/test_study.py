@@ -27,6 +27,7 @@ RIGHT = StudyConfig(checkpoint=["runs/x"])
         (dict(max_new_tokens=0), ("max_new_tokens (0)", "positive")),
         (dict(batch_size=0), ("batch_size (0)", "positive")),
         (dict(context_parallel_size=2), ("context_parallel_size (2)", "use tensor_model_parallel_size")),
+        (dict(num_fewshot=-1), ("num_fewshot (-1)", "give 0 or more")),
         (dict(precision="fp8"), ("precision (fp8)", "fp32, bf16")),
     ],
 )
