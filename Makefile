@@ -21,7 +21,7 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/python launch/local.py experiment=tiny_demo
 
-# The demo, and its tables for the README; writes benchmarks/results/demo.md.
+# The demo, its tables for the README in benchmarks/results/demo.md, and the two pictures of it in docs/images.
 demo-record: demo
 	$(BIN)/python -m benchmarks.demo
 

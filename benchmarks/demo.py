@@ -1,7 +1,8 @@
 """Record what a finished demo came to: `python -m benchmarks.demo [--demo runs/demo]`, the end of `make demo-record`.
 
 Writes the tables of the README into benchmarks/results/demo.md and .json: what every model measures, right answers and
-tokens per forward pass by threshold, and the time of each job by the clock.
+tokens per forward pass by threshold, and the time of each job by the clock; and the two pictures that stand there into
+docs/images, so that they show the same run.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from pathlib import Path
 from benchmarks.record import RESULTS, Rows, machine, table, write_results
 from megatron_dllm.reporting.answers import read_answers
 from megatron_dllm.reporting.history import History, read_history
-from megatron_dllm.reporting.results import results
+from megatron_dllm.reporting.pictures import answers_picture, elbo_picture
+from megatron_dllm.reporting.results import drawn_beside, results
 from megatron_dllm.run.command import run_command
+from megatron_dllm.run.files import write_bytes
 
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 NOTE = (
     "nats are per token of the held-out text, an exact NLL or the ELBO; right answers are shares of the held-out "
     "questions, decoded greedily; seconds are by the clock, on a machine that did whatever else it did."
@@ -33,6 +37,17 @@ def tables_of(folder: Path) -> dict[str, Rows]:
         if not tables[title]:
             raise ValueError(f"demo ({folder}) has no {title} to record; finish it with make demo.")
     return {title: rows for title, rows in tables.items() if rows}  # only a chain knows the time of its jobs
+
+
+def pictures_of(folder: Path) -> dict[str, bytes]:
+    """PNG of the pictures of a demo, by name: the validations of its conversion, and its answers over thresholds."""
+    history = read_history(folder)
+    converted = history.validated[-1]
+    checkpoints, ar_nll = drawn_beside(converted, history)
+    return {
+        "demo_elbo": elbo_picture(converted.validations, ar_nll, checkpoints),
+        "demo_answers": answers_picture(read_answers(history)),
+    }
 
 
 def _models(history: History) -> Rows:
@@ -65,12 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="folder of the demo")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write the tables to")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="folder to draw the pictures into")
     options = parser.parse_args(arguments)
     tables = tables_of(options.demo)
     for title, rows in tables.items():
         print(f"{title}\n\n{table(rows)}")
     write_results(options.results / "demo", "The demo", machine(), tables, NOTE)
-    print(f"wrote {options.results / 'demo'}.json and .md")
+    for name, content in pictures_of(options.demo).items():
+        write_bytes(options.images / f"{name}.png", content)
+    print(f"wrote {options.results / 'demo'}.json and .md, and two pictures into {options.images}")
     return 0
 
 

@@ -9,7 +9,7 @@ are those of a training run, and an experiment may be named for its layout and e
 with their defaults (checkpoint= and block_sizes= are short for the full names):
 
     evaluation.block_sizes=[...]      the checkpoint's own; the first one ranks checkpoints
-    evaluation.num_tokens=2e6         document tokens, whole documents, or the whole corpus
+    evaluation.num_tokens=2e6         document tokens, or the whole corpus
     evaluation.micro_batch_size=1     rows of a forward pass
     evaluation.clean_block_size=null  as a server computes; 1: clean tokens see no later ones (docs/methods.md)
     evaluation.with_ar=false          also the exact NLL of the next token by the same weights

@@ -49,7 +49,7 @@ def corpus_block_losses(
         [n] levels and [n] losses in nats, the same on every rank.
     """
     config, ids = model.config, model.config.model
-    lengths = validation_lengths(corpus.document_lengths, config.evaluation.num_tokens)
+    lengths = validation_lengths(corpus, config.evaluation.num_tokens)
     geometry = validation_geometry(config, str(block_size), sft, model.shift)
     dataset = RowDataset(corpus, geometry, LEVELS, seed, ids.mask_token_id, ids.pad_token_id, ids.eos_token_id)
     stream = RowStream(lengths, seed, config.data.packing_chunk, shuffle=False, spans=corpus.spans)

@@ -129,7 +129,7 @@ def evaluate(
     Raises:
         EvaluationStopped: `must_stop` said so.
     """
-    lengths = validation_lengths(corpus.document_lengths, config.evaluation.num_tokens)
+    lengths = validation_lengths(corpus, config.evaluation.num_tokens)
     nats: dict[str, float] = {}
     for name in names:
         elbo, count = 0.0, 0
@@ -150,17 +150,22 @@ def _bits_per_byte(nats: dict[str, float], corpus: Source) -> dict[str, float]:
     return {name: value * tokens_per_byte / math.log(2.0) for name, value in nats.items()}
 
 
-def validation_lengths(document_lengths: NDArray[Any], num_tokens: int) -> NDArray[np.int64]:
-    """[d] lengths of the documents that are measured, 0 for the others.
+def validation_lengths(corpus: Source, num_tokens: int) -> NDArray[np.int64]:
+    """[d] how much of each document is measured, from its beginning; 0 for those that are left out.
 
-    Whole documents in an order drawn once from a fixed seed, until they hold `num_tokens` tokens (or all do).
+    Documents in an order drawn once from a fixed seed, until they hold `num_tokens` tokens (or all do). The last one is
+    measured as far as tokens are left, which a single long document could exceed many times over; documents with spans,
+    such as chats, are always measured whole.
     """
-    order = np.random.default_rng(SEED).permutation(len(document_lengths))
-    total = np.cumsum(np.asarray(document_lengths, dtype=np.int64)[order])
-    chosen = order[: int(np.searchsorted(total, num_tokens)) + 1]
-    lengths = np.zeros(len(document_lengths), dtype=np.int64)
-    lengths[chosen] = np.asarray(document_lengths)[chosen]
-    return lengths
+    lengths = np.asarray(corpus.document_lengths, dtype=np.int64)
+    order = np.random.default_rng(SEED).permutation(len(lengths))
+    before = np.cumsum(lengths[order]) - lengths[order]
+    wanted = np.clip(num_tokens - before, 0, lengths[order])
+    if corpus.spans is not None:
+        wanted = np.where(wanted > 0, lengths[order], 0)
+    measured = np.zeros_like(lengths)
+    measured[order] = wanted
+    return measured
 
 
 def score_corpus(

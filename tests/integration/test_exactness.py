@@ -77,7 +77,7 @@ def _segments(config: TrainConfig, corpus: Any, name: str) -> list[tuple[int, in
     """(document, offset, length) of the segments that validation reads."""
     from megatron_dllm.evaluation.elbo import validation_geometry, validation_lengths
 
-    lengths = validation_lengths(corpus.document_lengths, config.evaluation.num_tokens)
+    lengths = validation_lengths(corpus, config.evaluation.num_tokens)
     stream = RowStream(lengths, 0, config.data.packing_chunk, shuffle=False)
     geometry = validation_geometry(config, name)
     segments = []

@@ -126,8 +126,11 @@ def _texts(folder: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def test_the_tables_of_the_readme_are_recorded(demo: Path, tmp_path: Path) -> None:
-    assert record_demo(["--demo", str(demo), "--results", str(tmp_path)]) == 0
+def test_the_tables_and_pictures_of_the_readme_are_recorded(demo: Path, tmp_path: Path) -> None:
+    assert record_demo(["--demo", str(demo), "--results", str(tmp_path), "--images", str(tmp_path)]) == 0
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == ["demo_answers.png", "demo_elbo.png"]
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     tables = json.loads((tmp_path / "demo.json").read_text())
     models = {row["model"]: row["measure"] for row in tables["models"]}
     assert models["AR base"] == "exact NLL" and models["merged"] == "ELBO, block 32"
