@@ -165,8 +165,8 @@ class EvaluationConfig:
     # Block sizes at which the ELBO is measured; the first is the target that ranks checkpoints.
     block_sizes: list[int] = field(default_factory=lambda: [32])
     # Document tokens of held-out text, the same ones at every block size; 0: no validation. The last document is cut
-    # where they are reached, but a chat is measured whole. A recipe that leaves it out measures 2 million where it names
-    # data.validation.
+    # where they are reached, but a chat is measured whole. A recipe that leaves it out measures 2 million where it
+    # names data.validation.
     num_tokens: int = 0
     # Rows of a forward pass on one rank.
     micro_batch_size: int = 1

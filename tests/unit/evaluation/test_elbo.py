@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +28,7 @@ def test_as_many_tokens_are_measured_as_asked_for(num_tokens: int) -> None:
 
 def test_more_tokens_only_add_to_what_is_measured() -> None:
     steps = [validation_lengths(_corpus(), num_tokens) for num_tokens in range(170)]
-    assert all((after >= before).all() for before, after in zip(steps, steps[1:], strict=False))
+    assert all((after >= before).all() for before, after in pairwise(steps))
     assert (steps[-1] == LENGTHS).all()
 
 
