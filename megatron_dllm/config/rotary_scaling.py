@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from megatron_dllm.config.rules import LARGEST_LENGTH, check, check_choice, check_positive
 
 YARN, NTK, LLAMA3 = "yarn", "ntk", "llama3"
 KINDS = (YARN, NTK, LLAMA3)
+# The kind that reads each field; the others are read by every kind.
+_KIND_OF = {
+    "beta_fast": YARN,
+    "beta_slow": YARN,
+    "attention_factor": YARN,
+    "distance_ahead": NTK,
+    "low_freq_factor": LLAMA3,
+    "high_freq_factor": LLAMA3,
+}
 # Beyond any published model; no context is that much longer than another.
 _LARGEST_FACTOR = 1e4
 
@@ -82,6 +91,7 @@ class RotaryScalingConfig:
             longest: max_position_embeddings of the model, where it is known.
         """
         check_choice(f"{key}.kind", self.kind, KINDS)
+        self._refuse_what_another_kind_reads(key)
         check(
             1.0 <= self.factor <= _LARGEST_FACTOR,
             f"{key}.factor ({self.factor:g}) must lie in [1, {_LARGEST_FACTOR:g}]; 1 changes nothing.",
@@ -104,6 +114,16 @@ class RotaryScalingConfig:
             f"{key}.distance_ahead ({self.distance_ahead}) must lie in [0, original_max_position_embeddings] = "
             f"[0, {self.original_max_position_embeddings}]; give 0, the block size, or the original length.",
         )
+
+    def _refuse_what_another_kind_reads(self, key: str) -> None:
+        """Refuse a value that would be passed over, as angles other than the asked ones look like any others."""
+        for field in fields(self):
+            kind, value = _KIND_OF.get(field.name, self.kind), getattr(self, field.name)
+            check(
+                kind == self.kind or value == field.default,
+                f"{key}.{field.name} ({value}) has no effect with kind {self.kind}; leave it out, or set {key}.kind to "
+                f"{kind}.",
+            )
 
     def _validate_yarn(self, key: str) -> None:
         check(

@@ -79,6 +79,13 @@ def stretched(**changes: object) -> RotaryScalingConfig:
             ("low_freq_factor (5)", "high_freq_factor"),
         ),
         (dict(rotary_scaling=stretched(kind="ntk", distance_ahead=300)), ("distance_ahead (300)", "[0, 256]")),
+        (
+            dict(rotary_scaling=stretched(distance_ahead=32)),
+            ("rotary_scaling.distance_ahead (32)", "no effect with kind yarn", "rotary_scaling.kind to ntk"),
+        ),
+        (dict(rotary_scaling=stretched(kind="ntk", beta_fast=16.0)), ("beta_fast (16.0)", "with kind ntk", "yarn.")),
+        (dict(rotary_scaling=stretched(kind="llama3", attention_factor=1.1)), ("attention_factor (1.1)", "llama3;")),
+        (dict(rotary_scaling=stretched(high_freq_factor=8.0)), ("high_freq_factor (8.0)", "kind yarn", "to llama3.")),
     ],
 )
 def test_models_that_contradict_themselves_are_refused(changes: dict[str, object], parts: tuple[str, ...]) -> None:
