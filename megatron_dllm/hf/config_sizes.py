@@ -14,6 +14,7 @@ from megatron_dllm.hf.rope_scaling import read_scaling
 MUST_BE = {
     "use_bias": False,
     "use_qkv_bias": False,
+    "using_split_qkv_in_self_attention": False,
     "attention_bias": False,
     "mlp_bias": False,
     "use_mrope": False,

@@ -46,7 +46,6 @@ class Family:
         has_experts: every model of the family, or none; None: those that state num_experts.
         fixed_of_experts: `fixed` of a model with experts.
         settings_of_experts: `settings` of a model with experts.
-        is_strict: the class is transformers' own and reads no key that we do not know: another is refused.
     """
 
     fixed: Mapping[str, Any]
@@ -56,7 +55,6 @@ class Family:
     has_experts: bool | None = False
     fixed_of_experts: Mapping[str, Any] = field(default_factory=dict)
     settings_of_experts: tuple[Setting, ...] = ()
-    is_strict: bool = True
 
 
 def _flag(reader: ConfigValues, key: str) -> bool:
@@ -139,7 +137,7 @@ FAMILIES = {
     ),
     "qwen2": Family(_PLAIN | {"add_qkv_bias": True}, stated=_NO_WINDOW),
     "qwen3": Family(_QWEN3, stated=_NO_BIAS | _NO_WINDOW, settings=(_HEAD_DIM,)),
-    "sdar": Family(_QWEN3, stated=_NO_BIAS | _NO_WINDOW, is_strict=False),
+    "sdar": Family(_QWEN3, stated=_NO_BIAS | _NO_WINDOW),
     "qwen3_moe": Family(
         _QWEN3,
         stated=_NO_BIAS | _NO_WINDOW | {"decoder_sparse_step": 1},
@@ -156,7 +154,6 @@ FAMILIES = {
         has_experts=True,
         fixed_of_experts=_SOFTMAX | {"num_dense_layers": 0},
         settings_of_experts=_QWEN3_EXPERTS,
-        is_strict=False,
     ),
     # The class of our own exports, in hf/modeling: whatever the families above can be.
     "megatron_dllm": Family(
@@ -171,7 +168,6 @@ FAMILIES = {
         has_experts=None,
         fixed_of_experts=_SOFTMAX,
         settings_of_experts=(_EXPERT_SIZE, _CHOSEN, _NORMALISED, Setting("first_k_dense_replace", "num_dense_layers")),
-        is_strict=False,
     ),
 }
 
@@ -206,14 +202,18 @@ def _read(reader: ConfigValues, settings: tuple[Setting, ...]) -> dict[str, Any]
 
 
 def _refuse_part_rotation(reader: ConfigValues, model: ModelConfig, family: Family) -> None:
-    """Refuse a rotary embedding of a part of each head, in a family that turns the whole."""
-    if "rotary_percent" not in family.fixed:
-        return
-    share, count = reader.get("partial_rotary_factor", 1.0, float), reader.get("rotary_dim", model.kv_channels)
-    if share != 1.0 or count != model.kv_channels:
+    """Refuse a rotary embedding of a part of each head where a family turns the whole, and two shares that differ."""
+    width, share = model.kv_channels, reader.get("partial_rotary_factor", 1.0, float)
+    count = reader.get("rotary_dim", int(share * width))
+    if "rotary_percent" in family.fixed and (share != 1.0 or count != width):
         raise ValueError(
             f"{reader.source}: partial_rotary_factor ({share}) and rotary_dim ({count}) must cover the whole head "
-            f"({model.kv_channels} features) in a {model.family}; correct them as the model's authors gave them."
+            f"({width} features) in a {model.family}; correct them as the model's authors gave them."
+        )
+    if count != int(share * width):
+        raise ValueError(
+            f"{reader.source}: partial_rotary_factor ({share}) of {width} features a head and rotary_dim ({count}) "
+            "differ; correct whichever is wrong."
         )
 
 

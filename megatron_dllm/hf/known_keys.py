@@ -1,6 +1,7 @@
-"""Keys of config.json that we know; in a family whose class is transformers' own, another one is refused.
+"""Keys of config.json that we know; another one is refused.
 
-A key that nobody here has heard of may be what makes a model another one (a clip of queries, a factor on residuals).
+A key that nobody here has heard of may be what makes a model another one (a clip of queries, a factor on residuals), in
+files of transformers' own classes and in those of models that bring their code.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _READ = (
     "rope_theta",
     "rope_scaling",
     "partial_rotary_factor",
+    "rotary_dim",
     "tie_word_embeddings",
     "mask_token_id",
     "eos_token_id",
@@ -97,24 +99,52 @@ _WITHOUT_EFFECT = (
 )
 _KNOWN = frozenset({*_READ, *_WITHOUT_EFFECT, *BOOKKEEPING, *MUST_BE})
 
+# Ling and LLaDA2 have no table in families.py; these are read in config_sizes.py.
+_BAILING = (
+    "first_k_dense_replace",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_shared_experts",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "score_function",
+    "moe_router_enable_expert_bias",
+    "use_qk_norm",
+    # Scales the loss of layers that predict further tokens, which a model that we read does not have.
+    "mtp_loss_scaling_factor",
+)
+# Tokens with which LLaDA2.2 inserts and deletes while it decodes; a forward pass knows no difference.
+_LLADA2 = ("delete_token_id", "split_token_id")
+# How SDAR's files say that it is to be trained.
+_SDAR = ("fuse_cross_entropy", "micro_forward", "skip_checkpoint", "debug")
+# Keys of families that bring their code. Which code that is, auto_map says; we compute without it, and `architectures`
+# has been compared with the class that we know.
+_BESIDE_CODE = {
+    "bailing_moe": ("auto_map", *_BAILING),
+    "llada2_moe": ("auto_map", *_BAILING, *_LLADA2),
+    "sdar": ("auto_map", *_SDAR),
+    "sdar_moe": ("auto_map", *_SDAR),
+    "megatron_dllm": ("auto_map",),
+}
+
 
 def refuse_unknown_keys(reader: ConfigValues, family: str) -> None:
     """Refuse a setting that may change what the model computes.
 
     Args:
         reader: of config.json.
-        family: of the model; one whose code comes with the folder may have keys of its own.
+        family: of the model.
 
     Raises:
         ValueError: naming the key and its value.
     """
-    table = FAMILIES.get(family)
-    if table is None or not table.is_strict:
-        return
-    settings = table.settings + table.settings_of_experts
-    own = {common_name(key) for key in (*table.stated, *table.written, *(setting.key for setting in settings))}
+    known = _KNOWN | _keys_of(family)
     for key, value in reader.values.items():
-        if key not in _KNOWN | own:
+        if key not in known:
             what = (
                 "names code of the folder's own" if key == "auto_map" else "is no key that a model of this family has"
             )
@@ -122,3 +152,12 @@ def refuse_unknown_keys(reader: ConfigValues, family: str) -> None:
                 f"{reader.source}: {key} ({brief(value)}) {what}, so the model may be another than a {family}; "
                 "remove the key if it changes nothing."
             )
+
+
+def _keys_of(family: str) -> set[str]:
+    """Our names of the keys that belong to a family alone."""
+    keys = {*_BESIDE_CODE.get(family, ())}
+    if (table := FAMILIES.get(family)) is not None:
+        settings = table.settings + table.settings_of_experts
+        keys |= {*table.stated, *table.written, *(setting.key for setting in settings)}
+    return {common_name(key) for key in keys}

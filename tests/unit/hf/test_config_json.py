@@ -52,6 +52,40 @@ PUBLISHED_LING_MINI = {
     "norm_softmax": False,
     "hidden_act": "silu",
 }
+# The rest of the file, and how those of LLaDA2.0 differ: that for serving, and that for training.
+LING_MINI_FILE = PUBLISHED_LING_MINI | {
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoModelForCausalLM": "modeling_bailing_moe_v2.BailingMoeV2ForCausalLM"},
+    "embedding_dropout": 0.0,
+    "initializer_range": 0.02,
+    "moe_shared_expert_intermediate_size": 512,
+    "mtp_loss_scaling_factor": 0,
+    "output_dropout": 0.0,
+    "output_router_logits": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.56.1",
+    "use_cache": True,
+    "use_rmsnorm": True,
+}
+_LLADA2_MINI = {
+    key: value
+    for key, value in LING_MINI_FILE.items()
+    if key not in ("eos_token_id", "mtp_loss_scaling_factor", "num_nextn_predict_layers", "use_qk_norm")
+} | {
+    "architectures": ["LLaDA2MoeModelLM"],
+    "auto_map": {"AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM"},
+    "max_window_layers": 28,
+    "model_type": "llada2_moe",
+    "rotary_dim": 64,
+    "use_cache": False,
+    "use_sliding_window": False,
+    "using_split_qkv_in_self_attention": False,
+}
+FILES = {
+    "Ling": LING_MINI_FILE,
+    "LLaDA2, for serving": _LLADA2_MINI | {"dtype": "bfloat16", "sliding_window": 4096},
+    "LLaDA2, for training": _LLADA2_MINI | {"max_position_embeddings": 16384, "model_type": "llada2_moe_veomni"},
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 PUBLISHED_QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -105,6 +139,42 @@ def test_reads_ling_flash_as_llada2() -> None:
         LING_FLASH, family="llada2_moe", mask_token_id=-1, eos_token_id=-1, moe_router_topk_scaling_factor=2.5
     )
     assert source.is_diffusion
+
+
+SDAR_FILE = PUBLISHED_QWEN3_30B | {
+    "architectures": ["SDARMoeForCausalLM"],
+    "attn_implementation": "flex_attention",
+    "auto_map": {"AutoModelForCausalLM": "modeling_sdar_moe.SDARMoeForCausalLM"},
+    "block_size": 4,
+    "debug": False,
+    "fuse_cross_entropy": True,
+    "mask_token_id": 151669,
+    "micro_forward": False,
+    "model_type": "sdar_moe",
+    "skip_checkpoint": False,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_whole_files_are_read_and_nothing_in_them_is_unknown(name: str) -> None:
+    model = from_hf_config(FILES[name]).model
+    expected = from_hf_config(PUBLISHED_LING_MINI).model
+    unlike = ("family", "max_position_embeddings", "eos_token_id")
+    assert model == replace(expected, **{key: getattr(model, key) for key in unlike})
+
+
+def test_a_whole_file_of_sdar_is_read() -> None:
+    source = from_hf_config(SDAR_FILE)
+    assert source.block_size == 4 and source.model.mask_token_id == 151669
+    assert source.model == replace(from_hf_config(PUBLISHED_QWEN3_30B).model, family="sdar_moe", mask_token_id=151669)
+
+
+@pytest.mark.parametrize("config", [*FILES.values(), SDAR_FILE])
+def test_a_key_that_nobody_knows_is_refused_also_beside_code(config: dict[str, object]) -> None:
+    """Clean tokens that see no later one of their block, and clipped queries: each another model, the same tensors."""
+    for key, value in (("use_regular_causal", True), ("clip_qkv", 8.0)):
+        with pytest.raises(ValueError, match=rf"{key} \({value}\) is no key that a model of this family has, so the"):
+            from_hf_config(config | {key: value})
 
 
 def test_reads_ling_1t_whose_rotary_factor_is_a_count() -> None:
@@ -189,6 +259,7 @@ def test_softmax_before_top_k_where_probabilities_are_not_normalised() -> None:
         ({"model_type": "llama"}, "llama"),
         ({"moe_shared_expert_intermediate_size": 700}, "moe_shared_expert_intermediate_size"),
         ({"router_dtype": "bf16"}, "router_dtype"),
+        ({"using_split_qkv_in_self_attention": True}, r"using_split_qkv_in_self_attention \(True\) must be False"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"moe_router_dtype": "bf16", "router_dtype": None}, r"router_dtype \('bf16'\)"),
         ({"layer_types": ["sliding_attention"] * 20}, "layer_types"),
