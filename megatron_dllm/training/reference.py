@@ -15,7 +15,7 @@ from megatron_dllm.diffusion.losses.document_scores import DocumentScores
 from megatron_dllm.evaluation.scores_file import StoredScores, open_scores
 from megatron_dllm.training.engine import Engine
 from megatron_dllm.training.frozen import load_frozen
-from megatron_dllm.training.start import ReferenceWeights
+from megatron_dllm.training.start import FrozenWeights
 from megatron_dllm.training.weighing import FrozenReference, Reference
 
 
@@ -35,7 +35,7 @@ class StoredReference:
 
 
 def open_reference(
-    config: TrainConfig, engine: Engine, weights: ReferenceWeights | None, device: torch.device
+    config: TrainConfig, engine: Engine, weights: FrozenWeights | None, device: torch.device
 ) -> Reference | None:
     """The scores of the weights that the run started from (a collective).
 

@@ -24,6 +24,7 @@ class RunState:
         blends: by stage, the share of each corpus in the document tokens, by the corpus's fingerprint.
         stage_step: steps made in the stage, skipped ones too; checkpoints of earlier versions do not say.
         reference: fingerprint of the checkpoint that preferences are compared with; "" where there are none.
+        teacher: that of the second model that stages learn from; "" where there is none.
     """
 
     step: int = 0
@@ -34,6 +35,7 @@ class RunState:
     num_skipped: int = 0
     blends: dict[str, dict[str, float]] = field(default_factory=dict)
     reference: str = ""
+    teacher: str = ""
     stage_step: int = 0
 
     @classmethod

@@ -79,8 +79,13 @@ def set_up(
     start = load_start(start, engine, decide_again, config.checkpoint.verify)
     state = start.resume.state if start.resume is not None else RunState(stream=stream.state_dict())
     stream.load_state_dict(state.stream)
-    reference = start.reference
-    state = replace(state, blends=stage_shares(config, sources), reference=reference.fingerprint if reference else "")
+    reference, teacher = start.reference, start.teacher
+    state = replace(
+        state,
+        blends=stage_shares(config, sources),
+        reference=reference.fingerprint if reference else "",
+        teacher=teacher.fingerprint if teacher else "",
+    )
     with failing_together():
         if dist.get_rank() == 0:
             _write_run_files(given_config, start, checkpoints.parent)
@@ -107,7 +112,7 @@ def set_up(
         device=device,
         resumed_from=start.resume.folder if start.resume is not None else None,
         reference=open_reference(config, engine, reference, device),
-        teacher=None if start.teacher is None else load_frozen(config, groups, start.teacher, device),
+        teacher=None if teacher is None else load_frozen(config, groups, teacher.folder, device),
     )
     return Trainer(run, state)
 

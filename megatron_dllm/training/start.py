@@ -59,8 +59,8 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class ReferenceWeights:
-    """The weights that preferences are compared with: their folder and its fingerprint."""
+class FrozenWeights:
+    """The weights of a second model, which stay as they are: their folder and its fingerprint."""
 
     folder: Path
     fingerprint: str
@@ -89,8 +89,8 @@ class Start:
     layout: ParallelConfig
     resume: Resume | None
     weights: Weights | None
-    reference: ReferenceWeights | None
-    teacher: Path | None
+    reference: FrozenWeights | None
+    teacher: FrozenWeights | None
     passed_over: Mapping[Path, str]
     table: tuple[StageRow, ...]
     num_corpus_tokens: int
@@ -172,7 +172,7 @@ def decide_start(
         resume=resume,
         weights=weights,
         reference=reference,
-        teacher=find_teacher(config),
+        teacher=find_same_teacher(config, resume),
         passed_over=damaged,
         table=tuple(stage_table(schedule, _estimates(config, schedule, fills))),
         num_corpus_tokens=sum(source.num_tokens for source in sources.corpora.values()),
@@ -258,7 +258,7 @@ def _find_weights(config: TrainConfig) -> Weights | None:
     return Weights(folder, check_start(folder, config))
 
 
-def find_reference(config: TrainConfig, resume: Resume | None) -> ReferenceWeights | None:
+def find_reference(config: TrainConfig, resume: Resume | None) -> FrozenWeights | None:
     """What preferences are compared with: the weights that the run started from, also where it goes on.
 
     Raises:
@@ -277,7 +277,26 @@ def find_reference(config: TrainConfig, resume: Resume | None) -> ReferenceWeigh
             f"started from ({resume.state.reference[:12]}), which its preferences are compared with; name that "
             "checkpoint."
         )
-    return ReferenceWeights(folder, found)
+    return FrozenWeights(folder, found)
+
+
+def find_same_teacher(config: TrainConfig, resume: Resume | None) -> FrozenWeights | None:
+    """The second model that stages learn from, which stays the same one where a run goes on.
+
+    Raises:
+        ValueError: what `find_teacher` refuses, or other weights than those that have taught the run.
+    """
+    folder = find_teacher(config)
+    if folder is None:
+        return None
+    found = fingerprint(folder)
+    if resume is not None and resume.state.teacher not in ("", found):
+        raise ValueError(
+            f"teacher.checkpoint ({config.teacher.checkpoint}) has other weights ({folder.name}, {found[:12]}) than "
+            f"the model that has taught this run ({resume.state.teacher[:12]}); name that checkpoint, or start a new "
+            "run from the weights."
+        )
+    return FrozenWeights(folder, found)
 
 
 def _check_same_stage(folder: Path, stored: CheckpointMeta, config: TrainConfig) -> None:

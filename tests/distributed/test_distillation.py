@@ -131,3 +131,18 @@ def test_a_teacher_that_cannot_teach_is_refused(folder: Path) -> None:
     assert find_teacher(unused) is None
     (warning,) = teacher_warnings(unused)
     assert "has no effect" in warning
+
+
+def test_a_run_goes_on_with_its_own_teacher_alone(folder: Path) -> None:
+    from megatron_dllm.training.sources import Sources
+    from megatron_dllm.training.start import decide_start, find_same_teacher
+
+    config = config_of(folder, "teacher", "teacher")
+    start = decide_start(config, 1, Sources(config))
+    assert start.teacher is not None and start.resume is not None
+    state = start.resume.state
+    assert state.teacher == start.teacher.fingerprint, "what the run has written"
+    earlier, other = (replace(start.resume, state=replace(state, teacher=value)) for value in ("", "f" * 64))
+    assert find_same_teacher(config, earlier) == start.teacher, "a version that did not write it"
+    with pytest.raises(ValueError, match=r"teacher\.checkpoint \(.*start\) has other weights .* taught this run \(f"):
+        find_same_teacher(config, other)
