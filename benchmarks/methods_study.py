@@ -3,40 +3,35 @@
     python -m benchmarks.methods_study [--methods wsd growth ...] [--seeds 3] [--tokens 400000]
 
 Every method converts the same AR model (`benchmarks.guided_runs` has model, corpus and base), once with equal document
-tokens and once with the document tokens that make its floating-point operations those of `wsd` (what an alignment adds
-is not counted). The ELBO at block 32 is measured the same way for all, whatever a method trains for. A run that is
-there is not repeated, and one that was interrupted goes on; the tables and the picture hold what has been measured.
-Runs with other numbers of tokens have a folder of their own, so that a short trial leaves nothing in the tables.
+tokens and once with the document tokens that make its floating-point operations those of `wsd`, by the planner's
+formulas. The ELBO at block 32 is measured the same way for all, whatever a method trains for. Seed by seed, all methods
+run; tables and picture are written after each run and hold what has been measured. A run that is there is not repeated,
+and one that was interrupted goes on. Runs of other lengths have a folder of their own, so that a short trial leaves
+nothing in the tables.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ar_guided import RESULT, run, run_name
-from benchmarks.guided_runs import (
-    CONTEXT_LENGTH,
-    LEARNING_RATE,
-    SIZES,
-    TARGET,
-    base_stages,
-    operations,
-    run_config,
-    write_corpora,
-)
+from benchmarks.guided_runs import LEARNING_RATE, ROWS, SIZES, TARGET, base_stages, run_config
 from benchmarks.methods_table import write_methods
 from benchmarks.record import RESULTS, machine
+from benchmarks.study_corpus import CONTEXT_LENGTH, write_corpora
+from benchmarks.study_cost import MANY, check_tokens, mean_operations
+from benchmarks.study_jobs import RESULT, Job, Lengths, base_job, num_tokens, run, run_jobs, run_name
 from benchmarks.tiny_run import read_metrics
 from megatron_dllm.config import NoiseConfig, StageConfig, TrainConfig
 from megatron_dllm.config.alignment import AlignmentConfig
-from megatron_dllm.config.annealing import AttentionAnnealConfig
+from megatron_dllm.config.annealing import RANDOM, AttentionAnnealConfig
+from megatron_dllm.config.distill import TEACHER, DistillConfig, TeacherConfig
 from megatron_dllm.config.fitting import fitted
+from megatron_dllm.config.rules import check_positive
 from megatron_dllm.run.command import run_command
-from megatron_dllm.run.files import write_json
 
 MODEL = SIZES["tiny"]
 REFERENCE = "wsd"
@@ -45,7 +40,9 @@ TOKENS, OPERATIONS = EQUAL = ("tokens", "operations")
 # Block size and share of the document tokens of each stage.
 _WSD = ((1, 0.1), (4, 0.1), (32, 0.1), (64, 0.1), (CONTEXT_LENGTH, 0.3), (128, 0.1), (TARGET, 0.2))
 _GROWTH = ((1, 0.2), (4, 0.2), (TARGET, 0.6))
+_DOUBLING = (*((size, 0.1) for size in (1, 2, 4, 8, 16)), (TARGET, 0.5))
 _JUMP, _FULL = ((TARGET, 1.0),), ((CONTEXT_LENGTH, 1.0),)
+_CLEAN_AR = {"clean_block_size": 1, "ar_weight": 0.5}
 _PAIR = dict(num_views=2, view_relation="complementary", loss_weight="uniform", t_min=0.001, t_max=0.999)
 
 
@@ -58,23 +55,25 @@ class Method:
         settings: of every stage.
         t_unit: what shares a noise level.
         lr_multipliers: of the optimizer.
+        backend: of attention.
     """
 
     blocks: tuple[tuple[int, float], ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     t_unit: str = "block"
     lr_multipliers: Mapping[str, float] = field(default_factory=dict)
+    backend: str = "auto"
 
-    def stages(self, num_tokens: float) -> dict[str, StageConfig]:
-        """Its stages, with so many document tokens together; the learning rate rises first and falls last."""
+    def stages(self, num_tokens: float, rows: int = ROWS) -> dict[str, StageConfig]:
+        """Its stages, with so many document tokens and rows of a step; the learning rate rises first and falls last."""
         stages = {}
         for index, (block_size, share) in enumerate(self.blocks):
             is_last = index == len(self.blocks) - 1
             stages[f"{index}_{block_size}"] = StageConfig(
                 block_size=block_size,
                 num_tokens=round(share * num_tokens),
-                global_batch_size=8,
-                micro_batch_size=8,
+                global_batch_size=rows,
+                micro_batch_size=rows,
                 learning_rate=LEARNING_RATE,
                 lr_warmup_share=0.05 / share if index == 0 else 0.0,
                 lr_shape="cosine" if is_last else "constant",
@@ -82,14 +81,6 @@ class Method:
                 **self.settings,
             )
         return stages
-
-    @property
-    def cost(self) -> float:
-        """Floating-point operations of a document token."""
-        return sum(
-            share * operations(MODEL, stage)
-            for (_, share), stage in zip(self.blocks, self.stages(1e6).values(), strict=True)
-        )
 
 
 METHODS = {
@@ -101,8 +92,14 @@ METHODS = {
     "bd3lm": Method(((CONTEXT_LENGTH, 0.85), (TARGET, 0.15))),
     "llada": Method(_FULL, t_unit="document"),
     "diffullama": Method(_FULL, {"shift": True}, t_unit="document"),
-    "diffullama, opening mask": Method(
+    "diffullama, opening window": Method(
         _FULL, {"shift": True, "attention_anneal": AttentionAnnealConfig(steps=50)}, t_unit="document"
+    ),
+    "diffullama, opening at random": Method(
+        _FULL,
+        {"shift": True, "attention_anneal": AttentionAnnealConfig(steps=50, kind=RANDOM)},
+        t_unit="document",
+        backend="dense",
     ),
     "dream": Method(_FULL, {"shift": True, "loss_weight": "cart"}, t_unit="document"),
     "rnd1": Method(_FULL, {"shift": True}, lr_multipliers={"*.mlp.*": 0.1, "*.mlp.router.*": 0.0}),
@@ -110,13 +107,30 @@ METHODS = {
     "growth, order 1": Method(_GROWTH, {"order_bias": 1.0}),
     "growth, rising t_max": Method(_GROWTH, {"t_max_start": 0.3, "t_max_ramp_share": 0.5}),
     "growth, aligned": Method(_GROWTH, {"alignment": AlignmentConfig(weight=1.0)}),
-    "growth, clean blocks of 1, AR loss": Method(_GROWTH, {"clean_block_size": 1, "ar_weight": 0.5}),
+    "growth, aligned with the base": Method(_GROWTH, {"alignment": AlignmentConfig(weight=1.0, source=TEACHER)}),
+    "growth, distilled from the base": Method(_GROWTH, {"distill": DistillConfig(weight=1.0, source=TEACHER)}),
+    "growth, AR rows": Method(_GROWTH, {"ar_weight": 0.5, "ar_row_share": 0.2}),
+    "growth, clean blocks of 1": Method(_GROWTH, {"clean_block_size": 1}),
+    "growth, clean blocks of 1, AR loss": Method(_GROWTH, _CLEAN_AR),
+    "growth, clean blocks of 1, AR loss, distilled": Method(
+        _GROWTH, {**_CLEAN_AR, "distill": DistillConfig(weight=1.0)}
+    ),
+    "nbdiff": Method(_DOUBLING, {**_CLEAN_AR, "shift": True, "loss_weight": "uniform"}, t_unit="document"),
 }
 
 
-def method_config(folder: Path, name: str, method: Method, seed: int, num_tokens: float) -> TrainConfig:
-    """The run of a method; rows have room for two views where it has them."""
-    config = run_config(folder, name, MODEL, seed, method.stages(num_tokens))
+def method_run(folder: Path, name: str, method: Method, seed: int, num_tokens: float, rows: int = ROWS) -> TrainConfig:
+    """The run of a method; rows have room for two views where it has them.
+
+    Args:
+        folder: of the runs of these lengths, in which the AR model lies.
+        name: of the run.
+        method: how it converts.
+        seed: of order and noise.
+        num_tokens: document tokens.
+        rows: of a step.
+    """
+    config = run_config(folder, name, MODEL, seed, method.stages(num_tokens, rows))
     num_views = max(stage.num_views for stage in config.schedule.stages.values())
     schedule = replace(config.schedule, row_length=(num_views + 1) * CONTEXT_LENGTH)
     return replace(
@@ -124,36 +138,63 @@ def method_config(folder: Path, name: str, method: Method, seed: int, num_tokens
         schedule=fitted(schedule, MODEL.max_position_embeddings),
         noise=NoiseConfig(t_unit=method.t_unit),
         optimizer=replace(config.optimizer, lr_multipliers=dict(method.lr_multipliers)),
+        training=replace(config.training, attention_backend=method.backend),
+        teacher=TeacherConfig(str(folder / "base") if config.taught_stages else None),
     )
 
 
-def equal_tokens(method: Method, kind: str, num_tokens: float) -> float:
-    """Document tokens of a method, for `num_tokens` of the reference."""
-    return num_tokens if kind == TOKENS else num_tokens * METHODS[REFERENCE].cost / method.cost
+def equal_run(folder: Path, name: str, kind: str, seed: int, num_tokens: int, rows: int = ROWS) -> TrainConfig:
+    """The run of the method of that name, with the tokens or the operations of `num_tokens` of the reference."""
+    method, own = METHODS[name], run_name(name, kind, seed)
+    tokens = float(num_tokens)
+    if kind == OPERATIONS:
+        reference, cost = (
+            mean_operations(method_run(folder, own, one, seed, MANY, rows)) for one in (METHODS[REFERENCE], method)
+        )
+        tokens *= reference / cost
+    return method_run(folder, own, method, seed, tokens, rows)
 
 
-def measure(folder: Path, name: str, kind: str, seed: int, num_tokens: float) -> None:
-    """Convert by one method with one seed, and write down what came of it."""
-    method = METHODS[name]
-    tokens = equal_tokens(method, kind, num_tokens)
-    config = method_config(folder, run_name(name, kind, seed), method, seed, tokens)
+def jobs_of(study: Path, methods: Sequence[str], num_seeds: int, lengths: Lengths) -> Iterator[Job]:
+    """The AR model, and the runs that convert it, in their order.
+
+    Args:
+        study: folder of the runs, with the corpora.
+        methods: names of METHODS.
+        num_seeds: seeds of each.
+        lengths: of the runs.
+    """
+    folder = study / lengths.name
+    yield base_job(run_config(folder, "base", MODEL, 0, base_stages(lengths.base_tokens, lengths.rows)), "AR model")
+    for seed in range(1, num_seeds + 1):
+        for kind in EQUAL:
+            for name in methods:
+                yield _job(equal_run(folder, name, kind, seed, lengths.tokens, lengths.rows), name, kind, seed)
+
+
+def _job(config: TrainConfig, name: str, kind: str, seed: int) -> Job:
+    about = {"method": name, "equal": kind, "seed": seed, "document_tokens": num_tokens(config)}
     target = Path(config.run.root) / config.run.name
-    if (target / RESULT).is_file():
-        return
-    seconds = run(config)
+    cost = num_tokens(config) * mean_operations(config)
+    return Job(f"seed {seed}, {name}, equal {kind}", target / RESULT, cost, lambda: {**about, "elbo": convert(config)})
+
+
+def convert(config: TrainConfig) -> float:
+    """Run a method; the ELBO at its end, in nats per token."""
+    run(config)
     end = [record for record in read_metrics(config) if record.get("validation")][-1]
-    write_json(
-        target / RESULT,
-        {
-            "method": name,
-            "equal": kind,
-            "seed": seed,
-            "document_tokens": round(tokens),
-            "operations": tokens * method.cost,
-            "elbo": end[f"validation_elbo/{TARGET}"],
-            "seconds": seconds,
-        },
-    )
+    return float(end[f"validation_elbo/{TARGET}"])
+
+
+def validate(methods: Sequence[str], num_seeds: int, lengths: Lengths) -> None:
+    """Raise ValueError where a number is not positive or a stage would be shorter than a step."""
+    check_positive("seeds", num_seeds)
+    check_positive("rows", lengths.rows)
+    nowhere = Path("runs")
+    base = run_config(nowhere, "base", MODEL, 0, base_stages(MANY, lengths.rows))
+    check_tokens("base_tokens", lengths.base_tokens, [base])
+    runs = [equal_run(nowhere, name, kind, 1, MANY, lengths.rows) for kind in EQUAL for name in methods]
+    check_tokens("tokens", lengths.tokens, runs)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -164,18 +205,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="number of them")
     parser.add_argument("--tokens", type=int, default=400_000, help="document tokens of a conversion")
     parser.add_argument("--base_tokens", type=int, default=2_000_000, help="document tokens of the AR model")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of a step")
     parser.add_argument("--output", type=Path, default=RESULTS / "methods_study", help="results, without suffix")
     options = parser.parse_args(arguments)
-    # Runs of other lengths lie elsewhere: they are neither gone on with nor put into this table.
-    folder = options.study / f"{options.base_tokens}_{options.tokens}"
+    lengths = Lengths(options.tokens, options.base_tokens, options.rows)
+    validate(options.methods, options.seeds, lengths)
     write_corpora(options.study)
-    run(run_config(folder, "base", MODEL, 0, base_stages(options.base_tokens)))
-    about: dict[str, Any] = machine() | {"tokens": options.tokens, "base_tokens": options.base_tokens}
-    for seed in range(1, options.seeds + 1):
-        for kind in EQUAL:
-            for name in options.methods:
-                measure(folder, name, kind, seed, options.tokens)
-                write_methods(folder.glob(f"*/{RESULT}"), options.output, about, REFERENCE)
+    about: dict[str, Any] = machine() | asdict(lengths)
+    jobs = list(jobs_of(options.study, options.methods, options.seeds, lengths))
+    results = options.study / lengths.name
+    run_jobs(jobs, lambda: write_methods(results.glob(f"*/{RESULT}"), options.output, about, REFERENCE))
     return 0
 
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.methods_study import EQUAL, METHODS, OPERATIONS, REFERENCE, TOKENS, equal_tokens, main, method_config
-from benchmarks.methods_table import is_clear, picture, rows_of
+from benchmarks.methods_study import EQUAL, METHODS, OPERATIONS, REFERENCE, TOKENS, equal_run, jobs_of, main
+from benchmarks.methods_table import is_clear, picture, rows_of, write_methods
+from benchmarks.study_corpus import write_corpora
+from benchmarks.study_cost import mean_operations
+from benchmarks.study_jobs import Lengths, num_tokens
 
 RESULTS = [
     {
@@ -27,18 +30,42 @@ RESULTS = [
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("kind", EQUAL)
 def test_every_method_is_a_run_of_its_tokens(name: str, kind: str, tmp_path: Path) -> None:
-    method = METHODS[name]
-    tokens = equal_tokens(method, kind, 400_000)
-    config = method_config(tmp_path, "run", method, 1, tokens)
+    config, reference = (equal_run(tmp_path, method, kind, 1, 400_000) for method in (name, REFERENCE))
     config.validate(1)
-    assert sum(stage.num_tokens or 0 for stage in config.schedule.stages.values()) == pytest.approx(tokens, abs=9)
-    if kind == OPERATIONS:
-        assert tokens * method.cost == pytest.approx(400_000 * METHODS[REFERENCE].cost)
+    if kind == TOKENS:
+        assert num_tokens(config) == pytest.approx(400_000, abs=9)
+    else:
+        expected = num_tokens(reference) * mean_operations(reference)
+        assert num_tokens(config) * mean_operations(config) == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_computes_more_gets_fewer_tokens() -> None:
-    tokens = {name: equal_tokens(METHODS[name], OPERATIONS, 1000) for name in ("fast_dllm", "jump", "wsd", "llada")}
-    assert tokens["fast_dllm"] < tokens["jump"] < tokens["wsd"] == 1000 < tokens["llada"]
+def test_what_computes_more_gets_fewer_tokens(tmp_path: Path) -> None:
+    names = ("fast_dllm", "growth, distilled from the base", "jump", "wsd", "llada")
+    tokens = [num_tokens(equal_run(tmp_path, name, OPERATIONS, 1, 400_000)) for name in names]
+    assert tokens == sorted(tokens) and len(set(tokens)) == len(names) and tokens[3] == 400_000
+
+
+def test_all_methods_run_with_a_seed_before_the_next(tmp_path: Path) -> None:
+    jobs = list(jobs_of(tmp_path, ["wsd", "jump"], 2, Lengths(400_000, 10**6, 8)))
+    runs = ["wsd, equal tokens", "jump, equal tokens", "wsd, equal operations", "jump, equal operations"]
+    assert [job.name for job in jobs] == ["AR model", *(f"seed {seed}, {run}" for seed in (1, 2) for run in runs)]
+    assert len({job.result for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "20000"], r"tokens \(20000\) must be at least \d{5}, so that the shortest stage"),
+        (["--base_tokens", "0"], r"base_tokens \(0\) must be at least 4096"),
+        (["--seeds", "0"], r"seeds \(0\) must be positive"),
+    ],
+)
+def test_what_no_run_could_do_is_refused_before_anything_is_written(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(["--study", str(tmp_path / "study"), "--output", str(tmp_path / "table"), *words])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_best_comes_first_and_only_what_exceeds_the_spread_is_clear() -> None:
@@ -50,14 +77,24 @@ def test_the_best_comes_first_and_only_what_exceeds_the_spread_is_clear() -> Non
     assert picture(RESULTS, REFERENCE).startswith(b"\x89PNG")
 
 
+def test_nothing_measured_is_no_table(tmp_path: Path) -> None:
+    write_methods([], tmp_path / "table", {}, REFERENCE)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
-def test_the_study_runs_and_goes_on(tmp_path: Path) -> None:
-    words = ["--study", str(tmp_path / "study"), "--output", str(tmp_path / "table"), "--seeds", "1"]
-    words += ["--tokens", "6000", "--base_tokens", "6000", "--methods", "jump", "dream"]
+def test_the_study_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In steps of a row, the reference, a frozen teacher and random pairs among the methods."""
+    write_corpora(tmp_path / "study", max_bytes=150_000, num_chats=40, num_questions=2)
+    words = ["--study", str(tmp_path / "study"), "--output", str(tmp_path / "table"), "--seeds", "1", "--rows", "1"]
+    words += ["--tokens", "6000", "--base_tokens", "2000", "--methods", "wsd", "growth, distilled from the base"]
+    words += ["diffullama, opening at random"]
     assert main(words) == 0
     written = (tmp_path / "table.md").read_text()
-    assert "equal tokens" in written and "equal operations" in written and "dream" in written
+    assert "equal tokens" in written and "equal operations" in written and "opening at random" in written
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("*/*/result.json")}
-    assert {path.parent.parent.name for path in before} == {"6000_6000"}  # runs of other lengths lie elsewhere
-    assert len(before) == 4 and main(words) == 0
+    assert {path.parent.parent.name for path in before} == {"2000_6000_1"}  # runs of other lengths lie elsewhere
+    capsys.readouterr()
+    assert len(before) == 6 and main(words) == 0
+    assert "7 jobs, 7 of them done" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
