@@ -20,7 +20,7 @@ TEXT, VALIDATION, CHATS, QUESTIONS = "train", "validation", "chats", "questions/
 TOKENIZER = "text/tokenizer"
 
 
-def write_corpora(folder: Path, max_bytes: int = 10_000_000, num_chats: int = 4000, num_questions: int = 20) -> None:
+def write_corpora(folder: Path, max_bytes: int = 5_000_000, num_chats: int = 2000, num_questions: int = 20) -> None:
     """Write the tokenizer, the corpora TEXT, VALIDATION and CHATS, and the file QUESTIONS; once.
 
     Args:
@@ -31,6 +31,7 @@ def write_corpora(folder: Path, max_bytes: int = 10_000_000, num_chats: int = 40
     """
     if (folder / f"{CHATS}.json").is_file():  # the last one
         return
+    print(f"writing the corpora of {folder}", flush=True)
     build(folder / "text", vocab_size=VOCAB_SIZE, validation_fraction=HELD_OUT, max_bytes=max_bytes)
     tokenizer, questions = str(folder / TOKENIZER), (folder / QUESTIONS).parent
     for name in (TEXT, VALIDATION):
