@@ -135,11 +135,12 @@ def warnings(config: StudyConfig) -> list[str]:
     """Settings without effect, a sentence each."""
     if any(name not in TASKS for name in config.tasks):
         return []
+    theirs = {item.name for item in fields(AskingConfig)} | {"filter"}
     return [
         f"{item.name} ({getattr(config, item.name)}) has no effect without a task of lm-evaluation-harness; name one "
         "in tasks, or leave it out."
-        for item in fields(AskingConfig)
-        if getattr(config, item.name) != item.default
+        for item in fields(StudyConfig)
+        if item.name in theirs and getattr(config, item.name) != item.default
     ]
 
 
@@ -159,7 +160,7 @@ def _tasks(config: StudyConfig) -> list[WrittenTasks]:
     from megatron_dllm.evaluation.harness.decoded_tasks import WrittenTasks
 
     try:
-        return [WrittenTasks.load(names, config, config.num_questions)]
+        return [WrittenTasks.load(names, config, config.num_questions, config.filter)]
     except ValueError as error:
         raise ValueError(f"{error} Tasks of this program are {', '.join(TASKS)}.") from None
 

@@ -29,6 +29,9 @@ class StudyConfig(PlacementConfig, AskingConfig):
     # Names of tasks whose answers a program can check, or tasks of lm-evaluation-harness that have a model write: names
     # or YAML files. Empty: all of the former.
     tasks: list[str] = field(default_factory=list)
+    # The filter that takes answers out of texts, where a task of lm-evaluation-harness has several (gsm8k: strict-match
+    # and flexible-extract). Null: the first that each task lists.
+    filter: str | None = None
     # Held-out questions of each task.
     num_questions: int = 60
     # A .jsonl file of chats that end with a right answer, instead of the questions of the tasks.

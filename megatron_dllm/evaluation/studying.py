@@ -140,6 +140,8 @@ def _asked(config: StudyConfig, asked: Asked, tasks: WrittenTasks | None) -> lis
         examples = "as many examples as they say" if config.num_fewshot is None else f"{config.num_fewshot} examples"
         form = "chats" if config.apply_chat_template else "texts"
         told.append(f"{tasks.limit} each of {' and '.join(tasks.names)} as {form} behind {examples}")
+        if by := sorted({*tasks.filters.values()} - {"none"}):
+            told.append(f"answers by {' and '.join(by)}")
     return told
 
 

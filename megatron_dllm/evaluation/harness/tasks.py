@@ -107,6 +107,26 @@ def writing_tasks(tasks: Sequence[Any]) -> list[str]:
     return [str(t.task_name) for t in leaves(tasks) if t.OUTPUT_TYPE == _GENERATE or t.task_name in asking]
 
 
+def filters_of(task: Any) -> list[str]:
+    """Names of the ways in which a task takes answers out of texts, as it lists them."""
+    return [str(entry["name"]) for entry in task.config.filter_list or []] or ["none"]
+
+
+def chosen_filter(task: Any, wanted: str | None) -> str:
+    """The filter whose answers count: the wanted one, or the first.
+
+    Raises:
+        ValueError: the task has no such filter.
+    """
+    names = filters_of(task)
+    if wanted is not None and wanted not in names:
+        raise ValueError(
+            f"filter ({wanted}) is none of task {task.task_name}'s ({', '.join(names)}); name one of them, or leave it "
+            "out."
+        )
+    return wanted or names[0]
+
+
 def check_tasks(tasks: Sequence[Any], *, why_not_write: str | None, has_confirmed: bool) -> None:
     """Refuse what the model cannot do, or the user has not allowed.
 

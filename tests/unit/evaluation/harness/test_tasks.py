@@ -12,9 +12,17 @@ from tests.conftest import NOT_RUN
 
 pytest.importorskip("lm_eval", reason=f"{NOT_RUN}no lm-evaluation-harness here; pip install -e '.[eval]'")
 
-from megatron_dllm.evaluation.harness.tasks import check_tasks, greedy_tasks, leaves, load_tasks, writing_tasks
+from megatron_dllm.evaluation.harness.tasks import (
+    check_tasks,
+    chosen_filter,
+    greedy_tasks,
+    leaves,
+    load_tasks,
+    writing_tasks,
+)
 
 QUESTIONS = [{"question": "a", "answer": "b"}]
+FILTERS = [{"name": name, "filter": [{"function": "take_first"}]} for name in ("strict", "flexible")]
 
 
 @pytest.fixture
@@ -29,6 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = {
         "scores": common | {"task": "scores", "output_type": "loglikelihood", "metric_list": [{"metric": "acc"}]},
         "writes": common | {"task": "writes", "output_type": "generate_until"},
+        "filters": common | {"task": "filters", "output_type": "generate_until", "filter_list": FILTERS},
         "both": {"group": "both", "task": ["scores", "writes"]},
         "far_group": {"group": "far_group", "task": ["far"]},
         "far": common | {"task": "far", "dataset_path": "somebody/far", "dataset_kwargs": {}},
@@ -74,3 +83,12 @@ def test_a_model_is_asked_what_it_can_do(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"tasks \(scores\) runs what the model writes"):
         check_tasks(tasks, why_not_write=None, has_confirmed=False)
     check_tasks(tasks, why_not_write=None, has_confirmed=True)
+
+
+def test_the_filter_that_counts_is_the_first_or_the_one_that_is_named(folder: Path) -> None:
+    several, plain = (load_tasks([name], str(folder), include_defaults=False)[0] for name in ("filters", "writes"))
+    found = [chosen_filter(several, wanted) for wanted in (None, "strict", "flexible")]
+    assert found == ["strict", "strict", "flexible"]
+    assert chosen_filter(plain, None) == "none"
+    with pytest.raises(ValueError, match=r"filter \(loose\) is none of task filters's \(strict, flexible\); name one"):
+        chosen_filter(several, "loose")
