@@ -83,7 +83,7 @@ clean:
 	rm -rf runs/demo
 
 # Three seeds of SFT and CAP from the demo's merge, and of SFT from random weights; writes
-# benchmarks/results/tiny_sft_study.md. Not run yet.
+# benchmarks/results/tiny_sft_study.md. About an hour.
 sft-study: demo
 	$(BIN)/python launch/local.py experiment=tiny_sft_study
 

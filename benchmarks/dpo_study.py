@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.record import origin
 from benchmarks.seeds import png, spread
 from megatron_dllm.evaluation.answer_scores import TaskScore, read_answer_scores
 from megatron_dllm.evaluation.scores_file import open_scores
@@ -146,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     num_seeds = len(next(iter(seeds for arm, seeds in study.items() if arm != START)))
     lead = (
         f"Preferences on the demo's tasks: held-out questions at threshold {THRESHOLD}, and held-out pairs of the "
-        f"start's own answers; mean ± standard deviation over {num_seeds} seeds\n\n"
+        f"start's own answers; mean ± standard deviation over {num_seeds} seeds\n\n{origin()}\n\n"
     )
     write_text(options.results / "tiny_dpo_study.md", lead + to_markdown(study))
     (options.results / "tiny_dpo_study.png").write_bytes(picture(study))

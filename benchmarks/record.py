@@ -49,6 +49,13 @@ def command_line() -> str:
     return " ".join(["python", program, *sys.argv[1:]])
 
 
+def origin() -> str:
+    """Where the numbers of a study come from, in one sentence."""
+    about = machine()
+    where = ", ".join(str(about[name]) for name in ("device", "date"))
+    return f"{where}, commit {about['commit']}, torch {about['torch']}: `{about['command']}`."
+
+
 def table(rows: Rows) -> str:
     """Rows as a Markdown table under the keys of the first; floats to three digits."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.record import origin
 from benchmarks.seeds import spread
 from megatron_dllm.evaluation.answer_scores import AnswerScores, TaskScore, read_answer_scores
 from megatron_dllm.run.files import write_json, write_text
@@ -88,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
         for arm, scores in study.items()
     }
     write_json(options.results / "tiny_sft_study.json", table, sort_keys=True)
-    lead = f"Held-out questions, by threshold; mean ± standard deviation over {len(study['sft'])} seeds\n\n"
+    over = f"over {len(study['sft'])} seeds"
+    lead = f"Held-out questions, by threshold; mean ± standard deviation {over}\n\n{origin()}\n\n"
     write_text(options.results / "tiny_sft_study.md", lead + to_markdown(study))
     print(lead + to_markdown(study))
     return 0

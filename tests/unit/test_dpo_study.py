@@ -33,6 +33,7 @@ def write_study(folder: Path, num_seeds: int) -> None:
             write_seed(folder, f"{arm}_{seed}", 6 + seed, [1.0, -1.0, 0.0, -2.0 if seed == 1 else 2.0])
 
 
+@pytest.mark.ranks  # the commit is asked of git
 def test_mean_and_spread_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_study(tmp_path, 3)
     assert main(["--study", str(tmp_path), "--results", str(tmp_path / "results")]) == 0

@@ -21,6 +21,7 @@ def write_study(folder: Path, seeds: dict[str, int]) -> None:
             write_answer_scores(folder / f"answers_{arm}_{seed}.json", scores)
 
 
+@pytest.mark.ranks  # the commit is asked of git
 def test_mean_and_spread_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_study(tmp_path, dict.fromkeys(ARMS, 3))
     assert main(["--study", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
