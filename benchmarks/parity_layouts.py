@@ -211,7 +211,12 @@ STAGES: dict[str, StageConfig] = {
     "mdlm": replace(_BLOCKS, block_size=CONTEXT_LENGTH),
     "guided": replace(_BLOCKS, clean_block_size=1, ar_weight=0.5, ar_share=0.5, ar_row_share=0.25),
     "annealed": replace(
-        _BLOCKS, block_size=CONTEXT_LENGTH, shift=True, attention_anneal=AttentionAnnealConfig(steps=3)
+        _BLOCKS,
+        block_size=CONTEXT_LENGTH,
+        shift=True,
+        attention_anneal=AttentionAnnealConfig(steps=3),
+        ar_weight=0.5,
+        ar_row_share=0.25,
     ),
     "blend": replace(_BLOCKS, train=[0.6, "corpus", 0.4, SECOND_CORPUS]),
 }

@@ -9,6 +9,8 @@ from omegaconf import MISSING
 from megatron_dllm.config.rules import check, check_choice, check_positive
 
 WINDOW, RANDOM = KINDS = ("window", "random")
+# Whose masks need not be intervals of keys.
+PAIR_BACKENDS = ("dense", "flex")
 
 
 @dataclass
@@ -21,7 +23,7 @@ class AttentionAnnealConfig:
     # Optimizer steps of the stage over which the mask opens.
     steps: int = MISSING
     # What opens. window: a token sees the r n tokens behind it, too, in a document of n tokens. random: it sees a share
-    # r of all tokens behind it, drawn anew in each step, as published; needs training.attention_backend dense.
+    # r of all tokens behind it, drawn anew in each step, as published; needs training.attention_backend dense or flex.
     kind: str = WINDOW
 
     def open_share(self, step: int) -> float:

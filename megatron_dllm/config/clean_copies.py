@@ -73,10 +73,6 @@ def _check_ar_loss(prefix: str, stage: StageConfig, context_length: int) -> None
         f"{prefix}.num_epochs ({stage.num_epochs}) must be null with ar_row_share ({stage.ar_row_share}), whose rows "
         "have epochs of their own; give num_tokens.",
     )
-    check(
-        not stage.ar_row_share or stage.attention_anneal is None,
-        f"{prefix}.ar_row_share ({stage.ar_row_share}) must be 0 with attention_anneal, which opens the mask of all.",
-    )
     check(stage.cap.coefficient == 0.0, f"{key} must be 0 with cap.coefficient; train the one after the other.")
     check(stage.preference is None, f"{key} must be 0 with preference, whose loss is of answers; set it to 0.")
     if stage.sft is not None:

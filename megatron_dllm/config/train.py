@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from megatron_dllm.config.annealing import RANDOM
+from megatron_dllm.config.annealing import PAIR_BACKENDS, RANDOM
 from megatron_dllm.config.blend import BlendPart, blend_parts
 from megatron_dllm.config.data import DataConfig, NoiseConfig
 from megatron_dllm.config.distill import TEACHER, TeacherConfig
@@ -137,9 +137,10 @@ class TrainConfig:
         check(
             stage.attention_anneal is None
             or stage.attention_anneal.kind != RANDOM
-            or self.training.attention_backend == "dense",
-            f"training.attention_backend ({self.training.attention_backend}) must be dense with schedule.stages.{name}."
-            "attention_anneal.kind random, whose keys are no intervals; set it to dense, or the kind to window.",
+            or self.training.attention_backend in PAIR_BACKENDS,
+            f"training.attention_backend ({self.training.attention_backend}) must be one of {', '.join(PAIR_BACKENDS)} "
+            f"with schedule.stages.{name}.attention_anneal.kind random, whose keys are no intervals; name one (flex "
+            "trains on a GPU alone), or set the kind to window.",
         )
 
     def layout_of(self, stage: StageConfig) -> ParallelConfig:

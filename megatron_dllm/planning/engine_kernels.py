@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from megatron_dllm.model.attention import flex
+from megatron_dllm.model.attention.random_pairs import RandomPairs
 from megatron_dllm.planning.engine_ledger import Ledger
 
 
@@ -26,9 +27,9 @@ class ShapedFlex:
     ledger: Ledger
     IS_COMPILED_PER_SHAPE: bool = True
 
-    def build_plan(self, query_roles: Tensor, key_roles: Tensor) -> flex.FlexPlan:
-        """The plan of roles [b, q, 3] and [b, k, 3]."""
-        return flex.build_plan(query_roles, key_roles)
+    def build_plan(self, query_roles: Tensor, key_roles: Tensor, pairs: RandomPairs | None = None) -> flex.FlexPlan:
+        """The plan of roles [b, q, 3] and [b, k, 3], or of [b, q, 5] and [b, k, 5] with random pairs."""
+        return flex.build_plan(query_roles, key_roles, pairs=pairs)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, plan: flex.FlexPlan, scale: float) -> Tensor:
         """Output [b, n, q, d] of the given shapes, without values.

@@ -29,8 +29,14 @@ _STAGE = replace(STAGES["warmup"], lr_warmup_tokens=0, shift=True)
 SHIFTED = {
     "one": replace(_STAGE, block_size=1, num_tokens=600),
     "four": replace(_STAGE, num_views=2, num_tokens=600),
+    # With AR rows among the noisy ones, which stay causal while the mask of the others opens.
     "open": replace(
-        _STAGE, block_size=CONTEXT_LENGTH, num_tokens=1800, attention_anneal=AttentionAnnealConfig(steps=4)
+        _STAGE,
+        block_size=CONTEXT_LENGTH,
+        num_tokens=1800,
+        attention_anneal=AttentionAnnealConfig(steps=4),
+        ar_weight=0.5,
+        ar_row_share=0.25,
     ),
 }
 

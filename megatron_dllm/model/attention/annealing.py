@@ -6,32 +6,31 @@ that is open:
     window    k <= q + w, with the window w = floor(r n)
     random    k <= q, or u(q, k) < r, with u drawn anew in each step for every pair of a document
 
-At r = 0 both are the causal mask, at r = 1 all of it.
+At r = 0 both are the causal mask, at r = 1 all of it. An AR row among the others has a block for each token, and stays
+causal at every r.
 
 A window is nothing new to a backend. Give the keys of a copy the roles of an autoregressive document, each token a
 clean block of its own, and each query the block w further on: it sees its "own" block q + w and the "earlier" ones,
 which is k <= q + w. So a query's keys stay an interval, and every backend and every layout computes it. Random pairs
-need the dense mask. They are a pure function of (seed of the step, row, document, q, k): the same in every layout.
+(`random_pairs`) are no intervals: the dense mask holds them, and flex draws them in its kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from megatron_dllm.config.annealing import RANDOM, AttentionAnnealConfig
 from megatron_dllm.data.batch import Batch
-from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, PADDING_DOC, VIEW, visible
-from megatron_dllm.model.attention import dense
-from megatron_dllm.model.attention.backends import Backend
+from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, PADDING_DOC, VIEW
+from megatron_dllm.model.attention.backends import Backend, PairBackend
 from megatron_dllm.model.attention.plan import find_intervals
-from megatron_dllm.model.mixing import GOLDEN, as_int64, mix, shifted
+from megatron_dllm.model.attention.random_pairs import PLACE, RandomPairs
+from megatron_dllm.model.mixing import mix, shifted
 
-# Columns behind those of a token's role: its place in the document, and a number of the document.
-_PLACE, _KEY = 3, 4
 _KEY_BITS = 31
 
 
@@ -103,13 +102,13 @@ class PlacedOpening:
         """The backend's plan of the mask.
 
         Args:
-            backend: that attends; the dense one for random pairs.
+            backend: that attends; one that takes random pairs where there are some.
             query: [b, q, 5] int32, as in `tokens`.
             key: [b, k, 5] int32.
         """
-        if self.opening.kind == RANDOM:
-            assert backend is dense, "the configuration has refused other backends"
-            return random_mask(query, key, self.opening.share, self.seed).unsqueeze(1)
+        if self.opening.kind == RANDOM:  # the configuration has refused other backends
+            pairs = RandomPairs(self.opening.share, self.seed)
+            return cast(PairBackend, backend).build_plan(query, key, pairs=pairs)
         return backend.build_plan(*window_roles(query, key, self.opening.share))
 
 
@@ -129,29 +128,10 @@ def window_roles(query: Tensor, key: Tensor, share: float) -> tuple[Tensor, Tens
     window = torch.floor(share * length).to(query.dtype)
     # Every copy is a document of its own.
     stride = torch.maximum(query[..., VIEW].max(), key[..., VIEW].max()) + 1
-    return _in_order(query, stride, query[..., _PLACE] + window), _in_order(key, stride, key[..., _PLACE])
+    return _in_order(query, stride, query[..., PLACE] + window), _in_order(key, stride, key[..., PLACE])
 
 
 def _in_order(tokens: Tensor, stride: Tensor, block: Tensor) -> Tensor:
     """Clean roles [b, s, 3] of tokens [b, s, 4] in blocks [b, s], their copies as documents."""
     doc = torch.where(tokens[..., DOC] >= 0, tokens[..., DOC] * stride + tokens[..., VIEW], PADDING_DOC)
     return torch.stack([doc, block, torch.full_like(block, CLEAN_VIEW)], dim=-1)
-
-
-def random_mask(query: Tensor, key: Tensor, share: float, seed: int) -> Tensor:
-    """The causal mask, and random pairs behind it.
-
-    Args:
-        query: [b, q, 5] int32 roles, places and documents' numbers; documents of one block.
-        key: [b, k, 5] int32.
-        share: of the pairs that are open.
-        seed: of their draws.
-
-    Returns:
-        [b, q, k] bool.
-    """
-    of_query = mix(mix(query[..., _KEY].long() + as_int64(seed)) + query[..., _PLACE]).unsqueeze(-1)
-    bits = mix(of_query + (key[..., _PLACE].long() + 1).unsqueeze(-2) * as_int64(GOLDEN))
-    is_open = shifted(bits, 11).double() / 2.0**53 < share
-    is_causal = key[..., _PLACE].unsqueeze(-2) <= query[..., _PLACE].unsqueeze(-1)
-    return visible(query, key) & (is_causal | is_open)

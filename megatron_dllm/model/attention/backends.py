@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from megatron_dllm.model.attention import chunked, dense, flex, shared_prefix
+from megatron_dllm.model.attention.random_pairs import RandomPairs
 
 
 class Backend(Protocol):
@@ -38,6 +39,19 @@ class Backend(Protocol):
 
         Returns:
             [b, n, q, d]; exactly 0, with zero gradients, where a query sees no key.
+        """
+
+
+class PairBackend(Protocol):
+    """A backend whose mask need not be intervals of keys: dense and flex."""
+
+    def build_plan(self, query_roles: Tensor, key_roles: Tensor, *, pairs: RandomPairs) -> Any:
+        """The plan of the mask, of which only some pairs are left.
+
+        Args:
+            query_roles: [b, q, 5] int32 roles, places and documents' numbers.
+            key_roles: [b, k, 5] int32.
+            pairs: that are left.
         """
 
 

@@ -6,13 +6,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_dllm.diffusion.roles import visible
+from megatron_dllm.model.attention.random_pairs import PLACE, RandomPairs, is_open
 
 IS_COMPILED_PER_SHAPE = False
 
 
-def build_plan(query_roles: Tensor, key_roles: Tensor) -> Tensor:
-    """The mask [b, 1, q, k] bool of roles [b, q, 3] and [b, k, 3]."""
-    return visible(query_roles, key_roles).unsqueeze(1)
+def build_plan(query_roles: Tensor, key_roles: Tensor, pairs: RandomPairs | None = None) -> Tensor:
+    """The mask [b, 1, q, k] bool of roles [b, q, 3] and [b, k, 3].
+
+    Args:
+        query_roles: [b, q, 3] int32; with `pairs` [b, q, 5], places and documents' numbers behind the roles.
+        key_roles: [b, k, 3] int32, or [b, k, 5].
+        pairs: of the visible ones these alone; None: all.
+    """
+    mask = visible(query_roles, key_roles)
+    if pairs is not None:
+        of_query, of_key = pairs.of_query(query_roles).unsqueeze(-1), pairs.of_key(key_roles).unsqueeze(-2)
+        places = query_roles[..., PLACE].unsqueeze(-1), key_roles[..., PLACE].unsqueeze(-2)
+        mask = mask & is_open(*places, of_query, of_key, pairs.limit)
+    return mask.unsqueeze(1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: Tensor, scale: float) -> Tensor:

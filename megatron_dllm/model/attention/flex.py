@@ -9,6 +9,8 @@ create_block_mask looks at every pair. All shapes are those of the row, so there
     3 count   for each tile of queries and tile of keys, how many queries touch the tile, and how many cover all of it
     4 list    tiles that every query covers (no mask is read there), and tiles that some query touches (masked)
 
+Of random pairs (`random_pairs`) the kernel draws each in the tiles that some query touches, and no tile is full.
+
 Tiles of 4: queries that see the keys [0, 6), [0, 6), [0, 8), [0, 8) touch tiles 0 and 1 four times each. They cover
 tile 0 four times, so it is full, and tile 1 twice, so it is partial; the kernel never visits tile 2.
 """
@@ -26,6 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_dllm.model.attention import dense
 from megatron_dllm.model.attention.plan import PADDING_CODE, find_intervals
+from megatron_dllm.model.attention.random_pairs import PLACE, RandomPairs, is_open
 
 IS_COMPILED_PER_SHAPE = True
 TILE_SIZE = 128
@@ -46,6 +49,10 @@ HOPPER_OPTIONS = {
 }
 # Relative norm by which `check_gradients` lets fp32 differ.
 FP32_TOLERANCE = 1e-5
+# Behind every place in a document.
+_LAST_PLACE = 2**31 - 1
+# (row, head, query, key) -> whether the query sees the key, of sorted tokens.
+ElementMask = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # (query, key, value, block mask, scale) of sorted tokens that fill whole tiles -> output.
 Kernel = Callable[[Tensor, Tensor, Tensor, BlockMask, float], Tensor]
 
@@ -67,11 +74,19 @@ class FlexPlan:
     key_order: Tensor | None
 
 
-def build_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int = TILE_SIZE) -> FlexPlan:
+def build_plan(
+    query_roles: Tensor, key_roles: Tensor, tile_size: int = TILE_SIZE, pairs: RandomPairs | None = None
+) -> FlexPlan:
     """The mask of roles [b, q, 3] and [b, k, 3].
 
     Where queries and keys are the same tensor, CUDA rows must be sorted as `data.batch` lays them out: finding
     out would stall the device, so a device-side assertion guards it. Other tokens are sorted.
+
+    Args:
+        query_roles: [b, q, 3] int32; with `pairs` [b, q, 5], places and documents' numbers behind the roles.
+        key_roles: [b, k, 3] int32, or [b, k, 5].
+        tile_size: edge of a tile.
+        pairs: of the visible ones these alone; None: all.
     """
     found = find_intervals(query_roles, key_roles)
     if query_roles.is_cuda and query_roles is key_roles:
@@ -90,12 +105,45 @@ def build_plan(query_roles: Tensor, key_roles: Tensor, tile_size: int = TILE_SIZ
     if not is_sorted:
         query_order = torch.argsort(found.query_codes, dim=-1, stable=True)
         ranges = ranges.gather(2, query_order.expand(4, -1, -1))
+    key_order = None if is_sorted else found.key_order
+    element = None
+    if pairs is not None:
+        # A query that sees nothing gets a key all the same, see `build_block_mask`.
+        place = torch.where(sees_key, query_roles[..., PLACE], _LAST_PLACE)
+        place, of_query = _whole_tiles([place, pairs.of_query(query_roles)], query_order, tile_size)
+        key_place, of_key = _whole_tiles([key_roles[..., PLACE], pairs.of_key(key_roles)], key_order, tile_size)
+        limit = torch.full((len(place),), pairs.limit, device=place.device)
+        element = _pair_mask(place, of_query, key_place, of_key, limit)
     return FlexPlan(
-        block_mask=build_block_mask(ranges, key_roles.shape[1], tile_size),
+        block_mask=build_block_mask(ranges, key_roles.shape[1], tile_size, element),
         sees_key=sees_key[:, None, :, None],
         query_order=query_order,
-        key_order=None if is_sorted else found.key_order,
+        key_order=key_order,
     )
+
+
+def _whole_tiles(columns: list[Tensor], order: Tensor | None, tile_size: int) -> list[Tensor]:
+    """Integers [b, s] of the tokens in the order [b, s] of the plan, filled up to whole tiles with _LAST_PLACE."""
+    ordered = columns if order is None else [column.gather(1, order) for column in columns]
+    return [F.pad(column, (0, -column.shape[1] % tile_size), value=_LAST_PLACE).contiguous() for column in ordered]
+
+
+def _pair_mask(query_place: Tensor, of_query: Tensor, key_place: Tensor, of_key: Tensor, limit: Tensor) -> ElementMask:
+    """The element mask of random pairs; its arguments are read by the kernel, so that no step compiles anew.
+
+    Args:
+        query_place: [b, q] int32.
+        of_query: [b, q] int64.
+        key_place: [b, k] int32.
+        of_key: [b, k] int64.
+        limit: [b] int64.
+    """
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        places = query_place[b, query], key_place[b, key]
+        return is_open(*places, of_query[b, query], of_key[b, key], limit[b])
+
+    return mask_mod
 
 
 def _merge_intervals(own_start: Tensor, own_stop: Tensor, clean_start: Tensor, clean_stop: Tensor) -> Tensor:
@@ -114,13 +162,14 @@ def _merge_intervals(own_start: Tensor, own_stop: Tensor, clean_start: Tensor, c
     return merged.int()
 
 
-def build_block_mask(ranges: Tensor, num_keys: int, tile_size: int) -> BlockMask:
+def build_block_mask(ranges: Tensor, num_keys: int, tile_size: int, element: ElementMask | None = None) -> BlockMask:
     """Tiles and element mask of queries that see at most two intervals of keys; no host synchronisation.
 
     Args:
         ranges: [4, b, q] int32 (start, stop, start, stop) of each query's intervals, disjoint.
         num_keys: number of keys.
         tile_size: edge of a tile.
+        element: what else a query's keys have to fulfil, of places that fill whole tiles; None: nothing.
 
     Returns:
         The mask over q and num_keys rounded up to whole tiles. A query that sees nothing gets the key at its own
@@ -138,7 +187,7 @@ def build_block_mask(ranges: Tensor, num_keys: int, tile_size: int) -> BlockMask
     touched = _count_covering(starts // tile_size, -(-stops // tile_size), starts < stops, tile_size, key_tiles)
     inside = _count_covering(-(-starts // tile_size), stops // tile_size, starts < stops, tile_size, key_tiles)
     # Step 4. Merged intervals are apart, so no tile is covered by both intervals of one query.
-    is_full = inside == tile_size
+    is_full = (inside == tile_size) if element is None else torch.zeros_like(inside, dtype=torch.bool)
     partial_num, partial_indices = _list_tiles((touched > 0) & ~is_full)
     full_num, full_indices = _list_tiles(is_full)
     return BlockMask.from_kv_blocks(
@@ -147,12 +196,23 @@ def build_block_mask(ranges: Tensor, num_keys: int, tile_size: int) -> BlockMask
         full_num,
         full_indices,
         BLOCK_SIZE=tile_size,
-        mask_mod=_interval_mask(*(tensor.contiguous() for tensor in ranges)),
+        mask_mod=_both(_interval_mask(*(tensor.contiguous() for tensor in ranges)), element),
         seq_lengths=(query_tiles * tile_size, key_tiles * tile_size),
     )
 
 
-def _interval_mask(start_1: Tensor, stop_1: Tensor, start_2: Tensor, stop_2: Tensor) -> Callable[..., Tensor]:
+def _both(first: ElementMask, second: ElementMask | None) -> ElementMask:
+    """Pairs that both masks show."""
+    if second is None:
+        return first
+
+    def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return first(b, h, query, key) & second(b, h, query, key)
+
+    return mask_mod
+
+
+def _interval_mask(start_1: Tensor, stop_1: Tensor, start_2: Tensor, stop_2: Tensor) -> ElementMask:
     """The element mask; each tensor [b, q] int32."""
 
     def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -15,14 +15,20 @@ from megatron_dllm.config import ParallelConfig
 from megatron_dllm.config.annealing import KINDS, RANDOM, AttentionAnnealConfig
 from megatron_dllm.diffusion.roles import visible
 from megatron_dllm.model.attention import dense
-from megatron_dllm.model.attention.annealing import Annealing, Opening, PlacedOpening, random_mask, window_roles
+from megatron_dllm.model.attention.annealing import Annealing, Opening, PlacedOpening, window_roles
 from megatron_dllm.model.attention.backends import Backend
+from megatron_dllm.model.attention.random_pairs import RandomPairs
 from tests.reference_model import tiny_model
 from tests.tiny_batch import tiny_batch
 from tests.unit.model.attention.eager_kernel import small_backends
 
 SHARES = [0.0, 0.1, 0.34, 0.8, 1.0]
 LENGTHS, VIEWS = [[7, 1, 12], [20]], 2
+
+
+def random_mask(query: Tensor, key: Tensor, share: float, seed: int) -> Tensor:
+    """[b, q, k] bool of tokens [b, q, 5] and [b, k, 5]."""
+    return dense.build_plan(query, key, RandomPairs(share, seed))[:, 0]
 
 
 def one_block_rows() -> Tensor:
@@ -70,6 +76,20 @@ def test_its_ends_are_the_causal_mask_and_the_whole_one() -> None:
     assert torch.equal(visible(*window_roles(tokens, tokens, 0.0)), visible(causal, causal))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.8, 0.999])
+def test_an_ar_row_among_them_stays_causal(share: float) -> None:
+    """Clean tokens in blocks of one beside a row of noisy copies, as `ar_row_share` mixes them."""
+    noisy = _numbered(one_block_rows())
+    place = torch.arange(42, dtype=torch.int32) % 21
+    doc = (torch.arange(42) >= 21).int()
+    row = torch.stack([doc, place, 0 * doc, place, 100 + doc], dim=-1)[None]
+    tokens = torch.cat([noisy[:1], row])
+    expected = (doc[:, None] == doc) & (place <= place[:, None])
+    assert torch.equal(visible(row, row)[0], expected)
+    assert torch.equal(visible(*window_roles(tokens, tokens, share))[1], expected)
+    assert torch.equal(random_mask(tokens, tokens, share, 3)[1], expected)
+
+
 @pytest.mark.parametrize("name", ["chunked", "shared_prefix", "flex"])
 @pytest.mark.parametrize("share", [0.1, 0.34])
 def test_every_backend_keeps_the_window(name: str, share: float) -> None:
@@ -113,6 +133,25 @@ def test_random_pairs_have_the_ends_of_the_window_and_its_seed_alone() -> None:
     order = torch.randperm(42, generator=torch.Generator().manual_seed(1))
     assert torch.equal(random_mask(tokens[:, order[:9]], tokens[:, order], 0.4, 7), mask[:, order[:9]][:, :, order])
     assert torch.equal(random_mask(tokens[1:], tokens[1:], 0.4, 7), mask[1:])
+
+
+@pytest.mark.parametrize("share", [1e-9, 0.34])
+def test_flex_draws_the_pairs_of_the_dense_mask(share: float) -> None:
+    """Also of tokens in another order, of some queries alone, and of AR rows beside them."""
+    backend = small_backends(tile_size=8)["flex"]
+    tokens = _numbered(one_block_rows())
+    place = torch.arange(42, dtype=torch.int32)
+    tokens = torch.cat([tokens, torch.stack([0 * place, place, 0 * place, place, 0 * place + 9], dim=-1)[None]])
+    shuffled = tokens[:, torch.randperm(42, generator=torch.Generator().manual_seed(3))]
+    for queries, keys in ((tokens, tokens), (shuffled, shuffled), (shuffled[:, :11], shuffled)):
+        inputs, grad = draw_inputs(queries[..., :3], keys[..., :3])
+        both = []
+        for one in (backend, dense):
+            plan = PlacedOpening(Opening(RANDOM, share), 5, tokens).plan(one, queries, keys)
+            out = one.attend(*inputs, plan, 0.3)
+            both.append((out, *torch.autograd.grad(out, inputs, grad)))
+        for got, want in zip(*both, strict=True):
+            assert float((got - want).detach().abs().max()) < 1e-12
 
 
 def test_the_expected_share_of_random_pairs() -> None:
