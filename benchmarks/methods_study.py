@@ -22,8 +22,8 @@ from benchmarks.guided_runs import LEARNING_RATE, ROWS, SIZES, TARGET, base_stag
 from benchmarks.methods_table import write_methods
 from benchmarks.record import RESULTS, machine
 from benchmarks.study_corpus import CONTEXT_LENGTH, write_corpora
-from benchmarks.study_cost import MANY, check_tokens, mean_operations
-from benchmarks.study_jobs import RESULT, Job, Lengths, base_job, num_tokens, run, run_jobs, run_name
+from benchmarks.study_cost import MANY, check_tokens, mean_operations, model_tokens
+from benchmarks.study_jobs import RESULT, Job, Lengths, base_job, num_tokens, run, run_jobs, run_name, seconds_per_token
 from benchmarks.tiny_run import read_metrics
 from megatron_dllm.config import NoiseConfig, StageConfig, TrainConfig
 from megatron_dllm.config.alignment import AlignmentConfig
@@ -176,14 +176,18 @@ def _job(config: TrainConfig, name: str, kind: str, seed: int) -> Job:
     about = {"method": name, "equal": kind, "seed": seed, "document_tokens": num_tokens(config)}
     target = Path(config.run.root) / config.run.name
     cost = num_tokens(config) * mean_operations(config)
-    return Job(f"seed {seed}, {name}, equal {kind}", target / RESULT, cost, lambda: {**about, "elbo": convert(config)})
+    return Job(f"seed {seed}, {name}, equal {kind}", target / RESULT, cost, lambda: {**about, **convert(config)})
 
 
-def convert(config: TrainConfig) -> float:
-    """Run a method; the ELBO at its end, in nats per token."""
+def convert(config: TrainConfig) -> Mapping[str, float]:
+    """Run a method: the ELBO at its end, in nats per token, and what a document token cost."""
     run(config)
     end = [record for record in read_metrics(config) if record.get("validation")][-1]
-    return float(end[f"validation_elbo/{TARGET}"])
+    return {
+        "elbo": end[f"validation_elbo/{TARGET}"],
+        "model_tokens": model_tokens(config),
+        "seconds_per_token": seconds_per_token(config),
+    }
 
 
 def validate(methods: Sequence[str], num_seeds: int, lengths: Lengths) -> None:

@@ -66,6 +66,14 @@ def mean_operations(config: TrainConfig) -> float:
     return sum(tokens[name] * costs[name] for name in costs) / sum(tokens.values())
 
 
+def model_tokens(config: TrainConfig) -> float:
+    """Tokens that the model computes for a document token, as a mean over the stages; padding does not count."""
+    config = replace(config, schedule=replace(config.schedule, row_length=_LONG * config.schedule.context_length))
+    tokens = {name: stage.num_tokens or 0 for name, stage in config.schedule.stages.items()}
+    works = assumed_work(config, AssumptionsConfig())
+    return sum(tokens[work.name] * work.row.length / work.row.document_tokens for work in works) / sum(tokens.values())
+
+
 def least_tokens(run: TrainConfig) -> int:
     """Document tokens of a study with which every stage of a run holds a global batch, and that of the stage before.
 

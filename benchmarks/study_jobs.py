@@ -15,6 +15,7 @@ from benchmarks.study_cost import mean_operations
 from benchmarks.tiny_run import train_here
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.run.files import write_json
+from megatron_dllm.run.names import METRICS
 
 RESULT = "result.json"
 # Operations a second where nothing has been measured yet.
@@ -138,6 +139,14 @@ def base_job(config: TrainConfig, name: str) -> Job:
 
     folder = Path(config.run.root) / config.run.name
     return Job(name, folder.with_suffix(".json"), num_tokens(config) * mean_operations(config), train)
+
+
+def seconds_per_token(config: TrainConfig) -> float:
+    """Of the logged steps of a run, for a document token: without its start, its validations and its saves."""
+    lines = (Path(config.run.root) / config.run.name / METRICS).read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if "step_seconds" in record]
+    seconds = sum(record["step_seconds"] for record in records)
+    return float(seconds / sum(record["step_seconds"] * record["tokens_per_second"] for record in records))
 
 
 def run_name(name: str, *others: object) -> str:

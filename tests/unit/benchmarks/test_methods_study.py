@@ -9,7 +9,7 @@ import pytest
 from benchmarks.methods_study import EQUAL, METHODS, OPERATIONS, REFERENCE, TOKENS, equal_run, jobs_of, main
 from benchmarks.methods_table import is_clear, picture, rows_of, write_methods
 from benchmarks.study_corpus import write_corpora
-from benchmarks.study_cost import mean_operations
+from benchmarks.study_cost import mean_operations, model_tokens
 from benchmarks.study_jobs import Lengths, num_tokens
 
 RESULTS = [
@@ -20,6 +20,8 @@ RESULTS = [
         "document_tokens": 1000,
         "operations": 2.5e9,
         "elbo": elbo + 0.1 * seed,
+        "model_tokens": 2.0,
+        "seconds_per_token": 0.0125,
         "seconds": 2.0,
     }
     for name, elbos in {"wsd": (2.0, 2.0, 2.0), "jump": (1.9, 1.91, 1.89), "llada": (2.2, 1.8, 2.1)}.items()
@@ -43,6 +45,13 @@ def test_what_computes_more_gets_fewer_tokens(tmp_path: Path) -> None:
     names = ("fast_dllm", "growth, distilled from the base", "jump", "wsd", "llada")
     tokens = [num_tokens(equal_run(tmp_path, name, OPERATIONS, 1, 400_000)) for name in names]
     assert tokens == sorted(tokens) and len(set(tokens)) == len(names) and tokens[3] == 400_000
+
+
+def test_model_tokens_by_hand(tmp_path: Path) -> None:
+    """Of a document token: its views, and its clean copy but for the last of 8 blocks; of full attention itself."""
+    names = ("llada", "jump", "fast_dllm", "growth, clean blocks of 1, AR loss")
+    found = [model_tokens(equal_run(tmp_path, name, TOKENS, 1, 400_000)) for name in names]
+    assert found == pytest.approx([1.0, 1.0 + 7 / 8, 2.0 + 7 / 8, 2.0 - 1 / 256], abs=0.003)
 
 
 def test_all_methods_run_with_a_seed_before_the_next(tmp_path: Path) -> None:
@@ -73,6 +82,7 @@ def test_the_best_comes_first_and_only_what_exceeds_the_spread_is_clear() -> Non
     assert list(rows) == ["jump", "wsd", "llada"]
     assert rows["jump"]["gain"] == "0.1000 ± 0.0100" and rows["jump"]["clear"] == "yes"
     assert rows["llada"]["clear"] == "no" and rows["wsd"]["clear"] == rows["wsd"]["gain"] == ""
+    assert rows["jump"]["model tokens"] == "2.00" and rows["jump"]["ms a token"] == "12.50"
     assert is_clear([0.3]) == "?"
     assert picture(RESULTS, REFERENCE).startswith(b"\x89PNG")
 
