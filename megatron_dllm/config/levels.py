@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from megatron_dllm.config.rules import check, check_choice
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 T_DENSITIES = ("uniform", "bell")
 # A narrower bell would weigh levels at the ends of [0, 1] by more than a thousand.
 NARROWEST_BELL = 0.05
+_ROUNDING = 1e-9
 # Of larger ones some tokens of a block are hardly ever masked, and then weigh hundreds.
 LARGEST_ORDER_BIAS = 10.0
 
@@ -27,6 +29,7 @@ def check_levels(prefix: str, stage: StageConfig) -> None:
     _check_bell(prefix, stage)
     _check_rise(prefix, stage)
     _check_order(prefix, stage)
+    _check_resampling(prefix, stage)
     check(
         0.0 < stage.cart_p < 1.0,
         f"{prefix}.cart_p ({stage.cart_p:g}) must lie in (0, 1): it is the share of a direct neighbour in the weight; "
@@ -47,6 +50,11 @@ def check_levels(prefix: str, stage: StageConfig) -> None:
             f"{prefix}.{name} ({value}) has no meaning with preference.is_count, which draws how many tokens are "
             f"masked and no level; leave {name} out, or set preference.is_count to false.",
         )
+
+
+def band_of_counts(size: int, t_min: float, t_max: float) -> tuple[int, int]:
+    """Least and most masked tokens of a block of `size` whose share lies in the band; least > most: none does."""
+    return max(1, math.ceil(size * t_min - _ROUNDING)), math.floor(size * t_max + _ROUNDING)
 
 
 def warn_levels(prefix: str, stage: StageConfig) -> list[str]:
@@ -121,4 +129,25 @@ def _check_order(prefix: str, stage: StageConfig) -> None:
         stage.loss_weight == "elbo",
         f"{prefix}.order_bias ({bias:g}) needs loss_weight elbo, whose weights keep the loss a bound, and the stage's "
         f"is {stage.loss_weight}; use elbo.",
+    )
+
+
+def _check_resampling(prefix: str, stage: StageConfig) -> None:
+    if not stage.resample_masks:
+        return
+    key = f"{prefix}.resample_masks (true)"
+    check(stage.objective != "ar", f"{key} needs the block_diffusion objective; an AR stage masks nothing.")
+    for name, value, default in (
+        ("view_relation", stage.view_relation if stage.is_complementary else "stratified", "stratified"),
+        ("t_density", stage.t_density, "uniform"),
+        ("t_max_start", stage.t_max_start, None),
+        ("order_bias", stage.order_bias, 0.0),
+        ("preference", stage.preference and "given", None),
+    ):
+        check(value == default, f"{key} draws counts in one band, and {name} ({value}) asks for others; leave one out.")
+    least, most = band_of_counts(stage.block_size, stage.t_min, stage.t_max)
+    check(
+        least <= most,
+        f"{prefix}.t_min, t_max ({stage.t_min:g}, {stage.t_max:g}) hold no share of masked tokens of a block of "
+        f"{stage.block_size}, and {key} wants one there; widen them, or take larger blocks.",
     )

@@ -86,6 +86,9 @@ class StageConfig:
     loss_weight: str = "elbo"
     # Of cart, the share of a direct neighbour in the weight, in (0, 1); the next ones follow geometrically.
     cart_p: float = 0.3
+    # The share of masked tokens of each block lies between t_min and t_max, too, as if its mask were drawn again until
+    # it does (BD3-LM); with loss_weight elbo a token weighs 1/t. No bound.
+    resample_masks: bool = False
     # Every block of a view has a masked token; the weight is corrected so the ELBO stays unbiased.
     at_least_one: bool = True
     # Noisy views of every document, which share one clean copy; each costs as many tokens as the document has.

@@ -290,7 +290,8 @@ def _levels(config: StageConfig) -> str:
     start = "" if config.t_max_start is None else f"{config.t_max_start:g}->"
     density = "" if config.t_density == "uniform" else f" {config.t_density}"
     order = f" order {config.order_bias:g}" if config.order_bias else ""
-    return f"{config.t_min:g}..{start}{config.t_max:g}{density}{order}"
+    counts = " resampled" if config.resample_masks else ""
+    return f"{config.t_min:g}..{start}{config.t_max:g}{density}{order}{counts}"
 
 
 def _cells(row: StageRow) -> list[str]:

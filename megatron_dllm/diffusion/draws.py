@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     TOKEN = 4
     VIEW_ORDER = 5
     CLEAN_TARGET = 6
+    COUNT_IN_BAND = 7
 
 
 @dataclass(frozen=True)

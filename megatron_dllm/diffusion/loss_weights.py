@@ -40,7 +40,7 @@ def view_weights(
 
 def _elbo_weights(spec: NoiseSpec, levels: NDArray[np.float64], blocks: SegmentBlocks) -> NDArray[np.float64]:
     """[k, c] weights of the blocks' tokens, of their noise levels [k, c]."""
-    if spec.at_least_one and not spec.is_complementary and not spec.is_count:
+    if spec.at_least_one and not (spec.is_complementary or spec.is_count or spec.resample_masks):
         return _conditioned_weights(levels, blocks.size)
     # Where t is 0 nothing is masked and the weight is not used.
     weights = np.divide(1.0, levels, out=np.zeros_like(levels), where=levels > 0.0)

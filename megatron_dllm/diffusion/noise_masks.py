@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_dllm.diffusion.band_masks import counts_in_band
 from megatron_dllm.diffusion.block_order import first_masked_of, tilted_levels
 from megatron_dllm.diffusion.draws import Draws, Purpose
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
@@ -34,6 +35,9 @@ def draw_mask(spec: NoiseSpec, draws: Draws, key: SegmentKey, levels: FloatArray
     uniforms = draws.uniform(Purpose.TOKEN, key.sample_id, len(blocks.of_token))
     if spec.is_count:
         return count_mask(np.rint(levels * blocks.size).astype(np.int64), uniforms, blocks)
+    if spec.resample_masks:
+        u = draws.uniform(Purpose.COUNT_IN_BAND, key.sample_id, len(levels))
+        return count_mask(counts_in_band(levels, u, blocks.size, spec.t_min, spec.t_max), uniforms, blocks)
     probabilities = tilted_levels(spec.order_bias, levels, blocks) if spec.order_bias else levels[blocks.of_token]
     masked: BoolArray = uniforms < probabilities
     if not spec.at_least_one or spec.is_complementary:

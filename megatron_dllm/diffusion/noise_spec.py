@@ -13,7 +13,16 @@ from megatron_dllm.config.sft import LOSS_PER
 from megatron_dllm.diffusion.exact_views import EXACT_RELATIONS
 
 # Fields that came later: records name them only where they are used, so that those of earlier versions stay comparable.
-_NEWER = ("cart_p", "t_density", "t_bell_center", "t_bell_width", "t_max_start", "t_max_ramp_share", "order_bias")
+_NEWER = (
+    "cart_p",
+    "t_density",
+    "t_bell_center",
+    "t_bell_width",
+    "t_max_start",
+    "t_max_ramp_share",
+    "order_bias",
+    "resample_masks",
+)
 
 
 # A view relation of measurements alone: stratified counts, and masks that take turns (`diffusion.spread_masks`).
@@ -49,6 +58,7 @@ class NoiseSpec:
         t_max_start: largest level at the stage's beginning; None: t_max.
         t_max_ramp_share: of the stage, over which it rises to t_max.
         order_bias: which tokens of a block stay masked longer, see `diffusion.block_order`.
+        resample_masks: the share of masked tokens of a block lies in [t_min, t_max], see `diffusion.band_masks`.
     """
 
     t_unit: str
@@ -70,6 +80,7 @@ class NoiseSpec:
     t_max_start: float | None = None
     t_max_ramp_share: float = 0.0
     order_bias: float = 0.0
+    resample_masks: bool = False
 
     def __post_init__(self) -> None:
         """Assert what the configuration has refused: a specification that no mask could follow."""
@@ -150,6 +161,7 @@ class NoiseSpec:
             t_max_start=stage.t_max_start,
             t_max_ramp_share=stage.t_max_ramp_share,
             order_bias=stage.order_bias,
+            resample_masks=stage.resample_masks,
         )
 
     @classmethod

@@ -133,6 +133,12 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
         (dict(ar_weight=0.5, clean_block_size=1, ar_share=1.5), ("ar_share (1.5)", "[0, 1]")),
         (dict(ar_weight=0.5, clean_block_size=1, ar_share=0.0), ("ar_share (0)", "give ar_row_share")),
         (dict(ar_weight=0.5, ar_row_share=0.5, ar_share=0.5), ("ar_share (0.5)", "clean blocks of 32")),
+        (
+            dict(block_size=4, t_min=0.3, t_max=0.45, resample_masks=True),
+            ("t_min, t_max (0.3, 0.45)", "block of 4", "widen them"),
+        ),
+        (dict(resample_masks=True, order_bias=1.0), ("resample_masks (true)", "order_bias (1.0)", "leave one out")),
+        (dict(resample_masks=True, objective="ar", block_size=1), ("resample_masks (true)", "masks nothing")),
         (dict(ar_row_share=0.5), ("ar_row_share (0.5)", "no effect without ar_weight")),
         (dict(ar_weight=0.5, ar_row_share=1.0), ("ar_row_share (1.0)", "take objective ar")),
         (dict(ar_weight=0.5, ar_row_share=0.5, num_tokens=None, num_epochs=1.0), ("num_epochs (1.0)", "null")),
