@@ -98,6 +98,7 @@ def start(config: TrainConfig, device: torch.device) -> Callable[[int], Subject]
     from megatron_dllm.model.pipeline import EmbeddingNoise
     from megatron_dllm.parallel import groups
     from megatron_dllm.training.engine import build_engine
+    from megatron_dllm.training.gradient_norm import gradient_norm
     from megatron_dllm.training.parameter_rates import set_learning_rate
     from megatron_dllm.training.step import train_step
 
@@ -108,7 +109,7 @@ def start(config: TrainConfig, device: torch.device) -> Callable[[int], Subject]
 
     def update() -> None:
         engine.optimizer.prepare_grads()
-        float(engine.optimizer.get_grad_norm())
+        gradient_norm(engine.optimizer)
         engine.optimizer.step_with_ready_grads()
 
     def subject_of(length: int) -> Subject:

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_dllm.data.batch import Batch
 from megatron_dllm.data.context_shard import take_context_shard
+from megatron_dllm.diffusion.losses.alignment import AlignmentRule
 from megatron_dllm.diffusion.losses.outputs import TargetOutputs
 from megatron_dllm.diffusion.losses.step_sums import StepSums
 from megatron_dllm.model.alignment import Alignment
@@ -34,6 +35,33 @@ class EmbeddingNoise:
 
     sigma: float = 0.0
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What a global batch came to, on the device: the host waits for it where it reads it, and not before.
+
+    Attributes:
+        flat: [n] fp64 the sums of the batch, of its alignment, and of the ranks that were asked to stop.
+        like: names and sizes of the sums of the batch.
+        alignment: of the objective.
+        num_layers: of the whole model.
+    """
+
+    flat: Tensor
+    like: StepSums
+    alignment: AlignmentRule | None
+    num_layers: int
+
+    def read(self) -> tuple[StepSums, bool]:
+        """The sums on the host, and whether any rank was asked to stop."""
+        flat = self.flat.cpu()
+        num_own = self.like.flatten().numel()
+        own, aligned, num_asked = flat.split([num_own, len(flat) - num_own - 1, 1])
+        sums = self.like.rebuild(own)
+        if self.alignment is not None:
+            sums = self.alignment.logged(sums, aligned, self.num_layers)
+        return sums, bool(num_asked > 0)
 
 
 def _local_loss(
@@ -168,7 +196,8 @@ def run_schedule(
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
     taught: Sequence[Taught] | None = None,
-) -> StepSums:
+    must_stop: Callable[[], bool] = lambda: False,
+) -> StepTotals:
     """The sums of one global batch, and its gradients in the buffers of the chunks (a collective).
 
     Args:
@@ -180,9 +209,10 @@ def run_schedule(
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
         taught: what a second model says of each micro-batch; None: none teaches.
+        must_stop: whether this rank was asked to, behind its last backward pass.
 
     Returns:
-        The sums over the global batch on the host, the same on every rank.
+        The sums over the global batch, the same on every rank.
     """
     finish = partial(_local_loss, objective.loss, groups.context.rank() == 0)
     transformer: Any = chunks[0].config
@@ -203,18 +233,15 @@ def run_schedule(
         asked=asked,
     )
     like = StepSums.zeros(device, objective.extra_sums, objective.level_means, objective.ratios)
-    flat = torch.zeros_like(like.flatten())
+    own = torch.zeros_like(like.flatten())
     if parts and groups.tensor.rank() == 0:
-        flat += torch.stack([part.flatten() for part in parts]).sum(0)
-    if objective.alignment is None:
-        dist.all_reduce(flat, group=groups.world)
-        return like.rebuild(flat.cpu())
+        own += torch.stack([part.flatten() for part in parts]).sum(0)
     # Of the layers of every pipeline stage.
-    aligned = torch.stack([item.alignment.sums for item in asked if item.alignment is not None]).sum((0, 1))
-    flat = torch.cat([flat, aligned])
+    alignments = [item.alignment.sums for item in asked if item.alignment is not None]
+    aligned = [torch.stack(alignments).sum((0, 1))] if alignments else []
+    flat = torch.cat([own, *aligned, own.new_full((1,), float(must_stop()))])
     dist.all_reduce(flat, group=groups.world)
-    own, totals = flat.cpu().split([len(flat) - len(aligned), len(aligned)])
-    return objective.alignment.logged(like.rebuild(own), totals, num_layers)
+    return StepTotals(flat, like, objective.alignment, num_layers)
 
 
 def asked_by(objective: Objective, num_layers: int, device: torch.device, said: Taught | None = None) -> Asked:

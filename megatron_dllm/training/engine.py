@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.transformer.module import Float16Module
@@ -22,6 +22,7 @@ from megatron_dllm.model.gpt import build_model
 from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.parallel.device import DeviceFacts, local_device
 from megatron_dllm.parallel.groups import Groups
+from megatron_dllm.training.finalizing import gradient_finalizer
 from megatron_dllm.training.offload import offload_adam
 from megatron_dllm.training.parameter_rates import rate_overrides
 from megatron_dllm.training.self_check import check_paths
@@ -133,7 +134,7 @@ def build_engine(
     elif paths.fusions.name == "compiled":
         fuse_adam(optimizer)
     transformer_config = wrapped[0].config
-    transformer_config.finalize_model_grads_func = finalize_model_grads
+    transformer_config.finalize_model_grads_func = gradient_finalizer(groups)
     transformer_config.grad_scale_func = None
     if config.optimizer.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]

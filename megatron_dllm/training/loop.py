@@ -137,7 +137,7 @@ class Trainer:
             return is_stage_end, EXIT_NON_FINITE
         self.state = self.state.after(step, report.result, self.run.spikes.window, is_stage_end)
         self._tell(report)
-        return is_stage_end, self._save_or_stop(stage, before, is_stage_end)
+        return is_stage_end, self._save_or_stop(stage, before, is_stage_end, report.result.must_stop)
 
     def _update(
         self, stage: Stage, objective: Objective, step: GlobalStep, started: float, is_stage_end: bool
@@ -181,7 +181,8 @@ class Trainer:
                     watch(batch)
 
             limit = run.spikes.limit(self.state.grad_norms)
-            result = train_step(run.engine, batches, run.device, objective, noise, observe, limit, taught)
+            must_stop = run.stop.is_asked
+            result = train_step(run.engine, batches, run.device, objective, noise, observe, limit, taught, must_stop)
         return result if weighing is None else replace(result, sums=weighing.logged(result.sums))
 
     def _must_end(self, report: StepReport) -> bool:
@@ -209,11 +210,10 @@ class Trainer:
             for observer in self.run.observers:
                 observer.after_step(report, measured)
 
-    def _save_or_stop(self, stage: Stage, before: int, is_stage_end: bool) -> int | None:
+    def _save_or_stop(self, stage: Stage, before: int, is_stage_end: bool, must_stop: bool) -> int | None:
         """Write the checkpoint that is due; the exit code of a run that was asked to stop."""
         run, state = self.run, self.state
         run.saver.writer.poll()
-        must_stop = run.stop.agreed(run.device)
         reason = reason_to_save(
             run.config.checkpoint.save_interval_tokens,
             before,

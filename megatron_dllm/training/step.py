@@ -16,6 +16,7 @@ from megatron_dllm.model.asked import Taught
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise, run_schedule
 from megatron_dllm.training.engine import Engine
+from megatron_dllm.training.gradient_norm import gradient_norm
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class StepResult:
     """What one step did. `sums` are over the global batch, equal on every rank.
 
     `micro_batches` are as they were trained: where a loss compares documents, their loss weights are not those of the
-    rows (`training.weighing`).
+    rows (`training.weighing`). `must_stop`: some rank was asked to before the backward pass of the step had been given
+    to its device.
     """
 
     sums: StepSums
@@ -31,6 +33,7 @@ class StepResult:
     is_applied: bool
     reason: str = ""
     micro_batches: Sequence[Batch] = ()
+    must_stop: bool = False
 
     @property
     def loss(self) -> float:
@@ -47,8 +50,11 @@ def train_step(
     observe: Callable[[Batch], None] | None = None,
     spike_limit: float = math.inf,
     taught: Sequence[Taught] | None = None,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Forward, backward and update. The update is withheld if loss or gradient norm is not finite or too large.
+
+    The host waits for the device once, for the gradient norm; everything else that it reads has arrived by then.
 
     Args:
         engine: model and optimizer of this rank.
@@ -59,6 +65,7 @@ def train_step(
         observe: told each micro-batch before its forward pass.
         spike_limit: largest gradient norm that is applied.
         taught: what a second model says of each micro-batch (`training.teaching`); None: none teaches.
+        must_stop: whether this rank was asked to.
 
     Returns:
         The result; `is_applied` false with a `reason` where the weights were left as they were.
@@ -69,12 +76,21 @@ def train_step(
     engine.optimizer.zero_grad()
     biases = _moving_expert_biases(engine)
     biases_before = [bias.clone() for bias in biases]
-    sums = run_schedule(
-        engine.chunks, micro_batches, device, engine.groups, objective, noise=noise, observe=observe, taught=taught
+    totals = run_schedule(
+        engine.chunks,
+        micro_batches,
+        device,
+        engine.groups,
+        objective,
+        noise=noise,
+        observe=observe,
+        taught=taught,
+        must_stop=must_stop,
     )
     engine.optimizer.prepare_grads()
-    grad_norm = float(engine.optimizer.get_grad_norm())
-    result = StepResult(sums, grad_norm, True, "", micro_batches)
+    grad_norm = gradient_norm(engine.optimizer)
+    sums, is_asked = totals.read()
+    result = StepResult(sums, grad_norm, True, "", micro_batches, is_asked)
     reason = ""
     if not math.isfinite(result.loss) or not math.isfinite(grad_norm):
         reason = f"loss {result.loss}, gradient norm {grad_norm}: not finite"

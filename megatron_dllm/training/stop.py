@@ -1,4 +1,7 @@
-"""Requests to stop (SIGTERM, SIGINT, or SIGUSR1 ahead of a time limit), heeded between steps by all ranks alike."""
+"""Requests to stop (SIGTERM, SIGINT, or SIGUSR1 ahead of a time limit), heeded between steps by all ranks alike.
+
+Between steps nothing is exchanged for it: whether a rank was asked travels with the sums of a step.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,10 @@ class StopRequest:
 
     def _handle(self, number: int, _frame: object) -> None:
         self._is_set = True
+
+    def is_asked(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self._is_set
 
     def agreed(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop (a collective: all ranks stop at the same step)."""
