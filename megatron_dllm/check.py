@@ -46,8 +46,7 @@ def show_paths(words: Sequence[str], device: str) -> None:
     """Print what a run of these settings takes on a device: this process's, or cuda anywhere.
 
     Raises:
-        ValueError: a setting that is none, or what cannot run there.
-        RuntimeError: a fast path gives other numbers than the plain one.
+        ValueError: a setting that is none, what cannot run there, or a fast path whose numbers are not the plain one's.
     """
     from megatron_dllm.parallel.device import DeviceFacts
     from megatron_dllm.training.paths_table import paths_report

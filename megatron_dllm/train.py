@@ -60,9 +60,10 @@ def train(config: TrainConfig, make_parts: Callable[[], Parts] | None = None) ->
         sources = Sources(config, parts.open_source)
         meeting = meet(config.run)
         start = meeting.decide(lambda: decide_start(config, world_size(), sources))
-        # Refuses what cannot run here.
-        device_facts, backend = DeviceFacts.here(), config.training.attention_backend
-        choose_paths(config.model, start.layout, device_facts, backend, True, config.optimizer)
+        backend = config.training.attention_backend
+        meeting.agree(
+            lambda: choose_paths(config.model, start.layout, DeviceFacts.here(), backend, True, config.optimizer)
+        )
         stop = StopRequest()  # from here on the ranks stop together
     groups = initialize(start.layout, config.run, meeting)
     try:

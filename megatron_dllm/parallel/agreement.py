@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
+from megatron_dllm.parallel.device import local_device
 from megatron_dllm.run.command import sentence
 from megatron_dllm.run.disk_full import DiskFull
 from megatron_dllm.run.lease import LeaseLost
@@ -21,15 +23,16 @@ def raise_together(error: Exception | None) -> None:
     """Raise on every rank what went wrong on any (a collective): no rank is left waiting for another.
 
     ValueError, LeaseLost, DiskFull and what the operating system refuses (OSError) stay what they are, anything else
-    becomes a RuntimeError.
+    becomes a RuntimeError. Where nothing has gone wrong the ranks add up one number; words are exchanged only then.
     """
+    has_failed = torch.tensor([int(error is not None)], device=local_device())
+    dist.all_reduce(has_failed, op=dist.ReduceOp.MAX)
+    if not has_failed.item():
+        return
     mine = None if error is None else (_kind(error), str(error) if _kind(error) != "OSError" else sentence(error))
     errors: list[tuple[str, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, mine)
-    failed = [(rank, *entry) for rank, entry in enumerate(errors) if entry is not None]
-    if not failed:
-        return
-    rank, kind, text = failed[0]
+    rank, kind, text = next((rank, *entry) for rank, entry in enumerate(errors) if entry is not None)
     for known in _KINDS:
         if known.__name__ == kind:
             raise known(text) from error
@@ -37,7 +40,7 @@ def raise_together(error: Exception | None) -> None:
     for place in _PLACES:
         if place.__name__ == kind:
             raise place(f"{where}: {text}") from error
-    raise RuntimeError(f"checkpoint: {where}: {kind}: {text}") from error
+    raise RuntimeError(f"{where}: {kind}: {text}") from error
 
 
 def _kind(error: Exception) -> str:

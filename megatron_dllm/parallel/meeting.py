@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from megatron_dllm.run.place import read_place
 T = TypeVar("T")
 
 _DECISION, _NUM_HEARD = "decision", "num_heard"
+_NUM_CHECKED, _ALL_CHECKED, _REFUSAL, _NUM_REFUSED = "num_checked", "all_checked", "refusal", "num_refused"
 # Seconds that rank 0, whose process may hold the store, waits for the others to hear a refusal.
 _HEARD_SECONDS = 30.0
 
@@ -64,6 +66,38 @@ class Meeting:
             raise
         store.set(_DECISION, pickle.dumps(value))
         return value
+
+    def agree(self, check: Callable[[], object]) -> None:
+        """Have every rank look at its own machine, and none go on where one refuses it.
+
+        A rank asks the store five times, however many ranks there are: the last one to look says that all have.
+
+        Args:
+            check: of this rank.
+
+        Raises:
+            ValueError: on every rank, where `check` refuses with one on some rank; it names the last that did.
+        """
+        if self.world_size == 1:
+            check()
+            return
+        store: Any = PrefixStore("start", self.store)
+        try:
+            check()
+        except ValueError as error:
+            store.set(_REFUSAL, pickle.dumps(f"rank {self.rank} of {self.world_size}, on {platform.node()}: {error}"))
+            store.add(_NUM_REFUSED, 1)
+        if store.add(_NUM_CHECKED, 1) == self.world_size:
+            store.set(_ALL_CHECKED, b"")
+        store.get(_ALL_CHECKED)
+        if not store.add(_NUM_REFUSED, 0):
+            return
+        refusal = pickle.loads(store.get(_REFUSAL))
+        if self.rank:
+            store.add(_NUM_HEARD, 1)
+        else:
+            self._wait_until_heard(store)
+        raise ValueError(refusal)
 
     def _wait_until_heard(self, store: Any) -> None:
         deadline = time.monotonic() + _HEARD_SECONDS

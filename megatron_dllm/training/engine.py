@@ -25,7 +25,7 @@ from megatron_dllm.parallel.groups import Groups
 from megatron_dllm.training.finalizing import gradient_finalizer
 from megatron_dllm.training.offload import offload_adam
 from megatron_dllm.training.parameter_rates import rate_overrides
-from megatron_dllm.training.self_check import check_paths
+from megatron_dllm.training.self_check import check_paths, check_together
 
 log = logging.getLogger(__name__)
 
@@ -110,11 +110,12 @@ def build_engine(
         backends: of attention, by name.
 
     Raises:
-        RuntimeError: a fast path gives other numbers than the plain one on this device.
+        ValueError: on every rank, where a fast path gives other numbers than the plain one on some rank's device.
     """
     if paths is None:
         paths = _announced_paths(config, groups, is_training=True)
-        check_paths(paths, config, local_device())
+        chosen = paths
+        check_together(lambda: check_paths(chosen, config, local_device()))
     chunks = build_chunks(config, groups, is_training=True, paths=paths, backends=backends)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -6,10 +6,12 @@ on a GPU what is compiled here would be compiled in the first step anyhow. `mode
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,11 +22,32 @@ from megatron_dllm.model.experts import grouped_experts
 from megatron_dllm.model.head import nll_gradient
 from megatron_dllm.model.paths import Paths
 from megatron_dllm.model.vocabulary_sums import chunk_sums
+from megatron_dllm.parallel.agreement import raise_together
 from megatron_dllm.training.host_adam import Update, host_update, torch_update
 
 # Sums and products in another order, relative to their norm: what fp32 may differ by.
 FP32_TOLERANCE = 1e-5
 Function = Callable[..., Any]
+
+
+def check_together(check: Callable[[], object]) -> None:
+    """Have every rank check its own device, and stop all of them where one fails (a collective).
+
+    Args:
+        check: of this rank, as `check_paths`.
+
+    Raises:
+        ValueError: on every rank, where the check of some rank refuses its device; it names the first of them.
+        RuntimeError: on every rank, where the check of some rank breaks down.
+    """
+    error: Exception | None = None
+    try:
+        check()
+    except ValueError as caught:
+        error = ValueError(f"rank {dist.get_rank()} of {dist.get_world_size()}, on {platform.node()}: {caught}")
+    except Exception as caught:
+        error = caught
+    raise_together(error)
 
 
 def check_paths(paths: Paths, config: TrainConfig, device: torch.device) -> list[str]:
@@ -36,7 +59,7 @@ def check_paths(paths: Paths, config: TrainConfig, device: torch.device) -> list
         device: of this process.
 
     Raises:
-        RuntimeError: a path gives other numbers than the plain one.
+        ValueError: a path gives other numbers than the plain one.
     """
     dtype = torch.float32 if config.parallel.precision == "fp32" else torch.bfloat16
     checked = []
@@ -70,7 +93,7 @@ def check_experts(device: torch.device, dtype: torch.dtype, product: Function | 
         product: takes the place of the grouped product, in a test.
 
     Raises:
-        RuntimeError: they differ by more than rounding explains.
+        ValueError: they differ by more than rounding explains.
     """
     sizes = [5, 0, 9, 2]
     shapes = [(sum(sizes), 32), (sum(sizes), 1), (len(sizes), 32, 32), (len(sizes), 32, 16)]
@@ -99,7 +122,7 @@ def check_dispatcher(device: torch.device, dtype: torch.dtype, fast: Function | 
         fast: takes the place of the gathers, in a test.
 
     Raises:
-        RuntimeError: they differ by more than rounding explains.
+        ValueError: they differ by more than rounding explains.
     """
     routing = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 0]], dtype=torch.bool)
     order = CopyOrder.of(routing.to(device), 2)
@@ -126,7 +149,7 @@ def check_head(
         gradient: `nll_gradient`, or another in a test.
 
     Raises:
-        RuntimeError: they differ by more than rounding explains.
+        ValueError: they differ by more than rounding explains.
     """
     logits = _random([(16, 64)], device, dtype)[0].detach()
     ids = torch.arange(16, device=device) * 4
@@ -150,7 +173,7 @@ def check_adam(update: Update, device: torch.device) -> None:
         device: where the state lies.
 
     Raises:
-        RuntimeError: they differ by more than rounding explains.
+        ValueError: they differ by more than rounding explains.
     """
     group = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     weight, *gradients = _random([(64,)] * 4, device, torch.float32)
@@ -178,7 +201,7 @@ def compare(name: str, fast: Function, plain: Function, inputs: Sequence[Tensor]
         inputs: [...] each a leaf that requires a gradient, of any shape.
 
     Raises:
-        RuntimeError: they differ by more than rounding explains.
+        ValueError: they differ by more than rounding explains.
     """
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     outs, wants = fast(*inputs), plain(*exact)
@@ -196,7 +219,7 @@ def _refuse_difference(name: str, what: str, got: Tensor, want: Tensor, dtype: t
     error = float((got.double() - want).detach().norm() / want.detach().norm())
     tolerance = max(8 * torch.finfo(dtype).eps, FP32_TOLERANCE)
     if not error < tolerance:
-        raise RuntimeError(
+        raise ValueError(
             f"{name}: the {what} is off by {error:.1e} on {got.device}, at most {tolerance:.1e} is expected of "
             f"{dtype}; this machine would train a wrong model: try another torch or driver."
         )

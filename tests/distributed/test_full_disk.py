@@ -88,5 +88,5 @@ def test_what_the_operating_system_refuses_to_one_rank_is_told_by_all() -> None:
         ("DiskFull", "rank 1 of 2 failed: writing x: it is full"),
         ("OSError", "rank 1 of 2 failed: x: Permission denied"),
         ("ValueError", "a mistake"),
-        ("RuntimeError", "checkpoint: rank 1 of 2 failed: TimeoutError: it took too long"),
+        ("RuntimeError", "rank 1 of 2 failed: TimeoutError: it took too long"),
     ]

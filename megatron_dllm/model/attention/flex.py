@@ -338,7 +338,7 @@ def check_gradients(
         kernel: that is checked.
 
     Raises:
-        RuntimeError: if an output or gradient is off by more than rounding explains.
+        ValueError: if an output or gradient is off by more than rounding explains.
     """
     generator = torch.Generator().manual_seed(0)
     roles = _test_roles().to(device)
@@ -363,7 +363,7 @@ def check_gradients(
     for name, got, want in pairs:
         error = float((got.double() - want).detach().norm() / want.detach().norm())
         if not error < tolerance:
-            raise RuntimeError(
+            raise ValueError(
                 f"attention_backend (flex): {name} is off by {error:.1e} on {device}, at most "
                 f"{tolerance:.1e} is expected of {dtype}; use attention_backend chunked."
             )
