@@ -27,8 +27,8 @@ from megatron_dllm.parallel.agreement import raise_together
 def verify(folder: Path, hash_content: bool = True) -> None:
     """Compare a checkpoint with its manifest (a collective).
 
-    Rank 0 alone looks whether every file is there and of its size, and looks through the pickled metadata; the
-    content is compared by all ranks, each reading its share of the files.
+    Rank 0 alone looks whether every file is there and of its size, looks through the pickled metadata, and shares out
+    the names; the content is compared by all ranks, each reading its share of the files.
 
     Args:
         folder: of the checkpoint.
@@ -37,25 +37,43 @@ def verify(folder: Path, hash_content: bool = True) -> None:
     Raises:
         ValueError: on all ranks, naming the file that is missing, truncated or altered.
     """
+    shares: list[dict[str, Any]] | None = None
     error: Exception | None = None
-    try:
-        if dist.get_rank() == 0:
+    if dist.get_rank() == 0:
+        try:
             check_complete(folder)
             check_metadata(folder)
-        if hash_content:
-            _check_content(folder)
-    except (ValueError, OSError) as caught:
+            shares = _shares(read_manifest(folder), dist.get_world_size())
+        except (ValueError, OSError) as caught:
+            error = ValueError(str(caught))
+    raise_together(error)
+    if hash_content:
+        _check_content(folder, shares)
+
+
+def _shares(manifest: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    """The entries of a manifest, dealt into as many parts as there are ranks."""
+    names = sorted(manifest)
+    return [{name: manifest[name] for name in names[first::number]} for first in range(number)]
+
+
+def _check_content(folder: Path, shares: list[dict[str, Any]] | None) -> None:
+    """Refuse a folder with an altered file (a collective).
+
+    Args:
+        folder: of the checkpoint.
+        shares: what each rank is to read, on rank 0.
+    """
+    share: list[Any] = [None]
+    dist.scatter_object_list(share, shares)
+    error: Exception | None = None
+    try:
+        problems = damaged_files(folder, share[0], share[0])
+        if problems:
+            error = ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
+    except OSError as caught:
         error = ValueError(str(caught))
     raise_together(error)
-
-
-def _check_content(folder: Path) -> None:
-    """Refuse a folder with an altered file among this rank's share."""
-    manifest = read_manifest(folder)
-    names = sorted(manifest)[dist.get_rank() :: dist.get_world_size()]
-    problems = damaged_files(folder, manifest, names)
-    if problems:
-        raise ValueError(f"checkpoint {folder} is damaged: {'; '.join(problems)}; choose another checkpoint.")
 
 
 def load_weights(folder: Path, chunks: Sequence[nn.Module], hash_content: bool = True) -> None:

@@ -35,7 +35,7 @@ def fake_world(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator
     prepare_host()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        split_ranks(parallel, _MINUTES, has_gloo=False)
+        split_ranks(parallel, _MINUTES)
         seed_everything(0)
         yield Groups.current()
     finally:

@@ -131,13 +131,15 @@ def initialize(parallel: ParallelConfig, run: RunConfig, meeting: Meeting | None
     return Groups.current()
 
 
-def split_ranks(parallel: ParallelConfig, timeout_minutes: float, has_gloo: bool = True) -> None:
+def split_ranks(parallel: ParallelConfig, timeout_minutes: float) -> None:
     """Make megatron-core's groups of a layout.
+
+    Without its second set, of gloo for tensors on the host, which nothing here uses: each of those joins every rank of
+    a group with every other, so that the number of connections grows with the square of the ranks.
 
     Args:
         parallel: sizes of the layout, already validated.
         timeout_minutes: after which a collective of these groups fails.
-        has_gloo: make a second set of groups for tensors on the host.
     """
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -147,7 +149,7 @@ def split_ranks(parallel: ParallelConfig, timeout_minutes: float, has_gloo: bool
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
-        create_gloo_process_groups=has_gloo,
+        create_gloo_process_groups=False,
     )
 
 
