@@ -8,7 +8,8 @@ from megatron_dllm.config.model import ModelConfig
 from megatron_dllm.config.rules import check, check_choice, check_positive
 
 CONTEXT_PARALLEL_METHODS = ("gather", "ulysses")
-TOKEN_DISPATCHERS = ("auto", "allgather", "alltoall")
+TOKEN_DISPATCHERS = ("auto", "allgather", "alltoall", "flex")
+FLEX_BACKENDS = ("deepep", "hybridep")
 PRECISIONS = ("fp32", "bf16")
 TRAINING_PRECISIONS = (*PRECISIONS, "fp8")
 # Rows and columns of a block of numbers with one scale; products in FP8 want multiples of it.
@@ -40,8 +41,11 @@ class ParallelConfig:
     # How attention sees the tokens of the other context-parallel ranks. gather: every rank gets all keys and values
     # and keeps its queries; ulysses: every rank gets all tokens of some heads.
     context_parallel_method: str = "gather"
-    # How tokens reach their experts; auto: alltoall with CUDA (sends only what is needed), allgather without.
+    # How tokens reach their experts; auto: alltoall with CUDA (sends only what is needed), allgather without. flex: by
+    # the kernels of DeepEP, which reorder and send at once, on GPUs with TransformerEngine.
     moe_token_dispatcher: str = "auto"
+    # Whose kernels the flex dispatcher calls: deepep, or hybridep, those of DeepEP's branch of that name.
+    moe_flex_dispatcher_backend: str = "deepep"
     # Of weights and activations in forward and backward passes: fp32, bf16, or fp8: bf16 with the products of the
     # layers in FP8 (E4M3, a scale for each block, as Ling was trained), on a GPU with TransformerEngine. The optimizer
     # keeps fp32.
@@ -64,6 +68,22 @@ class ParallelConfig:
         check_choice("parallel.recompute", self.recompute, ("none", "selective", "full"))
         check_choice("parallel.context_parallel_method", self.context_parallel_method, CONTEXT_PARALLEL_METHODS)
         check_choice("parallel.moe_token_dispatcher", self.moe_token_dispatcher, TOKEN_DISPATCHERS)
+        check_choice("parallel.moe_flex_dispatcher_backend", self.moe_flex_dispatcher_backend, FLEX_BACKENDS)
+        if self.moe_token_dispatcher == "flex":
+            self._validate_flex()
+
+    def _validate_flex(self) -> None:
+        check(
+            self.precision != "fp32",
+            "parallel.moe_token_dispatcher (flex) sends tokens in bf16, and parallel.precision (fp32) is more; use "
+            "precision bf16, or the dispatcher auto.",
+        )
+        ep, etp = self.expert_model_parallel_size, self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+        check(
+            ep * etp > 1,
+            f"parallel.moe_token_dispatcher (flex) needs experts that several ranks share, and expert x expert-tensor "
+            f"({ep} x {etp}) is one; use auto.",
+        )
 
     def validate(self, world_size: int, model: ModelConfig) -> None:
         """Refuse layouts that megatron-core would refuse late, or would train wrongly."""

@@ -20,20 +20,24 @@ def forget_after_use(model: nn.Module) -> None:
     """Have every mixture of experts forget its tokens at the end of its forward pass; once its dispatchers stand."""
     for module in model.modules():
         if isinstance(module, MoELayer):
-            made_with = {name for name, value in vars(module.token_dispatcher).items() if isinstance(value, Tensor)}
-            module.register_forward_hook(_Forget(frozenset(made_with)))
+            module.register_forward_hook(Forget(module.token_dispatcher))
 
 
-class _Forget:
-    """A forward hook: drops what the dispatcher holds of tokens."""
+class Forget:
+    """A forward hook: drops what a dispatcher holds of tokens, and what the part of it holds that sends them."""
 
-    def __init__(self, kept: frozenset[str]) -> None:
-        """Args: names of the tensors that the dispatcher was made with."""
-        self._kept = kept
+    def __init__(self, dispatcher: Any) -> None:
+        """Take megatron-core's dispatcher as it was made; the tensors that it has by now stay."""
+        self._holders = [dispatcher, *filter(None, [getattr(dispatcher, "_comm_manager", None)])]
+        self._kept = [{name for name, value in vars(holder).items() if _is_held(value)} for holder in self._holders]
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
         """Megatron-core's layer, and what went into it and came out of it, which stay."""
-        dispatcher = module.token_dispatcher
-        for name, value in list(vars(dispatcher).items()):
-            if isinstance(value, Tensor | CopyOrder) and name not in self._kept:
-                setattr(dispatcher, name, None)
+        for holder, kept in zip(self._holders, self._kept, strict=True):
+            for name, value in list(vars(holder).items()):
+                if _is_held(value) and name not in kept:
+                    setattr(holder, name, None)
+
+
+def _is_held(value: Any) -> bool:
+    return isinstance(value, Tensor | CopyOrder)

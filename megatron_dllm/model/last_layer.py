@@ -27,14 +27,16 @@ def can_skip_outputs(model: ModelConfig, config: TransformerConfig, training: Tr
     """Whether the last layer may leave out tokens, by what it would change or could not do.
 
     It must not where the router is balanced by what it sees (its bias moves, or it has a loss of its own); where
-    the expert dispatcher gathers tokens of ranks with other rows, which must bring equal numbers; and where
-    context-parallel ranks exchange tokens for heads, likewise. Products in FP8 want whole blocks of tokens.
+    the expert dispatcher gathers tokens of ranks with other rows, which must bring equal numbers (or may want them:
+    flex, whose buffers follow the first layer's tokens); and where context-parallel ranks exchange tokens for heads,
+    likewise. Products in FP8 want whole blocks of tokens.
     """
     is_balanced = bool(training.moe_router_bias_update_rate or training.moe_aux_loss_coeff or training.moe_z_loss_coeff)
     num_expert_ranks = config.expert_model_parallel_size * (config.expert_tensor_parallel_size or 1)
-    needs_equal_counts = (
+    gathers_rows = (
         config.moe_token_dispatcher_type == "allgather" and num_expert_ranks > config.tensor_model_parallel_size
     )
+    needs_equal_counts = gathers_rows or config.moe_token_dispatcher_type == "flex"
     if model.is_moe and (is_balanced or needs_equal_counts):
         return False
     exchanges_heads = config.context_parallel_size > 1 and config.cp_comm_type == "a2a"

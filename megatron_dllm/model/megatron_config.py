@@ -82,12 +82,14 @@ def _arguments(model: ModelConfig, parallel: ParallelConfig, paths: Paths, train
         # A list also for models whose layers are all alike: checkpoints then name every layer by itself.
         moe_layer_freq=[int(model.is_moe and layer >= model.num_dense_layers) for layer in range(model.num_layers)],
         cuda_graph_scope=[],
-        **_moe_arguments(model, paths, training),
+        **_moe_arguments(model, parallel, paths, training),
         **_recompute_arguments(parallel.recompute),
     )
 
 
-def _moe_arguments(model: ModelConfig, paths: Paths, training: TrainingConfig) -> dict[str, Any]:
+def _moe_arguments(
+    model: ModelConfig, parallel: ParallelConfig, paths: Paths, training: TrainingConfig
+) -> dict[str, Any]:
     if not model.is_moe:
         return {}
     return dict(
@@ -107,6 +109,7 @@ def _moe_arguments(model: ModelConfig, paths: Paths, training: TrainingConfig) -
         moe_aux_loss_coeff=training.moe_aux_loss_coeff,
         moe_z_loss_coeff=training.moe_z_loss_coeff or None,
         moe_token_dispatcher_type=paths.dispatcher.name,
+        moe_flex_dispatcher_backend=parallel.moe_flex_dispatcher_backend,
         moe_grouped_gemm=paths.experts.name == "te_grouped",
         moe_permute_fusion=paths.experts.name == "te_grouped",
     )

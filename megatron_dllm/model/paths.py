@@ -43,7 +43,7 @@ class Paths:
         norms: te or torch.
         experts: te_grouped, grouped (one product for all experts), sections (one after the other), sequential
             (megatron-core's own, never chosen), or none in a dense model.
-        dispatcher: how tokens reach their experts, alltoall or allgather; none in a dense model.
+        dispatcher: how tokens reach their experts, alltoall, allgather or flex; none in a dense model.
         fusions: of small operations, compiled or plain. Where they are compiled, torch's Adam is one kernel too.
         optimizer: whose Adam: te, apex or torch; or offloaded, on the host.
         precision: fp32, bf16 or fp8, of the products of the layers.
@@ -103,7 +103,7 @@ def choose_paths(
         linear=layers,
         norms=layers,
         experts=_experts(model, parallel, facts.is_cuda, has_te),
-        dispatcher=_dispatcher(model, parallel, facts.is_cuda),
+        dispatcher=_dispatcher(model, parallel, facts, has_te),
         fusions=Choice("compiled" if facts.is_cuda else "plain", device),
         optimizer=_optimizer(optimizer or OptimizerConfig(), facts, layers),
         precision=_precision(parallel, facts, has_te),
@@ -187,10 +187,13 @@ def _experts(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool, has_te
     return Choice("grouped", "bf16 on CUDA" if is_cuda else "one product for all, whose weights lie together")
 
 
-def _dispatcher(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool) -> Choice:
+def _dispatcher(model: ModelConfig, parallel: ParallelConfig, facts: DeviceFacts, has_te: bool) -> Choice:
     """All-to-all sends a token only where it is needed; all-gather needs no host arrays and suits gloo."""
     if not model.is_moe:
         return Choice("none", "a dense model")
+    is_cuda = facts.is_cuda
+    if parallel.moe_token_dispatcher == "flex":
+        return _flex(parallel.moe_flex_dispatcher_backend, facts, has_te)
     if parallel.moe_token_dispatcher == "auto":
         return Choice("alltoall", "sends only what is needed") if is_cuda else Choice("allgather", "suits gloo")
     expert_tp = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
@@ -201,3 +204,19 @@ def _dispatcher(model: ModelConfig, parallel: ParallelConfig, is_cuda: bool) -> 
             "allgather or auto."
         )
     return Choice(parallel.moe_token_dispatcher, "asked for by name")
+
+
+def _flex(backend: str, facts: DeviceFacts, has_te: bool) -> Choice:
+    """DeepEP's kernels, in front of TransformerEngine's experts: the pair that megatron-core is made for."""
+    if not has_te:
+        raise ValueError(
+            "parallel.moe_token_dispatcher (flex) needs a GPU and TransformerEngine, which are not both here; "
+            f"{GET_ENGINE} on a GPU, or use auto."
+        )
+    if backend not in facts.packages.deepep:
+        branch = "its branch hybrid-ep of " if backend == "hybridep" else ""
+        raise ValueError(
+            f"parallel.moe_flex_dispatcher_backend ({backend}) needs the package deep_ep, which has no such kernels "
+            f"here; build {branch}github.com/deepseek-ai/DeepEP, or use parallel.moe_token_dispatcher=auto."
+        )
+    return Choice("flex", f"asked for by name, by {backend}'s kernels")

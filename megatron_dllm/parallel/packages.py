@@ -27,11 +27,13 @@ class Packages:
         transformer_engine: its version; None: not installed.
         apex: nvidia; unbuilt (NVIDIA's without its CUDA kernels); other (another package of that name); None.
         has_deepspeed: DeepSpeed is installed.
+        deepep: whose kernels the package deep_ep has, of deepep and hybridep.
     """
 
     transformer_engine: str | None = None
     apex: str | None = None
     has_deepspeed: bool = False
+    deepep: tuple[str, ...] = ()
 
     @classmethod
     def here(cls, find: Find = importlib.util.find_spec) -> Packages:
@@ -41,6 +43,7 @@ class Packages:
             transformer_engine=_version("transformer-engine") if has_engine else None,
             apex=_apex(find),
             has_deepspeed=find("deepspeed") is not None,
+            deepep=_deepep(find),
         )
 
     def check(self, is_cuda: bool) -> None:
@@ -84,3 +87,11 @@ def _apex(find: Find) -> str | None:
     if not any((Path(place) / "optimizers").is_dir() for place in spec.submodule_search_locations or ()):
         return "other"
     return "nvidia" if find("amp_C") is not None else "unbuilt"
+
+
+def _deepep(find: Find) -> tuple[str, ...]:
+    spec = find("deep_ep")
+    if spec is None:
+        return ()
+    files = {path.name for place in spec.submodule_search_locations or () for path in Path(place).glob("*.py")}
+    return ("deepep", "hybridep") if "hybrid_ep_buffer.py" in files else ("deepep",)

@@ -80,10 +80,11 @@ def micro_batch_of(
 
 
 def skips_outputs(layout: ParallelConfig, training: TrainingConfig) -> bool:
-    """Whether the last layer computes only what is read (`model.last_layer`), on a GPU's all-to-all path."""
+    """Whether the last layer computes only what is read (`model.last_layer`), on a GPU."""
     is_balanced = bool(training.moe_router_bias_update_rate or training.moe_aux_loss_coeff or training.moe_z_loss_coeff)
     exchanges_heads = layout.context_parallel_size > 1 and layout.context_parallel_method == "ulysses"
-    is_possible = not is_balanced and not exchanges_heads and layout.precision != "fp8"
+    is_flex = layout.moe_token_dispatcher == "flex"
+    is_possible = not is_balanced and not exchanges_heads and not is_flex and layout.precision != "fp8"
     return training.skip_unused_outputs and is_possible
 
 

@@ -24,6 +24,7 @@ ACCEPTED_LAYOUTS = [
     (8, layout_config(cp=8, context_parallel_method="ulysses")),
     (4, layout_config(tp=2, sequence_parallel=True, cp=2, context_parallel_method="ulysses")),
     (16, layout_config(ep=16)),
+    (2, layout_config(ep=2, precision="bf16", moe_token_dispatcher="flex", moe_flex_dispatcher_backend="hybridep")),
 ]
 
 
@@ -130,7 +131,8 @@ REFUSED_LAYOUTS = [
         ("context_parallel_size (16)", "8 attention heads", "or gather", "context_parallel_size=8"),
     ),
     (1, layout_config(context_parallel_method="ring"), {}, ("context_parallel_method (ring)", "gather, ulysses")),
-    (1, layout_config(moe_token_dispatcher="flex"), {}, ("moe_token_dispatcher (flex)", "alltoall")),
+    (1, layout_config(moe_token_dispatcher="ring"), {}, ("moe_token_dispatcher (ring)", "alltoall")),
+    (1, layout_config(moe_flex_dispatcher_backend="nvshmem"), {}, ("backend (nvshmem)", "deepep, hybridep")),
     (1, layout_config(precision="fp16"), {}, ("precision (fp16)", "fp32, bf16, fp8")),
     (1, layout_config(recompute="some"), {}, ("recompute (some)", "none, selective, full")),
 ]
@@ -145,6 +147,17 @@ def test_layouts_that_do_not_train_are_refused(
         assert part in message
     if "is not known" not in message:  # a choice by name: the message lists them
         train_config(model=model_config(**model), parallel=_suggested(message, layout)).validate(world_size)
+
+
+def test_what_deepeps_kernels_cannot_do_is_refused() -> None:
+    flex = layout_config(ep=2, precision="bf16", moe_token_dispatcher="flex")
+    flex.validate_choices()
+    exact = refusal_of(lambda: train_config(parallel=replace(flex, precision="fp32")).validate(2))
+    assert "precision (fp32) is more; use precision bf16, or the dispatcher auto." in exact
+    alone = refusal_of(lambda: train_config(parallel=replace(flex, expert_model_parallel_size=1)).validate(1))
+    assert alone.startswith("parallel.moe_token_dispatcher (flex) needs") and alone.endswith(
+        "(1 x 1) is one; use auto."
+    )
 
 
 def _suggested(message: str, layout: ParallelConfig) -> ParallelConfig:

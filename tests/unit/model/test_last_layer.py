@@ -163,3 +163,18 @@ def test_products_in_fp8_want_every_token(precision: str, expected: tuple[str | 
     config = transformer_config(model, layout, choose_paths(model, layout, DeviceFacts.as_cuda()))
     assert (config.fp8, can_skip_outputs(model, config, TrainingConfig())) == expected
     assert config.bf16 and config.fp8_recipe == "blockwise"
+
+
+def test_deepeps_kernels_get_every_token() -> None:
+    from megatron_dllm.model.last_layer import can_skip_outputs
+    from megatron_dllm.model.megatron_config import transformer_config
+    from megatron_dllm.model.paths import Choice, choose_paths
+    from megatron_dllm.parallel.device import DeviceFacts
+
+    model, layout = tiny_model(), ParallelConfig(precision="bf16", expert_model_parallel_size=2)
+    flex = replace(layout, moe_token_dispatcher="flex", moe_flex_dispatcher_backend="hybridep")
+    paths = choose_paths(model, layout, DeviceFacts.as_cuda(has_transformer_engine=False))
+    plain = transformer_config(model, layout, paths)
+    config = transformer_config(model, flex, replace(paths, dispatcher=Choice("flex", "asked for by name")))
+    assert (config.moe_token_dispatcher_type, config.moe_flex_dispatcher_backend) == ("flex", "hybridep")
+    assert can_skip_outputs(model, plain, TrainingConfig()) and not can_skip_outputs(model, config, TrainingConfig())

@@ -98,6 +98,25 @@ def test_fp8_is_for_hopper_with_transformer_engine() -> None:
     assert choose_paths(WIDE, BF16, CUDA).precision.faster == ""
 
 
+def test_deepeps_kernels_go_with_transformer_engine() -> None:
+    flex = replace(BF16, expert_model_parallel_size=2, moe_token_dispatcher="flex")
+    hybrid = replace(flex, moe_flex_dispatcher_backend="hybridep")
+    old, new = (
+        replace(CUDA_TE, packages=Packages(deepep=kernels)) for kernels in (("deepep",), ("deepep", "hybridep"))
+    )
+    assert str(choose_paths(MOE, flex, old).dispatcher) == "flex (asked for by name, by deepep's kernels)"
+    assert str(choose_paths(MOE, hybrid, new).dispatcher) == "flex (asked for by name, by hybridep's kernels)"
+    for layout, facts, message in (
+        (flex, CPU, r"moe_token_dispatcher \(flex\) needs a GPU and TransformerEngine, which are not both here"),
+        (flex, replace(CUDA, packages=Packages(deepep=("deepep",))), "needs a GPU and TransformerEngine"),
+        (flex, CUDA_TE, r"moe_flex_dispatcher_backend \(deepep\) needs the package deep_ep.* build github.com"),
+        (hybrid, old, r"backend \(hybridep\) needs the package deep_ep.* build its branch hybrid-ep of github.com"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            choose_paths(MOE, layout, facts)
+    assert choose_paths(DENSE, flex, CPU).dispatcher.name == "none"
+
+
 def test_moments_in_bf16_are_transformer_engines() -> None:
     short = OptimizerConfig(moments="bf16")
     assert str(choose_paths(MOE, BF16, CUDA_TE, optimizer=short).optimizer).endswith("installed; moments in bf16)")

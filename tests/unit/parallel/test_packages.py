@@ -44,6 +44,25 @@ def test_apex_is_known_without_importing_it(
     assert Packages.here().apex == expected
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ((), ()),
+        (("deep_ep/__init__.py", "deep_ep/buffer.py"), ("deepep",)),
+        (("deep_ep/__init__.py", "deep_ep/hybrid_ep_buffer.py"), ("deepep", "hybridep")),
+    ],
+)
+def test_deepeps_kernels_are_known_by_its_files(
+    files: tuple[str, ...], expected: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise AssertionError('imported')\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    assert Packages.here().deepep == expected
+
+
 def test_what_megatron_would_stumble_over_is_refused() -> None:
     assert "another package than NVIDIA's" in _refusal(Packages(apex="other"))
     assert "pip uninstall apex" in _refusal(Packages(apex="unbuilt"))

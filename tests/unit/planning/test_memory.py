@@ -120,3 +120,4 @@ def test_fp8_keeps_copies_of_the_layers_weights_and_computes_every_token() -> No
     in_layers = held.total - 2 * plain.model.vocab_size * plain.model.hidden_size
     assert _memory(fp8, row, 8).weights == _memory(plain, row, 8).weights + 2 * in_layers
     assert skips_outputs(plain.parallel, plain.training) and not skips_outputs(fp8.parallel, fp8.training)
+    assert not skips_outputs(replace(plain.parallel, moe_token_dispatcher="flex"), plain.training)
