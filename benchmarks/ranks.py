@@ -89,7 +89,13 @@ def _end_with_parent() -> None:
 
 def set_rank(rank: int, world_size: int, port: int) -> None:
     """Give this process the environment that torchrun would give it, with the meeting point at `port`."""
-    os.environ.update(
+    os.environ.update(rank_environment(rank, world_size, port))
+    torch.set_num_threads(1)
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun would tell a rank, with the meeting point at `port`."""
+    return dict(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -99,7 +105,6 @@ def set_rank(rank: int, world_size: int, port: int) -> None:
         TORCHELASTIC_USE_AGENT_STORE="True",
         GLOO_SOCKET_IFNAME="lo",
     )
-    torch.set_num_threads(1)
 
 
 def _run_rank(
