@@ -27,6 +27,7 @@ PROGRAMS = (
 SHORTER = {
     "megatron_dllm.generate": ["max_new_tokens=8"],
     "megatron_dllm.evaluate": ["evaluation.num_tokens=300"],
+    "megatron_dllm.needle": ["depths=[0]", "num_needles=1", "num_choices=2", "num_documents=1"],
     "megatron_dllm.evaluation.tasks.chats": ["--num_train", "20", "--num_held_out", "2"],
     "megatron_dllm.evaluation.answers": ["--limit", "1", "--thresholds", "0.9", "--max_new_tokens", "8"],
 }

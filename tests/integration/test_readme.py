@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.ranks import run_ranks
 from tests.house.mentions import ROOT, command_lines
-from tests.integration.test_docs_commands import PAIRS
+from tests.integration.test_docs_commands import PAIRS, run_all
 
 # Composed by tests/unit/test_docs.py: they need GPUs or SLURM. The harness asks a server for its questions; it, the
 # planner and the examples have tests of their own.
@@ -42,23 +40,17 @@ def _lay_out(demo: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run(demo: Path, tmp_path: Path) -> None:
     _lay_out(demo, tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    commands = [line for line in command_lines((ROOT / "README.md").read_text()) if line[0] not in ELSEWHERE]
-    ran = []
-    for program, words in commands:
-        if program.startswith("benchmarks."):
-            continue
-        done = subprocess.run(
-            [sys.executable, "-m", program, *(SMALLER.get(word, word) for word in words)],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300,
-        )  # fmt: skip
-        # compare ends with 1 where two folders differ, as an export differs from its rounding.
-        assert done.returncode in ((0, 1) if program.endswith("compare") else (0,)), f"{program} {words}\n{done.stderr}"
-        ran.append(program.rsplit(".", 1)[-1])
-    assert ran == [
+    commands = [
+        (program, [SMALLER.get(word, word) for word in words])
+        for program, words in command_lines((ROOT / "README.md").read_text())
+        if program not in ELSEWHERE and not program.startswith("benchmarks.")
+    ]
+    assert [program.rsplit(".", 1)[-1] for program, _ in commands] == [
         *("tokenize", "hf_to_mcore", "evaluate", "merge_topk", "mcore_to_hf", "generate", "needle"),
         *("tokenize", "tokenize", "generate", "answers", "inspect", "compare"),
     ]
+    (ended,) = run_ranks(run_all, 1, tmp_path, commands, timeout_s=500.0)
+    assert [code for *_, code in ended] == [0] * len(commands), ended
     assert all((tmp_path / "data" / f"{name}.spans").is_file() for name in ("chats", "pairs"))
     assert (tmp_path / "answers.json").is_file()
     assert (tmp_path / "llada2_mini_hf" / "config.json").is_file() and (tmp_path / "data" / "train.idx").is_file()
