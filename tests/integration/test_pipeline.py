@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from benchmarks.demo import main as record_demo
-from tests.integration.tiny_chain import NUM_JOBS, ROOT
+from tests.integration.tiny_chain import ROOT
 
 
 def test_every_stage_of_the_schedule_was_trained_and_measured(demo: Path) -> None:
@@ -96,12 +98,30 @@ def _launch(recipes: Path, root: Path) -> str:
     return done.stdout + done.stderr
 
 
+# Jobs of the chain that the launcher starts in the test: the way from text to text, each kind of job once or twice.
+LAUNCHED = (
+    *("corpus", "tokenize_train", "tokenize_validation", "base", "base_to_hf", "hf_to_mcore", "convert"),
+    *("merge", "export", "generate", "report"),
+)
+
+
+def _shorter(recipes: Path, folder: Path) -> Path:
+    """The recipes, with a chain of these jobs alone."""
+    shutil.copytree(recipes, folder)
+    path = folder / "chain" / "tiny_demo.yaml"
+    chain = OmegaConf.load(path)
+    chain.jobs = {name: chain.jobs[name] for name in LAUNCHED}
+    path.write_text("# @package _global_\n" + OmegaConf.to_yaml(chain))
+    return folder
+
+
 @pytest.mark.slow
 def test_the_launcher_makes_the_same_and_a_second_start_finds_everything_finished(
     small_chain: Path, demo: Path, tmp_path: Path
 ) -> None:
     """Programs started one by one, as `make demo` does, come to the weights of the functions called in ranks."""
-    output = _launch(small_chain / "recipes", tmp_path)
+    recipes = _shorter(small_chain / "recipes", tmp_path / "recipes")
+    output = _launch(recipes, tmp_path)
     assert "finished before, skipped" not in output
     made = tmp_path / "demo"
     for folder in ("base_hf", "hf"):
@@ -118,7 +138,7 @@ def test_the_launcher_makes_the_same_and_a_second_start_finds_everything_finishe
     assert _texts(made) == _texts(demo)
     assert (made / "report.html").is_file()
     before = (made / "hf" / "config.json").stat().st_mtime_ns
-    assert _launch(small_chain / "recipes", tmp_path).count("finished before, skipped") == NUM_JOBS
+    assert _launch(recipes, tmp_path).count("finished before, skipped") == len(LAUNCHED)
     assert (made / "hf" / "config.json").stat().st_mtime_ns == before
 
 

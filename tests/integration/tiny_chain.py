@@ -21,7 +21,6 @@ from launch.freeze import freeze_job, rank_arguments
 from megatron_dllm.compose import RECIPES
 
 ROOT = RECIPES.parent
-NUM_JOBS = 19
 VOCAB_SIZE = 512
 # Heads of 8 instead of 32; as many layers and experts, so that every kind of tensor is there.
 MODEL = {
