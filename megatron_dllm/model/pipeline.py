@@ -6,7 +6,7 @@ what is computed from the outputs of the last stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -100,19 +100,8 @@ def _forward_step(
     return output, partial(finish, batch)
 
 
-def _with_local_students(asked: Sequence[Asked], context: ProcessGroup, device: torch.device) -> list[Asked]:
-    students = [item.students for item in asked if item.students is not None]
-    if not students:
-        return list(asked)
-    local = local_batches(students, context, device)
-    return [replace(item, students=batch) for item, batch in zip(asked, local, strict=True)]
-
-
 def local_batches(
-    micro_batches: Sequence[Batch],
-    context: ProcessGroup,
-    device: torch.device,
-    dealt_as: Sequence[Batch | None] | None = None,
+    micro_batches: Sequence[Batch], context: ProcessGroup, device: torch.device, dealt_as: Sequence[Batch] | None = None
 ) -> list[Batch]:
     """This context rank's part of every micro-batch, on its device.
 
@@ -122,7 +111,7 @@ def local_batches(
         device: of this rank.
         dealt_as: other rows whose tokens lie in the same slots, by which to deal; None: these rows themselves.
     """
-    others = dealt_as or [None] * len(micro_batches)
+    others: Sequence[Batch | None] = dealt_as or [None] * len(micro_batches)
     shards = [
         take_context_shard(batch, context.rank(), context.size(), other)
         for batch, other in zip(micro_batches, others, strict=True)
@@ -144,7 +133,8 @@ def run_batches(
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
     entropy_temperature: float | None = None,
-    asked: Sequence[Asked] | None = None,
+    asked: Iterable[Asked] | None = None,
+    students: Sequence[Batch] | None = None,
     opening: Opening | None = None,
 ) -> list[Any]:
     """Run micro-batches through the schedule (a collective).
@@ -160,7 +150,8 @@ def run_batches(
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
         entropy_temperature: what the head is asked for, see `model.head`.
-        asked: of each micro-batch beside the NLL, with `students` of whole rows; None: nothing.
+        asked: of each micro-batch beside the NLL, taken when the micro-batch is due; None: nothing.
+        students: whole rows that each micro-batch teaches, in its slots; None: none.
         opening: how far the attention mask is open; None: all of it.
 
     Returns:
@@ -168,8 +159,12 @@ def run_batches(
     """
     rows, row_length = micro_batches[0].input_ids.shape
     asked = asked or [NOTHING] * len(micro_batches)
-    local = local_batches(micro_batches, groups.context, device, [item.students for item in asked])
-    asked = _with_local_students(asked, groups.context, device)
+    local = local_batches(micro_batches, groups.context, device, students)
+    if students is not None:
+        taught = local_batches(students, groups.context, device)
+        asked = [replace(item, students=batch) for item, batch in zip(asked, taught, strict=True)]
+    if len(chunks) > 1:
+        asked = list(asked)
     iterators = [zip(local, asked, strict=True) for _ in chunks]
     forward_backward = get_forward_backward_func()
     found: list[Any] = forward_backward(
@@ -195,7 +190,7 @@ def run_schedule(
     *,
     noise: EmbeddingNoise | None = None,
     observe: Callable[[Batch], None] | None = None,
-    taught: Sequence[Taught] | None = None,
+    taught: Iterable[Taught] | None = None,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> StepTotals:
     """The sums of one global batch, and its gradients in the buffers of the chunks (a collective).
@@ -208,7 +203,7 @@ def run_schedule(
         objective: whose loss is taken.
         noise: on the embeddings of masked tokens.
         observe: told each micro-batch before its forward pass.
-        taught: what a second model says of each micro-batch; None: none teaches.
+        taught: what a second model says of each micro-batch, taken when the micro-batch is due; None: none teaches.
         must_stop: whether this rank was asked to, behind its last backward pass.
 
     Returns:
@@ -218,7 +213,7 @@ def run_schedule(
     transformer: Any = chunks[0].config
     num_layers = int(transformer.num_layers)
     assert objective.has_second_teacher == (taught is not None), "a second model teaches where the rules say so"
-    asked = [asked_by(objective, num_layers, device, said) for said in taught or [Taught()] * len(micro_batches)]
+    asked = [asked_by(objective, num_layers, device) for _ in micro_batches]
     parts: list[StepSums] = run_batches(
         chunks,
         micro_batches,
@@ -230,7 +225,7 @@ def run_schedule(
         observe=observe,
         entropy_temperature=objective.entropy_temperature,
         opening=objective.opening,
-        asked=asked,
+        asked=asked if taught is None else map(_beside, asked, taught),
     )
     like = StepSums.zeros(device, objective.extra_sums, objective.level_means, objective.ratios)
     own = torch.zeros_like(like.flatten())
@@ -244,15 +239,19 @@ def run_schedule(
     return StepTotals(flat, like, objective.alignment, num_layers)
 
 
-def asked_by(objective: Objective, num_layers: int, device: torch.device, said: Taught | None = None) -> Asked:
-    """What a step asks of a micro-batch beside the NLL.
+def asked_by(objective: Objective, num_layers: int, device: torch.device) -> Asked:
+    """What a step asks of a micro-batch beside the NLL, before a second model has said anything.
 
     Args:
         objective: of the step.
         num_layers: of the whole model.
         device: of this rank.
-        said: what a second model says of the micro-batch; None: nothing.
     """
-    rule, said = objective.alignment, said or Taught()
-    alignment = None if rule is None else Alignment.empty(rule, num_layers, device, said.states)
-    return Asked(alignment, objective.distill, said.teacher)
+    rule = objective.alignment
+    return Asked(None if rule is None else Alignment.empty(rule, num_layers, device), objective.distill)
+
+
+def _beside(asked: Asked, said: Taught) -> Asked:
+    """What is asked, with what a second model says of it; the sums of the layers stay the same tensor."""
+    alignment = None if asked.alignment is None else replace(asked.alignment, taught=said.states)
+    return replace(asked, alignment=alignment, teacher=said.teacher)

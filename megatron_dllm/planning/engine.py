@@ -176,7 +176,7 @@ def _run(
         weights=weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
-        # A teacher's states lie there for all micro-batches of the step, also those that are not run here.
+        # In a pipeline a teacher's states lie there for all micro-batches of a step, also those that are not run here.
         activations=memory.peak - memory.peak_head - kept + round(states * (scale - 1.0)),
         head=memory.peak_head,
     )

@@ -125,14 +125,16 @@ def _teaching_states(
 ) -> float:
     """States that others are compared with: behind the layers, and of the targets.
 
-    Those of a second model lie there for the whole step. The model's own are kept as the layers' activations are; where
-    only the upper layers are aligned, each rank is taken to hold as many of them as it can.
+    Those of a second model lie there for the whole step in a pipeline, else for a micro-batch. The model's own are kept
+    as the layers' activations are; where only the upper layers are aligned, each rank is taken to hold as many of them
+    as it can.
     """
     method = batch.method
     aligned = min(rank.num_layers, max(1, round(method.aligned_share * model.num_layers)) * (method.aligned_share > 0))
-    times = batch.number if method.is_aligned_before else in_flight * (layout.recompute != "full")
+    taught = batch.number if layout.pipeline_model_parallel_size > 1 else 1
+    times = taught if method.is_aligned_before else in_flight * (layout.recompute != "full")
     of_targets = 2 * model.hidden_size * batch.targets * (method.has_teacher and rank.is_last)
-    return aligned * batch.moe.input * times + of_targets * (batch.number if method.is_taught_before else 1)
+    return aligned * batch.moe.input * times + of_targets * (taught if method.is_taught_before else 1)
 
 
 def _alignment_bytes(layout: ParallelConfig, batch: MicroBatch) -> float:

@@ -22,9 +22,9 @@ class MethodCost:
         is_whole: such a pass computes the last layer for all tokens.
         head_operations: more than the NLL takes, for each weight of the head and target.
         has_teacher: a teacher's logits stand beside the model's.
-        is_taught_before: its states of all targets of a step lie in memory.
+        is_taught_before: it is a second model, whose states of the targets lie in memory before they are needed.
         aligned_share: share of the layers whose output is aligned.
-        is_aligned_before: the states that they are drawn to lie in memory, of a whole step.
+        is_aligned_before: so do the states that these layers are drawn to.
     """
 
     forward_passes: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,7 +49,7 @@ def train_step(
     noise: EmbeddingNoise,
     observe: Callable[[Batch], None] | None = None,
     spike_limit: float = math.inf,
-    taught: Sequence[Taught] | None = None,
+    taught: Iterable[Taught] | None = None,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """Forward, backward and update. The update is withheld if loss or gradient norm is not finite or too large.

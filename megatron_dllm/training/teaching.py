@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ from megatron_dllm.model.pipeline import run_batches
 from megatron_dllm.training.frozen import FrozenModel
 
 
-@torch.no_grad()
-def teach(model: FrozenModel | None, micro_batches: Sequence[Batch], objective: Objective) -> list[Taught] | None:
+def teach(model: FrozenModel | None, micro_batches: Sequence[Batch], objective: Objective) -> Iterable[Taught] | None:
     """What a second model says of a global batch (a collective).
 
     Args:
@@ -35,28 +34,57 @@ def teach(model: FrozenModel | None, micro_batches: Sequence[Batch], objective: 
         objective: of the step.
 
     Returns:
-        Of each micro-batch what it says on this rank; None where no second model teaches.
+        Of each micro-batch what it says on this rank; None where no second model teaches. Without pipeline stages each
+        is said when it is asked for, just before the step needs it, and its states are let go of when the next one
+        is; a pipeline has several micro-batches under way, so there everything is said before the step.
     """
     if not objective.has_second_teacher:
         return None
     assert model is not None, "the start has loaded the teacher"
-    asked = [_asked_of(model, objective, batch) for batch in micro_batches]
+    if model.groups.pipeline.size() > 1:
+        return _said_of(model, micro_batches, objective)
+    return _one_by_one(model, micro_batches, objective)
+
+
+def _one_by_one(model: FrozenModel, micro_batches: Sequence[Batch], objective: Objective) -> Iterator[Taught]:
+    before = Taught()
+    for batch in micro_batches:
+        # What else holds them, as the graph of the micro-batch before does, may live on.
+        if before.states is not None:
+            before.states.by_layer.clear()
+        (before,) = _said_of(model, [batch], objective)
+        yield before
+
+
+@torch.no_grad()
+def _said_of(model: FrozenModel, micro_batches: Sequence[Batch], objective: Objective) -> list[Taught]:
+    """What it says of these micro-batches (a collective)."""
+    asked = [_asked_of(model, objective) for _ in micro_batches]
     shown = [true_rows(batch, objective.shift) for batch in micro_batches]
     with evaluating(model.chunks):
-        found = run_batches(model.chunks, shown, model.device, model.groups, _keep, forward_only=True, asked=asked)
+        found = run_batches(
+            model.chunks,
+            shown,
+            model.device,
+            model.groups,
+            _keep,
+            forward_only=True,
+            asked=asked,
+            students=micro_batches,
+        )
     teachers = found or [None] * len(micro_batches)
     states = [None if item.alignment is None else item.alignment.taught for item in asked]
     return [Taught(*said) for said in zip(teachers, states, strict=True)]
 
 
-def _asked_of(model: FrozenModel, objective: Objective, batch: Batch) -> Asked:
+def _asked_of(model: FrozenModel, objective: Objective) -> Asked:
     """What the teacher is asked of a micro-batch: what its rules do not ask of the model's own clean tokens."""
     rule, distill = objective.alignment, objective.distill
     config: Any = model.chunks[0].config
     alignment = None
     if rule is not None and not rule.is_own:
         alignment = Alignment.empty(rule, config.num_layers, model.device, TaughtStates())
-    return Asked(alignment, None if distill is None or distill.is_own else distill, students=batch)
+    return Asked(alignment, None if distill is None or distill.is_own else distill)
 
 
 def _keep(_: Batch, output: Any) -> tuple[Tensor, Tensor, Teacher | None]:

@@ -179,6 +179,26 @@ def test_a_second_model_teaches_by_what_it_computes_of_the_true_tokens() -> None
     torch.testing.assert_close(asked.sums, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_second_model_is_asked_when_a_micro_batch_is_due_and_holds_the_states_of_one() -> None:
+    from megatron_dllm.model.objective import Objective, token_loss
+    from megatron_dllm.parallel.groups import Groups
+    from megatron_dllm.training.frozen import FrozenModel
+    from megatron_dllm.training.teaching import teach
+
+    model, passes = tiny_model(), []
+    other, batch = _build(model), _batch(model)
+    other.register_forward_hook(lambda *_: passes.append(1))
+    frozen = FrozenModel([other], torch.device("cpu"), Groups.current())
+    objective = Objective(None, False, token_loss, alignment=AlignmentRule(weight=1.0, is_own=False))
+    said, held = [], []
+    for taught in teach(frozen, [batch] * 3, objective) or []:
+        assert taught.states is not None
+        said.append(taught.states)
+        held.append((len(passes), [len(states.by_layer) for states in said]))
+    assert held == [(1, [3]), (2, [0, 3]), (3, [0, 0, 3])]
+    assert not any(tensor.requires_grad for tensor in said[-1].by_layer.values())
+
+
 def _outputs(built: Any, run: Any) -> list[Tensor]:
     """[s, b, h] what each layer gives while the model runs with all outputs of the last one."""
     outputs: list[Tensor] = []

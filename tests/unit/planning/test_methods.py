@@ -67,7 +67,7 @@ def _both(stage: StageConfig) -> tuple[tuple[float, int], tuple[float, int]]:
     ids=["own teacher", "second teacher", "aligned with a second model"],
 )
 def test_a_method_costs_what_the_engine_does_for_it(methods: dict[str, object]) -> None:
-    """Of 8 micro-batches the engine runs two; a second model's states of all of them lie in memory."""
+    """Of 8 micro-batches the engine runs two; a second model's states of one of them lie in memory."""
     plain = replace(config().schedule.stages["block"], global_batch_size=8)
     (operations, size), (expected_operations, expected_size) = _both(plain)
     (more, larger), (expected_more, expected_larger) = _both(replace(plain, **methods))
