@@ -33,9 +33,10 @@ check: install
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/unit/test_docs.py tests/unit/test_architecture.py
 
-# The tests by what they cost (tests/plugins/tiers.py). A file's tests stay in one process, which keeps its fixtures.
+# The tests by what they cost (tests/plugins/tiers.py). A file's tests stay in one process, which keeps its fixtures, and
+# files in their order: of the files with few tests some cost most, and would else come last, in one process.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # In pytest's own processes, nothing compiled: two minutes of CPU.
 unit: install
@@ -49,12 +50,16 @@ test: install
 test-slow: install
 	$(PYTEST) -m "slow and not slurm"
 
-test-all: test test-slow
+# Both at once, so that a run which several tests read is made once.
+test-all: install
+	$(PYTEST) -m "not slurm"
 
 # A real SLURM of virtual nodes on this machine; needs: apt-get install -y slurm-wlm slurmctld slurmd munge shellcheck
+# Its tests mostly wait: several clusters run side by side, at most four, a file of tests on each.
 SLURM_TESTS ?= slurm
+SLURM_WORKERS ?= 3
 test-slurm: install
-	$(BIN)/python -m pytest -m "$(SLURM_TESTS)" tests/slurm
+	$(BIN)/python -m pytest -n $(SLURM_WORKERS) --dist loadfile -m "$(SLURM_TESTS)" tests/slurm
 
 # Models that transformers 4.57 has saved convert, and exported ones load and decode under it; it goes into a folder of
 # its own.

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = ROOT / "tests" / "slurm" / "fixture"
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 REMEDY = "apt-get install -y slurm-wlm slurmctld slurmd munge"
+# Clusters that run side by side at the most: each has its range of ports and of job numbers.
+MOST_CLUSTERS = 4
 
 
 def missing_programs() -> list[str]:
@@ -120,11 +122,14 @@ def first_step_after(job: Path, moment: float) -> str:
 
 
 @pytest.fixture(scope="session")
-def running_cluster() -> Iterator[Cluster]:
-    """One cluster of four nodes for the whole session."""
-    folder = Path(f"/tmp/slurm-tests-{os.getpid()}")
-    cluster = Cluster(folder)
-    cluster.environment["SLURM_FIXTURE_PORT"] = str(17100 + os.getpid() % 80 * 10)
+def running_cluster(worker_id: str) -> Iterator[Cluster]:
+    """One cluster of four nodes for the whole session, or one for each process of pytest-xdist."""
+    number = int(worker_id.removeprefix("gw")) if worker_id != "master" else 0
+    assert number < MOST_CLUSTERS, f"give pytest-xdist at most {MOST_CLUSTERS} processes (-n {MOST_CLUSTERS})"
+    cluster = Cluster(Path(f"/tmp/slurm-tests-{os.getpid()}"))
+    # All listen on this machine: ports of their own, those of the ranks too, which follow the job's number.
+    cluster.environment["SLURM_FIXTURE_PORT"] = str(17100 + (os.getppid() % 20 * MOST_CLUSTERS + number) * 10)
+    cluster.environment["SLURM_FIXTURE_EXTRA"] = f"FirstJobId={1 + 80 * number}"
     cluster.run(str(FIXTURE / "start.sh"))
     yield cluster
     cluster.run(str(FIXTURE / "stop.sh"), check=False)
