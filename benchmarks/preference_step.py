@@ -4,7 +4,8 @@
 
 Pairs of log-normal lengths are trained by the program's own code: as answers (SFT), and as pairs with the reference's
 scores from a file (two passes) or from a copy in memory (three). All have the same rows, noise and model, and forward
-and backward without the optimizer. Times are CPU seconds of one thread, the shortest of some repetitions.
+and backward without the optimizer. Times are CPU seconds of one thread, the shortest of some repetitions; memory is the
+peak of one more step, weights and gradients included.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from megatron_dllm.data.packing import RowPlan, row_forward_tokens
 from megatron_dllm.data.spans import MASKABLE, Spans
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.model.objective import objective_of
+from megatron_dllm.planning.engine_memory import LiveMemory
 from megatron_dllm.training.frozen import FrozenModel
 from megatron_dllm.training.weighing import FrozenReference, Reference, weigh_batches
 
 NOTE = (
     "model_tokens: of the rows, for each pair. Seconds: sft: one pass with gradients; file: a pass for the scores "
-    "before it; frozen: another for those of the reference. The ratios are to sft."
+    "before it; frozen: another for those of the reference. The ratios are to sft. memory: most MiB that are alive "
+    "at a time in one step, of all tensors that it makes, changes or takes a view of: weights and gradients too."
 )
 
 
@@ -85,8 +88,15 @@ def batches_of(source: Pairs, stage: StageConfig) -> list[Batch]:
     return batches
 
 
-def measure(source: Pairs, num_views: int, repeats: int) -> dict[str, Any]:
-    """A line: the seconds of the three kinds of steps."""
+def peak_mib(step: Callable[[], None]) -> float:
+    """Most MiB that are alive at a time while a step runs."""
+    with LiveMemory() as memory:
+        step()
+    return memory.peak / 2**20
+
+
+def measure(source: Pairs, num_views: int, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A line of each table: the seconds of the three kinds of steps, and their memory."""
     from megatron_dllm.model.gpt import build_model
     from megatron_dllm.parallel.groups import single_rank
 
@@ -108,9 +118,10 @@ def measure(source: Pairs, num_views: int, repeats: int) -> dict[str, Any]:
 
         kinds = {"sft": (sft, None), "file": (dpo, lambda *_: stored), "frozen": (dpo, copy)}
         seconds = {name: shortest_seconds(step(*kind), repeats) for name, kind in kinds.items()}
+        peaks = {name: round(peak_mib(step(*kind)), 1) for name, kind in kinds.items()}
     tokens = sum(batch.input_ids.numel() for batch in batches) / len(batches)
     ratios = {f"{name}_ratio": seconds[name] / seconds["sft"] for name in ("file", "frozen")}
-    return {"views": num_views, "model_tokens": tokens, **seconds, **ratios}
+    return {"views": num_views, "model_tokens": tokens, **seconds, **ratios}, {"views": num_views, **peaks}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,12 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
     prepare_host()
     torch.set_num_threads(1)
     source = draw_pairs(options.pairs, options.median, options.sigma)
-    lines = []
+    steps, memory = [], []
     for num_views in options.views:
-        lines.append(measure(source, num_views, options.repeats))
-        print(lines[-1], flush=True)
+        for table, line in zip((steps, memory), measure(source, num_views, options.repeats), strict=True):
+            table.append(line)
+            print(line, flush=True)
     about = machine() | {name: getattr(options, name) for name in ("median", "sigma", "pairs", "repeats")}
-    write_results(options.output, "Step of preferences", about, {"step": lines}, NOTE)
+    write_results(options.output, "Step of preferences", about, {"step": steps, "memory": memory}, NOTE)
     return 0
 
 
