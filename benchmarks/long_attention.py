@@ -26,13 +26,15 @@ from megatron_dllm.model.attention.backends import BACKENDS
 
 NOTE = (
     "One forward and backward pass of the first of `ranks` context-parallel ranks, the better of two. one: a "
-    "document as long as the context; packed: log-normal lengths, the median an eighth of the context. "
+    "document as long as the context; equal: packed documents of one length, `document` tokens, at every context; "
+    "random: packed ones of log-normal lengths, the median an eighth of the context. "
     "The machine had other work; what other processes take is not counted as time, but "
     "they share its caches. million_pairs: that the rank's queries see. ns_a_pair: CPU time over them. peak_mib: "
     "tensors that operations returned, inputs not counted; kib_a_token: the same over the tokens of the row."
 )
-# Median length as a share of the context; standard deviation of its logarithm.
-KINDS = {"one": (1.0, 0.0), "packed": (0.125, 1.2)}
+KINDS = ("one", "equal", "random")
+# Of random lengths: the median as a share of the context, and the standard deviation of the logarithm.
+MEDIAN, SIGMA = 0.125, 1.2
 
 
 def measure(roles: Tensor, own: Tensor, backend: str, head_dim: int) -> tuple[float, float]:
@@ -57,8 +59,8 @@ def measure(roles: Tensor, own: Tensor, backend: str, head_dim: int) -> tuple[fl
 
 def measure_row(context: int, kind: str, args: argparse.Namespace) -> dict[str, object]:
     """One line of the table."""
-    share, sigma = KINDS[kind]
-    (row,) = build_rows(geometry_of(context, args.block), 1, context * share, sigma)
+    length = {"one": context, "equal": args.document, "random": MEDIAN * context}[kind]
+    (row,) = build_rows(geometry_of(context, args.block), 1, length, SIGMA if kind == "random" else 0.0)
     is_target = np.zeros(len(row.input_ids), dtype=np.bool_)
     is_target[row.target_positions] = True
     own = deal_row(row.roles, is_target, args.ranks)[0]
@@ -79,6 +81,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 65536, 131072])
+    parser.add_argument("--document", type=int, default=8192, help="tokens of documents of equal length")
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=32)
@@ -86,7 +89,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "long_attention", help="without suffix")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    about = machine() | {name: getattr(args, name) for name in ("block", "ranks", "head_dim", "backend")}
+    about = machine() | {name: getattr(args, name) for name in ("document", "block", "ranks", "head_dim", "backend")}
     table = []
     for kind in KINDS:
         for context in args.contexts:
