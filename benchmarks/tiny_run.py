@@ -29,6 +29,7 @@ from megatron_dllm.config import (
     TrainingConfig,
 )
 from megatron_dllm.run.names import CHECKPOINTS, METRICS
+from megatron_dllm.training.observers.metrics_file import depends_on_machine
 
 CONTEXT_LENGTH, ROW_LENGTH = 32, 96
 VOCAB_SIZE, EOS, PAD, MASK = 128, 0, 1, 2
@@ -174,9 +175,7 @@ def read_metrics(config: TrainConfig) -> list[dict[str, Any]]:
     """The run's records, without what depends on the clock and the machine."""
     path = Path(config.run.root) / config.run.name / METRICS
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    speeds = ("tokens_per_second", "forward_tokens_per_second", "targets_per_second")
-    varying = (*speeds, "step_seconds", "peak_memory_gib")
-    return [{name: value for name, value in record.items() if name not in varying} for record in records]
+    return [{name: value for name, value in record.items() if not depends_on_machine(name)} for record in records]
 
 
 def read_steps(config: TrainConfig) -> list[dict[str, Any]]:

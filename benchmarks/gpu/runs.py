@@ -21,20 +21,13 @@ from benchmarks.tiny_run import read_tensors
 from megatron_dllm.data.stdlib_corpus import save_tokenizer, train_tokenizer
 from megatron_dllm.run.code_version import ROOT
 from megatron_dllm.run.names import CHECKPOINTS
+from megatron_dllm.training.observers.metrics_file import depends_on_machine
 
 # Relative differences of loss and gradient norm from the CPU's in fp32: of the model without a choice of experts in
 # fp32, of the other one in bf16, where the CPU's own differ by 4e-4 and 1.4e-2 at most; five times that.
 LIMITS = {"fp32": {"loss": 1e-5, "grad_norm": 1e-5}, "bf16": {"loss": 2e-3, "grad_norm": 7e-2}}
 # Steps that a resumed run repeats at the least.
 REPEATED_STEPS = 3
-# What depends on the clock and the machine.
-NOT_COMPARED = (
-    "tokens_per_second",
-    "forward_tokens_per_second",
-    "targets_per_second",
-    "step_seconds",
-    "peak_memory_gib",
-)
 PROMPTS = ("def read(path):\n    ", "import os\n", "class Stack:\n    def push(self, item):", "# Copyright (c) 2001")
 
 
@@ -171,7 +164,7 @@ def _forget_after(checkpoints: Path, step: int) -> int:
 def _comparable(run: Path, after: int) -> list[dict[str, Any]]:
     """Records of the steps after that one, without what depends on the clock."""
     return [
-        {name: value for name, value in record.items() if name not in NOT_COMPARED}
+        {name: value for name, value in record.items() if not depends_on_machine(name)}
         for record in read_steps(run)
         if record["step"] > after
     ]

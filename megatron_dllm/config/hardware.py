@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
+from typing import Any
 
 from megatron_dllm.config.rules import check
 
@@ -26,10 +27,12 @@ class HardwareConfig:
     network_gb_per_s: float = 0.0
     # Price of a GPU for an hour in USD; 0: not known, and no cost is shown.
     price_per_hour: float = 0.0
+    # The host starts operations while earlier ones still run, as with a GPU. false for a CPU, which does both itself.
+    is_asynchronous: bool = True
 
     def validate(self) -> None:
         """Raise ValueError for a negative rating."""
-        for field in fields(self):
+        for field in _ratings():
             value = getattr(self, field.name)
             check(value >= 0.0, f"cluster.hardware.{field.name} ({value}) must not be negative; 0 means not known.")
 
@@ -39,10 +42,15 @@ class HardwareConfig:
         Raises:
             ValueError: naming the field.
         """
-        for field in fields(self):
+        for field in _ratings():
             value = getattr(self, field.name)
             check(
                 value > 0.0 or field.name == "price_per_hour",
                 f"cluster.hardware.{field.name} ({value:g}) must be known to plan; give it, or choose a cluster whose "
                 "recipe states it (h100x8, h200x8, b200x8).",
             )
+
+
+def _ratings() -> list[Field[Any]]:
+    """Fields that are numbers."""
+    return [field for field in fields(HardwareConfig) if field.name != "is_asynchronous"]

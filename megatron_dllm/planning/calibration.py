@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_dllm.config.assumptions import AssumptionsConfig
 from megatron_dllm.config.cluster import ClusterConfig
-from megatron_dllm.planning.layout_plan import Candidate, Setting, plan_stage
+from megatron_dllm.planning.layout_plan import Candidate, Setting, micro_batches_of, plan_stage
 from megatron_dllm.planning.links import Links
 from megatron_dllm.planning.timing import Machine
 from megatron_dllm.planning.work import StageWork
@@ -38,6 +38,9 @@ class Observation:
         work: the stage.
         candidate: its layout.
         seconds: of a step.
+        micro_batches: seconds of a micro-batch on each pipeline rank; empty where they were not measured, or where a
+            step has other passes beside them.
+        peak: bytes of the fullest rank; None where they were not measured.
     """
 
     name: str
@@ -45,18 +48,35 @@ class Observation:
     work: StageWork
     candidate: Candidate
     seconds: float
+    micro_batches: tuple[float, ...] = ()
+    peak: int | None = None
 
     def predicted(self, assumptions: AssumptionsConfig) -> float:
         """Seconds of a step under assumptions."""
-        machine = self.setting.machine
-        share = assumptions.link_efficiency / machine.assumptions.link_efficiency
-        links = Links(machine.links.node * share, machine.links.network * share, machine.links.gpus_per_node)
-        setting = replace(self.setting, machine=Machine(machine.hardware, links, assumptions))
-        return plan_stage(setting, self.work, self.candidate).time.total
+        return plan_stage(self._under(assumptions), self.work, self.candidate).time.total
+
+    def predicted_peak(self) -> int:
+        """Bytes of the fullest rank by formula, with what is reserved beside the tensors."""
+        return plan_stage(self.setting, self.work, self.candidate).worst.total
 
     def error(self, assumptions: AssumptionsConfig) -> float:
         """Logarithm of predicted by measured: 0 is right, positive too slow."""
         return math.log(self.predicted(assumptions) / self.seconds)
+
+    def square(self, assumptions: AssumptionsConfig) -> float:
+        """What the observation says against constants: the square of its error, and that of its micro-batches."""
+        square = self.error(assumptions) ** 2
+        if self.micro_batches:
+            times = micro_batches_of(self._under(assumptions), self.work, self.candidate)
+            pairs = zip(times, self.micro_batches, strict=True)
+            square += sum(math.log(time / seconds) ** 2 for time, seconds in pairs) / len(times)
+        return square
+
+    def _under(self, assumptions: AssumptionsConfig) -> Setting:
+        machine = self.setting.machine
+        share = assumptions.link_efficiency / machine.assumptions.link_efficiency
+        links = Links(machine.links.node * share, machine.links.network * share, machine.links.gpus_per_node)
+        return replace(self.setting, machine=Machine(machine.hardware, links, assumptions))
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,7 @@ class Judged:
         before: with the constants as they were.
         fitted: with those fitted to all observations.
         left_out: with those fitted to the others; None where there are too few.
+        peak: bytes of the fullest rank, measured and by formula; None where they were not measured.
     """
 
     name: str
@@ -76,6 +97,7 @@ class Judged:
     before: float
     fitted: float
     left_out: float | None
+    peak: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +122,7 @@ def fit(observations: Sequence[Observation], assumed: AssumptionsConfig) -> Assu
     """
 
     def cost(found: AssumptionsConfig) -> float:
-        errors = sum(observation.error(found) ** 2 for observation in observations)
+        errors = sum(observation.square(found) for observation in observations)
         moved = sum(math.log(getattr(found, name) / getattr(assumed, name)) ** 2 for name in CONSTANTS)
         return errors + _WEIGHT * moved
 
@@ -135,7 +157,8 @@ def calibrate(observations: Sequence[Observation], assumed: AssumptionsConfig, n
         if len(observations) >= LEAST_TO_LEAVE_OUT:
             left_out = math.exp(observation.error(fit(others, assumed)))
         ratios = [math.exp(observation.error(constants)) for constants in (assumed, fitted)]
-        judged.append(Judged(observation.name, observation.seconds, ratios[0], ratios[1], left_out))
+        peak = None if observation.peak is None else (observation.peak, observation.predicted_peak())
+        judged.append(Judged(observation.name, observation.seconds, ratios[0], ratios[1], left_out, peak))
     low, high = _interval(judged, assumed)
     return Calibration(replace(fitted, calibrated_on=name, interval_low=low, interval_high=high), tuple(judged))
 

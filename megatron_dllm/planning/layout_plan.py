@@ -10,7 +10,7 @@ from megatron_dllm.planning.answer import RankMemory
 from megatron_dllm.planning.memory import rank_memory
 from megatron_dllm.planning.micro_batch import MicroBatch, micro_batch_of
 from megatron_dllm.planning.parameters import PipelineRank, Weights, pipeline_ranks, rank_weights
-from megatron_dllm.planning.timing import Machine, StepTime, distinct_ranks, step_time
+from megatron_dllm.planning.timing import Machine, StepTime, distinct_ranks, micro_batch_time, step_time
 from megatron_dllm.planning.work import StageWork
 
 _GIGA = 10**9
@@ -155,4 +155,14 @@ def time_of(
     ranks = distinct_ranks(tuple(weights))
     return step_time(
         setting.model, candidate.layout, ranks, batch, setting.machine, candidate.num_gpus, setting.optimizer, weights
+    )
+
+
+def micro_batches_of(setting: Setting, work: StageWork, candidate: Candidate) -> tuple[float, ...]:
+    """Seconds of a micro-batch on every pipeline rank, forward and backward."""
+    model, layout = setting.model, candidate.layout
+    batch = batch_of(setting, work, candidate)
+    return tuple(
+        sum(micro_batch_time(model, layout, rank, batch, setting.machine, rank_weights(model, layout, rank)).values())
+        for rank in pipeline_ranks(model, layout)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count, takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from megatron_dllm.config.rules import check
 from megatron_dllm.data.geometry import RowGeometry
 from megatron_dllm.planning.calibration import Observation, machine_of
 from megatron_dllm.planning.layout_plan import Candidate, Setting
+from megatron_dllm.planning.methods import method_cost
 from megatron_dllm.planning.rows import RowContent, assumed_row
 from megatron_dllm.planning.work import StageWork
 from megatron_dllm.run.files import read_json_lines
@@ -27,6 +29,7 @@ from megatron_dllm.run.names import CONFIG, METRICS, STARTS
 
 # The first logged steps of a stage compile and fill caches, where more follow.
 _LEFT_OUT = 2
+_GIB = 2**30
 
 
 def read_observations(
@@ -68,8 +71,17 @@ def _of_run(folder: Path, cluster: ClusterConfig, assumptions: AssumptionsConfig
         work = StageWork(name, stage, _row(config, stage, own), None)
         candidate = Candidate(config.layout_of(stage), stage.world_size or _world_size(starts, own[-1]))
         seconds = median(record["step_seconds"] for record in own)
-        found.append(Observation(f"{folder.name} {name}", setting, work, candidate, seconds))
+        micro_batches = () if method_cost(stage, num_models).forward_passes else _of_ranks(own, "micro_batch_seconds")
+        peaks = _of_ranks(own, "peak_memory_gib")
+        peak = round(max(peaks) * _GIB) if peaks else None
+        found.append(Observation(f"{folder.name} {name}", setting, work, candidate, seconds, micro_batches, peak))
     return found
+
+
+def _of_ranks(records: Sequence[dict[str, Any]], name: str) -> tuple[float, ...]:
+    """The median of each pipeline rank; empty where the runs' version did not measure it."""
+    ranks = takewhile(lambda rank: all(f"{name}/{rank}" in record for record in records), count())
+    return tuple(median(record[f"{name}/{rank}"] for record in records) for rank in ranks)
 
 
 def _config(folder: Path) -> TrainConfig:

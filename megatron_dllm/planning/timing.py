@@ -1,7 +1,8 @@
 """Time of an optimizer step: what each pipeline rank does in a micro-batch, the bubble, gradients and the optimizer.
 
 A micro-batch takes its products and attention at a share of the rated speed, small operations at the speed of the
-GPU's memory, and its exchanges at the speed of the links; but at least as long as the host needs to start the kernels.
+GPU's memory, and its exchanges at the speed of the links; but at least as long as the host needs to start the kernels,
+and on a CPU that much longer.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def step_time(
         weights: of the ranks, where they are known already.
     """
     held = {rank: weights[rank] if weights else rank_weights(model, layout, rank) for rank in ranks}
-    times = {rank: _micro_batch(model, layout, rank, batch, machine, held[rank]) for rank in ranks}
+    times = {rank: micro_batch_time(model, layout, rank, batch, machine, held[rank]) for rank in ranks}
     slowest = max(ranks, key=lambda rank: sum(times[rank].values()))
     one = times[slowest]
     seconds = sum(one.values())
@@ -125,7 +126,7 @@ def step_time(
     )
 
 
-def _micro_batch(
+def micro_batch_time(
     model: ModelConfig,
     layout: ParallelConfig,
     rank: PipelineRank,
@@ -170,7 +171,8 @@ def _micro_batch(
     }
     host = rank.num_layers * machine.assumptions.host_ms_per_layer / 1e3
     host *= 1.0 + (again + method.forward_passes) / 3.0
-    return {**parts, "host": max(host - sum(parts.values()), 0.0)}
+    hidden = sum(parts.values()) if machine.hardware.is_asynchronous else 0.0
+    return {**parts, "host": max(host - hidden, 0.0)}
 
 
 def _gathered_at_ends(model: ModelConfig, layout: ParallelConfig, rank: PipelineRank, batch: MicroBatch) -> float:

@@ -21,6 +21,7 @@ import torch
 from benchmarks.tiny_run import read_tensors, write_corpus
 from launch import record
 from megatron_dllm.config.recipe_source import RECIPES
+from megatron_dllm.training.observers.metrics_file import depends_on_machine
 from tests.slurm.conftest import ROOT, Cluster, first_step_after, wait_for
 
 pytestmark = pytest.mark.slurm
@@ -48,14 +49,6 @@ TOKENS = {
 }
 # Waits where a test asks it to; otherwise training itself.
 PACED = "train_module=tests.slurm.paced_train"
-VARYING = (
-    "tokens_per_second",
-    "forward_tokens_per_second",
-    "targets_per_second",
-    "step_seconds",
-    "peak_memory_gib",
-    "time",
-)
 
 
 class Training:
@@ -143,7 +136,7 @@ class Training:
     def curve(self) -> list[dict[str, Any]]:
         """Every logged step, without what depends on the clock."""
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [{key: value for key, value in line.items() if key not in VARYING} for line in lines]
+        return [{key: value for key, value in line.items() if not depends_on_machine(key)} for line in lines]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Weights and optimizer state at the end."""

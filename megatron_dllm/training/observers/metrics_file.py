@@ -10,6 +10,14 @@ from megatron_dllm.run.files import read_json_lines, write_text
 from megatron_dllm.run.names import METRICS
 
 Record = dict[str, Any]
+# Of every pipeline rank (`training.observers.step_timing`): such a name, a slash and the rank.
+PARTS_OF_RANKS = ("micro_batch_seconds", "waiting_seconds", "gradient_seconds", "update_seconds", "peak_memory_gib")
+_OF_STEPS = ("tokens_per_second", "forward_tokens_per_second", "targets_per_second", "step_seconds", "peak_memory_gib")
+
+
+def depends_on_machine(name: str) -> bool:
+    """Whether a number of a record tells of clock and machine, not of the training."""
+    return name.partition("/")[0] in (*_OF_STEPS, *PARTS_OF_RANKS)
 
 
 def read_metrics(run_folder: Path) -> list[Record]:

@@ -20,6 +20,7 @@ from megatron_dllm.training.observers.observer import Observer
 from megatron_dllm.training.observers.progress import Progress
 from megatron_dllm.training.observers.router_load import RouterLoad
 from megatron_dllm.training.observers.step_dump import StepDump
+from megatron_dllm.training.observers.step_timing import StepTiming
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Setting:
 
 
 def standard_observers(setting: Setting) -> list[Observer]:
-    """Dump, router load, mask embedding, fingerprint and balance on all ranks; shares, progress, metrics on rank 0."""
+    """Those that all ranks have, as they compare or add up what ranks know, and those of rank 0, which writes."""
     config, groups = setting.config, setting.engine.groups
     observers: list[Observer] = [StepDump(setting.run_folder, setting.given_config, groups)]
     if config.model.is_moe:
@@ -65,6 +66,7 @@ def standard_observers(setting: Setting) -> list[Observer]:
         ),
         DataFingerprint(groups.data),
         ContextBalance(config.parallel, groups.data, setting.device),
+        StepTiming(setting.engine, setting.device),
     ]
     if dist.get_rank() == 0:
         observers += [

@@ -24,6 +24,8 @@ def write_run(folder: Path) -> None:
             "step_seconds": seconds,
             "tokens_per_second": 3200 / seconds,
             "targets_per_second": 1600 / seconds,
+            "micro_batch_seconds/0": seconds / 2,
+            "peak_memory_gib/0": 1.5,
         }
         for step, seconds in ((1, 90.0), (2, 80.0), (6, 2.0), (7, 3.0), (8, 4.0))
     ]

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_dllm.compose import compose_train_config
-from megatron_dllm.config import ParallelConfig
+from megatron_dllm.config import OptimizerConfig, ParallelConfig
 from megatron_dllm.config.assumptions import AssumptionsConfig
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.planning.calibration import Observation, calibrate, fit, override_words
-from megatron_dllm.planning.layout_plan import Candidate
+from megatron_dllm.planning.layout_plan import Candidate, micro_batches_of
 from megatron_dllm.planning.observed import read_observations
 from megatron_dllm.planning.rows import RowContent
 from megatron_dllm.planning.work import StageWork
@@ -54,6 +54,24 @@ def test_what_no_run_tells_stays_as_assumed() -> None:
     assert found.product_efficiency != ASSUMED.product_efficiency
 
 
+def test_micro_batches_say_what_hides_in_a_long_step() -> None:
+    """A host that updates for minutes leaves nothing to see of products in the whole step."""
+    slow, true = (replace(constants, offload_ns=1e3) for constants in (ASSUMED, TRUE))
+    made = _observed("offloaded", 8, 16384, expert_model_parallel_size=8)
+    setting = replace(made.setting, optimizer=OptimizerConfig(offload="cpu"))
+    hidden = replace(made, setting=setting)
+    hidden = replace(hidden, seconds=hidden.predicted(true))
+
+    def micro_batch(assumptions: AssumptionsConfig) -> float:
+        machine = replace(setting.machine, assumptions=assumptions)
+        (seconds,) = micro_batches_of(replace(setting, machine=machine), made.work, made.candidate)
+        return seconds
+
+    seen = replace(hidden, micro_batches=(micro_batch(true),))
+    assert micro_batch(fit([hidden], slow)) < 0.8 * micro_batch(true)
+    assert micro_batch(fit([seen], slow)) == pytest.approx(micro_batch(true), rel=0.15)
+
+
 def test_each_step_is_judged_by_the_others() -> None:
     found = calibrate(RUNS, ASSUMED, "mine")
     assert all(judged.left_out is not None for judged in found.judged)
@@ -73,6 +91,7 @@ def test_a_run_is_read_without_its_first_steps(tmp_path: Path) -> None:
     assert (found.name, found.seconds, found.candidate.num_gpus) == ("run one", 3.0, 4)
     assert found.work.row.document_tokens == pytest.approx(3200 / 16)
     assert found.work.row.targets == pytest.approx(1600 / 16)
+    assert (found.micro_batches, found.peak) == ((1.5,), 3 * 2**29)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

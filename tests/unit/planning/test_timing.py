@@ -83,6 +83,15 @@ def test_the_host_is_the_least_time_of_a_layer() -> None:
     assert _time(BF16, 1, setting=slow).total == pytest.approx(16 * 4.0, rel=0.01)
 
 
+def test_a_cpu_starts_and_computes_one_after_the_other() -> None:
+    """Four layers of a second each for 16 micro-batches, and then the same products as without."""
+    setting = setting_for(train_config(model=DENSE), host_ms_per_layer=1000.0)
+    hardware = replace(setting.machine.hardware, is_asynchronous=False)
+    on_cpu = replace(setting, machine=replace(setting.machine, hardware=hardware))
+    free = setting_for(train_config(model=DENSE), host_ms_per_layer=0.0)
+    assert _time(BF16, 1, setting=on_cpu).total == pytest.approx(16 * 4.0 + _time(BF16, 1, setting=free).total)
+
+
 def test_experts_beyond_the_node_wait_for_the_network() -> None:
     inside = _time(replace(BF16, expert_model_parallel_size=8), 16, MOE)
     beyond = _time(replace(BF16, expert_model_parallel_size=16), 16, MOE)
