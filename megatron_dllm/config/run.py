@@ -12,6 +12,7 @@ NON_FINITE_ACTIONS = ("stop", "skip")
 OFFLOADS = ("none", "cpu")
 HOST_ADAMS = ("torch", "deepspeed")
 MOMENTS = ("fp32", "bf16")
+GRADIENTS = ("fp32", "bf16")
 # Held-out tokens that are measured where a recipe names the corpus and not their number.
 HELD_OUT_TOKENS = 2_000_000
 
@@ -70,6 +71,9 @@ class OptimizerConfig:
     # Precision in which Adam's two moments are kept: fp32, or bf16 by TransformerEngine's Adam, 4 bytes less a
     # parameter of the rank's shard. Checkpoints hold fp32 in any case.
     moments: str = "fp32"
+    # Precision in which gradients are summed over micro-batches and over ranks: fp32, or bf16, which takes two bytes
+    # less a parameter and half of the traffic, and rounds after every micro-batch. The update is computed in fp32.
+    gradients: str = "fp32"
     # Factors on the learning rate by parameter, as {glob: factor}: the last glob that matches a parameter's name in
     # checkpoints counts, 1 where none does. 0 leaves weights as they are, and keeps their moments.
     lr_multipliers: dict[str, float] = field(default_factory=dict)
@@ -108,6 +112,12 @@ class OptimizerConfig:
         check_choice("optimizer.offload", self.offload, OFFLOADS)
         check_choice("optimizer.offload_adam", self.offload_adam, HOST_ADAMS)
         check_choice("optimizer.moments", self.moments, MOMENTS)
+        check_choice("optimizer.gradients", self.gradients, GRADIENTS)
+        check(
+            self.gradients == "fp32" or self.offload == "none",
+            f"optimizer.gradients ({self.gradients}) must be fp32 with optimizer.offload {self.offload}, whose Adam "
+            "reads fp32; set one of the two back.",
+        )
         check(
             self.moments == "fp32" or self.offload == "none",
             f"optimizer.moments ({self.moments}) must be fp32 with optimizer.offload {self.offload}, whose Adam keeps "

@@ -64,6 +64,11 @@ class TrainConfig:
             self._check_block_grid(name, stage)
             self._validate_stage_layout(name, stage, world_size)
         self._check_preferences()
+        check(
+            self.optimizer.gradients == "fp32" or self.parallel.precision != "fp32",
+            f"optimizer.gradients ({self.optimizer.gradients}) must be fp32 with parallel.precision fp32, as gradients "
+            "are no shorter than weights; use parallel.precision=bf16, or leave it out.",
+        )
         for name in self.taught_stages:
             check(
                 self.teacher.checkpoint is not None,

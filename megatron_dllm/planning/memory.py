@@ -22,7 +22,7 @@ _HEAD_GRADIENT_BYTES = 2
 def model_state(
     weights: Weights, layout: ParallelConfig, num_gpus: int, optimizer: OptimizerConfig | None = None
 ) -> tuple[int, int, int]:
-    """Bytes of weights, of their gradients (fp32), and of this rank's shard of the optimizer.
+    """Bytes of weights, of their gradients, and of this rank's shard of the optimizer.
 
     The optimizer keeps Adam's two moments in fp32 or bf16, and beside bf16 weights an fp32 copy of them; of a share
     that is offloaded nothing lies on the GPU.
@@ -32,7 +32,8 @@ def model_state(
     is_bf16 = layout.precision != "fp32"
     kept = (8 if optimizer.moments == "fp32" else 4) + (4 if is_bf16 else 0)
     shard = (weights.dense / dense + weights.experts / experts) * (1.0 - optimizer.offloaded)
-    return weights.total * (2 if is_bf16 else 4), weights.total * 4, round(shard * kept)
+    gradients = weights.total * (4 if optimizer.gradients == "fp32" else 2)
+    return weights.total * (2 if is_bf16 else 4), gradients, round(shard * kept)
 
 
 def rank_memory(

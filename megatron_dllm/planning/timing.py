@@ -31,7 +31,7 @@ _MEMORY_PASSES, _WEIGHT_BYTES = 8.0, 14.0
 _HEAD_OPERATIONS = 8.0
 # What the optimizer reads and writes of a weight of its shard.
 _OPTIMIZER_BYTES = 40.0
-_GRADIENT_BYTES, _PARAMETER_BYTES = 4.0, 2.0
+_GRADIENT_BYTES, _PARAMETER_BYTES = {"fp32": 4.0, "bf16": 2.0}, 2.0
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _gradients(
             weights.experts * size, experts, apart
         )
 
-    reduced, gathered = travel(_GRADIENT_BYTES), travel(_PARAMETER_BYTES)
+    reduced, gathered = travel(_GRADIENT_BYTES[optimizer.gradients]), travel(_PARAMETER_BYTES)
     if optimizer.overlap_grad_reduce:
         reduced = max(reduced - micro_batch * 2.0 / 3.0, 0.0)
     if optimizer.overlap_param_gather:

@@ -118,7 +118,7 @@ def build_engine(
         check_together(lambda: check_paths(chosen, config, local_device()))
     chunks = build_chunks(config, groups, is_training=True, paths=paths, backends=backends)
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=config.optimizer.gradients == "fp32",
         use_distributed_optimizer=True,
         overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         overlap_param_gather=config.optimizer.overlap_param_gather,

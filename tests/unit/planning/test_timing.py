@@ -105,6 +105,8 @@ def test_overlapped_gradients_hide_behind_the_last_micro_batch() -> None:
     weights = 4 * (64 * 384 + 3 * 64 * 96 + 2 * 64 + 32) + 2 * 192 * 64 + 64
     assert apart.gradients == pytest.approx(weights * 6 / 2 / (450e9 * 0.65))
     assert together.gradients == 0.0 and together.products == apart.products
+    short = replace(setting, optimizer=OptimizerConfig(gradients="bf16"))
+    assert _time(BF16, 2, setting=short).gradients == pytest.approx(apart.gradients * 4 / 6)
 
 
 @pytest.mark.slow

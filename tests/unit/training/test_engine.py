@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.tiny_run import run_config, write_corpus
+from megatron_dllm.config import OptimizerConfig, ParallelConfig
+from tests import planning_case
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -66,3 +68,31 @@ def test_the_fused_adam_is_the_same_adam(tmp_path: Path) -> None:
     for plain, fused in zip(*found, strict=True):
         assert not torch.equal(plain, torch.ones_like(plain))
         torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_in_bf16_are_those_in_fp32_rounded() -> None:
+    """Four micro-batches: the loss to the last digit, the gradient to the rounding of their sums."""
+    from megatron_dllm.model.objective import objective_of
+    from megatron_dllm.parallel.groups import Groups
+    from megatron_dllm.planning.engine_rows import micro_batches
+    from megatron_dllm.training.engine import build_engine
+    from megatron_dllm.training.loop import embedding_noise
+    from megatron_dllm.training.step import train_step
+
+    run = replace(planning_case.config(), parallel=ParallelConfig(precision="bf16"))
+    stage = run.schedule.stages["block"]
+    batches, objective, noise = micro_batches(run, stage, 4), objective_of(stage, run.noise), embedding_noise(run, 0)
+    whole, short = (
+        build_engine(replace(run, optimizer=OptimizerConfig(gradients=gradients)), Groups.current())
+        for gradients in ("fp32", "bf16")
+    )
+    short.chunks[0].load_state_dict(whole.chunks[0].state_dict())
+    results = []
+    for engine in (whole, short):
+        engine.optimizer.reload_model_params()
+        results.append(train_step(engine, batches, torch.device("cpu"), objective, noise))
+    expected, found = results
+    assert found.loss == expected.loss and found.is_applied
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=0.02) and found.grad_norm != expected.grad_norm
+    sizes = [sum(buffer.grad_data.nbytes for buffer in engine.chunks[0].buffers) for engine in (whole, short)]
+    assert sizes[0] == 2 * sizes[1]
