@@ -3,6 +3,8 @@
     python -m megatron_dllm.plan experiment=NAME cluster=NAME nodes=N [key=value ...]
     python -m megatron_dllm.plan experiment=NAME cluster=NAME nodes=N search=true [max_gpus=N] [objective=cost]
     python -m megatron_dllm.plan cluster=NAME calibrate=[RUN, ...]
+    python -m megatron_dllm.plan experiment=NAME cluster=NAME nodes=N task=generate [texts.max_new_tokens=N ...]
+    python -m megatron_dllm.plan experiment=NAME cluster=NAME nodes=N task=evaluate
 
 Nothing is started and no GPU is needed. Keys are those of a training run. With data.train the corpora are read as a
 start of the run reads them, and its rows are those that are packed; without, documents are assumed to be
@@ -10,6 +12,8 @@ assumptions.document_length tokens long. A plan that does not fit ends with exit
 given, with their defaults:
 
     nodes=1                           nodes of the cluster
+    task=train                        what is to run: train, evaluate (the ELBO) or generate (decode)
+    texts.KEY=VALUE                   of generate (python -m megatron_dllm.config.reference texts)
     search=false                      look at every layout, recomputation and micro-batch (some seconds)
     max_gpus=null                     the search may take other numbers of nodes, up to so many GPUs
     objective=time                    what the search makes small: time, cost (GPU-hours) or gpus
@@ -41,6 +45,7 @@ from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.config.plan import PlanConfig
 from megatron_dllm.config.recipe_source import split_folder
 from megatron_dllm.config.rules import check
+from megatron_dllm.planning.inference import plan_inference
 from megatron_dllm.planning.options import Option, near_options, remedy, words_of
 from megatron_dllm.planning.record import record
 from megatron_dllm.planning.run_plan import RunPlan, plan_run, plan_trial, setting_of
@@ -79,7 +84,12 @@ def read_config(composed: Any) -> tuple[PlanConfig, bool]:
     config = to_train_config(composed)
     assert isinstance(config, PlanConfig), "recipes/plan.yaml starts from plan_schema"
     config.validate_plan()
-    config.validate(config.num_gpus)
+    if config.task == "train":
+        config.validate(config.num_gpus)
+    else:
+        config.model.validate()
+        config.schedule.validate()
+        config.evaluation.validate(config.schedule.context_length, has_validation=True)
     return config, has_corpora
 
 
@@ -139,6 +149,9 @@ def run(words: Sequence[str]) -> int:
     if config.output is not None:
         check(not Path(config.output).exists(), f"output ({config.output}) exists; name a folder that does not.")
     cluster = next((word.partition("=")[2] for word in words if word.startswith("cluster=")), "h100x8")
+    if config.task != "train":
+        print(plan_inference(config, cluster))
+        return 0
     setting = setting_of(config)
     work = read_work(config, has_corpora)
     plan = plan_run(config, setting, work, config.num_gpus)

@@ -10,14 +10,65 @@ from megatron_dllm.config.rules import check, check_choice, check_positive
 from megatron_dllm.config.train import TrainConfig
 
 PLAN_OBJECTIVES = ("time", "cost", "gpus")
+TASKS = ("train", "evaluate", "generate")
 # A search looks at every layout of every number of GPUs.
 MOST_GPUS = 65536
+
+
+@dataclass
+class TextsConfig:
+    """The texts that are decoded. Lengths count tokens."""
+
+    # Texts that are decoded at a time, on each replica of the model; null: as many as fit.
+    batch_size: int | None = None
+    # Of a prompt.
+    prompt_length: int = 1024
+    # That follow it.
+    max_new_tokens: int = 1024
+    # Tokens denoised together.
+    block_size: int = 32
+    # Tokens that a pass accepts in a text's block, on average: what `generate` shows as TPF. It depends on the model,
+    # the text and the threshold.
+    tokens_per_pass: float = 2.0
+
+    @property
+    def length(self) -> int:
+        """Of prompt and new tokens together, to the end of the last block."""
+        tokens = self.prompt_length + self.max_new_tokens
+        return tokens + -tokens % self.block_size
+
+    def validate(self, context_length: int) -> None:
+        """Raise ValueError for texts that no model can hold.
+
+        Args:
+            context_length: most tokens of a text.
+        """
+        for name in ("prompt_length", "max_new_tokens", "block_size"):
+            check_positive(f"texts.{name}", getattr(self, name))
+        check(
+            self.batch_size is None or self.batch_size > 0,
+            f"texts.batch_size ({self.batch_size}) must be positive; null takes as many texts as fit.",
+        )
+        check(
+            1.0 <= self.tokens_per_pass <= self.block_size,
+            f"texts.tokens_per_pass ({self.tokens_per_pass}) must lie between 1 and texts.block_size "
+            f"({self.block_size}): a pass accepts at least one token, and at most a block.",
+        )
+        check(
+            self.prompt_length + self.max_new_tokens <= context_length,
+            f"texts.prompt_length + max_new_tokens ({self.prompt_length} + {self.max_new_tokens}) must not exceed "
+            f"model.max_position_embeddings ({context_length}); make them shorter.",
+        )
 
 
 @dataclass
 class PlanKeys:
     """What a plan asks beside the keys of training and of the cluster."""
 
+    # What is to run: train, evaluate (the ELBO of evaluation.num_tokens) or generate (decode `texts`).
+    task: str = "train"
+    # Of task generate.
+    texts: TextsConfig = field(default_factory=TextsConfig)
     # Nodes that the run is to have.
     nodes: int = 1
     # Look for the best layout, recomputation and micro-batch among all that can be run.
@@ -54,6 +105,19 @@ class PlanConfig(PlanKeys, TrainConfig):
         self.cluster.hardware.check_known()
         self.assumptions.validate()
         check_choice("objective", self.objective, PLAN_OBJECTIVES)
+        check_choice("task", self.task, TASKS)
+        check(
+            self.task == "train" or not (self.search or self.confirm),
+            f"task ({self.task}) has no search and no confirm, which are for training; leave them out.",
+        )
+        if self.task == "generate":
+            self.texts.validate(self.model.max_position_embeddings)
+        layouts = [self.layout_of(stage) for stage in self.schedule.stages.values()]
+        check(
+            not self.confirm or all(layout.precision != "fp8" for layout in layouts),
+            "confirm (true) asks the engine, which computes in FP8 with TransformerEngine on a GPU alone; confirm with "
+            "parallel.precision=bf16, or leave confirm out.",
+        )
         check_positive("nodes", self.nodes)
         check(
             self.num_gpus <= MOST_GPUS,

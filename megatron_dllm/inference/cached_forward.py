@@ -11,14 +11,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_dllm.diffusion.decoding_pass import DecodingPass
+from megatron_dllm.diffusion.decoding_room import LOGITS_ELEMENTS
 from megatron_dllm.diffusion.prediction import NUM_VALUES
 from megatron_dllm.inference.pass_shapes import Needs, shape_for
 from megatron_dllm.model.attention.kv_cache import KVCache
 from megatron_dllm.model.gpt import DiffusionGPTModel
 from megatron_dllm.parallel.groups import Groups
-
-# Elements of the logits that exist at a time (tokens x vocabulary), unless one row has more.
-_LOGITS = 64 * 1024 * 1024
 
 
 class CachedForward:
@@ -76,7 +74,7 @@ class CachedForward:
     @torch.no_grad()
     def _pieces(self, states: Tensor, counts: list[int]) -> Iterator[tuple[range, Tensor]]:
         """Rows and the logits of their wanted tokens, from hidden states [P, h]; `counts` of each row."""
-        most = max(_LOGITS // self._model.vocab_size, 1)
+        most = max(LOGITS_ELEMENTS // self._model.vocab_size, 1)
         begin, first, taken = 0, 0, 0
         for row, count in enumerate([*counts, most]):
             if taken and (taken + count > most or row == len(counts)):

@@ -36,6 +36,7 @@ class LayerCost:
         attention: of attention in the forward pass.
         kept: bytes kept for the backward pass.
         recomputed: of these, what recomputing attention alone does not keep.
+        kept_by_mlp: of these, those of the MLP or the experts.
         working: bytes that its backward pass holds for a moment: gradients of activations and of the experts' weights.
         input: bytes of the layer's input.
         exchanged: bytes sent to the experts and back in the forward pass, this rank's own included.
@@ -47,6 +48,7 @@ class LayerCost:
     attention: float
     kept: float
     recomputed: float
+    kept_by_mlp: float
     working: float
     input: float
     exchanged: float
@@ -91,6 +93,7 @@ def layer_cost(model: ModelConfig, layout: ParallelConfig, tokens: Tokens, is_mo
         attention=4 * tokens.pairs * share * queries,
         kept=width * (kept + mlp.kept),
         recomputed=width * recomputed,
+        kept_by_mlp=width * mlp.kept,
         working=width * (mlp.working + 8 * hidden * computed / tp),
         input=width * 2 * hidden * computed / tp,
         exchanged=width * mlp.exchanged,

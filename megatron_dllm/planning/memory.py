@@ -13,6 +13,8 @@ CHUNK_ELEMENTS = 64 * 1024 * 1024
 _CHUNK_BYTES = 10
 # The same of a teacher: its logits and probabilities, and their products with the differences of both.
 _TEACHER_CHUNK_BYTES = 20
+# Of a tensor that the entropy needs.
+_ENTROPY_BYTES = 4
 # Bytes of each feature of a token while a layer is aligned: fp32 unit vectors of both and what follows from them.
 _ALIGNED_BYTES = 20
 # Bytes of the gradient of the head's weight.
@@ -117,8 +119,22 @@ def _head_bytes(model: ModelConfig, layout: ParallelConfig, batch: MicroBatch) -
     A teacher has a chunk of its own beside it.
     """
     rows, targets = model.vocab_size / layout.tensor_model_parallel_size, batch.targets
-    chunk = min(CHUNK_ELEMENTS, targets * rows) * (_CHUNK_BYTES + _TEACHER_CHUNK_BYTES * batch.method.has_teacher)
+    more = _TEACHER_CHUNK_BYTES * batch.method.has_teacher + _ENTROPY_BYTES * batch.method.entropy_tensors
+    chunk = head_chunk_bytes(model, layout, targets, more)
     return chunk + _HEAD_GRADIENT_BYTES * model.hidden_size * rows + 8 * model.hidden_size * targets
+
+
+def head_chunk_bytes(model: ModelConfig, layout: ParallelConfig, targets: float, more: float = 0.0) -> float:
+    """Bytes of a chunk of the head's logits.
+
+    Args:
+        model: sizes.
+        layout: parallel sizes.
+        targets: of a micro-batch.
+        more: bytes of an element beside those of the NLL.
+    """
+    rows = model.vocab_size / layout.tensor_model_parallel_size
+    return min(CHUNK_ELEMENTS, targets * rows) * (_CHUNK_BYTES + more)
 
 
 def _teaching_states(

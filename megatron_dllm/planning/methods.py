@@ -23,6 +23,7 @@ class MethodCost:
         head_operations: more than the NLL takes, for each weight of the head and target.
         has_teacher: a teacher's logits stand beside the model's.
         is_taught_before: it is a second model, whose states of the targets lie in memory before they are needed.
+        entropy_tensors: fp32 tensors of a chunk of logits that the entropy of confidence-aware training needs.
         aligned_share: share of the layers whose output is aligned.
         is_aligned_before: so do the states that these layers are drawn to.
     """
@@ -33,6 +34,7 @@ class MethodCost:
     head_operations: float = 0.0
     has_teacher: bool = False
     is_taught_before: bool = False
+    entropy_tensors: int = 0
     aligned_share: float = 0.0
     is_aligned_before: bool = False
 
@@ -46,7 +48,7 @@ def method_cost(stage: StageConfig, num_models: int) -> MethodCost:
     """
     if stage.preference is not None:
         return MethodCost(forward_passes=num_models, head_operations=_SCORED * num_models)
-    distill, alignment = stage.distill, stage.alignment
+    distill, alignment, cap = stage.distill, stage.alignment, stage.cap
     taught = 0.0 if not distill.weight else _TAUGHT if distill.top_k is None else _TAUGHT_TOP
     is_taught, is_aligned = _has_second(distill), _has_second(alignment)
     has_second = is_taught or is_aligned
@@ -58,6 +60,8 @@ def method_cost(stage: StageConfig, num_models: int) -> MethodCost:
         head_operations=taught,
         has_teacher=bool(distill.weight),
         is_taught_before=is_taught,
+        # Its gradient, and at other temperatures than 1 the probabilities at that temperature.
+        entropy_tensors=0 if not cap.coefficient else 1 if cap.temperature == 1.0 else 2,
         aligned_share=_aligned_share(alignment),
         is_aligned_before=is_aligned,
     )

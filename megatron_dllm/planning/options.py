@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron_dllm.config.plan import PlanConfig
 from megatron_dllm.planning.layout_plan import Candidate, Setting
 from megatron_dllm.planning.run_plan import RunPlan, layout_words
-from megatron_dllm.planning.search import Found, Trial, search
+from megatron_dllm.planning.search import Found, Trial, best_of, search, trials
 from megatron_dllm.planning.work import StageWork
 
 # An option is worth a line from this gain on.
@@ -42,14 +42,15 @@ def near_options(config: PlanConfig, setting: Setting, work: Sequence[StageWork]
     if any(stage.config.parallel is not None or stage.config.world_size is not None for stage in work):
         return []
     here = _near(setting, config, work, [plan.num_gpus], "time")
-    fewer = _near(setting, config, work, _fewer_gpus(config), "cost")
+    on_fewer = list(trials(setting, config, work, _fewer_gpus(config), is_near=True))
+    fewer = best_of(on_fewer, "cost")
     found: list[Option] = []
     hours, gpu_hours = _spent(plan)
     if here.best is not None and (not plan.fits or _hours(here.best) * _WORTH < hours):
         found.append(_option(config, "faster" if plan.fits else "fits", here.best))
     if fewer.best is not None and plan.fits and _gpu_hours(fewer.best) * _WORTH < gpu_hours:
         found.append(_option(config, "cheaper", fewer.best))
-    smallest = _near(setting, config, work, _fewer_gpus(config), "gpus").best if plan.fits else None
+    smallest = best_of(on_fewer, "gpus").best if plan.fits else None
     if smallest is not None and smallest != fewer.best:
         found.append(_option(config, "smaller", smallest))
     return [option for option in found if option.words]

@@ -78,17 +78,30 @@ def search(
         objective: time, cost or gpus.
         is_near: only layouts with the run's own micro-batch and pieces of a pipeline rank.
     """
+    return best_of(trials(setting, config, work, gpu_counts, is_near), objective)
+
+
+def trials(
+    setting: Setting, config: TrainConfig, work: Sequence[StageWork], gpu_counts: Iterable[int], is_near: bool = False
+) -> Iterator[Trial]:
+    """Every layout and micro-batch, tried; see `search`."""
+    loads = loads_of(work, setting.num_models)
+    for count in gpu_counts:
+        for candidate in candidates(config, setting, work, count, is_near):
+            yield try_candidate(setting, loads, candidate)
+
+
+def best_of(tried: Iterable[Trial], objective: str) -> Found:
+    """The best of some trials: by time, cost or gpus."""
     best: Trial | None = None
     least: Trial | None = None
     num_tried = num_fitting = 0
-    loads = loads_of(work, setting.num_models)
-    for candidate in (found for count in gpu_counts for found in candidates(config, setting, work, count, is_near)):
-        trial = try_candidate(setting, loads, candidate)
+    for trial in tried:
         num_tried += 1
         num_fitting += trial.hours is not None
         if trial.hours is not None and (best is None or _rank(trial, objective) < _rank(best, objective)):
             best = trial
-        if least is None or (trial.peak, candidate.num_gpus) < (least.peak, least.candidate.num_gpus):
+        if least is None or (trial.peak, trial.candidate.num_gpus) < (least.peak, least.candidate.num_gpus):
             least = trial
     return Found(best, least, num_tried, num_fitting)
 

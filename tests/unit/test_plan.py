@@ -123,6 +123,15 @@ BAD = [
     (["assumptions.document_length=0"], r"document_length \(0\) must be positive"),
     (["search=true", "schedule.stages.stable.world_size=8"], "stages"),
     (["output=/"], r"output \(/\) exists"),
+    (["confirm=true", "parallel.precision=fp8"], r"confirm \(true\) .* FP8 with TransformerEngine"),
+    (["task=serve"], r"task \(serve\) is not known"),
+    (["task=generate", "search=true"], r"task \(generate\) has no search"),
+    (["task=generate", "texts.tokens_per_pass=64"], r"texts.tokens_per_pass \(64.0\) must lie between 1 and"),
+    (["task=generate", "texts.batch_size=0"], r"texts.batch_size \(0\) must be positive"),
+    (["task=generate", "texts.prompt_length=1000000"], r"texts.prompt_length .* must not exceed"),
+    (["task=generate", "parallel.context_parallel_size=2"], r"context_parallel_size \(2\) must be 1"),
+    (["task=generate", "nodes=3", "parallel.expert_model_parallel_size=16"], r"expert .* must divide the number of"),
+    (["task=evaluate", "evaluation.block_sizes=[33]"], r"evaluation.block_sizes \(33\) must divide"),
     (["experiment=sft"], "checkpoint.load"),
     (["calibrate=[/nowhere]"], r"calibrate \(/nowhere\) must name folders of runs"),
     (["cluster=laptop", "calibrate=[/nowhere]"], r"cluster.hardware.memory_gb \(0\) must be known"),
@@ -135,6 +144,42 @@ def test_a_wrong_value_ends_in_one_sentence(words: list[str], says: str) -> None
     with pytest.raises(ValueError, match=says) as caught:
         run([*MINI, *words])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.ranks
+def test_decoding_is_planned_with_the_texts_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*MINI, "task=generate", "texts.tokens_per_pass=3"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "llada2_mini, generate, on 1 node of h100x8 (8 GPUs, 80 GB): fits" in text
+    for part in ("weights", "cache", "activations", "logits", "reserve", "total"):
+        assert re.search(rf"^{part} GB ", text, re.MULTILINE)
+    ((number, rate),) = re.findall(r"with ([\d]+) texts at a time.*?([\d,]+) new tokens a second", text, re.DOTALL)
+    assert int(number) > 100 and int(rate.replace(",", "")) > 1000
+    main([*words, "texts.batch_size=16"])
+    assert f"each with 16 texts at a time (at most {number} fit)" in capsys.readouterr().out
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("task", ["generate", "evaluate"])
+def test_a_model_too_large_for_a_gpu_is_told_the_layout_that_fits(task: str) -> None:
+    words = ["experiment=llada2_flash", "cluster=h100x8", "parallel=single", "parallel.precision=bf16", f"task={task}"]
+    with pytest.raises(
+        ValueError, match=rf"needs 2\d\d\.\d GB on a GPU to {task}.*weights.*limit is 77\.6 GB"
+    ) as caught:
+        run(words)
+    (remedy,) = re.findall(r"on these GPUs this fits: (.*)\.$", str(caught.value))
+    assert run([*words, *remedy.split()]) == 0
+
+
+@pytest.mark.ranks
+def test_an_evaluation_takes_as_long_at_each_block_size(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*MINI, "task=evaluate", "evaluation.block_sizes=[32,4]", "evaluation.num_tokens=2000000"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    minutes = [float(value) for value in re.findall(r"^(?:32|4) +[\d,]+ +[\d.]+ +([\d.]+) ", text, re.MULTILINE)]
+    assert len(minutes) == 2 and minutes[0] == pytest.approx(minutes[1], rel=0.3)
+    assert "2,000,000 document tokens" in text
 
 
 def test_calibration_ends_with_words_that_a_plan_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_dllm.diffusion.decoding_room import room_for
 from megatron_dllm.diffusion.roles import CLEAN_VIEW, DOC, PADDING_DOC, VIEW
-
-# Memory grows by so many tokens of every slot at the least.
-_GROWTH = 256
 
 
 class CachedPass:
@@ -118,9 +116,7 @@ class KVCache:
         slots, capacity = (0, 0) if old is None else old.shape[:2]
         if old is not None and slots >= num_slots and capacity >= num_keys:
             return old
-        if num_keys > capacity:
-            capacity = max(num_keys, capacity + _GROWTH, capacity * 3 // 2)
-        self._roles = like.new_full((max(slots, num_slots), capacity, 3), PADDING_DOC)
+        self._roles = like.new_full((max(slots, num_slots), room_for(num_keys, capacity), 3), PADDING_DOC)
         if old is not None:
             self._roles[: old.shape[0], : old.shape[1]] = old
         return self._roles

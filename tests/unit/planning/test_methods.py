@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_dllm.config import AlignmentConfig, DistillConfig, PreferenceConfig, StageConfig
+from megatron_dllm.config import AlignmentConfig, CapConfig, DistillConfig, PreferenceConfig, StageConfig
 from megatron_dllm.planning.engine import measure
 from megatron_dllm.planning.layout_plan import Candidate, plan_stage
 from megatron_dllm.planning.methods import MethodCost, method_cost
@@ -29,6 +29,8 @@ OWN, OTHER = DistillConfig(1.0), DistillConfig(1.0, "teacher", top_k=8)
         (stage_config(distill=OWN), 1, MethodCost(head_operations=4.0, has_teacher=True)),
         (stage_config(distill=OTHER, num_views=3), 2, MethodCost(1, 0.25, True, 2.0, True, True)),
         (stage_config(alignment=AlignmentConfig(0.5)), 1, MethodCost(aligned_share=1.0)),
+        (stage_config(cap=CapConfig(0.5)), 1, MethodCost(entropy_tensors=1)),
+        (stage_config(cap=CapConfig(0.5, temperature=2.0)), 1, MethodCost(entropy_tensors=2)),
         (
             stage_config(alignment=AlignmentConfig(0.5, "teacher", visible=False, masked_layers=0.25)),
             2,
@@ -54,6 +56,21 @@ def _both(stage: StageConfig) -> tuple[tuple[float, int], tuple[float, int]]:
     assert plan.worst.weights == found.memory.weights
     sizes = [memory.activations + memory.head for memory in (plan.worst, found.memory)]
     return (operations, sizes[0]), (float(found.flops), sizes[1])
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_head_holds_the_entropy_of_confidence_aware_training(temperature: float) -> None:
+    """Of a vocabulary so large that a chunk of its logits is the peak: half as much again, or twice as much."""
+    run, layout = config(), replace(LAYOUTS["one"], precision="bf16")
+    run.model = replace(run.model, vocab_size=32768)
+    stage = replace(run.schedule.stages["mdlm"], cap=CapConfig(0.5, temperature=temperature))
+    run.parallel, run.schedule.stages = layout, {"one": stage}
+    setting = setting_for(run)
+    (work,) = assumed_work(run, setting.machine.assumptions)
+    planned = plan_stage(setting, work, Candidate(layout, 1)).worst.head
+    expected = measure(run, layout, 1, 0, "one").worst.memory.head
+    assert planned == pytest.approx(expected, rel=0.1) and planned > 1.3 * 10 * work.row.targets * 32768
 
 
 @pytest.mark.ranks
