@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.gpu.settings import Settings
@@ -34,23 +34,37 @@ def run_command(settings: Settings, log: Path, words: Sequence[object], device: 
     """
     started = time.perf_counter()
     limit = max(1.0, LAST_SHARE * settings.seconds - (time.monotonic() - settings.started))
+    run = settings.run or run_program
+    try:
+        code = run([str(word) for word in words], log, environment(device or settings.device), limit)
+    except TimeoutError:
+        raise TimeoutError(f"{words[0]} was not done after {limit:.0f} s; it said {_end(log)}") from None
+    if code:
+        raise RuntimeError(f"{words[0]} ended with {code}: {_end(log)}")
+    return time.perf_counter() - started
+
+
+def run_program(words: Sequence[str], log: Path, environment: Mapping[str, str], seconds: float) -> int:
+    """Run `python -m WORDS` as a program of its own; its exit code.
+
+    Raises:
+        TimeoutError: it was not done in time.
+    """
     with log.open("w", encoding="utf-8") as file:
         try:
             done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-m", *map(str, words)],
+                [sys.executable, "-W", "ignore", "-m", *words],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
-                env=environment(device or settings.device),
-                timeout=limit,
+                env=environment,
+                timeout=seconds,
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise TimeoutError(f"{words[0]} was not done after {limit:.0f} s; it said {_end(log)}") from None
-    if done.returncode:
-        raise RuntimeError(f"{words[0]} ended with {done.returncode}: {_end(log)}")
-    return time.perf_counter() - started
+            raise TimeoutError from None
+    return done.returncode
 
 
 def environment(device: str) -> dict[str, str]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+# Runs a module with its words, what it says going to a file, in an environment, for so many seconds; gives the exit
+# code, or raises TimeoutError.
+Run = Callable[[Sequence[str], Path, Mapping[str, str], float], int]
 
 
 @dataclass(frozen=True)
@@ -17,6 +22,7 @@ class Settings:
         folder: a scratch folder of this part's own, inside the output.
         seconds: what the part has.
         started: clock at the start of the part.
+        run: how the product's commands are run; None: each as a program of its own.
     """
 
     device: str
@@ -24,6 +30,7 @@ class Settings:
     folder: Path
     seconds: float
     started: float = field(default_factory=time.monotonic)
+    run: Run | None = None
 
     def is_over(self, share: float = 1.0) -> bool:
         """Whether more than that share of the seconds since the start of the part has passed."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,29 @@ from benchmarks.gpu import correct, decoding, whole
 from benchmarks.gpu.golden import STAGES, model_words, recorded_steps, stage_words
 from benchmarks.gpu.runs import LIMITS, compare_steps, differing_tensors
 from benchmarks.gpu.settings import Settings
+from benchmarks.ranks import run_ranks
 from megatron_dllm.compose import compose_train_config
+from tests.integration.tiny_chain import run_module
+
+
+def _run_logged(words: list[str], log: str, environment: dict[str, str]) -> int:
+    """What `python -m WORDS` does, in this process; its exit code."""
+    output = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    os.environ.update(environment)
+    return run_module(["-m", *words])
+
+
+def run_in_a_rank(words: Sequence[str], log: Path, environment: Mapping[str, str], seconds: float) -> int:
+    """In a process that has imported the libraries already, where a program of its own would first do that."""
+    (code,) = run_ranks(_run_logged, 1, list(words), str(log), dict(environment), timeout_s=seconds)
+    return code
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings("cpu", True, tmp_path, 900.0)
+    return Settings("cpu", True, tmp_path, 900.0, run=run_in_a_rank)
 
 
 @pytest.mark.parametrize("is_choosing", [True, False])
