@@ -55,9 +55,9 @@ test-all: install
 	$(PYTEST) -m "not slurm"
 
 # A real SLURM of virtual nodes on this machine; needs: apt-get install -y slurm-wlm slurmctld slurmd munge shellcheck
-# Its tests mostly wait: several clusters run side by side, at most four, a file of tests on each.
+# Its tests mostly wait: with SLURM_WORKERS=3 (at most 4) so many clusters run side by side, a file of tests on each.
 SLURM_TESTS ?= slurm
-SLURM_WORKERS ?= 3
+SLURM_WORKERS ?= 1
 test-slurm: install
 	$(BIN)/python -m pytest -n $(SLURM_WORKERS) --dist loadfile -m "$(SLURM_TESTS)" tests/slurm
 
