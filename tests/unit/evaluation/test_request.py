@@ -46,7 +46,7 @@ def test_a_checkpoint_says_all_that_is_left_open(diffusion: Path) -> None:
 def test_a_recipe_of_training_gives_its_layout_and_evaluation_alone(diffusion: Path) -> None:
     request = read(diffusion, "experiment=tiny_convert", "evaluation.block_sizes=[8,16]", "schedule.context_length=32")
     assert request.config.model == LING
-    assert request.config.evaluation.num_tokens == 8000
+    assert request.config.evaluation.num_tokens == 12000
     assert (request.names, request.config.schedule.context_length) == (("8", "16"), 32)
 
 
