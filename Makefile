@@ -93,7 +93,7 @@ sft-study: demo
 	$(BIN)/python launch/local.py experiment=tiny_sft_study
 
 # Preferences on the demo's own answers: three seeds of 1, 4 and 8 views, masks shared with the reference or not; writes
-# benchmarks/results/tiny_dpo_study.md. Not run in full yet.
+# benchmarks/results/tiny_dpo_study.md. Over an hour.
 dpo-study: demo
 	$(BIN)/python launch/local.py experiment=tiny_dpo_study
 
