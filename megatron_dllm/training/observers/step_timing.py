@@ -23,6 +23,8 @@ from megatron_dllm.training.observers.metrics_file import PARTS_OF_RANKS
 from megatron_dllm.training.observers.observer import Observer, Watch
 from megatron_dllm.training.reports import StepReport
 
+# What megatron-core calls the sums of gradients: of replicas, and of weights that several ranks hold.
+_GRADIENTS = ("all-grads-sync", "non-tensor-parallel-grads", "embedding-grads", "conditional-embedder-grads")
 # A moment: seconds of the host's clock, or an event in the stream of a GPU.
 Moment = Any
 
@@ -93,8 +95,7 @@ def rank_parts(watch: StepWatch, num_micro_batches: int) -> list[float]:
     bubble.
     """
     computing = watch.seconds("forward-compute", "backward-compute")
-    # Of replicas, and of weights that several ranks hold.
-    gradients = watch.seconds("all-grads-sync", "layernorm-grads", "embedding-grads", "conditional-embedder-grads")
+    gradients = watch.seconds(*_GRADIENTS)
     waiting = max(watch.seconds("forward-backward") - computing - gradients, 0.0)
     update = watch.seconds("optimizer-", "params-all-gather")
     return [computing / num_micro_batches, waiting, gradients, update, peak_memory_gib()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ STEP = [
     ("backward-compute", 6.0),
     ("backward-compute", 6.0),
     ("all-grads-sync", 2.0),
-    ("layernorm-grads-all-reduce", 0.25),
+    ("non-tensor-parallel-grads-all-reduce", 0.25),
 ]
 UPDATE = [("optimizer-inner-step", 4.0), ("params-all-gather", 1.0)]
 
@@ -50,6 +51,25 @@ def test_parts_of_a_step_by_hand() -> None:
     micro_batch, waiting, gradients, update, memory = rank_parts(watch, 2)
     assert (micro_batch, waiting, gradients, update) == (9.0, 2.0, 2.25, 5.0)
     assert memory > 0.01
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_all_that_megatron_says_behind_a_backward_pass_is_of_gradients(tmp_path: Path) -> None:
+    from benchmarks.tiny_run import run_config, write_corpus
+    from megatron_dllm.parallel.groups import Groups
+    from megatron_dllm.training.engine import build_engine
+    from megatron_dllm.training.finalizing import gradient_finalizer
+    from megatron_dllm.training.observers.step_timing import StepTiming
+
+    write_corpus(tmp_path / "corpus")
+    engine = build_engine(run_config(tmp_path, "engine"), Groups.current())
+    moments = count()
+    watch = StepWatch(lambda: next(moments), lambda start, end: float(end - start))
+    with StepTiming(engine, torch.device("cpu")).watching(watch):
+        gradient_finalizer(Groups.current())(engine.chunks, torch.tensor(1, dtype=torch.int))
+    expected_parts = next(moments) / 2  # each from one moment to the next
+    _, _, gradients, _, _ = rank_parts(watch, 1)
+    assert gradients == expected_parts > 1
 
 
 class Event:
