@@ -17,7 +17,7 @@ from benchmarks.record import origin
 from benchmarks.seeds import png, spread
 from megatron_dllm.evaluation.answer_scores import TaskScore, read_answer_scores
 from megatron_dllm.evaluation.scores_file import open_scores
-from megatron_dllm.run.files import write_json, write_text
+from megatron_dllm.run.files import write_bytes, write_json, write_text
 
 ARMS = {
     "k1": "1 view",
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"start's own answers; mean ± standard deviation over {num_seeds} seeds\n\n{origin()}\n\n"
     )
     write_text(options.results / "tiny_dpo_study.md", lead + to_markdown(study))
-    (options.results / "tiny_dpo_study.png").write_bytes(picture(study))
+    write_bytes(options.results / "tiny_dpo_study.png", picture(study))
     print(lead + to_markdown(study))
     return 0
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.record import write_results
 from benchmarks.seeds import png, spread
+from megatron_dllm.run.files import write_bytes
 
 Result = Mapping[str, Any]
 DIGITS = 4
@@ -38,7 +39,7 @@ def write_study(paths: Iterable[Path], output: Path, about: Mapping[str, Any]) -
     tables = {size: rows_of([r for r in results if r["size"] == size]) for size in sorted({r["size"] for r in results})}
     named = {"runs": len(results), "minutes of all runs": round(sum(r["seconds"] for r in results) / 60)}
     write_results(output, "A clean half that stays autoregressive", {**about, **named}, tables, NOTE)
-    output.with_suffix(".png").write_bytes(picture(results))
+    write_bytes(output.with_suffix(".png"), picture(results))
 
 
 def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:

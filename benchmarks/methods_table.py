@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.record import write_results
 from benchmarks.seeds import png, spread
+from megatron_dllm.run.files import write_bytes
 
 Result = Mapping[str, Any]
 DIGITS = 4
@@ -38,7 +39,7 @@ def write_methods(paths: Iterable[Path], output: Path, about: Mapping[str, Any],
     tables = {f"equal {kind}": rows_of([r for r in results if r["equal"] == kind], reference) for kind in kinds}
     named = {"runs": len(results), "minutes of all runs": round(sum(r["seconds"] for r in results) / 60)}
     write_results(output, "Methods of conversion side by side", {**about, **named}, tables, NOTE)
-    output.with_suffix(".png").write_bytes(picture(results, reference))
+    write_bytes(output.with_suffix(".png"), picture(results, reference))
 
 
 def rows_of(results: Sequence[Result], reference: str) -> list[dict[str, Any]]:

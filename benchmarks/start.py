@@ -24,6 +24,8 @@ from torch.distributed import TCPStore
 
 from benchmarks.ranks import rank_environment
 from benchmarks.record import RESULTS, machine, write_results
+from megatron_dllm.config.rules import check_positive
+from megatron_dllm.run.command import run_command
 from megatron_dllm.run.files import read_json_object, write_json
 
 NOTE = (
@@ -95,7 +97,7 @@ def measure(folder: Path, name: str, num_ranks: int) -> dict[str, Any]:
     return row
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
@@ -105,6 +107,8 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     if args.child is not None:
         train_first_step(Path(args.child[0]), args.child[1])
+    check_positive("ranks", min(args.ranks))
+    check_positive("repeats", args.repeats)
     from benchmarks.tiny_run import write_corpus
 
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +119,8 @@ def main(words: list[str] | None = None) -> None:
                 rows.append(measure(Path(folder), f"start_{number}_{repeat}", number))
                 print(rows[-1], flush=True)
     write_results(args.output, "From the start of a process to its first step", machine(), {"rows": rows}, NOTE)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -30,7 +30,7 @@ def operations(config: TrainConfig) -> dict[str, float]:
     They are the planner's: the last layer computes only what is read, a frozen model and a second row of logits count.
     Padding does not: rows are taken to be long.
     """
-    config = replace(config, schedule=replace(config.schedule, row_length=_LONG * config.schedule.context_length))
+    config = _with_long_rows(config)
     # On a machine that does an operation in a known time, and nothing else.
     assumptions = AssumptionsConfig(
         product_efficiency=1.0, attention_efficiency=1.0, host_ms_per_layer=0.0, expert_imbalance=1.0
@@ -47,6 +47,10 @@ def operations(config: TrainConfig) -> dict[str, float]:
     return found
 
 
+def _with_long_rows(config: TrainConfig) -> TrainConfig:
+    return replace(config, schedule=replace(config.schedule, row_length=_LONG * config.schedule.context_length))
+
+
 def _masked_more(stage: StageConfig) -> float:
     """Targets of a document token that the planner leaves out: those of blocks in which no token would be masked.
 
@@ -61,17 +65,19 @@ def _masked_more(stage: StageConfig) -> float:
 
 def mean_operations(config: TrainConfig) -> float:
     """Operations of a document token, as a mean over the stages of a run whose lengths are in tokens."""
-    costs = operations(config)
-    tokens = {name: stage.num_tokens or 0 for name, stage in config.schedule.stages.items()}
-    return sum(tokens[name] * costs[name] for name in costs) / sum(tokens.values())
+    return _mean(config, operations(config))
 
 
 def model_tokens(config: TrainConfig) -> float:
     """Tokens that the model computes for a document token, as a mean over the stages; padding does not count."""
-    config = replace(config, schedule=replace(config.schedule, row_length=_LONG * config.schedule.context_length))
+    works = assumed_work(_with_long_rows(config), AssumptionsConfig())
+    return _mean(config, {work.name: work.row.length / work.row.document_tokens for work in works})
+
+
+def _mean(config: TrainConfig, per_token: Mapping[str, float]) -> float:
+    """The mean over the stages of what a document token of each takes, as many as it has."""
     tokens = {name: stage.num_tokens or 0 for name, stage in config.schedule.stages.items()}
-    works = assumed_work(config, AssumptionsConfig())
-    return sum(tokens[work.name] * work.row.length / work.row.document_tokens for work in works) / sum(tokens.values())
+    return sum(tokens[name] * value for name, value in per_token.items()) / sum(tokens.values())
 
 
 def least_tokens(run: TrainConfig) -> int:
