@@ -1,4 +1,4 @@
-"""Hooks of the site (mkdocs.yml): pages that lie outside docs/, one of all keys, and one for each room of the code."""
+"""Hooks of the site (mkdocs.yml): what lies outside docs/, a page of all keys, and one for each room of the code."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PACKAGE = "megatron_dllm"
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 
-def outside_pages() -> dict[str, str]:
-    """Pages outside docs/, as path in the project to path in the site."""
-    results = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+def outside_files() -> dict[str, str]:
+    """Pages and pictures outside docs/, as path in the project to path in the site."""
+    results = sorted(p for p in (ROOT / "benchmarks" / "results").iterdir() if p.suffix in (".md", ".png"))
     return OUTSIDE | {str(path.relative_to(ROOT)): str(path.relative_to(ROOT)) for path in results}
 
 
@@ -50,9 +50,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages outside docs/ and those of the reference."""
-    for source, target in outside_pages().items():
-        files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
+    """Add what lies outside docs/, and the pages of the reference."""
+    for source, target in outside_files().items():
+        files.append(File.generated(config, target, content=(ROOT / source).read_bytes()))
     files.append(File.generated(config, "keys.md", content=reference.page()))
     for room, modules in rooms().items():
         content = "\n".join([f"# {room}\n", *(f"::: {module}\n" for module in modules)])
