@@ -28,9 +28,9 @@ NOTE = (
     "One forward and backward pass of the first of `ranks` context-parallel ranks, the better of two. one: a "
     "document as long as the context; equal: packed documents of one length, `document` tokens, at every context; "
     "random: packed ones of log-normal lengths, the median an eighth of the context. "
-    "The machine had other work; what other processes take is not counted as time, but "
-    "they share its caches. million_pairs: that the rank's queries see. ns_a_pair: CPU time over them. peak_mib: "
-    "tensors that operations returned, inputs not counted; kib_a_token: the same over the tokens of the row."
+    "What other processes take is not counted as time, though they share the caches. million_pairs: that the rank's "
+    "queries see. ns_a_pair: CPU time over them. peak_mib: tensors that operations returned, inputs not counted; "
+    "kib_a_token: the same over the tokens of the row."
 )
 KINDS = ("one", "equal", "random")
 # Of random lengths: the median as a share of the context, and the standard deviation of the logarithm.
