@@ -19,6 +19,7 @@ from megatron_dllm.config import (
     TrainConfig,
     TrainingConfig,
 )
+from megatron_dllm.config.annealing import RANDOM
 
 CONTEXT_LENGTH, BLOCK_SIZE, ROW_LENGTH = 32, 4, 96
 # Beside the corpus of the other stages, for the one that blends two.
@@ -203,21 +204,25 @@ BF16: dict[str, Layout] = {
 _BLOCKS = StageConfig(
     block_size=BLOCK_SIZE, num_tokens=1, global_batch_size=GLOBAL_BATCH_SIZE, learning_rate=LEARNING_RATE
 )
+_OPENING = replace(
+    _BLOCKS,
+    block_size=CONTEXT_LENGTH,
+    shift=True,
+    attention_anneal=AttentionAnnealConfig(steps=3),
+    ar_weight=0.5,
+    ar_row_share=0.25,
+)
+# Of all stages the one whose mask a single backend on a CPU can compute.
+RANDOM_PAIRS = "random_pairs"
 STAGES: dict[str, StageConfig] = {
     "ar": replace(_BLOCKS, objective="ar", block_size=1),
     "complementary": replace(_BLOCKS, num_views=2, view_relation="complementary", t_max=0.999),
     "single_view": _BLOCKS,
-    "shift": replace(_BLOCKS, num_views=2, shift=True),
+    "shift": replace(_BLOCKS, num_views=2, shift=True, loss_weight="cart"),
     "mdlm": replace(_BLOCKS, block_size=CONTEXT_LENGTH),
     "guided": replace(_BLOCKS, clean_block_size=1, ar_weight=0.5, ar_share=0.5, ar_row_share=0.25),
-    "annealed": replace(
-        _BLOCKS,
-        block_size=CONTEXT_LENGTH,
-        shift=True,
-        attention_anneal=AttentionAnnealConfig(steps=3),
-        ar_weight=0.5,
-        ar_row_share=0.25,
-    ),
+    "annealed": _OPENING,
+    RANDOM_PAIRS: replace(_OPENING, attention_anneal=AttentionAnnealConfig(steps=3, kind=RANDOM)),
     "blend": replace(_BLOCKS, train=[0.6, "corpus", 0.4, SECOND_CORPUS]),
 }
 # Noise on the embeddings of masked tokens, where a stage has it.
@@ -232,12 +237,14 @@ def train_config(layout: Layout, stage: StageConfig, corpus: Path) -> TrainConfi
         stage: what they train. The corpora of a blend of its own lie beside `corpus`.
         corpus: prefix of what the other stages train on.
     """
+    backend = "dense" if stage == STAGES[RANDOM_PAIRS] else "auto"
     stage = replace(stage, micro_batch_size=layout.micro_batch_size)
     if isinstance(stage.train, list):
         stage = replace(stage, train=[str(corpus.parent / v) if isinstance(v, str) else v for v in stage.train])
     training = TrainingConfig(
         skip_unused_outputs=layout not in EXPECTED.values(),
         moe_router_bias_update_rate=0.0 if layout.model == SKIPPING else 1e-3,
+        attention_backend=backend,
     )
     return TrainConfig(
         run=RunConfig(name="parity"),

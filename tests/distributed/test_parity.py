@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.parity import ALL_LAYOUTS, measure, violations
-from benchmarks.parity_layouts import SKIPPING, STAGES
+from benchmarks.parity_layouts import RANDOM_PAIRS, SKIPPING, STAGES
 from benchmarks.parity_run import Trained, prepare
 from benchmarks.ranks import run_ranks
 
 Start = tuple[str, dict[str, Trained]]
-ONE_CORPUS = [name for name, stage in STAGES.items() if stage.train is None]
+ONE_CORPUS = [name for name, stage in STAGES.items() if stage.train is None and name != RANDOM_PAIRS]
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,12 @@ def test_a_blend_of_two_corpora_trains_as_on_one_rank(name: str, start: Start) -
     one, two = (start[1][f"{stage}_fp32_experts"] for stage in ("single_view", "blend"))
     assert not set(one.fingerprints) & set(two.fingerprints), "the second corpus has no part in a step"
     assert violations(measure(ALL_LAYOUTS[name], *start, ["blend"]), "fp32") == []
+
+
+def test_random_pairs_are_drawn_alike_where_two_ranks_share_a_row(start: Start) -> None:
+    window, random = (start[1][f"{stage}_fp32_experts"] for stage in ("annealed", RANDOM_PAIRS))
+    assert window.fingerprints == random.fingerprints and window.losses != random.losses
+    assert violations(measure(ALL_LAYOUTS["CP2"], *start, [RANDOM_PAIRS]), "fp32") == []
 
 
 @pytest.mark.parametrize("name", ["TP2 x CP2", "PP2 x EP2", "PP2 x EP2 overlap, skipping"])

@@ -178,6 +178,7 @@ def test_fused_experts_of_a_mixtral(tmp_path: Path) -> None:
 
 
 # Layers and experts of a large model of every family, and how many tensors it has; the shapes are cut down.
+_NARROW = {"head_dim": 2, "moe_intermediate_size": 2, "norm_topk_prob": True}
 LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
     "Llama 3 70B": ("Llama", {"num_hidden_layers": 80}, 723),
     "Qwen2.5 72B": ("Qwen2", {"num_hidden_layers": 80}, 963),
@@ -185,10 +186,13 @@ LARGE: dict[str, tuple[str, dict[str, Any], int]] = {
     "Mistral Large": ("Mistral", {"num_hidden_layers": 88, "sliding_window": None}, 795),
     "OLMoE 7B": ("Olmoe", {"num_hidden_layers": 16, "num_experts": 64, "norm_topk_prob": False}, 3219),
     "Mixtral 8x22B": ("Mixtral", {"num_hidden_layers": 56, "num_local_experts": 8, "num_experts_per_tok": 2}, 1739),
+    "Qwen3 30B A3B": ("Qwen3Moe", {"num_hidden_layers": 48, "num_experts": 128, **_NARROW}, 18867),
 }
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (num > 10_000)) for name, (_, _, num) in LARGE.items()]
+)
 def test_a_large_model_converts_by_its_real_names(name: str, tmp_path: Path) -> None:
     import transformers
 

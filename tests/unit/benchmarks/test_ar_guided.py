@@ -20,6 +20,7 @@ from benchmarks.study_jobs import RESULT, Lengths, num_tokens, run_jobs
 from megatron_dllm.config import ParallelConfig, TrainConfig
 from megatron_dllm.planning.engine_rows import micro_batches
 from megatron_dllm.planning.parameters import PipelineRank, rank_weights
+from tests.unit.benchmarks.refusals import assert_refused
 
 WEIGHTS = [0.5, 0.2]
 
@@ -111,9 +112,7 @@ def test_what_decides_the_claim_runs_first_and_seed_by_seed(tmp_path: Path) -> N
 def test_what_no_run_could_do_is_refused_before_anything_is_written(
     words: list[str], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        main(["--study", str(tmp_path / "study"), "--output", str(tmp_path / "table"), *words])
-    assert not list(tmp_path.iterdir())
+    assert_refused(main, words, message, tmp_path)
 
 
 def _result(arm: str, seed: int, elbo: float) -> dict[str, Any]:

@@ -196,6 +196,10 @@ def test_training_that_cannot_be_is_refused(changes: dict[str, object], parts: t
         (dict(objective="ar", shift=False), ("one.shift (false)", "predicts token i + 1")),
         (dict(attention_anneal=AttentionAnnealConfig(5)), ("one.attention_anneal", "block_size 256", "set it to null")),
         (
+            dict(objective="ar", block_size=256, attention_anneal=AttentionAnnealConfig(5)),
+            ("one.attention_anneal", "not ar with 256", "set it to null"),
+        ),
+        (
             dict(block_size=256, attention_anneal=AttentionAnnealConfig(0)),
             ("one.attention_anneal.steps (0)", "positive"),
         ),

@@ -8,11 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_dllm.diffusion.block_order import any_masked, first_masked_of, order_exponents, order_weights
+from megatron_dllm.diffusion.block_order import (
+    any_masked,
+    first_masked_of,
+    order_exponents,
+    order_weights,
+    tilted_levels,
+)
 from megatron_dllm.diffusion.loss_weights import _conditioned_weights
 from megatron_dllm.diffusion.noise_masks import first_masked
 from megatron_dllm.diffusion.segment_blocks import SegmentBlocks
-from tests.unit.diffusion.test_noise import SINGLE, assert_mean, block_losses, blocks_of, draw, nll_table
+from tests.unit.diffusion.test_noise import SINGLE, all_masks, assert_mean, block_losses, blocks_of, draw, nll_table
 
 
 def expected_bound(g: np.ndarray, table: np.ndarray) -> float:
@@ -47,6 +53,25 @@ def test_the_loss_is_the_bound_of_the_tilted_order(bias: float, t_unit: str) -> 
     g = order_exponents(bias, SegmentBlocks.group(np.zeros(size, np.int64)))
     assert abs(expected_bound(g, table) - expected_bound(np.ones(size), table)) > 0.02, "the tilt must show"
     assert_mean(losses, expected_bound(g, table))
+
+
+@pytest.mark.parametrize("at_least_one", [True, False])
+@pytest.mark.parametrize("bias", [1.2, -3.0, 6.0])
+def test_the_mean_over_all_levels_is_the_bound(bias: float, at_least_one: bool) -> None:
+    """By quadrature, of every mask of a block by its probability at a level: also where draws vary without end."""
+    size, nodes, table = 3, 20_000, nll_table(3)
+    blocks, g = SegmentBlocks.group(blocks_of(size, nodes)), np.exp(-bias * (np.arange(size) / 2 - 0.5))
+    # Even steps of x with t = x^power, in which the integrand, t^(g - 1) near 0, is smooth.
+    power, x = 2.0 / g.min(), (np.arange(nodes) + 0.5) / nodes
+    t, step = x**power, power * x ** (power - 1.0) / nodes
+    probabilities = tilted_levels(bias, t, blocks)
+    weights = order_weights(bias, t, blocks, at_least_one=at_least_one).reshape(nodes, size)
+    drawn = any_masked(probabilities, blocks) if at_least_one else 1.0
+    p, total = probabilities.reshape(nodes, size), 0.0
+    for mask, nll in zip(all_masks(size)[1:], table[1:], strict=True):
+        probability = np.where(mask, p, 1.0 - p).prod(axis=1) / drawn
+        total += float((probability * (weights * nll * mask).sum(axis=1) * step).sum())
+    assert total == pytest.approx(expected_bound(g, table), rel=1e-3)
 
 
 def test_without_the_condition_the_bound_is_the_same() -> None:

@@ -80,6 +80,17 @@ def test_large_and_small_p_count_neighbours_and_all() -> None:
     np.testing.assert_allclose(one_block(shown, 1e-9) / 1e-9, (shown.sum() - shown) / 2, rtol=1e-6)
 
 
+def test_the_mean_over_masks_is_the_visible_share_less_what_the_ends_lack() -> None:
+    """Of all masks of a block by their probability, where each token is masked with probability t."""
+    size, t, p = 8, 0.3, 0.4
+    shown = (np.arange(2**size)[:, None] >> np.arange(size) & 1) == 1
+    probability = np.where(shown, 1 - t, t).prod(axis=1)
+    places = np.arange(size)
+    mean = probability @ cart_weights(shown, np.zeros_like(places), places, p)
+    expected_mean = (1 - t) * (1 - ((1 - p) ** places + (1 - p) ** places[::-1]) / 2)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-12)
+
+
 def test_a_mirrored_document_has_mirrored_weights() -> None:
     shown = np.random.default_rng(1).random(33) < 0.4
     np.testing.assert_allclose(one_block(shown[::-1]), one_block(shown)[::-1], rtol=1e-12)
