@@ -62,7 +62,6 @@ STAGE = replace(STAGES["warmup"], num_tokens=400, lr_warmup_tokens=0)
 LAYOUTS = {
     "CP2": ParallelConfig(context_parallel_size=2),
     "TP2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2),
-    "PP2": ParallelConfig(pipeline_model_parallel_size=2),
     "interleaved": ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
     "EP2": ParallelConfig(expert_model_parallel_size=2),
 }

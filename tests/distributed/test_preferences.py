@@ -34,7 +34,6 @@ STAGE = replace(
     preference=PreferenceConfig(beta=0.5, sft_coefficient=0.1),
 )
 LAYOUTS = {
-    "DP2": ParallelConfig(),
     "CP2": ParallelConfig(context_parallel_size=2),
     "TP2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2),
     "PP2": ParallelConfig(pipeline_model_parallel_size=2),

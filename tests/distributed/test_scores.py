@@ -83,7 +83,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Scores]:
     return folder, expected
 
 
-@pytest.mark.parametrize("name", ["accumulation 4", "DP2", "TP2", "PP2", "PP2 virtual 2", "CP2"])
+@pytest.mark.parametrize("name", ["accumulation 4", "DP2", "TP2", "PP2 virtual 2", "CP2"])
 def test_every_rank_knows_the_score_of_every_document(name: str, start: tuple[str, Scores]) -> None:
     folder, expected = start
     ids = [id for of_batch in SAMPLE_IDS for id in of_batch]

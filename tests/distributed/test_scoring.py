@@ -41,7 +41,6 @@ STAGE = replace(
     preference=PreferenceConfig(beta=0.5),
 )
 LAYOUTS = {
-    "DP2": ParallelConfig(),
     "TP2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2),
     "PP2": ParallelConfig(pipeline_model_parallel_size=2),
     "CP2": ParallelConfig(context_parallel_size=2),

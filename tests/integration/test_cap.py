@@ -12,7 +12,7 @@ from benchmarks.tiny_run import STAGES, checkpoints_of, read_steps, read_tensors
 from megatron_dllm.config import CapConfig, CheckpointConfig, StageConfig, TrainConfig
 
 # Complementary views, so that every token is guessed once; few steps at a rate at which differences show.
-STAGE = replace(STAGES["decay"], num_tokens=1500, lr_shape="constant", final_learning_rate=None, loss_weight="uniform")
+STAGE = replace(STAGES["decay"], num_tokens=800, lr_shape="constant", final_learning_rate=None, loss_weight="uniform")
 
 
 def _config(folder: Path, name: str, stage: StageConfig, **checkpoint: Any) -> TrainConfig:

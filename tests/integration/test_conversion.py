@@ -360,13 +360,11 @@ def test_a_run_remembers_what_it_was_converted_from(tmp_path: Path) -> None:
         assert (meta.position.step, meta.provenance.source) == (step, str(tmp_path / "hf"))
 
 
-@pytest.mark.parametrize(
-    ("num_layers", "num_tensors"),
-    [pytest.param(20, 14_813, id="mini"), pytest.param(32, 24_161, id="flash", marks=pytest.mark.slow)],
-)
-def test_round_trip_with_the_real_number_of_tensors(num_layers: int, num_tensors: int, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_round_trip_with_the_real_number_of_tensors(tmp_path: Path) -> None:
+    """Those of Ling-flash, the largest."""
     model = ModelConfig(
-        num_layers=num_layers,
+        num_layers=32,
         hidden_size=8,
         ffn_hidden_size=8,
         num_attention_heads=4,
@@ -388,7 +386,7 @@ def test_round_trip_with_the_real_number_of_tensors(num_layers: int, num_tensors
     hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "back")
     expected, actual = SafetensorsFolder(tmp_path / "hf"), SafetensorsFolder(tmp_path / "back")
-    assert len(expected.tensors) == num_tensors
+    assert len(expected.tensors) == 24_161
     assert {name: (t.dtype, t.shape) for name, t in actual.tensors.items()} == {
         name: (t.dtype, t.shape) for name, t in expected.tensors.items()
     }

@@ -83,7 +83,7 @@ def test_elements_are_those_that_the_engine_builds(seed: int) -> None:
 @pytest.mark.parametrize("name", ["ling_mini", "ling_flash", "qwen3_30b_a3b"])
 def test_elements_of_the_real_models_are_those_that_the_engine_builds(name: str) -> None:
     """The benchmark compares more layouts."""
-    rows = compare(name, number=6, seed=1)
+    rows = compare(name, number=2, seed=1)
     assert [row["closed_form"] for row in rows] == [row["engine"] for row in rows], rows
 
 
