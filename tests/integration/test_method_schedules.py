@@ -12,17 +12,20 @@ from megatron_dllm.compose import compose_train_config
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.fitting import fitted
 
-# By schedule, what of it is not the default, on the keys that say so.
+# By schedule, what of it is not the default, on the keys that say so; `first` is the first stage, `stage` the last one.
 METHODS: dict[str, dict[str, object]] = {
     "bd3lm": {"data.block_origin": "row", "stage.block_size": 16},
     "diffullama": {"noise.t_unit": "document", "stage.shift": True},
     "dream": {"noise.t_unit": "document", "stage.shift": True, "stage.loss_weight": "cart"},
     "fast_dllm": {"stage.shift": True, "stage.view_relation": "complementary", "stage.num_views": 2},
+    "llada2_ar_guided": {"first.clean_block_size": 1, "first.ar_weight": 0.5, "stage.clean_block_size": None},
     "llada": {"noise.t_unit": "document", "stage.t_min": 0.001},
     "nbdiff": {"noise.t_unit": "document", "stage.shift": True, "stage.clean_block_size": 1, "stage.ar_weight": 0.5},
     "rnd1": {"stage.shift": True, "optimizer.lr_multipliers": {"*.mlp.*": 0.1, "*.mlp.router.*": 0.0}},
     "sdar": {"noise.t_unit": "document", "stage.block_size": 4},
 }
+
+ENDS = {"first": 0, "stage": -1}
 
 
 def tiny(name: str, folder: Path) -> TrainConfig:
@@ -41,10 +44,11 @@ def tiny(name: str, folder: Path) -> TrainConfig:
 
 
 def value_of(config: TrainConfig, key: str) -> object:
-    """The value of a key; those of `stage` are the last stage's."""
+    """The value of a key; those of `first` and `stage` are the first and the last stage's."""
+    stages = [*config.schedule.stages.values()]
     found: object = config
     for part in key.split("."):
-        found = [*config.schedule.stages.values()][-1] if part == "stage" else getattr(found, part)
+        found = stages[ENDS[part]] if part in ENDS else getattr(found, part)
     return found
 
 
