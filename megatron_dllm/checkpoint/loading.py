@@ -19,9 +19,10 @@ from torch import nn
 
 from megatron_dllm.checkpoint.manifest import check_complete, damaged_files, read_manifest
 from megatron_dllm.checkpoint.meta import read_state
-from megatron_dllm.checkpoint.sharded_state import model_state, optimizer_state, optimizers
+from megatron_dllm.checkpoint.sharded_state import model_state, optimizer_state
 from megatron_dllm.checkpoint.torch_dist_metadata import check_metadata
 from megatron_dllm.parallel.agreement import raise_together
+from megatron_dllm.parallel.optimizer_parts import optimizer_parts
 
 
 def verify(folder: Path, hash_content: bool = True) -> None:
@@ -93,14 +94,14 @@ def _load_chunk(chunk: nn.Module, state: dict[str, Any]) -> None:
 def load_run(folder: Path, chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """Load weights and optimizer state of any layout from a verified folder; returns the run's state.json."""
     state = read_state(folder)
-    for part in optimizers(optimizer):
+    for part in optimizer_parts(optimizer):
         part._init_optimizer_states_with_dummy_values()
     model = model_state(chunks)
     sharded = {**model, "optimizer": optimizer_state(optimizer, model, is_loading=True)}
     loaded = dist_checkpointing.load(sharded, str(folder))
     for i, chunk in enumerate(chunks):
         _load_chunk(chunk, loaded[f"chunk{i}"])
-    for i, part in enumerate(optimizers(optimizer)):
+    for i, part in enumerate(optimizer_parts(optimizer)):
         _load_optimizer_part(part, loaded["optimizer"][i], state["optimizer_step"])
     return state
 

@@ -11,6 +11,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.utils import unwrap_model
 from torch import nn
 
+from megatron_dllm.parallel.optimizer_parts import optimizer_parts
+
 # Model-space optimizer state with keys that do not depend on how many optimizers are chained.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
@@ -29,17 +31,11 @@ def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
     return tensors
 
 
-def optimizers(optimizer: MegatronOptimizer) -> list[Any]:
-    """The distributed optimizers behind a chain, without the stubs of ranks that own no parameter."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [o for o in chained if not getattr(o, "is_stub_optimizer", False)]
-
-
 def optimizer_state(
     optimizer: MegatronOptimizer, model_sharded_state: dict[str, Any], is_loading: bool
 ) -> dict[int, Any]:
     """Sharded moments and main weights. Their keys are global names; the place in the chain is this rank's affair."""
     return {
         i: part.sharded_param_state_fully_reshardable(model_sharded_state, is_loading, dict(_METADATA))
-        for i, part in enumerate(optimizers(optimizer))
+        for i, part in enumerate(optimizer_parts(optimizer))
     }

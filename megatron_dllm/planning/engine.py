@@ -23,6 +23,7 @@ from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.parallel.device import DeviceFacts
 from megatron_dllm.parallel.fake_world import fake_world
 from megatron_dllm.parallel.groups import Groups, group_labels
+from megatron_dllm.parallel.optimizer_parts import optimizer_parts
 from megatron_dllm.planning.answer import ENGINE, RankAnswer, RankMemory, StageAnswer
 from megatron_dllm.planning.engine_kernels import ShapedFlex
 from megatron_dllm.planning.engine_ledger import Ledger
@@ -211,7 +212,7 @@ def _model_state(engine: Engine, memory: LiveMemory) -> ModelState:
 def _main_bytes(engine: Engine) -> int:
     """Bytes of the fp32 weights that the optimizer keeps beside those of the model."""
     found: list[Tensor] = []
-    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+    for part in optimizer_parts(engine.optimizer):
         for group in getattr(part, "shard_fp32_from_float16_groups", []):
             found += group
     return sum(tensor.nbytes for tensor in found if tensor is not None)

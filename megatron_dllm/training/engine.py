@@ -22,6 +22,7 @@ from megatron_dllm.model.gpt import build_model
 from megatron_dllm.model.paths import Paths, choose_paths
 from megatron_dllm.parallel.device import DeviceFacts, local_device
 from megatron_dllm.parallel.groups import Groups
+from megatron_dllm.parallel.optimizer_parts import optimizer_parts
 from megatron_dllm.training.finalizing import gradient_finalizer
 from megatron_dllm.training.offload import offload_adam
 from megatron_dllm.training.parameter_rates import rate_overrides
@@ -188,7 +189,7 @@ def fuse_adam(optimizer: MegatronOptimizer) -> None:
     Before the first step. megatron-core takes torch's Adam where neither TransformerEngine nor Apex has one, and asks
     it for nothing; by itself it chooses a kernel for every operation. Other optimizers stay as they are.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer_parts(optimizer):
         if isinstance(part.optimizer, torch.optim.AdamW):
             for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_dllm.parallel.device import local_device
+from megatron_dllm.parallel.optimizer_parts import optimizer_parts
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
@@ -18,8 +17,7 @@ def gradient_norm(optimizer: MegatronOptimizer) -> float:
     As megatron-core's own `get_grad_norm`, which without TransformerEngine and Apex asks the device for one number for
     each parameter.
     """
-    parts: list[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
-    gradients = [gradient for part in parts for gradient in part.get_main_grads_for_grad_norm()]
+    gradients = [gradient for part in optimizer_parts(optimizer) for gradient in part.get_main_grads_for_grad_norm()]
     square = local_norm(gradients) ** 2
     # Of a chain of optimizers, that of all parts: megatron-core asserts it.
     dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())

@@ -21,6 +21,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_dllm.config import OptimizerConfig
+from megatron_dllm.parallel.optimizer_parts import optimizer_parts
 from megatron_dllm.training.host_adam import State, Update, host_update, torch_update
 
 
@@ -177,6 +178,5 @@ def _new_state(parameter: Tensor, is_offloaded: bool) -> State:
 def offload_adam(optimizer: MegatronOptimizer, config: OptimizerConfig) -> None:
     """Put `OffloadedAdam` in the place of the Adam behind each distributed optimizer, before the first step."""
     update = host_update(config.offload_adam)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not getattr(part, "is_stub_optimizer", False):
-            part.optimizer = OffloadedAdam(part.optimizer.param_groups, config.offload_fraction, update)
+    for part in optimizer_parts(optimizer):
+        part.optimizer = OffloadedAdam(part.optimizer.param_groups, config.offload_fraction, update)

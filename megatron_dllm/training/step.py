@@ -15,6 +15,7 @@ from megatron_dllm.diffusion.losses.step_sums import StepSums
 from megatron_dllm.model.asked import Taught
 from megatron_dllm.model.objective import Objective
 from megatron_dllm.model.pipeline import EmbeddingNoise, run_schedule
+from megatron_dllm.parallel.optimizer_parts import optimizer_parts
 from megatron_dllm.training.engine import Engine
 from megatron_dllm.training.gradient_norm import gradient_norm
 
@@ -119,8 +120,8 @@ def _moving_expert_biases(engine: Engine) -> list[Tensor]:
 
 def clip_gradients(engine: Engine, grad_norm: float) -> None:
     """Shorten the gradients of this norm to the longest that is allowed."""
-    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
-        if getattr(part, "is_stub_optimizer", False) or part.config.clip_grad <= 0.0:
+    for part in optimizer_parts(engine.optimizer):
+        if part.config.clip_grad <= 0.0:
             continue
         parameters = part.get_parameters()
         if parameters:

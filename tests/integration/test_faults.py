@@ -37,6 +37,7 @@ from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.manifest import checksum, payload_files, read_json
 from megatron_dllm.checkpoint.meta import CheckpointMeta
 from megatron_dllm.config import CheckpointConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_dllm.parallel.optimizer_parts import optimizer_parts
 from megatron_dllm.run.exit_codes import EXIT_FENCED, EXIT_NON_FINITE, EXIT_PREEMPTED, EXIT_REFUSED
 from megatron_dllm.run.lease import LEASE_VARIABLE, Lease
 from megatron_dllm.run.names import STATE
@@ -79,7 +80,7 @@ def _train_with_poison(config: TrainConfig, make_observers: Any = None) -> tuple
         def poisoned() -> Any:
             result = prepare()
             is_bad = len(applied) == POISONED_STEP and os.environ["RANK"] == "1"
-            for part in _parts(engine)[-1:] if is_bad else []:
+            for part in optimizer_parts(engine.optimizer)[-1:] if is_bad else []:
                 part.optimizer.param_groups[0]["params"][0].grad.view(-1)[0] = math.nan
             return result
 
@@ -108,18 +109,10 @@ def _train_with_poison(config: TrainConfig, make_observers: Any = None) -> tuple
     return train(config, lambda: parts), applied, is_moved
 
 
-def _parts(engine: Any) -> list[Any]:
-    return [
-        part
-        for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
-        if not getattr(part, "is_stub_optimizer", False)
-    ]
-
-
 def _local_state(engine: Any) -> list[torch.Tensor]:
     """Copies of this rank's weights, buffers and moments."""
     tensors = [t for chunk in engine.chunks for t in (*chunk.parameters(), *chunk.module.buffers())]
-    for part in _parts(engine):
+    for part in optimizer_parts(engine.optimizer):
         tensors += [t for entry in part.optimizer.state.values() for t in entry.values()]
     return [tensor.detach().clone() for tensor in tensors]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dllm.parallel.optimizer_parts import optimizer_parts
 from megatron_dllm.training.engine import Engine
 from megatron_dllm.training.observers.metrics import peak_memory_gib
 from megatron_dllm.training.observers.metrics_file import PARTS_OF_RANKS
@@ -107,7 +108,7 @@ class StepTiming(Observer):
     def __init__(self, engine: Engine, device: torch.device) -> None:
         """Args: what is watched, and where it computes."""
         self._groups, self._device = engine.groups, device
-        optimizers = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+        optimizers = optimizer_parts(engine.optimizer)
         self._told: list[Any] = [engine.transformer_config, *(part.config for part in optimizers)]
         self._watch: StepWatch | None = None
 
