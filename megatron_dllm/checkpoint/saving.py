@@ -24,8 +24,9 @@ from torch import nn
 from megatron_dllm.checkpoint import folder as folders
 from megatron_dllm.checkpoint.background import BackgroundWrite, Written, hand_over, use_local_results, write_now
 from megatron_dllm.checkpoint.deadline import Deadline
-from megatron_dllm.checkpoint.manifest import damaged_files, read_manifest, write_manifest
+from megatron_dllm.checkpoint.manifest import read_manifest, write_manifest
 from megatron_dllm.checkpoint.meta import CheckpointMeta, write_meta
+from megatron_dllm.checkpoint.reading_back import altered_file, gather_checksums
 from megatron_dllm.checkpoint.request import request_save, save_strategy
 from megatron_dllm.checkpoint.sharded_state import model_state, optimizer_state
 from megatron_dllm.parallel.agreement import raise_together
@@ -55,16 +56,6 @@ def _check_space(folder: Path) -> None:
             f"writing {folder}: it needs about {needed / 2**30:.3g} GiB, as {before.name} does, and "
             f"{free / 2**30:.3g} GiB are free; {MAKE_ROOM}"
         )
-
-
-def _altered_file(folder: Path, parts: Sequence[dict[str, Any]]) -> Exception | None:
-    """Read the files of a rank far from this one, so of another node; an error where they are not what it wrote."""
-    part = parts[(dist.get_rank() + max(1, len(parts) // 2)) % len(parts)]
-    try:
-        problems = damaged_files(folder, part, part)
-    except OSError as error:
-        return RuntimeError(f"reading back {folder}: {error}")
-    return RuntimeError(f"{problems[0]}; the storage does not keep what is written to it") if problems else None
 
 
 @dataclass(frozen=True)
@@ -199,12 +190,11 @@ class CheckpointWriter:
         hand_over(save.request, written)
         for finalize in save.request.finalize_fns:
             finalize()
-        parts: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(parts, written.checksums)
+        parts = gather_checksums(written.checksums)
         if self._reads_back:
-            raise_together(_altered_file(save.temporary, parts))
+            raise_together(altered_file(save.temporary, parts))
         error: Exception | None = None
-        if dist.get_rank() == 0:
+        if parts is not None:
             try:
                 self._publish(save, {name: entry for part in parts for name, entry in part.items()})
             except OSError as caught:
