@@ -23,8 +23,9 @@ class RunState:
         num_skipped: steps skipped in a row, up to now.
         blends: by stage, the share of each corpus in the document tokens, by the corpus's fingerprint.
         stage_step: steps made in the stage, skipped ones too; checkpoints of earlier versions do not say.
-        reference: fingerprint of the checkpoint that preferences are compared with; "" where there are none.
-        teacher: that of the second model that stages learn from; "" where there is none.
+        reference: fingerprint of the checkpoint that preferences are compared with, of the last start that had any;
+            "" where none had.
+        teacher: that of the second model that stages learn from, in the same way.
     """
 
     step: int = 0
@@ -42,6 +43,13 @@ class RunState:
     def from_json(cls, content: Mapping[str, Any]) -> RunState:
         """What state.json says; fields that an earlier version did not write take their defaults."""
         return cls(**{item.name: content[item.name] for item in fields(cls) if item.name in content})
+
+    def beside(self, reference: str, teacher: str) -> RunState:
+        """The state of a run that goes on with these second models; "" for one that this start does without.
+
+        What the run has learned from is remembered where no stage needs it any more: one that comes later might.
+        """
+        return replace(self, reference=reference or self.reference, teacher=teacher or self.teacher)
 
     def after(self, step: GlobalStep, result: StepResult, window: int, is_stage_end: bool) -> RunState:
         """The state behind one more step.

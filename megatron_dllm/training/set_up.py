@@ -80,11 +80,8 @@ def set_up(
     state = start.resume.state if start.resume is not None else RunState(stream=stream.state_dict())
     stream.load_state_dict(state.stream)
     reference, teacher = start.reference, start.teacher
-    state = replace(
-        state,
-        blends=stage_shares(config, sources),
-        reference=reference.fingerprint if reference else "",
-        teacher=teacher.fingerprint if teacher else "",
+    state = replace(state, blends=stage_shares(config, sources)).beside(
+        reference.fingerprint if reference else "", teacher.fingerprint if teacher else ""
     )
     with failing_together():
         if dist.get_rank() == 0:

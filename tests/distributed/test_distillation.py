@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.ranks import run_ranks
 from benchmarks.tiny_run import STAGES, checkpoints_of, read_steps, run_config, train_ranks, write_corpus
+from megatron_dllm.checkpoint.meta import read_state
 from megatron_dllm.config import (
     CheckpointConfig,
     DistillConfig,
@@ -20,6 +22,7 @@ from megatron_dllm.config import (
     TrainingConfig,
 )
 from megatron_dllm.model.distillation import Teacher, distilled_cross_entropy
+from megatron_dllm.run.exit_codes import EXIT_PREEMPTED
 
 NUM_TARGETS, HIDDEN, VOCAB = 40, 12, 50
 OF_NLL, OF_KL = torch.linspace(0.0, 2.0, NUM_TARGETS), torch.linspace(3.0, 0.0, NUM_TARGETS)
@@ -145,3 +148,13 @@ def test_a_run_goes_on_with_its_own_teacher_alone(folder: Path) -> None:
     assert find_same_teacher(config, earlier) == start.teacher, "a version that did not write it"
     with pytest.raises(ValueError, match=r"teacher\.checkpoint \(.*start\) has other weights .* taught this run \(f"):
         find_same_teacher(config, other)
+
+
+def test_a_run_remembers_its_teacher_through_a_start_that_needs_none(folder: Path) -> None:
+    taught, config = (config_of(folder, name, "teacher") for name in ("teacher", "taught_before"))
+    shutil.copytree(checkpoints_of(taught).parent, checkpoints_of(config).parent)
+    stages = {"only": STAGE, "more": STAGE}
+    assert train_ranks(1, replace(config, schedule=replace(config.schedule, stages=stages)), 1) == [EXIT_PREEMPTED]
+    before, after = (read_state(max(checkpoints_of(run).glob("step_*"))) for run in (taught, config))
+    assert after["step"] == before["step"] + 1
+    assert after["teacher"] == before["teacher"] != ""

@@ -38,3 +38,10 @@ def test_a_state_comes_back_from_json_and_an_older_one_with_defaults() -> None:
     state = RunState(4, 3, 200, {"epoch": 1}, [1.0], num_skipped=2)
     assert RunState.from_json({**asdict(state), "of_another_version": 1}) == state
     assert RunState.from_json({"step": 4}) == RunState(step=4)
+
+
+def test_what_a_run_has_learned_from_is_remembered_where_a_start_does_without() -> None:
+    state = RunState(reference="a", teacher="b")
+    assert state.beside("", "") == state
+    assert RunState().beside("a", "") == RunState(reference="a")
+    assert RunState(reference="a").beside("a", "b") == state
