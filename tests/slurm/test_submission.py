@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -102,7 +104,14 @@ def test_every_rank_sees_all_gpus_of_its_node(fake_run: FakeRun) -> None:
     assert ["0,1" in log.read_text().split() for log in logs] == [True] * 4
 
 
-def test_modules_and_a_container_surround_the_ranks(fake_run: FakeRun, tmp_path: Path) -> None:
+@pytest.fixture
+def scratch() -> Iterator[str]:
+    """A folder with a short name, whoever runs the tests: sockets lie below it, whose paths the kernel limits."""
+    with tempfile.TemporaryDirectory(prefix="s", dir="/tmp") as folder:
+        yield folder
+
+
+def test_modules_and_a_container_surround_the_ranks(fake_run: FakeRun, tmp_path: Path, scratch: str) -> None:
     """Stand-ins on PATH: `module` notes what it is to load, `apptainer` its options, and runs the rest."""
     stubs = {
         "module": 'echo "module $*" >>"$STUBS/calls"',
@@ -123,7 +132,7 @@ def test_modules_and_a_container_surround_the_ranks(fake_run: FakeRun, tmp_path:
         f"cluster.container.image={folder}/x.sif",
         f"cluster.container.python={sys.executable}",
         f"cluster.container.mounts=['{tmp_path}:{tmp_path}']",
-        f"cluster.scratch={folder}",
+        f"cluster.scratch={scratch}",
         steps=2,
         print="INSIDE",
     )
