@@ -107,9 +107,15 @@ def parse_arguments() -> argparse.Namespace:
     if not args.minutes > 0:
         parser.error(f"--minutes ({args.minutes:g}) must be positive; the default is 8.")
     args.output = args.output.resolve()
-    check_output(parser, args.output, args.resume or args.only is not None)
     args.small = args.small or args.device == "cpu"
+    check_output(parser, args.output, args.resume or args.only is not None)
+    check_same_place(parser, args.output, about(args))
     return args
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """The device, what it ran, and the sizes of the parts."""
+    return machine(torch.device(args.device)) | {"sizes": "tiny" if args.small else "real"}
 
 
 def check_output(parser: argparse.ArgumentParser, output: Path, is_going_on: bool) -> None:
@@ -123,20 +129,34 @@ def check_output(parser: argparse.ArgumentParser, output: Path, is_going_on: boo
         )
 
 
+def check_same_place(parser: argparse.ArgumentParser, output: Path, ours: dict[str, Any]) -> None:
+    """Refuse to go on with what ran on another device or with other sizes: one table would hold both."""
+    found = read_results(output).get("about", {})
+    for name in ("device", "sizes"):
+        if found.get(name, ours[name]) != ours[name]:
+            parser.error(
+                f"--output ({output}) holds results of {name} {found[name]}, and this run has {ours[name]}; "
+                "name another folder."
+            )
+
+
+def read_results(output: Path) -> dict[str, Any]:
+    """What an earlier run has written; empty where there was none."""
+    path = output / "results.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return found
+
+
 def read_summary(output: Path) -> dict[str, dict[str, Any]]:
     """The summary rows of an earlier run, by part."""
-    path = output / "results.json"
-    if not path.exists():
-        return {}
-    return {row["part"]: row for row in json.loads(path.read_text(encoding="utf-8")).get("Summary", [])}
+    return {row["part"]: row for row in read_results(output).get("Summary", [])}
 
 
 def save(args: argparse.Namespace, summary: dict[str, dict[str, Any]]) -> None:
     """Write what is known."""
     tables = {"Summary": [summary[name] for name in PARTS if name in summary]}
     tables |= {part.title: same_columns(read_rows(args.output, part)) for part in PARTS.values()}
-    about = machine(torch.device(args.device))
-    write_results(args.output / "results", "Acceptance run on one GPU", about, tables, NOTE)
+    write_results(args.output / "results", "Acceptance run on one GPU", about(args), tables, NOTE)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.__main__ import count_of, read_rows, run_part, same_columns
+from benchmarks.gpu.__main__ import check_same_place, count_of, read_rows, run_part, same_columns
 from benchmarks.gpu.parts import PARTS, Part
 
 
@@ -53,6 +53,22 @@ def test_bad_words_are_refused(words: list[str], reason: str, tmp_path: Path) ->
     (tmp_path / "results.md").write_text("", encoding="utf-8")
     done = _run(tmp_path, *words)
     assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("name", "found"), [("device", "NVIDIA H100"), ("sizes", "real")])
+def test_results_of_another_device_or_of_other_sizes_are_not_gone_on_with(
+    name: str, found: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser, ours = argparse.ArgumentParser(), {"device": "a CPU", "sizes": "tiny"}
+    check_same_place(parser, tmp_path, ours)
+    for written in (ours, {"device": ours["device"]}):  # an earlier version did not write the sizes
+        (tmp_path / "results.json").write_text(json.dumps({"about": written}), encoding="utf-8")
+        check_same_place(parser, tmp_path, ours)
+    (tmp_path / "results.json").write_text(json.dumps({"about": ours | {name: found}}), encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        check_same_place(parser, tmp_path, ours)
+    assert ended.value.code == 2
+    assert f"holds results of {name} {found}, and this run has {ours[name]}; name another" in capsys.readouterr().err
 
 
 @pytest.mark.ranks
