@@ -34,8 +34,9 @@ from megatron_dllm.run.names import METRICS
 
 NOTE = (
     "For a document token: tokens that the model computed, milliseconds of its steps on this machine, and "
-    f"operations by the planner's formulas; beside {REFERENCE}, how many times as much. Times are of a tiny model, in "
-    "which attention, experts and head have other shares than in a large one: `plan` computes those."
+    f"floating-point operations by the planner's formulas; beside {REFERENCE}, how many times as much. Times are of a "
+    "tiny model, in which attention, experts and head have other shares than in a large one: `plan` computes those. "
+    "jump and sdar compute the same: their times differ by as much as others may by chance."
 )
 
 
