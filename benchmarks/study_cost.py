@@ -6,9 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-import numpy as np
-
-from megatron_dllm.config import StageConfig, TrainConfig
+from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.assumptions import AssumptionsConfig
 from megatron_dllm.config.cluster import ClusterConfig
 from megatron_dllm.config.hardware import HardwareConfig
@@ -21,7 +19,6 @@ from megatron_dllm.planning.work import assumed_work
 # So many document tokens that no share of them is rounded to a stage's length with an error that matters.
 MANY = 10**9
 _LONG = 1024  # contexts in a row
-_LEVELS = 1000
 
 
 def operations(config: TrainConfig) -> dict[str, float]:
@@ -40,8 +37,6 @@ def operations(config: TrainConfig) -> dict[str, float]:
     setting = Setting(config.model, config.training, config.optimizer, machine, 1 + config.has_second_model)
     found = {}
     for work in assumed_work(config, assumptions):
-        more = _masked_more(work.config) * work.row.document_tokens
-        work = replace(work, row=replace(work.row, targets=work.row.targets + more))
         time = plan_stage(setting, work, Candidate(config.parallel, 1)).time
         found[work.name] = (time.products + time.attention) * machine.product_rate / work.tokens_per_step
     return found
@@ -49,18 +44,6 @@ def operations(config: TrainConfig) -> dict[str, float]:
 
 def _with_long_rows(config: TrainConfig) -> TrainConfig:
     return replace(config, schedule=replace(config.schedule, row_length=_LONG * config.schedule.context_length))
-
-
-def _masked_more(stage: StageConfig) -> float:
-    """Targets of a document token that the planner leaves out: those of blocks in which no token would be masked.
-
-    At a level t a block of n tokens has n t masked ones, and with at least one n t / (1 - (1 - t)^n).
-    """
-    if stage.objective == "ar" or not stage.at_least_one or stage.is_complementary:
-        return 0.0
-    t = stage.t_min + (stage.t_max - stage.t_min) * (np.arange(_LEVELS) + 0.5) / _LEVELS
-    more = float((t / (1.0 - (1.0 - t) ** stage.block_size) - t).mean())
-    return (1.0 - stage.ar_row_share) * stage.num_views * more
 
 
 def mean_operations(config: TrainConfig) -> float:

@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from megatron_dllm.config.levels import band_of_counts
 
+FloatArray = NDArray[np.float64]
+
 _LEAST_LEVEL = 1e-12
 
 
 def counts_in_band(
-    t: NDArray[np.float64], u: NDArray[np.float64], size: NDArray[np.int64], t_min: float, t_max: float
+    t: FloatArray, u: FloatArray, size: NDArray[np.int64], t_min: float, t_max: float
 ) -> NDArray[np.int64]:
     """How many tokens of each block are masked.
 
@@ -34,6 +36,31 @@ def counts_in_band(
     Returns:
         [c] int64.
     """
+    least, most, share = _count_shares(t, size, t_min, t_max)
+    # As shares that add up to 1, and which of them u falls into.
+    reached = np.cumsum(share, axis=1) / share.sum(axis=1, keepdims=True)
+    found: NDArray[np.int64] = np.minimum(least + (u[:, None] >= reached).sum(axis=1), most)
+    return found
+
+
+def expected_counts(t: FloatArray, size: NDArray[np.int64], t_min: float, t_max: float) -> FloatArray:
+    """[c] float64 masked tokens of each block on average, of levels [c] and sizes [c]; see `counts_in_band`."""
+    least, _, share = _count_shares(t, size, t_min, t_max)
+    means: FloatArray = least + share @ np.arange(share.shape[1]) / share.sum(axis=1)
+    return means
+
+
+def _count_shares(
+    t: FloatArray, size: NDArray[np.int64], t_min: float, t_max: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], FloatArray]:
+    """Of each block, [c] the least and the most masked tokens, and [c, k] how likely each number is beside the others.
+
+    Args:
+        t: [c] float64 noise levels.
+        size: [c] int64 maskable tokens.
+        t_min: least share of them.
+        t_max: largest share.
+    """
     ends = {int(n): _ends(int(n), t_min, t_max) for n in np.unique(size)}
     least, most = (np.array([ends[int(n)][end] for n in size], dtype=np.int64) for end in (0, 1))
     # 1 the logarithm of the binomial probability of each count of the widest band, up to what all counts share
@@ -44,12 +71,9 @@ def counts_in_band(
     level = np.clip(t, _LEAST_LEVEL, 1.0 - _LEAST_LEVEL)[:, None]
     others = size[:, None] - counts
     weight = counts * np.log(level) + others * np.log1p(-level) - log_factorial[counts] - log_factorial[others]
-    # 2 those inside the band, as shares that add up to 1, and which of them u falls into
+    # 2 those inside the band, relative to the likeliest
     weight = np.where(is_inside, weight, -np.inf)
-    share = np.exp(weight - weight.max(axis=1, keepdims=True))
-    reached = np.cumsum(share, axis=1) / share.sum(axis=1, keepdims=True)
-    found: NDArray[np.int64] = np.minimum(least + (u[:, None] >= reached).sum(axis=1), most)
-    return found
+    return least, most, np.exp(weight - weight.max(axis=1, keepdims=True))
 
 
 def _ends(size: int, t_min: float, t_max: float) -> tuple[int, int]:

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_dllm.config import StageConfig
+from megatron_dllm.config import NoiseConfig, StageConfig
 from megatron_dllm.data.costs import document_tokens, forward_tokens
 from megatron_dllm.data.geometry import RowGeometry, clean_lengths
 from megatron_dllm.data.spans import START, STOP, Spans
+from megatron_dllm.diffusion.mask_share import mask_share
+from megatron_dllm.diffusion.noise_spec import NoiseSpec
 
 IntArray = NDArray[np.int64]
 
@@ -69,7 +71,7 @@ def assumed_row(geometry: RowGeometry, stage: StageConfig, document_length: int)
 
     Args:
         geometry: of the stage's rows.
-        stage: its noise levels give the share of tokens with a loss.
+        stage: its noise gives the share of tokens with a loss.
         document_length: in tokens; longer than context_length: it is cut into such segments.
     """
     length = min(document_length, geometry.context_length)
@@ -109,7 +111,7 @@ def measured_row(
 
     Args:
         geometry: of the stage's rows.
-        stage: its noise levels give the share of tokens with a loss.
+        stage: its noise gives the share of tokens with a loss.
         tokens_per_row: document tokens of a row, as packing gives them.
         lengths: [p] tokens of the segments, each at most context_length.
         spans: of the segments; None: every token may carry a loss.
@@ -129,8 +131,13 @@ def measured_row(
 
 
 def targets_per_token(stage: StageConfig) -> float:
-    """Targets of a document token that may carry a loss: its expected number of masks, and of AR targets."""
+    """Targets of a document token that may carry a loss: its expected number of masks, and of AR targets.
+
+    Blocks count as whole ones, so of documents shorter than a block or so there are some more.
+    """
     if stage.objective == "ar":
         return 1.0
-    noisy = stage.num_views * (stage.t_min + stage.t_max) / 2.0 + stage.clean_target_share
+    # What shares a level does not change how many tokens are masked.
+    spec = NoiseSpec.for_stage(NoiseConfig(), stage)
+    noisy = stage.num_views * mask_share(spec, stage.block_size) + stage.clean_target_share
     return (1.0 - stage.ar_row_share) * noisy + stage.ar_row_share
