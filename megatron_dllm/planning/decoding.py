@@ -13,10 +13,11 @@ from megatron_dllm.config import ModelConfig, ParallelConfig
 from megatron_dllm.config.plan import TextsConfig
 from megatron_dllm.diffusion.decoding_room import LOGITS_ELEMENTS, room_for
 from megatron_dllm.diffusion.prefill import MAX_TOKENS
-from megatron_dllm.planning.forward import ForwardTime, forward_bytes, forward_time
+from megatron_dllm.planning.forward import ForwardTime, forward_bytes, forward_time, number_width
 from megatron_dllm.planning.layers import Tokens
 from megatron_dllm.planning.layout_plan import Setting
 from megatron_dllm.planning.parameters import PipelineRank, pipeline_ranks, rank_weights
+from megatron_dllm.planning.parts import Parts
 
 # Bytes of a logit while a token is chosen: in fp32, and its exponential; one in bf16 stands beside them.
 _LOGIT_BYTES = 8
@@ -27,7 +28,7 @@ _MOST_TEXTS = 4096
 
 
 @dataclass(frozen=True)
-class DecodingMemory:
+class DecodingMemory(Parts):
     """Bytes of one rank at the moment at which it holds the most, when the texts are as long as they get.
 
     Attributes:
@@ -43,11 +44,6 @@ class DecodingMemory:
     activations: int
     logits: int
     reserve: int
-
-    @property
-    def total(self) -> int:
-        """All parts together."""
-        return self.weights + self.cache + self.activations + self.logits + self.reserve
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ def cache_bytes(model: ModelConfig, layout: ParallelConfig, num_layers: int, tex
 def _layer_bytes(model: ModelConfig, layout: ParallelConfig) -> int:
     """Of the key and the value of a token in a layer."""
     groups = max(model.num_query_groups // layout.tensor_model_parallel_size, 1)
-    return 2 * groups * model.kv_channels * _width(layout)
+    return 2 * groups * model.kv_channels * number_width(layout)
 
 
 def decoding_memory(
@@ -134,7 +130,7 @@ def decoding_memory(
         texts: how long they are.
         number: of texts on a replica.
     """
-    model, width = setting.model, _width(layout)
+    model, width = setting.model, number_width(layout)
     cache = cache_bytes(model, layout, rank.num_layers, texts, number)
     grown = cache + number * cache_growth(texts)[1] * _layer_bytes(model, layout)
     imbalance = setting.machine.assumptions.expert_imbalance
@@ -211,8 +207,3 @@ def most_texts(setting: Setting, layout: ParallelConfig, texts: TextsConfig) -> 
 def _all_read(tokens: int, length: int) -> Tokens:
     """Prompts of so many tokens together, each of which sees half of its own on average."""
     return Tokens(tokens, tokens, tokens * length / 2.0)
-
-
-def _width(layout: ParallelConfig) -> int:
-    """Bytes of a number."""
-    return 4 if layout.precision == "fp32" else 2

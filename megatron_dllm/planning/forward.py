@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from megatron_dllm.config import ModelConfig, ParallelConfig
-from megatron_dllm.planning.layers import Tokens, layer_cost
+from megatron_dllm.planning.layers import LayerCost, Tokens, layer_cost
 from megatron_dllm.planning.layout_plan import Setting
 from megatron_dllm.planning.parameters import PipelineRank, expert_tensor_size, pipeline_ranks, rank_weights
+from megatron_dllm.planning.parts import Parts
 
 # Of the passes over kept bytes that a step makes, a forward pass makes a third.
 _MEMORY_PASSES = 8.0 / 3.0
@@ -16,7 +17,7 @@ _HOST_SHARE = 1.0 / 3.0
 
 
 @dataclass(frozen=True)
-class ForwardTime:
+class ForwardTime(Parts):
     """Seconds of a pass, by what takes them; they add up."""
 
     products: float = 0.0
@@ -30,31 +31,30 @@ class ForwardTime:
     host: float = 0.0
     cache: float = 0.0
 
-    @property
-    def parts(self) -> dict[str, float]:
-        """By name."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
 
-    @property
-    def total(self) -> float:
-        """All parts together."""
-        return sum(self.parts.values())
+def number_width(layout: ParallelConfig) -> int:
+    """Bytes of a number, of weights or of activations."""
+    return 4 if layout.precision == "fp32" else 2
+
+
+def _layers(
+    model: ModelConfig, layout: ParallelConfig, rank: PipelineRank, tokens: Tokens, imbalance: float
+) -> list[tuple[int, LayerCost]]:
+    """How many layers of each kind a pipeline rank holds, and what they cost; the last layer is one of them."""
+    kinds = ((rank.num_dense, False), (rank.num_moe, True))
+    return [(number, layer_cost(model, layout, tokens, is_moe, imbalance)) for number, is_moe in kinds if number]
 
 
 def forward_bytes(
     model: ModelConfig, layout: ParallelConfig, rank: PipelineRank, tokens: Tokens, imbalance: float
 ) -> float:
     """Bytes of activations at the most: what attention makes in a layer, or its MLP with the input."""
-    costs = [
-        layer_cost(model, layout, tokens, is_moe, imbalance)
-        for is_moe, number in ((False, rank.num_dense), (True, rank.num_moe))
-        if number
-    ]
+    costs = [cost for _, cost in _layers(model, layout, rank, tokens, imbalance)]
     one = costs[0]
     # What the experts return: of every token, as many vectors as it has experts.
     returned = model.moe_router_topk * imbalance * one.input if rank.num_moe else 0.0
     mlp = max(cost.kept_by_mlp for cost in costs) + returned + 2 * one.input
-    tp, width = layout.tensor_model_parallel_size, 4 if layout.precision == "fp32" else 2
+    tp, width = layout.tensor_model_parallel_size, number_width(layout)
     heads = model.num_attention_heads / tp + 2 * max(model.num_query_groups / tp, 1.0)
     # Attention arranges queries, keys and values once more for its kernel.
     attention = one.kept - one.kept_by_mlp + width * heads * model.kv_channels * tokens.computed
@@ -96,11 +96,7 @@ def _rank_time(
 ) -> ForwardTime:
     model, machine = setting.model, setting.machine
     imbalance = machine.assumptions.expert_imbalance
-    layers = [
-        (number, layer_cost(model, layout, tokens, is_moe, imbalance))
-        for is_moe, number in ((False, rank.num_dense), (True, rank.num_moe))
-        if number
-    ]
+    layers = _layers(model, layout, rank, tokens, imbalance)
 
     def total(of: str) -> float:
         return sum(number * float(getattr(cost, of)) for number, cost in layers)
@@ -129,4 +125,4 @@ def _read_weights(model: ModelConfig, layout: ParallelConfig, rank: PipelineRank
         # The ranks of a group of experts bring as many tokens each.
         number = tokens.computed * layout.expert_model_parallel_size
         chosen -= (1.0 - model.moe_router_topk / model.num_moe_experts) ** number
-    return (4.0 if layout.precision == "fp32" else 2.0) * (held.dense + held.experts * chosen)
+    return number_width(layout) * (held.dense + held.experts * chosen)

@@ -67,7 +67,7 @@ def evaluation_lines(plan: EvaluationPlan) -> list[str]:
     lines = [["block size", "micro-batches", "ms each", "minutes", "where the time goes"]]
     for time in plan.times:
         milliseconds, minutes = 1000 * time.micro_batch.total, time.seconds / 60.0
-        row = [str(time.block_size), f"{time.number:,}", f"{milliseconds:.1f}", f"{minutes:.1f}"]
+        row = [time.name, f"{time.number:,}", f"{milliseconds:.1f}", f"{minutes:.1f}"]
         lines.append([*row, _where(time.micro_batch)])
     gpu_hours = plan.seconds * plan.num_gpus / _SECONDS_PER_HOUR
     return [

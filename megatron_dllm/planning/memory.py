@@ -120,21 +120,21 @@ def _head_bytes(model: ModelConfig, layout: ParallelConfig, batch: MicroBatch) -
     """
     rows, targets = model.vocab_size / layout.tensor_model_parallel_size, batch.targets
     more = _TEACHER_CHUNK_BYTES * batch.method.has_teacher + _ENTROPY_BYTES * batch.method.entropy_tensors
-    chunk = head_chunk_bytes(model, layout, targets, more)
+    chunk = head_chunk_bytes(model, layout, targets, _CHUNK_BYTES + more)
     return chunk + _HEAD_GRADIENT_BYTES * model.hidden_size * rows + 8 * model.hidden_size * targets
 
 
-def head_chunk_bytes(model: ModelConfig, layout: ParallelConfig, targets: float, more: float = 0.0) -> float:
+def head_chunk_bytes(model: ModelConfig, layout: ParallelConfig, targets: float, each: float) -> float:
     """Bytes of a chunk of the head's logits.
 
     Args:
         model: sizes.
         layout: parallel sizes.
         targets: of a micro-batch.
-        more: bytes of an element beside those of the NLL.
+        each: bytes of an element.
     """
     rows = model.vocab_size / layout.tensor_model_parallel_size
-    return min(CHUNK_ELEMENTS, targets * rows) * (_CHUNK_BYTES + more)
+    return min(CHUNK_ELEMENTS, targets * rows) * each
 
 
 def _teaching_states(

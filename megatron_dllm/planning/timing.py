@@ -7,7 +7,7 @@ and on a CPU that much longer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from megatron_dllm.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_dllm.config.assumptions import AssumptionsConfig
@@ -22,6 +22,7 @@ from megatron_dllm.planning.parameters import (
     replicas,
     virtual_size,
 )
+from megatron_dllm.planning.parts import Parts
 
 # Passes of the forward pass's size: forward and backward of products, of attention; of recomputation one more.
 _PRODUCT_PASSES, _ATTENTION_PASSES, _EXCHANGE_PASSES, _GATHER_PASSES = 3.0, 3.5, 2.0, 2.5
@@ -35,7 +36,7 @@ _GRADIENT_BYTES, _PARAMETER_BYTES = {"fp32": 4.0, "bf16": 2.0}, 2.0
 
 
 @dataclass(frozen=True)
-class StepTime:
+class StepTime(Parts):
     """Seconds of a step, by what takes them; they add up."""
 
     products: float = 0.0
@@ -48,16 +49,6 @@ class StepTime:
     pipeline: float = 0.0
     gradients: float = 0.0
     optimizer: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """All parts together."""
-        return sum(self.parts.values())
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """By name."""
-        return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 @dataclass(frozen=True)
