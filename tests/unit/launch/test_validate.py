@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import submit
 from launch.chain import compose_chain
 from launch.submit import dependencies_of, readable_refusal
 from launch.validate import check_chain, folder_problems, training_problems
@@ -239,3 +241,20 @@ def test_a_job_that_cannot_fit_is_refused_before_it_is_queued(root: Path) -> Non
     says = r"job train: parallel needs 4\.\d GB on a GPU, .*the limit is 4\.0 GB; nothing fits on up to"
     assert re.match(says, found)
     assert problems(root, *GPUS, rates, "cluster.hardware.memory_gb=80") == []
+
+
+def test_a_submission_that_cannot_fit_ends_with_the_layout_that_would(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model of 16 billion parameters on each GPU, where eight of them could share its experts."""
+    words = ["experiment=llada2_mini", "cluster=h100x8", f"run.root={root}/runs", "train_module=tests.slurm.fake_train"]
+    words += [f"data.{name}={root}/{name}" for name in ("train", "validation")]
+    words += [f"data.tokenizer={root}", "parallel.expert_model_parallel_size=1"]
+    with caplog.at_level(logging.ERROR, "launch"):
+        assert submit.main(words) == 2
+    found, count = caplog.messages
+    says = r"job train: parallel needs \d+\.\d GB on a GPU, .*the limit is 80\.0 GB; on these GPUs this fits: (.*) \("
+    fitting = re.match(says, found)
+    assert fitting is not None and "\n" not in found and count == "nothing was submitted: 1 problem(s)"
+    assert not (root / "runs").exists()
+    assert check_chain(compose_chain([*words, *fitting[1].split()])) == []
