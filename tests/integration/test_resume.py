@@ -225,6 +225,18 @@ def test_a_run_takes_its_optimizer_to_the_host_and_back(folder: Path, unbroken_o
     _assert_close(config, unbroken_one)
 
 
+@pytest.mark.slow  # compiles DeepSpeed's kernel
+def test_a_run_with_deepspeeds_adam_is_the_one_with_torchs(folder: Path, unbroken_one: TrainConfig) -> None:
+    """From its beginning to its second stage, then with torch's on the device, and back to the end."""
+    pytest.importorskip("deepspeed", reason="NOT RUN: needs the package deepspeed")
+    of_torch = run_config(folder, "deepspeed", checkpoint=KEEP_ALL)
+    config = replace(of_torch, optimizer=replace(of_torch.optimizer, offload="cpu", offload_adam="deepspeed"))
+    assert train_ranks(1, config, _steps_of_stages(unbroken_one)[0] + 1) == [EXIT_PREEMPTED]
+    assert train_ranks(1, of_torch, 2) == [EXIT_PREEMPTED]
+    assert train_ranks(1, config) == [0]
+    _assert_close(config, unbroken_one)
+
+
 def _train_stopped_in_validation(config: TrainConfig) -> int:
     from megatron_dllm.train import train
     from megatron_dllm.training.observers.observer import Observer
