@@ -18,11 +18,14 @@ from benchmarks.record import RESULTS, Rows, machine, write_results
 from benchmarks.seeds import png
 from megatron_dllm.run.command import run_command
 from megatron_dllm.run.files import read_json_lines, read_json_object, write_bytes
+from megatron_dllm.run.names import METRICS
 
 Measured = Mapping[str, Any]
 IMAGES = RESULTS.parents[1] / "docs" / "images"
 NAMES = {"plain": "no scaling", "stretched": "scaling at inference alone", "trained": "after the run"}
 SAME = ("corpus", "block_size", "likelihood", "needle", "question", "answer", "num_choices", "seed")
+# What has to be the same of every cell of these tables.
+SAME_CELLS = {"needles": ("length", "depth", "num_needles"), "by_position": ("start", "stop", "num_documents")}
 NOTE = (
     "right: needles of all depths that were found among `num_choices` values; nats: of the right value; gain: nats by "
     "which it is likelier than the mean of the wrong ones; ± is the standard error of the mean over documents, which "
@@ -36,13 +39,25 @@ def read(files: Mapping[str, Path]) -> Mapping[str, Measured]:
     Raises:
         ValueError: a file is damaged, or two have not measured the same texts in the same way.
     """
-    found = {name: read_json_object(path, "measure again.") for name, path in files.items()}
+    found = {name: read_json_object(path, "measure again") for name, path in files.items()}
     first, *others = found.values()
     for name in SAME:
         if any(other.get(name) != first.get(name) for other in others):
             values = ", ".join(str(one.get(name)) for one in found.values())
             raise ValueError(f"{name} ({values}) must be the same in all three; measure with the same words.")
+    for name in SAME_CELLS:
+        expected = _cells(first, name)
+        for path, one in zip(files.values(), found.values(), strict=True):
+            if not expected or _cells(one, name) != expected:
+                raise ValueError(
+                    f"{name} of {path} must be there, and the same cells in all three; measure with the same words."
+                )
     return found
+
+
+def _cells(measured: Measured, name: str) -> list[tuple[Any, ...]]:
+    """What a table measured, and on how many texts; empty where it is not there."""
+    return [tuple(cell[key] for key in SAME_CELLS[name]) for cell in measured.get(name, [])]
 
 
 def needle_rows(found: Mapping[str, Measured]) -> Rows:
@@ -67,11 +82,15 @@ def position_rows(found: Mapping[str, Measured]) -> Rows:
     for cells in zip(*(one["by_position"] for one in found.values()), strict=True):
         row = {"positions": f"{cells[0]['start']} to {cells[0]['stop'] - 1}"}
         row |= {
-            NAMES[name]: f"{cell['nats_per_token']:.3f} ± {cell['standard_error']:.3f}"
+            NAMES[name]: f"{cell['nats_per_token']:.3f}" + _error(cell["standard_error"])
             for name, cell in zip(found, cells, strict=True)
         }
         rows.append(row)
     return rows
+
+
+def _error(standard_error: float | None) -> str:
+    return "" if standard_error is None else f" ± {standard_error:.3f}"
 
 
 def validation_rows(run: Path) -> Rows:
@@ -82,7 +101,7 @@ def validation_rows(run: Path) -> Rows:
     """
     rows = [
         {"step": line["step"], "document tokens": line["consumed_tokens"], "nats/token": f"{value:.3f}"}
-        for line in read_json_lines(run / "metrics.jsonl")
+        for line in read_json_lines(run / METRICS)
         if line.get("validation")
         for key, value in line.items()
         if key.startswith("validation_elbo/")
@@ -127,7 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
         "Needles": needle_rows(found),
         "ELBO by position, nats per token": position_rows(found),
     }
-    about = machine() | {name: next(iter(found.values()))[name] for name in ("num_choices", "block_size")}
+    first = next(iter(found.values()))
+    about = machine() | {name: first[name] for name in ("num_choices", "block_size")}
+    about |= {"documents": first["by_position"][0]["num_documents"]}
     write_results(args.output, "A small run to a longer context", about, tables, NOTE)
     write_bytes(args.image, picture(found))
     return 0

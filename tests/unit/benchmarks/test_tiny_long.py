@@ -18,7 +18,13 @@ def measured(right: tuple[float, float], **others: Any) -> dict[str, Any]:
         for depth, share in enumerate(right)
     ]
     by_position = [
-        {"start": start, "stop": start + 256, "nats_per_token": 6.0 + start / 1024, "standard_error": 0.125}
+        {
+            "start": start,
+            "stop": start + 256,
+            "num_documents": 2,
+            "nats_per_token": 6.0 + start / 1024,
+            "standard_error": 0.125,
+        }
         for start in (0, 256)
     ]
     same = {"corpus": "held_out", "block_size": 32, "num_choices": 4, "seed": 0}
@@ -47,6 +53,10 @@ def test_the_elbo_by_position_has_its_error() -> None:
     first, second = position_rows({"plain": measured((0, 0))})
     assert first == {"positions": "0 to 255", "no scaling": "6.000 ± 0.125"}
     assert second == {"positions": "256 to 511", "no scaling": "6.250 ± 0.125"}
+    of_one = measured((0, 0))
+    for cell in of_one["by_position"]:
+        cell |= {"num_documents": 1, "standard_error": None}
+    assert position_rows({"plain": of_one})[0]["no scaling"] == "6.000"
 
 
 @pytest.mark.ranks  # the commit is asked of git
@@ -60,4 +70,14 @@ def test_table_and_picture_are_written(tmp_path: Path) -> None:
 def test_measurements_of_different_texts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"seed \(0, 0, 1\) must be the same in all three"):
         main(write_all(tmp_path, measured((1.0, 0.75), seed=1)))
+    assert not (tmp_path / "table.md").exists()
+
+
+@pytest.mark.parametrize("name", ["needles", "by_position"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_measurements_of_other_cells_are_refused(name: str, is_there: bool, tmp_path: Path) -> None:
+    trained = measured((1.0, 0.75))
+    trained[name] = trained[name][1:] if is_there else []
+    with pytest.raises(ValueError, match=rf"{name} of .*trained\.json must be there, and the same cells in all three"):
+        main(write_all(tmp_path, trained))
     assert not (tmp_path / "table.md").exists()
