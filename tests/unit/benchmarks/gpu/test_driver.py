@@ -47,10 +47,15 @@ def test_a_part_that_takes_too_long_is_stopped_and_one_that_breaks_is_named(tmp_
         ([], "holds something already"),
         (["--resume"], "holds something already"),
         (["--output", __file__], "must be a folder"),
+        (["--resume", "--output", "{real}"], "holds results of sizes real, and this run has tiny"),
     ],
 )
 def test_bad_words_are_refused(words: list[str], reason: str, tmp_path: Path) -> None:
     (tmp_path / "results.md").write_text("", encoding="utf-8")
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "results.json").write_text(json.dumps({"about": {"sizes": "real"}}), encoding="utf-8")
+    words = [word.format(real=real) for word in words]
     done = _run(tmp_path, *words)
     assert done.returncode == 2 and reason in done.stderr and "Traceback" not in done.stderr
 
