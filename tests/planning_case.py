@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +66,31 @@ class Held:
     def activations(self) -> int:
         """What the peak holds beside the state."""
         return self.peak - self.weights - self.gradients - self.optimizer
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a layout is asked to do.
+
+    Attributes:
+        stage: its name in STAGES.
+        recompute: of the layout.
+    """
+
+    stage: str
+    recompute: str
+
+
+def hold_all(layout: ParallelConfig, cases: Sequence[Case], number: int) -> list[Held]:
+    """`hold` of all cases, one after the other."""
+    from megatron.core import parallel_state
+
+    found = []
+    for case in cases:
+        found.append(hold(replace(layout, recompute=case.recompute), case.stage, number))
+        parallel_state.destroy_model_parallel()
+        gc.collect()  # what the engine holds in cycles
+    return found
 
 
 def hold(layout: ParallelConfig, stage: str, number: int) -> Held:
