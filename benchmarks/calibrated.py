@@ -7,6 +7,9 @@ Every case builds the engine and trains some steps, watched as those of a run ar
 pipeline counts as it is, with the time in which its ranks wait for each other; in CPU time of the thread that computes,
 which other programs lengthen less, that is missing, so of a pipeline only the micro-batches of each rank are compared.
 Cases take turns, and the least time of each counts: what else runs adds to it, and takes nothing away.
+
+Every case has two ranks, as all GPUs of a node work in a run: two cores may share one unit that computes, or a memory.
+The constants are fitted to data-parallel ranks, and pipelines are predicted.
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ from megatron_dllm.run.command import run_command
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 CONTEXT_LENGTH, ROW_LENGTH = 512, 1024
-STAGE = StageConfig(block_size=32, num_tokens=10**6, global_batch_size=4, learning_rate=1e-3)
-ONE, PP2 = ParallelConfig(), ParallelConfig(pipeline_model_parallel_size=2)
+STAGE = StageConfig(block_size=32, num_tokens=10**6, global_batch_size=8, learning_rate=1e-3)
+NUM_RANKS = 2
+DP2, PP2 = ParallelConfig(), ParallelConfig(pipeline_model_parallel_size=2)
 # A core's rates in the order of magnitude. No GPU runs ahead of the host.
 CPU = ClusterConfig(
     ranks_per_node=2,
@@ -44,7 +48,7 @@ CPU = ClusterConfig(
 )
 # An unseen time is to be predicted within so many percent.
 _ALLOWED = 15.0
-# One rank computes all experts, however busy each of them is.
+# Every rank computes all experts, however busy each of them is.
 ASSUMED = AssumptionsConfig(expert_imbalance=1.0)
 
 
@@ -61,22 +65,24 @@ class Case:
     is_fitted: bool
 
     @property
-    def num_ranks(self) -> int:
-        """As few as the layout allows."""
-        return self.layout.model_parallel_size
+    def num_micro_batches(self) -> int:
+        """Of a rank in a step."""
+        replicas = NUM_RANKS // self.layout.model_parallel_size
+        return self.stage.global_batch_size // (self.stage.micro_batch_size * replicas)
 
 
+HALF = replace(STAGE, global_batch_size=4)
 CASES = {
-    "1 rank, 1 row": Case(STAGE, ONE, True),
-    "1 rank, 4 rows": Case(replace(STAGE, micro_batch_size=4), ONE, True),
-    "PP2, 1 row": Case(STAGE, PP2, False),
-    "1 rank, 2 rows": Case(replace(STAGE, micro_batch_size=2), ONE, False),
-    "1 rank, 8 rows a step": Case(replace(STAGE, global_batch_size=8, micro_batch_size=2), ONE, False),
-    "1 rank, 2 views": Case(replace(STAGE, num_views=2), ONE, False),
-    "1 rank, MDLM": Case(replace(STAGE, block_size=CONTEXT_LENGTH), ONE, False),
-    "1 rank, recomputed": Case(STAGE, replace(ONE, recompute="full"), False),
-    "PP2, 4 rows": Case(replace(STAGE, micro_batch_size=4), PP2, False),
-    "PP2, 2 views": Case(replace(STAGE, num_views=2), PP2, False),
+    "DP2, 1 row": Case(STAGE, DP2, True),
+    "DP2, 4 rows": Case(replace(STAGE, micro_batch_size=4), DP2, True),
+    "DP2, 2 rows": Case(replace(STAGE, micro_batch_size=2), DP2, False),
+    "DP2, 16 rows a step": Case(replace(STAGE, global_batch_size=16, micro_batch_size=2), DP2, False),
+    "DP2, 2 views": Case(replace(STAGE, num_views=2), DP2, False),
+    "DP2, MDLM": Case(replace(STAGE, block_size=CONTEXT_LENGTH), DP2, False),
+    "DP2, recomputed": Case(STAGE, replace(DP2, recompute="full"), False),
+    "PP2, 1 row": Case(HALF, PP2, False),
+    "PP2, 4 rows": Case(replace(HALF, micro_batch_size=4), PP2, False),
+    "PP2, 2 views": Case(replace(HALF, num_views=2), PP2, False),
 }
 
 
@@ -116,7 +122,7 @@ def _times(case: Case, groups: Any, num_steps: int, now: Callable[[], float]) ->
     from megatron_dllm.training.step import train_step
 
     config, device = config_of(case), torch.device("cpu")
-    number = case.stage.global_batch_size // case.stage.micro_batch_size
+    number = case.num_micro_batches
     batches = micro_batches(config, case.stage, number)
     engine, objective = build_engine(config, groups), objective_of(case.stage, config.noise)
     found = []
@@ -136,9 +142,10 @@ def _times(case: Case, groups: Any, num_steps: int, now: Callable[[], float]) ->
 def observe(repetitions: int, num_steps: int, clock: str) -> dict[str, list[Times]]:
     """Every case as often as is asked for."""
     found: dict[str, list[Times]] = {}
-    for size in sorted({case.num_ranks for case in CASES.values()}):
-        names = [name for name, case in CASES.items() if case.num_ranks == size]
-        found |= run_ranks(timed, size, names, repetitions, num_steps, clock, timeout_s=7200.0)[0]
+    for layout in (DP2, PP2):
+        size = layout.model_parallel_size
+        names = [name for name, case in CASES.items() if case.layout.model_parallel_size == size]
+        found |= run_ranks(timed, NUM_RANKS, names, repetitions, num_steps, clock, timeout_s=7200.0)[0]
     return found
 
 
@@ -150,15 +157,16 @@ def observation(name: str, found: list[Times]) -> Observation:
     (work,) = assumed_work(config, ASSUMED)
     micro_batches = tuple(min(times) for times in zip(*(each for _, each in found), strict=True))
     seconds = min(step for step, _ in found)
-    return Observation(name, setting, work, Candidate(case.layout, case.num_ranks), seconds, micro_batches)
+    return Observation(name, setting, work, Candidate(case.layout, NUM_RANKS), seconds, micro_batches)
 
 
 def compared(one: Observation, constants: AssumptionsConfig, clock: str) -> list[tuple[str, float, float]]:
     """What, measured and predicted seconds: the step where waiting counts, and a pipeline's micro-batches."""
     found = []
-    if clock == "wall" or one.candidate.num_gpus == 1:
+    is_pipeline = len(one.micro_batches) > 1
+    if clock == "wall" or not is_pipeline:
         found.append(("step", one.seconds, one.predicted(constants)))
-    if one.candidate.num_gpus > 1:
+    if is_pipeline:
         setting = replace(one.setting, machine=machine_of(CPU, constants))
         pairs = zip(one.micro_batches, micro_batches_of(setting, one.work, one.candidate), strict=True)
         found += [(f"micro-batch, rank {rank + 1}", *pair) for rank, pair in enumerate(pairs)]

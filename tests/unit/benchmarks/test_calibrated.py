@@ -10,7 +10,7 @@ from benchmarks.calibrated import (
     ASSUMED,
     CASES,
     CPU,
-    STAGE,
+    NUM_RANKS,
     Times,
     compared,
     config_of,
@@ -27,7 +27,7 @@ TRUE = replace(ASSUMED, product_efficiency=0.2, host_ms_per_layer=14.0)
 
 def _made(name: str) -> list[Times]:
     """What the true constants say of a case, and a repetition in which something else ran."""
-    blank = observation(name, [(1.0, [1.0] * CASES[name].num_ranks)])
+    blank = observation(name, [(1.0, [1.0] * CASES[name].layout.pipeline_model_parallel_size)])
     setting = replace(blank.setting, machine=machine_of(CPU, TRUE))
     each = list(micro_batches_of(setting, blank.work, blank.candidate))
     seconds = blank.predicted(TRUE)
@@ -54,8 +54,8 @@ def test_in_cpu_time_a_pipeline_has_micro_batches_alone() -> None:
 def test_every_case_can_be_trained() -> None:
     for case in CASES.values():
         run = config_of(case)
-        run.check_layout(case.layout, case.num_ranks, run.schedule.stages)
-    assert STAGE.global_batch_size % max(case.stage.micro_batch_size for case in CASES.values()) == 0
+        run.check_layout(case.layout, NUM_RANKS, run.schedule.stages)
+        assert case.num_micro_batches >= 1
 
 
 def test_a_number_below_one_is_refused() -> None:
