@@ -38,11 +38,11 @@ check: install
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# In pytest's own processes, nothing compiled: two minutes of CPU.
+# In pytest's own processes, nothing compiled: nine minutes of CPU.
 unit: install
 	$(PYTEST) -m fast tests/unit
 
-# These and all that start ranks or programs: a quarter of an hour of CPU.
+# These and all that start ranks or programs: half an hour of CPU.
 test: install
 	$(PYTEST) -m "fast or ranks"
 

@@ -18,7 +18,7 @@ from megatron_dllm.config.levels import band_of_counts
 
 FloatArray = NDArray[np.float64]
 
-_LEAST_LEVEL = 1e-12
+LEAST_LEVEL = 1e-12
 
 
 def counts_in_band(
@@ -68,7 +68,7 @@ def _count_shares(
     is_inside = counts <= most[:, None]
     counts = np.where(is_inside, counts, least[:, None])
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, int(size.max(initial=1)) + 1)))])
-    level = np.clip(t, _LEAST_LEVEL, 1.0 - _LEAST_LEVEL)[:, None]
+    level = np.clip(t, LEAST_LEVEL, 1.0 - LEAST_LEVEL)[:, None]
     others = size[:, None] - counts
     weight = counts * np.log(level) + others * np.log1p(-level) - log_factorial[counts] - log_factorial[others]
     # 2 those inside the band, relative to the likeliest

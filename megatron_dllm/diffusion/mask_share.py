@@ -8,19 +8,15 @@ n t / (1 - (1 - t)^n). Over all levels the only token of a block is always maske
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from megatron_dllm.diffusion.band_masks import expected_counts
+from megatron_dllm.diffusion.band_masks import LEAST_LEVEL, FloatArray, expected_counts
 from megatron_dllm.diffusion.block_order import order_exponents
 from megatron_dllm.diffusion.level_density import drawn_levels
 from megatron_dllm.diffusion.noise_spec import NoiseSpec
 from megatron_dllm.diffusion.segment_blocks import SegmentBlocks
 
-FloatArray = NDArray[np.float64]
-
 # Levels of the integral, and moments of a stage whose largest level rises.
 _LEVELS, _MOMENTS = 512, 16
-_LEAST_LEVEL = 1e-12
 
 
 def mask_share(spec: NoiseSpec, size: int) -> float:
@@ -39,7 +35,7 @@ def _midpoints(number: int) -> list[float]:
 
 def _share(spec: NoiseSpec, size: int) -> float:
     """Of a moment of the stage."""
-    levels = np.clip(drawn_levels(spec, np.array(_midpoints(_LEVELS))), _LEAST_LEVEL, 1.0)
+    levels = np.clip(drawn_levels(spec, np.array(_midpoints(_LEVELS))), LEAST_LEVEL, 1.0)
     if spec.resample_masks:
         sizes = np.full(_LEVELS, size, dtype=np.int64)
         return float(expected_counts(levels, sizes, spec.t_min, spec.t_max).mean()) / size

@@ -117,7 +117,8 @@ def evaluation_memory(
     activations = max(forward_bytes(model, layout, rank, _tokens(config, row), imbalance) for row in rows)
     # A layer's tensors are gone where logits are formed: in fp32, beside bf16 ones where these come first.
     targets = max(_targets(config, row) for row in rows)
-    head = head_chunk_bytes(model, layout, targets, _LOGIT_BYTES + width % 4) * rank.is_last
+    each = _LOGIT_BYTES if layout.precision == "fp32" else _LOGIT_BYTES + width
+    head = head_chunk_bytes(model, layout, targets, each) * rank.is_last
     is_head = head > activations
     return EvaluationMemory(
         weights=rank_weights(model, layout, rank).total * width,

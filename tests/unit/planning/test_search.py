@@ -98,6 +98,18 @@ def test_stages_of_other_methods_are_no_equal_load() -> None:
     assert [load.work for load in loads_of([work, taught, work], 2)] == [work, taught]
 
 
+def test_stages_with_nearly_as_many_targets_are_timed_as_the_one_with_the_most() -> None:
+    config = _config()
+    stages = {f"blocks_{size}": replace(STAGES["blocks"], block_size=size) for size in (1, 32, 64)}
+    changed = replace(config, schedule=replace(config.schedule, stages=stages))
+    one, few, many = assumed_work(changed, setting_for(config).machine.assumptions)
+    assert few.row.targets > many.row.targets
+    loads = loads_of([one, many, few])
+    assert [load.work for load in loads] == [one, few]
+    steps = [(stage.num_tokens or 0) / stage.tokens_per_step for stage in (one, many, few)]
+    assert [load.steps for load in loads] == pytest.approx([steps[0], steps[1] + steps[2]])
+
+
 def test_objectives_make_small_what_they_name() -> None:
     config = _config()
     setting = setting_for(config)
