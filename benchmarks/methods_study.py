@@ -1,6 +1,6 @@
 """The field's ways from an autoregressive model to a diffusion one, side by side on a tiny model.
 
-    python -m benchmarks.methods_study [--methods wsd growth ...] [--seeds 3] [--tokens 400000]
+    python -m benchmarks.methods_study [--methods wsd growth ...] [--seeds 3] [--tokens 100000]
 
 Every method converts the same AR model (`benchmarks.guided_runs` has model, corpus and base), once with equal document
 tokens and once with the document tokens that make its floating-point operations those of `wsd`, by the planner's
@@ -207,8 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--study", type=Path, default=Path("runs/methods_study"), help="folder of the runs")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="number of them")
-    parser.add_argument("--tokens", type=int, default=400_000, help="document tokens of a conversion")
-    parser.add_argument("--base_tokens", type=int, default=2_000_000, help="document tokens of the AR model")
+    parser.add_argument("--tokens", type=int, default=100_000, help="document tokens of a conversion")
+    parser.add_argument("--base_tokens", type=int, default=600_000, help="document tokens of the AR model")
     parser.add_argument("--rows", type=int, default=ROWS, help="of a step")
     parser.add_argument("--output", type=Path, default=RESULTS / "methods_study", help="results, without suffix")
     options = parser.parse_args(arguments)

@@ -103,8 +103,8 @@ def test_what_decides_the_claim_runs_first_and_seed_by_seed(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tokens", "20000"], r"tokens \(20000\) must be at least \d{5}, so that the shortest stage"),
-        (["--base_tokens", "0"], r"base_tokens \(0\) must be at least 4096"),
+        (["--tokens", "5000"], r"tokens \(5000\) must be at least \d{4,5}, so that the shortest stage"),
+        (["--base_tokens", "0"], r"base_tokens \(0\) must be at least 1024"),
         (["--rows", "0"], r"rows \(0\) must be positive"),
         (["--weights", "-1"], r"ar_weight \(-1.0\)"),
     ],
