@@ -21,15 +21,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.guided_runs import HELD_OUT_TOKENS, ROWS, SIZES, TARGET, Arm, arm_run, arms, base_stages, run_config
+from benchmarks.guided_runs import (
+    HELD_OUT_TOKENS,
+    MEASURED_ROWS,
+    ROWS,
+    SIZES,
+    TARGET,
+    Arm,
+    arm_run,
+    arms,
+    base_stages,
+    run_config,
+)
 from benchmarks.guided_table import write_study
 from benchmarks.record import RESULTS, machine
 from benchmarks.study_answers import answers_of, fine_tuning
-from benchmarks.study_corpus import write_corpora
+from benchmarks.study_corpus import VALIDATION, write_corpora
 from benchmarks.study_cost import MANY, check_tokens, mean_operations
-from benchmarks.study_jobs import RESULT, Job, Lengths, base_job, command, num_tokens, run, run_jobs, run_name
+from benchmarks.study_jobs import RESULT, Job, Lengths, base_job, held_out_nats, num_tokens, run, run_jobs, run_name
 from benchmarks.tiny_run import read_metrics
-from megatron_dllm.checkpoint.validation import read_validation_file
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.config.rules import check_positive
 from megatron_dllm.run.command import run_command
@@ -129,21 +139,9 @@ def measure(config: TrainConfig, cost: float, study_tokens: int) -> Mapping[str,
 
 def own_elbo(config: TrainConfig) -> float:
     """The ELBO of a run with clean blocks of one under that mask, in nats per token."""
-    run_folder = Path(config.run.root) / config.run.name
-    output = run_folder / "own_mask.json"
-    command(
-        "megatron_dllm.evaluate",
-        f"checkpoint.load={run_folder}",
-        f"data.validation={config.data.validation}",
-        f"output={output}",
-        "evaluation.clean_block_size=1",
-        f"evaluation.num_tokens={HELD_OUT_TOKENS}",
-        f"evaluation.micro_batch_size={ROWS}",
-        "overwrite=true",
-    )
-    found = read_validation_file(output).elbo
-    assert found is not None, f"{output} has no ELBO at {TARGET}"
-    return found
+    validation = Path(config.run.root).parent / VALIDATION
+    words = ("evaluation.clean_block_size=1", f"evaluation.micro_batch_size={MEASURED_ROWS}")
+    return held_out_nats(config, validation, HELD_OUT_TOKENS, *words)[str(TARGET)]
 
 
 def main(arguments: list[str] | None = None) -> int:

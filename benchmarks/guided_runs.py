@@ -28,6 +28,7 @@ from megatron_dllm.config import (
 
 TARGET = 32
 HELD_OUT_TOKENS = 20_000
+MEASURED_ROWS = 8  # of a forward pass
 SHARES = {"warmup_1": 0.2, "warmup_4": 0.2, "warmup_32": 0.35, "last": 0.25}
 BLOCKS = {"warmup_1": 1, "warmup_4": 4, "warmup_32": TARGET, "last": TARGET}
 LEARNING_RATE = 4e-3  # that of the AR model; better than half and a quarter of it for the first and the last arm
@@ -149,7 +150,9 @@ def run_config(folder: Path, name: str, model: ModelConfig, seed: int, stages: d
         schedule=ScheduleConfig(context_length=CONTEXT_LENGTH, stages=stages),
         optimizer=OptimizerConfig(),
         checkpoint=base if is_ar else replace(base, load=str(folder / "base")),
-        evaluation=EvaluationConfig(block_sizes=[TARGET], num_tokens=HELD_OUT_TOKENS, micro_batch_size=8, with_ar=True),
+        evaluation=EvaluationConfig(
+            block_sizes=[TARGET], num_tokens=HELD_OUT_TOKENS, micro_batch_size=MEASURED_ROWS, with_ar=True
+        ),
         logging=LoggingConfig(interval_steps=10, tensorboard=False),
     )
 

@@ -56,7 +56,7 @@ class Cost:
 
 
 def cost_run(folder: Path, name: str, num_steps: int, rows: int = ROWS) -> TrainConfig:
-    """The run of a method with at least so many steps in each stage, logged one by one and not validated.
+    """The run of a method with at least so many steps in each stage, logged one by one.
 
     Args:
         folder: of the runs; the AR model lies in it, the corpora beside it.
@@ -70,8 +70,6 @@ def cost_run(folder: Path, name: str, num_steps: int, rows: int = ROWS) -> Train
     return replace(
         config,
         schedule=replace(config.schedule, stages=stages),
-        data=replace(config.data, validation=None),
-        evaluation=replace(config.evaluation, num_tokens=0, with_ar=False),
         logging=LoggingConfig(interval_steps=1, tensorboard=False),
     )
 

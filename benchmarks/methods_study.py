@@ -18,13 +18,32 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.guided_runs import LEARNING_RATE, ROWS, SIZES, TARGET, base_stages, run_config
+from benchmarks.guided_runs import (
+    HELD_OUT_TOKENS,
+    LEARNING_RATE,
+    MEASURED_ROWS,
+    ROWS,
+    SIZES,
+    TARGET,
+    base_stages,
+    run_config,
+)
 from benchmarks.methods_table import write_methods
 from benchmarks.record import RESULTS, machine
-from benchmarks.study_corpus import CONTEXT_LENGTH, write_corpora
+from benchmarks.study_corpus import CONTEXT_LENGTH, VALIDATION, write_corpora
 from benchmarks.study_cost import MANY, check_tokens, mean_operations, model_tokens
-from benchmarks.study_jobs import RESULT, Job, Lengths, base_job, num_tokens, run, run_jobs, run_name, seconds_per_token
-from benchmarks.tiny_run import read_metrics
+from benchmarks.study_jobs import (
+    RESULT,
+    Job,
+    Lengths,
+    base_job,
+    held_out_nats,
+    num_tokens,
+    run,
+    run_jobs,
+    run_name,
+    seconds_per_token,
+)
 from megatron_dllm.config import NoiseConfig, StageConfig, TrainConfig
 from megatron_dllm.config.alignment import AlignmentConfig
 from megatron_dllm.config.annealing import RANDOM, AttentionAnnealConfig
@@ -120,7 +139,7 @@ METHODS = {
 
 
 def method_run(folder: Path, name: str, method: Method, seed: int, num_tokens: float, rows: int = ROWS) -> TrainConfig:
-    """The run of a method; rows have room for two views where it has them.
+    """The run of a method, not measured on its way; rows have room for two views where it has them.
 
     Args:
         folder: of the runs of these lengths, in which the AR model lies.
@@ -136,6 +155,8 @@ def method_run(folder: Path, name: str, method: Method, seed: int, num_tokens: f
     return replace(
         config,
         schedule=fitted(schedule, MODEL.max_position_embeddings),
+        data=replace(config.data, validation=None),
+        evaluation=replace(config.evaluation, num_tokens=0, with_ar=False),
         noise=NoiseConfig(t_unit=method.t_unit),
         optimizer=replace(config.optimizer, lr_multipliers=dict(method.lr_multipliers)),
         training=replace(config.training, attention_backend=method.backend),
@@ -180,11 +201,14 @@ def _job(config: TrainConfig, name: str, kind: str, seed: int) -> Job:
 
 
 def convert(config: TrainConfig) -> Mapping[str, float]:
-    """Run a method: the ELBO at its end, in nats per token, and what a document token cost."""
+    """Run a method: the ELBO and the AR NLL at its end, in nats per token, and what a document token cost."""
     run(config)
-    end = [record for record in read_metrics(config) if record.get("validation")][-1]
+    validation = Path(config.run.root).parent / VALIDATION
+    words = (f"evaluation.micro_batch_size={MEASURED_ROWS}", "evaluation.with_ar=true")
+    nats = held_out_nats(config, validation, HELD_OUT_TOKENS, f"evaluation.block_sizes=[{TARGET}]", *words)
     return {
-        "elbo": end[f"validation_elbo/{TARGET}"],
+        "elbo": nats[str(TARGET)],
+        "ar_nll": nats["ar"],
         "model_tokens": model_tokens(config),
         "seconds_per_token": seconds_per_token(config),
     }

@@ -17,9 +17,9 @@ DIGITS = 4
 NOTE = (
     "ELBO at block 32 of held-out text, in nats per token (a vocabulary of 512), mean and standard deviation over "
     "seeds; lower is better. gain: how far a method lies below the reference with the same seed. clear: the gain is "
-    "more than twice its standard error. model tokens, ms a token: that the model computes, and that its steps take on "
-    "this machine, for a document token. What is not clear is no difference that this study can tell. One tiny model "
-    "and one corpus: the order may be another one at scale."
+    "more than twice its standard error. AR NLL: of the next token by the same weights. model tokens, ms a token: that "
+    "the model computes, and that its steps take on this machine, for a document token. What is not clear is no "
+    "difference that this study can tell. One tiny model and one corpus: the order may be another one at scale."
 )
 
 
@@ -58,6 +58,7 @@ def rows_of(results: Sequence[Result], reference: str) -> list[dict[str, Any]]:
                 "ELBO": spread([r["elbo"] for r in own[name]], DIGITS),
                 "gain": "" if name == reference else spread(gains, DIGITS),
                 "clear": "" if name == reference else is_clear(gains),
+                "AR NLL": spread([r["ar_nll"] for r in own[name]], DIGITS),
                 "model tokens": f"{own[name][0]['model_tokens']:.2f}",
                 "ms a token": f"{1e3 * statistics.mean(r['seconds_per_token'] for r in own[name]):.2f}",
             }

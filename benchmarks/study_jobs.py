@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.ranks import run_ranks
 from benchmarks.study_cost import mean_operations
 from benchmarks.tiny_run import train_here
+from megatron_dllm.checkpoint.validation import read_validation_file
 from megatron_dllm.config import TrainConfig
 from megatron_dllm.run.files import write_json
 from megatron_dllm.run.names import METRICS
@@ -99,6 +100,22 @@ def command(module: str, *words: str) -> None:
     """A command of the program, in a process of its own."""
     (code,) = run_ranks(_main, 1, module, list(words), timeout_s=_LIMIT_S)
     assert code == 0, f"{module} ended with code {code}"
+
+
+def held_out_nats(config: TrainConfig, validation: Path, num_tokens: int, *words: str) -> Mapping[str, float]:
+    """What the end of a run is worth on held-out text, in nats per token: by block size, and under "ar" the exact NLL.
+
+    Args:
+        config: of the run.
+        validation: prefix of the held-out corpus.
+        num_tokens: of it.
+        words: more of the settings of `megatron_dllm.evaluate`.
+    """
+    folder = Path(config.run.root) / config.run.name
+    output = folder / "held_out.json"
+    corpus = [f"checkpoint.load={folder}", f"data.validation={validation}", f"evaluation.num_tokens={num_tokens}"]
+    command("megatron_dllm.evaluate", *corpus, *words, f"output={output}", "overwrite=true")
+    return read_validation_file(output).nats_per_token
 
 
 def _main(module: str, words: list[str]) -> int:
