@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="number of seeds of each size; 5 of tiny, 3 of triple")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.5, 0.2, 1.0, 3.3], help="of the AR loss")
     parser.add_argument("--tokens", type=int, default=150_000, help="document tokens of the arm with the report's mask")
-    parser.add_argument("--base_tokens", type=int, default=600_000, help="document tokens of the AR model")
+    parser.add_argument("--base_tokens", type=int, default=2_400_000, help="document tokens of the AR model")
     parser.add_argument("--rows", type=int, default=ROWS, help="of a step")
     parser.add_argument("--output", type=Path, default=RESULTS / "ar_guided", help="results, without suffix")
     options = parser.parse_args(arguments)

@@ -31,7 +31,7 @@ HELD_OUT_TOKENS = 20_000
 MEASURED_ROWS = 8  # of a forward pass
 SHARES = {"warmup_1": 0.2, "warmup_4": 0.2, "warmup_32": 0.35, "last": 0.25}
 BLOCKS = {"warmup_1": 1, "warmup_4": 4, "warmup_32": TARGET, "last": TARGET}
-LEARNING_RATE = 4e-3  # that of the AR model; better than half and a quarter of it for the first and the last arm
+LEARNING_RATE = 4e-3  # better than half and a quarter of it with the report's mask and with the guided one
 ROWS = 2  # of a global batch
 
 
@@ -158,16 +158,16 @@ def run_config(folder: Path, name: str, model: ModelConfig, seed: int, stages: d
 
 
 def base_stages(num_tokens: int, rows: int = ROWS) -> dict[str, StageConfig]:
-    """Those of the AR model that all arms convert."""
+    """Those of the AR model that all arms convert; its batches are twice those of a conversion of so many rows."""
     return {
         "ar": StageConfig(
             objective="ar",
             num_tokens=num_tokens,
-            global_batch_size=rows,
-            micro_batch_size=rows,
-            learning_rate=4e-3,
+            global_batch_size=2 * rows,
+            micro_batch_size=2 * rows,
+            learning_rate=2 * LEARNING_RATE,
             lr_warmup_share=0.05,
             lr_shape="cosine",
-            final_learning_rate=4e-4,
+            final_learning_rate=LEARNING_RATE / 5,
         )
     }

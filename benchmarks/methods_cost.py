@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = list(dict.fromkeys([REFERENCE, *options.methods]))
     costs: dict[str, Cost] = {}
     with tempfile.TemporaryDirectory() as study:
-        write_corpora(Path(study), max_bytes=1_000_000, num_chats=40, num_questions=2)
+        write_corpora(Path(study), num_documents=2000, num_chats=40, num_questions=2)
         folder = Path(study) / "runs"
         base_tokens = 4 * options.rows * MODEL.max_position_embeddings
         run(run_config(folder, "base", MODEL, 0, base_stages(base_tokens, options.rows)))

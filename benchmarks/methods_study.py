@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=3, help="number of them")
     parser.add_argument("--tokens", type=int, default=100_000, help="document tokens of a conversion")
-    parser.add_argument("--base_tokens", type=int, default=600_000, help="document tokens of the AR model")
+    parser.add_argument("--base_tokens", type=int, default=2_400_000, help="document tokens of the AR model")
     parser.add_argument("--rows", type=int, default=ROWS, help="of a step")
     parser.add_argument("--output", type=Path, default=RESULTS / "methods_study", help="results, without suffix")
     options = parser.parse_args(arguments)

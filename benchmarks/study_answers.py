@@ -16,7 +16,7 @@ from megatron_dllm.config import SftConfig, StageConfig, TrainConfig
 from megatron_dllm.evaluation.answer_scores import read_answer_scores
 
 THRESHOLD = 0.9
-SHARE = 0.2  # of the document tokens of the study
+SHARE = 0.4  # of the document tokens of the study
 _VIEWS, _ROWS = 2, 2
 
 

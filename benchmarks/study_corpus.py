@@ -46,7 +46,11 @@ def documents(number: int, held_out: bool) -> Iterator[str]:
 
 
 def write_corpora(
-    folder: Path, num_documents: int = 8000, max_bytes: int = 1_000_000, num_chats: int = 2000, num_questions: int = 20
+    folder: Path,
+    num_documents: int = 16_000,
+    max_bytes: int = 1_000_000,
+    num_chats: int = 2000,
+    num_questions: int = 20,
 ) -> None:
     """Write the tokenizer, the corpora TEXT, VALIDATION and CHATS, and the file QUESTIONS; once.
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.ranks import run_ranks
 from tests.integration.tiny_chain import run_module
 
-WORDS = ["block_sizes=[32,4]", "evaluation.num_tokens=6000", "draws=2"]
+WORDS = ["block_sizes=[32,4]", "evaluation.num_tokens=2400", "draws=2"]
 
 
 def run_command(words: list[str]) -> tuple[int, str]:

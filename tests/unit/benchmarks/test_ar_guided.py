@@ -104,7 +104,7 @@ def test_what_decides_the_claim_runs_first_and_seed_by_seed(tmp_path: Path) -> N
     ("words", "message"),
     [
         (["--tokens", "5000"], r"tokens \(5000\) must be at least \d{4,5}, so that the shortest stage"),
-        (["--base_tokens", "0"], r"base_tokens \(0\) must be at least 1024"),
+        (["--base_tokens", "0"], r"base_tokens \(0\) must be at least 2048"),
         (["--rows", "0"], r"rows \(0\) must be positive"),
         (["--weights", "-1"], r"ar_weight \(-1.0\)"),
     ],
@@ -138,7 +138,7 @@ def test_gains_are_of_equal_seeds(tmp_path: Path) -> None:
 def test_arms_are_measured_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two arms in steps of a row; clean blocks of one are measured under both masks."""
     study, output = tmp_path / "study", tmp_path / "table"
-    write_corpora(study, max_bytes=150_000, num_chats=40, num_questions=2)
+    write_corpora(study, num_documents=200, max_bytes=150_000, num_chats=40, num_questions=2)
     lengths = Lengths(8000, 2000, rows=1)
     validate(["tiny"], [0.5], lengths)
     names = ("AR model", "seed 1, block", "seed 1, guided 0.5")

@@ -67,7 +67,7 @@ def test_all_methods_run_with_a_seed_before_the_next(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--tokens", "5000"], r"tokens \(5000\) must be at least \d{4,5}, so that the shortest stage"),
-        (["--base_tokens", "0"], r"base_tokens \(0\) must be at least 1024"),
+        (["--base_tokens", "0"], r"base_tokens \(0\) must be at least 2048"),
         (["--seeds", "0"], r"seeds \(0\) must be positive"),
     ],
 )
@@ -95,7 +95,7 @@ def test_nothing_measured_is_no_table(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_study_runs_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In steps of a row, the reference, a frozen teacher and random pairs among the methods."""
-    write_corpora(tmp_path / "study", max_bytes=150_000, num_chats=40, num_questions=2)
+    write_corpora(tmp_path / "study", num_documents=200, max_bytes=150_000, num_chats=40, num_questions=2)
     words = ["--study", str(tmp_path / "study"), "--output", str(tmp_path / "table"), "--seeds", "1", "--rows", "1"]
     words += ["--tokens", "6000", "--base_tokens", "2000", "--methods", "wsd", "growth, distilled from the base"]
     words += ["diffullama, opening at random"]
