@@ -24,7 +24,7 @@ from benchmarks.guided_runs import ROWS, base_stages, run_config
 from benchmarks.methods_study import METHODS, MODEL, REFERENCE, method_run
 from benchmarks.record import RESULTS, machine, write_results
 from benchmarks.study_corpus import write_corpora
-from benchmarks.study_cost import MANY, mean_operations
+from benchmarks.study_cost import MANY, mean_operations, weighted_mean
 from benchmarks.study_jobs import run, run_name
 from megatron_dllm.config import LoggingConfig, StageConfig, TrainConfig
 from megatron_dllm.config.rules import check, check_positive
@@ -104,11 +104,7 @@ def cost_of(records: Iterable[Mapping[str, Any]], shares: Mapping[str, float], o
         / sum(step["tokens_per_second"] * step["step_seconds"] for step in found)
         for name, found in steps.items()
     }
-    return Cost(_mean(computed, shares), _mean(seconds, shares), operations)
-
-
-def _mean(values: Mapping[str, float], shares: Mapping[str, float]) -> float:
-    return sum(shares[name] * value for name, value in values.items()) / sum(shares.values())
+    return Cost(weighted_mean(computed, shares), weighted_mean(seconds, shares), operations)
 
 
 def measure(folder: Path, name: str, num_steps: int, rows: int) -> Cost:

@@ -59,8 +59,12 @@ def model_tokens(config: TrainConfig) -> float:
 
 def _mean(config: TrainConfig, per_token: Mapping[str, float]) -> float:
     """The mean over the stages of what a document token of each takes, as many as it has."""
-    tokens = {name: stage.num_tokens or 0 for name, stage in config.schedule.stages.items()}
-    return sum(tokens[name] * value for name, value in per_token.items()) / sum(tokens.values())
+    return weighted_mean(per_token, {name: stage.num_tokens or 0 for name, stage in config.schedule.stages.items()})
+
+
+def weighted_mean(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The mean of what is named, each by its weight."""
+    return sum(weights[name] * value for name, value in values.items()) / sum(weights.values())
 
 
 def least_tokens(run: TrainConfig) -> int:

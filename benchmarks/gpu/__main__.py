@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.record import machine, write_results
+from megatron_dllm.run.files import read_json_object
 
 # A part past its time is asked to begin nothing new; past so much more, its processes are killed.
 GRACE = 1.5
@@ -130,8 +131,11 @@ def check_output(parser: argparse.ArgumentParser, output: Path, is_going_on: boo
 
 
 def check_same_place(parser: argparse.ArgumentParser, output: Path, ours: dict[str, Any]) -> None:
-    """Refuse to go on with what ran on another device or with other sizes: one table would hold both."""
-    found = read_results(output).get("about", {})
+    """Refuse to go on with damaged results, or with of another device or other sizes: a table would hold both."""
+    try:
+        found = read_results(output).get("about", {})
+    except ValueError as error:
+        parser.error(str(error))
     for name in ("device", "sizes"):
         if found.get(name, ours[name]) != ours[name]:
             parser.error(
@@ -143,8 +147,7 @@ def check_same_place(parser: argparse.ArgumentParser, output: Path, ours: dict[s
 def read_results(output: Path) -> dict[str, Any]:
     """What an earlier run has written; empty where there was none."""
     path = output / "results.json"
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return found
+    return read_json_object(path, "name another folder") if path.exists() else {}
 
 
 def read_summary(output: Path) -> dict[str, dict[str, Any]]:

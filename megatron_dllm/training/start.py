@@ -20,15 +20,15 @@ from megatron_dllm.config import ParallelConfig, StageConfig, TrainConfig
 from megatron_dllm.data.ar_rows import ArRows
 from megatron_dllm.data.blend_stream import BlendStream
 from megatron_dllm.data.geometry import RowGeometry
-from megatron_dllm.data.packing import RowFill, estimate_fill
 from megatron_dllm.data.source import Source, check_fills_a_row
-from megatron_dllm.diffusion.block_schedule import BlockSchedule, RowEstimate, Stage, StageRow, stage_table
+from megatron_dllm.diffusion.block_schedule import BlockSchedule, Stage, StageRow, stage_table
 from megatron_dllm.evaluation.elbo import check_corpus, validation_names
 from megatron_dllm.model.objective import objective_of
 from megatron_dllm.run.history import Change
 from megatron_dllm.run.names import CHECKPOINTS
 from megatron_dllm.training.blends import blend_changes, check_blends, check_not_exhausted
 from megatron_dllm.training.epochs import chat_warnings, epoch_tokens
+from megatron_dllm.training.fills import dropped_warnings, measure_fills, row_estimates
 from megatron_dllm.training.past import changes_since, check_place, check_trained, read_past
 from megatron_dllm.training.rate_rules import check_rates
 from megatron_dllm.training.run_state import RunState
@@ -36,9 +36,6 @@ from megatron_dllm.training.scores_needed import check_scored_corpus, check_scor
 from megatron_dllm.training.sources import Sources
 from megatron_dllm.training.teacher_needed import find_teacher, teacher_warnings
 from megatron_dllm.training.wandb_mode import WandBMode, decide_wandb
-
-# By corpus and geometry: what the rows of one hold under the other.
-Fills = dict[tuple[str, RowGeometry], RowFill]
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def decide_start(
         check_scored_corpus(resume.state.stream if resume is not None else {}, sources)
     weights = None if resume is not None else _find_weights(config)
     check_rates(config, resume is not None or (weights is not None and weights.stored.is_diffusion))
-    fills = _measure_fills(config, schedule, sources)
+    fills = measure_fills(config, schedule, sources)
     wandb = decide_wandb(config.logging)
     next_stage = _next_stage(schedule, resume)
     if world_size is not None and next_stage is not None:
@@ -174,7 +171,7 @@ def decide_start(
         reference=reference,
         teacher=find_same_teacher(config, resume),
         passed_over=damaged,
-        table=tuple(stage_table(schedule, _estimates(config, schedule, fills))),
+        table=tuple(stage_table(schedule, row_estimates(config, schedule, fills))),
         num_corpus_tokens=sum(source.num_tokens for source in sources.corpora.values()),
         changes=changes_since(past, config),
         warnings=(
@@ -183,7 +180,7 @@ def decide_start(
             *teacher_warnings(config),
             *chat_warnings(config, sources),
             *blends,
-            *_dropped(fills),
+            *dropped_warnings(fills),
             *filter(None, [wandb.warning]),
         ),
         wandb=wandb,
@@ -360,57 +357,3 @@ def _check_world_size(stage: Stage, world_size: int) -> None:
             f"schedule.stages.{stage.name}.world_size ({wanted}) differs from the number of ranks "
             f"({world_size}), and this stage is next; start {wanted} ranks."
         )
-
-
-def _measure_fills(config: TrainConfig, schedule: BlockSchedule, sources: Sources) -> Fills:
-    """How the rows of each stage are filled, measured by packing the first chunks of each of its corpora."""
-    fills: Fills = {}
-    for stage in schedule.stages:
-        wanted = [(part.prefix, rows) for part in config.blend_of(stage.name) for rows, _ in _row_kinds(config, stage)]
-        for prefix, geometry in wanted:
-            if (prefix, geometry) not in fills:
-                source = sources.corpora[prefix]
-                fills[prefix, geometry] = estimate_fill(
-                    source.document_lengths,
-                    geometry,
-                    seed=config.run.seed,
-                    chunk=config.data.packing_chunk,
-                    spans=source.spans,
-                    is_paired=source.is_paired,
-                )
-    return fills
-
-
-def _row_kinds(config: TrainConfig, stage: Stage) -> list[tuple[RowGeometry, float]]:
-    """The geometries of a stage's rows, with their shares of the document tokens: AR rows have one of their own."""
-    geometry, share = RowGeometry.of_stage(stage.config, config.schedule, config.data), stage.config.ar_row_share
-    return [(geometry, 1.0 - share), *([(geometry.ar_rows(), share)] if share else [])]
-
-
-def _estimates(config: TrainConfig, schedule: BlockSchedule, fills: Fills) -> dict[str, RowEstimate]:
-    """By stage name, what a row holds."""
-    estimates = {}
-    for stage in schedule.stages:
-        kinds = _row_kinds(config, stage)
-        parts = config.blend_of(stage.name)
-        shares = [(part.share * share, fills[part.prefix, rows]) for part in parts for rows, share in kinds]
-        if len(shares) == 1:
-            ((_, fill),) = shares
-            estimates[stage.name] = RowEstimate(fill.document_tokens, fill.forward_tokens)
-            continue
-        # A share counts tokens; the fuller the rows of a corpus, the fewer of them make up its share.
-        rows = [share / fill.document_tokens for share, fill in shares]
-        forward = sum(count * fill.forward_tokens for count, (_, fill) in zip(rows, shares, strict=True))
-        estimates[stage.name] = RowEstimate(1.0 / sum(rows), forward / sum(rows))
-    return estimates
-
-
-def _dropped(fills: Fills) -> list[str]:
-    """Which corpora hold segments that no stage trains on, a sentence each; all stages have one context length."""
-    shares = {prefix: fill.dropped_share for (prefix, _), fill in fills.items()}
-    return [
-        f"corpus {prefix}: {share:.1%} of its segments hold no token that may carry a loss and are left out (of its "
-        "first documents; dropped_segments in the metrics counts them)."
-        for prefix, share in shares.items()
-        if share > 0.0
-    ]

@@ -76,6 +76,14 @@ def test_results_of_another_device_or_of_other_sizes_are_not_gone_on_with(
     assert f"holds results of {name} {found}, and this run has {ours[name]}; name another" in capsys.readouterr().err
 
 
+def test_damaged_results_are_not_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text('{"about": {"device"', encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        check_same_place(argparse.ArgumentParser(), tmp_path, {"device": "a CPU", "sizes": "tiny"})
+    assert ended.value.code == 2
+    assert "results.json is damaged (no JSON:" in (said := capsys.readouterr().err) and "name another folder." in said
+
+
 @pytest.mark.ranks
 def test_a_part_begins_anew_in_the_folder_of_its_earlier_start(tmp_path: Path) -> None:
     args = argparse.Namespace(output=tmp_path, device="cpu", small=True)
