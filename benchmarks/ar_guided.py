@@ -72,7 +72,7 @@ def validate(sizes: Sequence[str], weights: Sequence[float], lengths: Lengths) -
     nowhere, models = Path("runs"), [SIZES[size] for size in sizes]
     bases = [run_config(nowhere, "base", model, 0, base_stages(MANY, lengths.rows)) for model in models]
     check_tokens("base_tokens", lengths.base_tokens, bases)
-    chosen = arms(list(weights)).values()
+    chosen = arms(weights).values()
     runs = [arm_run(nowhere, "run", model, arm, 1, MANY, lengths.rows) for model in models for arm in chosen]
     runs += [fine_tuning(found, MANY) for found in runs]
     for found in runs:
@@ -93,10 +93,9 @@ def jobs_of(study: Path, size: str, num_seeds: int, weights: Sequence[float], le
     folder, model = study / f"{size}_{lengths.name}", SIZES[size]
     base = run_config(folder, "base", model, 0, base_stages(lengths.base_tokens, lengths.rows))
     yield base_job(base, f"{size}, AR model")
-    seen: set[str] = set()
-    for weight in weights:
-        new = {name: arm for name, arm in arms([weight]).items() if name not in seen}
-        seen |= set(new)
+    for number in range(1, len(weights) + 1):
+        before = arms(weights[: number - 1]) if number > 1 else {}
+        new = {name: arm for name, arm in arms(weights[:number]).items() if name not in before}
         for seed in range(1, num_seeds + 1):
             yield from (_arm_job(folder, size, name, arm, seed, lengths) for name, arm in new.items())
 

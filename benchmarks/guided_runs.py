@@ -7,6 +7,7 @@ floating-point operations are equal.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,16 +101,18 @@ class Arm:
         return stages
 
 
-def arms(weights: list[float]) -> dict[str, Arm]:
+def arms(weights: Sequence[float]) -> dict[str, Arm]:
     """The arms of the study by name; those that decide the claim, with the first weight of the AR loss, come first."""
-    found = {"block": Arm()}
-    for weight in weights:
-        found |= {
-            f"returned {weight:g}, half": Arm(1, weight, returns=True, budget=0.5),
-            f"returned {weight:g}": Arm(1, weight, returns=True),
-            f"guided {weight:g}": Arm(1, weight),
-        }
-        found.setdefault("causal", Arm(1))
+    first, *others = weights
+    found = {
+        "block": Arm(),
+        f"returned {first:g}, half": Arm(1, first, returns=True, budget=0.5),
+        f"returned {first:g}": Arm(1, first, returns=True),
+        f"guided {first:g}": Arm(1, first),
+        "causal": Arm(1),
+    }
+    for weight in others:
+        found |= {f"returned {weight:g}": Arm(1, weight, returns=True), f"guided {weight:g}": Arm(1, weight)}
     return found
 
 
