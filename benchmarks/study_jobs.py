@@ -52,9 +52,10 @@ def run_jobs(jobs: Sequence[Job], after_each: Callable[[], None]) -> None:
 
     Args:
         jobs: of the study.
-        after_each: called when a job's result is there.
+        after_each: called when a job's result is there, and once where all are there already.
     """
     _say(f"{len(jobs)} jobs, {sum(job.is_done for job in jobs)} of them done; {_rest(jobs)}")
+    is_told = False
     for number, job in enumerate(jobs, 1):
         if job.is_done:
             continue
@@ -63,6 +64,9 @@ def run_jobs(jobs: Sequence[Job], after_each: Callable[[], None]) -> None:
         found = job.measure()
         seconds = time.perf_counter() - begun
         write_json(job.result, {**found, "operations": job.operations, "seconds": seconds})
+        after_each()
+        is_told = True
+    if not is_told:
         after_each()
 
 
