@@ -84,6 +84,10 @@ def test_the_best_comes_first_and_only_what_exceeds_the_spread_is_clear() -> Non
     assert rows["llada"]["clear"] == "no" and rows["wsd"]["clear"] == rows["wsd"]["gain"] == ""
     assert rows["jump"]["model tokens"] == "2.00" and rows["jump"]["ms a token"] == "12.50"
     assert is_clear([0.3]) == "?"
+    # Their standard error is 0.01; with two seeds the mean must be 12.7 of them from zero, with three 4.3.
+    assert is_clear([0.13, 0.15]) == "yes" and is_clear([0.11, 0.13]) == "no"
+    assert is_clear([-0.045 + step * 0.03**0.5 / 10 for step in (-1, 0, 1)]) == "yes"
+    assert is_clear([-0.041 + step * 0.03**0.5 / 10 for step in (-1, 0, 1)]) == "no"
     assert picture(RESULTS, REFERENCE).startswith(b"\x89PNG")
 
 
