@@ -100,12 +100,12 @@ dpo-study: demo
 study: demo
 	$(BIN)/python launch/local.py experiment=tiny_study
 
-# Is a clean half that stays autoregressive worth it? Arms at equal floating-point operations, two sizes, seeds; hours. It
-# may be stopped and given again; writes benchmarks/results/ar_guided.md after each arm. Not run in full yet.
+# Is a clean half that stays autoregressive worth it? Arms at equal floating-point operations, two sizes, seeds: over two
+# hours of a core. It may be stopped and given again; writes benchmarks/results/ar_guided.md after each arm.
 study-methods: install
 	$(BIN)/python -m benchmarks.ar_guided
 
-# The field's methods from one AR model, at equal document tokens and at equal operations, three seeds; hours. It may be
-# stopped and given again; writes benchmarks/results/methods_study.md after each run. Not run in full yet.
+# The field's methods from one AR model, at equal document tokens and at equal operations, three seeds: an hour and a half
+# of a core. It may be stopped and given again; writes benchmarks/results/methods_study.md after each run.
 tiny-methods-study: install
 	$(BIN)/python -m benchmarks.methods_study
