@@ -80,7 +80,8 @@ def picture(results: Sequence[Result]) -> bytes:
                 [statistics.mean(axis_values) for axis_values in zip(*at, strict=True)]
                 for at in zip(*curves, strict=True)
             ]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+            style = ":" if name.startswith("returned") else "--" if name.startswith("guided") else "-"
+            axis.plot(*zip(*points, strict=True), style, marker="o", label=name)
         axis.set(title=size, xlabel="floating-point operations", ylabel="ELBO at block 32, served mask (nats)")
         axis.legend(fontsize="x-small")
     return png(figure)
