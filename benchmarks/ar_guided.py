@@ -21,22 +21,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.guided_runs import (
-    HELD_OUT_TOKENS,
-    MEASURED_ROWS,
-    ROWS,
-    SIZES,
-    TARGET,
-    Arm,
-    arm_run,
-    arms,
-    base_stages,
-    run_config,
-)
+from benchmarks.guided_runs import ROWS, SIZES, TARGET, Arm, arm_run, arms, base_stages, run_config
 from benchmarks.guided_table import write_study
 from benchmarks.record import RESULTS, machine
 from benchmarks.study_answers import answers_of, fine_tuning
-from benchmarks.study_corpus import VALIDATION, write_corpora
+from benchmarks.study_corpus import write_corpora
 from benchmarks.study_cost import MANY, check_tokens, mean_operations
 from benchmarks.study_jobs import RESULT, Job, Lengths, base_job, held_out_nats, num_tokens, run, run_jobs, run_name
 from benchmarks.tiny_run import read_metrics
@@ -138,9 +127,7 @@ def measure(config: TrainConfig, cost: float, study_tokens: int) -> Mapping[str,
 
 def own_elbo(config: TrainConfig) -> float:
     """The ELBO of a run with clean blocks of one under that mask, in nats per token."""
-    validation = Path(config.run.root).parent / VALIDATION
-    words = ("evaluation.clean_block_size=1", f"evaluation.micro_batch_size={MEASURED_ROWS}")
-    return held_out_nats(config, validation, HELD_OUT_TOKENS, *words)[str(TARGET)]
+    return held_out_nats(config, "evaluation.clean_block_size=1")[str(TARGET)]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.guided_runs import ROWS, base_stages, run_config
+from benchmarks.guided_runs import base_stages, run_config
 from benchmarks.methods_study import METHODS, MODEL, REFERENCE, method_run
 from benchmarks.record import RESULTS, machine, write_results
 from benchmarks.study_corpus import write_corpora
@@ -32,6 +32,7 @@ from megatron_dllm.diffusion.block_schedule import max_batch_tokens
 from megatron_dllm.run.command import run_command
 from megatron_dllm.run.names import METRICS
 
+_ROWS = 8  # of a step; more than the studies have, as longer steps vary less
 NOTE = (
     "For a document token: tokens that the model computed, milliseconds of its steps on this machine, and "
     f"floating-point operations by the planner's formulas; beside {REFERENCE}, how many times as much. Times are of a "
@@ -55,7 +56,7 @@ class Cost:
     operations: float
 
 
-def cost_run(folder: Path, name: str, num_steps: int, rows: int = ROWS) -> TrainConfig:
+def cost_run(folder: Path, name: str, num_steps: int, rows: int = _ROWS) -> TrainConfig:
     """The run of a method with at least so many steps in each stage, logged one by one.
 
     Args:
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--steps", type=int, default=8, help="of each stage")
-    parser.add_argument("--rows", type=int, default=ROWS, help="of a step")
+    parser.add_argument("--rows", type=int, default=_ROWS, help="of a step")
     parser.add_argument("--output", type=Path, default=RESULTS / "methods_cost", help="results, without suffix")
     options = parser.parse_args(arguments)
     validate(options.steps, options.rows)

@@ -18,19 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.guided_runs import (
-    HELD_OUT_TOKENS,
-    LEARNING_RATE,
-    MEASURED_ROWS,
-    ROWS,
-    SIZES,
-    TARGET,
-    base_stages,
-    run_config,
-)
+from benchmarks.guided_runs import LEARNING_RATE, ROWS, SIZES, TARGET, base_stages, run_config
 from benchmarks.methods_table import write_methods
 from benchmarks.record import RESULTS, machine
-from benchmarks.study_corpus import CONTEXT_LENGTH, VALIDATION, write_corpora
+from benchmarks.study_corpus import CONTEXT_LENGTH, write_corpora
 from benchmarks.study_cost import MANY, check_tokens, mean_operations, model_tokens
 from benchmarks.study_jobs import (
     RESULT,
@@ -206,9 +197,7 @@ def _job(config: TrainConfig, name: str, kind: str, seed: int) -> Job:
 def convert(config: TrainConfig) -> Mapping[str, float]:
     """Run a method: the ELBO and the AR NLL at its end, in nats per token, and what a document token cost."""
     run(config)
-    validation = Path(config.run.root).parent / VALIDATION
-    words = (f"evaluation.micro_batch_size={MEASURED_ROWS}", "evaluation.with_ar=true")
-    nats = held_out_nats(config, validation, HELD_OUT_TOKENS, f"evaluation.block_sizes=[{TARGET}]", *words)
+    nats = held_out_nats(config, "evaluation.with_ar=true")
     return {
         "elbo": nats[str(TARGET)],
         "ar_nll": nats["ar"],

@@ -10,7 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from benchmarks.guided_runs import HELD_OUT_TOKENS, MEASURED_ROWS, TARGET
 from benchmarks.ranks import run_ranks
+from benchmarks.study_corpus import VALIDATION
 from benchmarks.study_cost import mean_operations
 from benchmarks.tiny_run import train_here
 from megatron_dllm.checkpoint.validation import read_validation_file
@@ -55,7 +57,8 @@ def run_jobs(jobs: Sequence[Job], after_each: Callable[[], None]) -> None:
         after_each: called when a job's result is there, and once where all are there already.
     """
     _say(f"{len(jobs)} jobs, {sum(job.is_done for job in jobs)} of them done; {_rest(jobs)}")
-    is_told = False
+    if all(job.is_done for job in jobs):
+        after_each()
     for number, job in enumerate(jobs, 1):
         if job.is_done:
             continue
@@ -64,9 +67,6 @@ def run_jobs(jobs: Sequence[Job], after_each: Callable[[], None]) -> None:
         found = job.measure()
         seconds = time.perf_counter() - begun
         write_json(job.result, {**found, "operations": job.operations, "seconds": seconds})
-        after_each()
-        is_told = True
-    if not is_told:
         after_each()
 
 
@@ -106,19 +106,26 @@ def command(module: str, *words: str) -> None:
     assert code == 0, f"{module} ended with code {code}"
 
 
-def held_out_nats(config: TrainConfig, validation: Path, num_tokens: int, *words: str) -> Mapping[str, float]:
+def held_out_nats(config: TrainConfig, *words: str) -> Mapping[str, float]:
     """What the end of a run is worth on held-out text, in nats per token: by block size, and under "ar" the exact NLL.
 
     Args:
         config: of the run.
-        validation: prefix of the held-out corpus.
-        num_tokens: of it.
         words: more of the settings of `megatron_dllm.evaluate`.
     """
     folder = Path(config.run.root) / config.run.name
     output = folder / "held_out.json"
-    corpus = [f"checkpoint.load={folder}", f"data.validation={validation}", f"evaluation.num_tokens={num_tokens}"]
-    command("megatron_dllm.evaluate", *corpus, *words, f"output={output}", "overwrite=true")
+    command(
+        "megatron_dllm.evaluate",
+        f"checkpoint.load={folder}",
+        f"data.validation={folder.parent.parent / VALIDATION}",
+        f"output={output}",
+        f"evaluation.block_sizes=[{TARGET}]",
+        f"evaluation.num_tokens={HELD_OUT_TOKENS}",
+        f"evaluation.micro_batch_size={MEASURED_ROWS}",
+        *words,
+        "overwrite=true",
+    )
     return read_validation_file(output).nats_per_token
 
 

@@ -131,7 +131,7 @@ def check_output(parser: argparse.ArgumentParser, output: Path, is_going_on: boo
 
 
 def check_same_place(parser: argparse.ArgumentParser, output: Path, ours: dict[str, Any]) -> None:
-    """Refuse to go on with damaged results, or with of another device or other sizes: a table would hold both."""
+    """Refuse to go on with damaged results, or with those of another device or sizes: a table would hold both."""
     try:
         found = read_results(output).get("about", {})
     except ValueError as error:

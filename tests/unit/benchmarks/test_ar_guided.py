@@ -16,7 +16,7 @@ from benchmarks.step_cases import count_pairs, needed_flops
 from benchmarks.study_answers import fine_tuning
 from benchmarks.study_corpus import write_corpora
 from benchmarks.study_cost import mean_operations, operations
-from benchmarks.study_jobs import RESULT, Lengths, num_tokens, run_jobs
+from benchmarks.study_jobs import RESULT, Job, Lengths, num_tokens, run_jobs
 from megatron_dllm.config import ParallelConfig, TrainConfig
 from megatron_dllm.planning.engine_rows import micro_batches
 from megatron_dllm.planning.parameters import PipelineRank, rank_weights
@@ -103,7 +103,7 @@ def test_what_decides_the_claim_runs_first_and_seed_by_seed(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tokens", "5000"], r"tokens \(5000\) must be at least \d{4,5}, so that the shortest stage"),
+        (["--tokens", "5000"], r"tokens \(5000\) must be at least \d{5}, so that the shortest stage"),
         (["--base_tokens", "0"], r"base_tokens \(0\) must be at least 2048"),
         (["--rows", "0"], r"rows \(0\) must be positive"),
         (["--weights", "-1"], r"ar_weight \(-1.0\)"),
@@ -132,6 +132,14 @@ def test_gains_are_of_equal_seeds(tmp_path: Path) -> None:
         (tmp_path / f"{number}.json").write_text(json.dumps(result))
     write_study(tmp_path.glob("*.json"), tmp_path / "out", {"command": "c"})
     assert "guided 0.5" in (tmp_path / "out.md").read_text() and (tmp_path / "out.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_study_whose_runs_are_all_there_writes_its_table_once(tmp_path: Path) -> None:
+    written: list[str] = []
+    jobs = [Job(name, tmp_path / name, 1e9, lambda: {"a": 1}) for name in ("one", "two")]
+    for expected in (2, 3):  # a table after each run, then one where there is nothing to run
+        run_jobs(jobs, lambda: written.append("table"))
+        assert len(written) == expected
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_all_methods_run_with_a_seed_before_the_next(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tokens", "5000"], r"tokens \(5000\) must be at least \d{4,5}, so that the shortest stage"),
+        (["--tokens", "5000"], r"tokens \(5000\) must be at least \d{5}, so that the shortest stage"),
         (["--base_tokens", "0"], r"base_tokens \(0\) must be at least 2048"),
         (["--seeds", "0"], r"seeds \(0\) must be positive"),
     ],
